@@ -1,0 +1,33 @@
+# make demo   train, sample and score a small diffusion model on the bundled digits
+# make test   the whole test suite
+# make lint   the linter
+# Each sets up .venv first, once. Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
+.PHONY: demo test lint
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python main.py --config=configs/digits.py --workdir=runs/digits
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m ruff check .
+
+# Not compiling every module to bytecode up front makes the set-up faster; what is imported is compiled then.
+$(VENV)/.installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "diffusion needs Python 3.11 or newer, but $(PYTHON) is `$(PYTHON) --version 2>&1`;" \
+		"name another one: make PYTHON=python3.12"; exit 1; }
+	@echo "Setting up $(VENV) (once, about a minute)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@

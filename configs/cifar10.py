@@ -1,0 +1,79 @@
+"""Ho, Jain & Abbeel (2020) on CIFAR-10: L_simple, ε-prediction, fixed variance.
+
+    python main.py --config=configs/cifar10.py --workdir=runs/cifar10
+
+Data     official CIFAR-10 (163 MB, downloaded once), or a directory prepared by TFDS: --config.data.data_dir=DIR
+Cost     35,746,307 parameters; 800,000 steps of 128 images; about 35 GFLOP per image and step
+Expect   the paper: 3.75 bits/dim on test (3.72 on train), FID 3.17; not yet reproduced here
+
+Every key that exists is in this file; other configs start from it and change what differs.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The config; the numbers are the paper's unless a comment says otherwise."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.name = "cifar10"  # or "digits", or any image set that TFDS prepared as ArrayRecord
+    config.data.data_dir = ""  # "": the default of TFDS, ~/tensorflow_datasets
+    config.data.flip = True
+
+    config.schedule = ConfigDict()
+    config.schedule.name = "linear"
+    config.schedule.num_steps = 1000
+
+    config.model = ConfigDict()
+    config.model.prediction = "eps"  # eps, x0, v, mean
+    config.model.variance = "fixed_large"  # fixed_small, fixed_large, learned, learned_range
+
+    config.unet = ConfigDict()
+    config.unet.channels = 128
+    config.unet.multipliers = (1, 2, 2, 2)
+    config.unet.blocks = 2
+    config.unet.attention_resolutions = (16,)
+    config.unet.groups = 32
+    config.unet.heads = 1
+    config.unet.dropout = 0.1
+    config.unet.scale_shift = False
+    config.unet.fourier_features = ()
+    config.unet.dtype = "float32"  # bfloat16: products and maps in bf16, parameters and losses in float32
+    config.unet.remat = False
+
+    config.objective = ConfigDict()
+    config.objective.name = "simple"  # simple, vlb, hybrid
+    config.objective.timesteps = "uniform"  # uniform, low_discrepancy
+
+    config.optim = ConfigDict()
+    config.optim.learning_rate = 2e-4
+    config.optim.warmup_steps = 5000
+    config.optim.decay = "constant"
+    config.optim.grad_clip = 1.0
+
+    config.ema = ConfigDict()
+    config.ema.decay = 0.9999
+
+    config.train = ConfigDict()
+    config.train.num_steps = 800_000
+    config.train.batch_size = 128  # over all devices
+    config.train.grad_accum = 1  # pieces in which a device's share goes through the network
+    config.train.steps_per_call = 10  # steps per compiled call on accelerators; the CPU takes one
+    config.train.log_every = 100
+    config.train.checkpoint_every = 5000
+    config.train.keep_checkpoints = 3
+    config.train.sample_every = 50_000  # 0: only at the end
+
+    config.eval = ConfigDict()
+    config.eval.num_images = 0  # of the test set, and as many of the training set; 0: all of the test set
+    config.eval.batch_size = 256
+
+    config.sample = ConfigDict()
+    config.sample.num_images = 64
+    config.sample.batch_size = 256
+    config.sample.method = "ancestral"  # ancestral, ddim
+    config.sample.num_steps = 0  # 0: all; fewer: evenly spaced
+    config.sample.eta = 0.0  # of ddim
+    return config.lock()

@@ -1,0 +1,34 @@
+"""The demo: scikit-learn's 8×8 handwritten digits, from nothing to samples and bits/dim on a 2-core CPU.
+
+python main.py --config=configs/digits.py --workdir=runs/digits
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cifar10
+
+
+def get_config() -> ConfigDict:
+    """What differs from Ho et al.'s CIFAR-10 experiment."""
+    config = cifar10.get_config()
+    config.data.name = "digits"
+    config.data.flip = False
+    config.schedule.name = "cosine"
+    config.schedule.num_steps = 250
+    config.model.variance = "learned_range"
+    config.unet.channels = 32
+    config.unet.multipliers = (1, 2)
+    config.unet.attention_resolutions = (4,)
+    config.unet.groups = 8
+    config.unet.fourier_features = (2, 3, 4)
+    config.objective.name = "vlb"
+    config.objective.timesteps = "low_discrepancy"
+    config.optim.learning_rate = 2e-3
+    config.optim.warmup_steps = 100
+    config.optim.decay = "cosine"
+    config.ema.decay = 0.99
+    config.train.num_steps = 1500
+    config.train.log_every = 50
+    config.train.checkpoint_every = 500
+    config.train.sample_every = 500
+    return config

@@ -1,0 +1,86 @@
+"""From a config to objects: here names become functions, and the network becomes one."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+from ml_collections import ConfigDict
+
+from diffusion import config as config_lib
+from diffusion import objectives, optim, parallel, randomness, reverse, schedules, state, timesteps
+from diffusion.reverse import Reverse
+from diffusion.schedules import Schedule
+from diffusion.step import Training, losses
+from diffusion.unet import UNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that a config and the data's shape determine; nothing here depends on training."""
+
+    config: ConfigDict
+    image_shape: tuple[int, int, int]
+    num_levels: int
+    schedule: Schedule
+    p: Reverse
+    unet: UNet
+    training: Training
+
+    def denoiser(self, params: PyTree) -> Callable[[Array, Array], Array]:
+        """The network as the math wants it: (x_t [B, H, W, C], network_t [B]) -> output."""
+        return lambda x_t, network_t: self.unet.apply({"params": params}, x_t, network_t)
+
+    def initial_state(self) -> state.TrainState:
+        """The state before the first step, from config.seed."""
+        image = jnp.zeros((1, *self.image_shape))
+        key = randomness.stream(self.config.seed, "init")
+        # It runs once, so on the CPU, where random numbers are slow to compile, it is not optimized.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        params = jax.jit(self.unet.init, compiler_options=options)(key, image, jnp.zeros(1))["params"]
+        row_keys = jax.random.split(key, 1)
+        _, parts = jax.eval_shape(
+            lambda: losses(self.training, params, jnp.ones(1, jnp.int32), row_keys, image, dropout=False)
+        )
+        return state.create(params, self.training.optimizer, ("loss", *parts, "grad_norm"))
+
+
+def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels: int) -> Experiment:
+    """The experiment that `config` describes, for images [H, W, C] of `num_levels` grey levels.
+
+    Raises:
+        ValueError: anything that does not fit, in one sentence that names the config key.
+    """
+    config_lib.check(config)
+    parallel.check_batch_size(config.train.batch_size, config.train.grad_accum)
+    schedule = schedules.SCHEDULES[config.schedule.name](config.schedule.num_steps)
+    p = reverse.make(config.model.prediction, config.model.variance)
+    unet = UNet(**config.unet, out_channels=p.output_channels(image_shape[-1]))
+    unet.check(image_shape)
+
+    def apply_one(params: PyTree, x_t: Array, network_t: Array, key: Array) -> Array:
+        rngs = {"dropout": key}
+        return unet.apply({"params": params}, x_t[None], network_t[None], train=True, rngs=rngs)[0]
+
+    def apply(params: PyTree, x_t: Array, network_t: Array, dropout_keys: Array | None) -> Array:
+        if dropout_keys is None or not config.unet.dropout:
+            return unet.apply({"params": params}, x_t, network_t)
+        return jax.vmap(apply_one, in_axes=(None, 0, 0, 0))(params, x_t, network_t, dropout_keys)
+
+    training = Training(
+        apply=apply,
+        objective=objectives.OBJECTIVES[config.objective.name],
+        problem=objectives.Problem(p, schedule.num_steps, num_levels),
+        draw_t=timesteps.SAMPLERS[config.objective.timesteps],
+        schedule=schedule,
+        optimizer=optim.adam(num_steps=config.train.num_steps, **config.optim),
+        ema_decay=config.ema.decay,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        flip=config.data.flip,
+        log_every=config.train.log_every,
+        grad_accum=config.train.grad_accum,
+        unroll=jax.default_backend() == "cpu",
+    )
+    return Experiment(config, image_shape, num_levels, schedule, p, unet, training)

@@ -1,0 +1,155 @@
+"""What a config may say: every key with its type and range, checked before anything is compiled or written."""
+
+import difflib
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from diffusion import objectives, reverse, schedules, timesteps
+
+
+class Allowed(NamedTuple):
+    """A test for a value, and the words that say what it allows."""
+
+    accepts: Callable[[Any], bool]
+    words: str
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def whole(at_least: int) -> Allowed:
+    return Allowed(lambda v: _is_int(v) and v >= at_least, f"a whole number ≥ {at_least}")
+
+
+def number(low: int | float, high: int | float, words: str) -> Allowed:
+    return Allowed(lambda v: (_is_int(v) or isinstance(v, float)) and low <= v <= high, words)
+
+
+def choice(*names: str) -> Allowed:
+    return Allowed(lambda v: isinstance(v, str) and v in names, "one of " + ", ".join(names))
+
+
+def wholes(at_least: int, empty: bool) -> Allowed:
+    words = f"a tuple of whole numbers ≥ {at_least}" + (", or ()" if empty else "")
+    check = lambda v: isinstance(v, tuple) and all(_is_int(i) and i >= at_least for i in v)  # noqa: E731
+    return Allowed(lambda v: check(v) and (empty or len(v) > 0), words)
+
+
+TEXT = Allowed(lambda v: isinstance(v, str), "a string")
+FLAG = Allowed(lambda v: isinstance(v, bool), "True or False")
+
+KEYS: dict[str, Allowed] = {
+    "seed": Allowed(lambda v: _is_int(v) and 0 <= v < 2**31, "a whole number in 0…2³¹ − 1"),
+    "data.name": TEXT,
+    "data.data_dir": TEXT,
+    "data.flip": FLAG,
+    "schedule.name": choice(*schedules.SCHEDULES),
+    "schedule.num_steps": whole(1),
+    "model.prediction": choice(*reverse.PREDICTIONS),
+    "model.variance": choice(*reverse.VARIANCES),
+    "unet.channels": whole(1),
+    "unet.multipliers": wholes(1, empty=False),
+    "unet.blocks": whole(1),
+    "unet.attention_resolutions": wholes(1, empty=True),
+    "unet.groups": whole(1),
+    "unet.heads": whole(1),
+    "unet.dropout": number(0, 0.999, "a number in [0, 0.999]"),
+    "unet.scale_shift": FLAG,
+    "unet.fourier_features": wholes(0, empty=True),
+    "unet.dtype": choice("float32", "bfloat16"),
+    "unet.remat": FLAG,
+    "objective.name": choice(*objectives.OBJECTIVES),
+    "objective.timesteps": choice(*timesteps.SAMPLERS),
+    "optim.learning_rate": number(1e-12, 10, "a number in (0, 10]"),
+    "optim.warmup_steps": whole(0),
+    "optim.decay": choice("constant", "cosine"),
+    "optim.grad_clip": number(0, 1e12, "a number ≥ 0 (0: no clip)"),
+    "ema.decay": number(0, 1 - 1e-12, "a number in [0, 1)"),
+    "train.num_steps": whole(1),
+    "train.batch_size": whole(1),
+    "train.grad_accum": whole(1),
+    "train.steps_per_call": whole(1),
+    "train.log_every": whole(1),
+    "train.checkpoint_every": whole(1),
+    "train.keep_checkpoints": whole(1),
+    "train.sample_every": whole(0),
+    "eval.num_images": whole(0),
+    "eval.batch_size": whole(1),
+    "sample.num_images": whole(1),
+    "sample.batch_size": whole(1),
+    "sample.method": choice("ancestral", "ddim"),
+    "sample.num_steps": whole(0),
+    "sample.eta": number(0, 1, "a number in [0, 1]"),
+}
+
+# What a finished or resumed run may change: where the data lies, how it is scored and sampled.
+FREE = ("data.data_dir", "eval.", "sample.")
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{"unet.channels": 128, ...}; a group that is no group stays under its own name."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{name}.{key}": leaf for key, leaf in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def unknown(key: str) -> str:
+    """The sentence about a key that does not exist."""
+    near = difflib.get_close_matches(key, KEYS, n=1)
+    return f"config key {key} does not exist" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a ValueError with one sentence on the first key that is unknown, missing, mistyped or impossible."""
+    flat = flatten(config)
+    for key in sorted(flat.keys() - KEYS.keys()):
+        raise ValueError(unknown(key))
+    for key, allowed in KEYS.items():
+        if key not in flat:
+            raise ValueError(f"config key {key} is missing; it must be {allowed.words}")
+        if not allowed.accepts(flat[key]):
+            raise ValueError(f"config key {key} must be {allowed.words}, not {flat[key]!r}")
+    if config.objective.name == "simple" and reverse.VARIANCES[config.model.variance].is_learned:
+        raise ValueError(
+            f"objective.name='simple' has no term that trains model.variance={config.model.variance!r}; "
+            "use hybrid or vlb, or a fixed variance"
+        )
+    if config.objective.name == "hybrid" and not reverse.VARIANCES[config.model.variance].is_learned:
+        raise ValueError(
+            f"objective.name='hybrid' trains a variance, but model.variance={config.model.variance!r} is fixed; "
+            "use simple or vlb, or a learned variance"
+        )
+    if config.schedule.name == "harmonic" and config.model.prediction == "eps":
+        raise ValueError(
+            "schedule.name='harmonic' ends with ᾱ_T = 0, where x_0 cannot be told from ε; "
+            "model.prediction must be x0, v or mean"
+        )
+    if config.sample.num_steps > config.schedule.num_steps:
+        raise ValueError(
+            f"sample.num_steps={config.sample.num_steps} exceeds schedule.num_steps={config.schedule.num_steps}"
+        )
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config, as config.json holds it."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def differing(config: ConfigDict, saved_json: str) -> list[str]:
+    """ "key: saved → now" for each key that shaped the saved run and differs now."""
+    now = flatten(ConfigDict(json.loads(to_json(config))))
+    saved = flatten(ConfigDict(json.loads(saved_json)))
+    keys = [key for key in sorted(now.keys() | saved.keys()) if not key.startswith(FREE)]
+    return [
+        f"{key}: {saved.get(key, 'absent')} → {now.get(key, 'absent')}"
+        for key in keys
+        if saved.get(key) != now.get(key)
+    ]

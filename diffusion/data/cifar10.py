@@ -1,0 +1,112 @@
+"""TFDS builder of CIFAR-10 (Krizhevsky, 2009) from the official binary archive, without TensorFlow."""
+
+import hashlib
+import io
+import os
+import tarfile
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+from tqdm import tqdm
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+
+LABELS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+RECORD_BYTES = 1 + 3 * 32 * 32  # the label, then the red, the green and the blue plane
+
+
+class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """CIFAR-10 with the directory, features and keys of TFDS's own builder, which needs TensorFlow."""
+
+    VERSION = tfds.core.Version("3.0.2")
+    NUM_TRAIN = 50_000
+    NUM_TEST = 10_000
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="60,000 colour photographs of 32x32 pixels in 10 classes.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": tfds.features.Text(),
+                    "image": tfds.features.Image(shape=(32, 32, 3), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(names=LABELS),
+                }
+            ),
+            homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
+            metadata=tfds.core.MetadataDict(num_levels=256),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        archive = find_archive(Path(self.data_dir_root), URL, SHA256)
+        return {
+            "train": self._generate_examples(archive, "train", [f"data_batch_{i}.bin" for i in range(1, 6)]),
+            "test": self._generate_examples(archive, "test", ["test_batch.bin"]),
+        }
+
+    def _generate_examples(self, archive: Path, split: str, members: list[str]) -> Iterator[tuple[int, dict]]:
+        with tarfile.open(archive) as tar:
+            records = b"".join(tar.extractfile(f"cifar-10-batches-bin/{member}").read() for member in members)
+        records = np.frombuffer(records, np.uint8).reshape(-1, RECORD_BYTES)
+        for index, record in enumerate(tqdm(records, desc=f"preparing cifar10 {split}")):
+            png = io.BytesIO()
+            Image.fromarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0)).save(png, "png")
+            yield index, {"id": f"{split}_{index:05d}", "image": png.getvalue(), "label": int(record[0])}
+
+
+def find_archive(data_dir: Path, url: str, sha256: str) -> Path:
+    """The file that `url` names: a copy in `data_dir` or `data_dir`/downloads, else downloaded to the latter.
+
+    Raises:
+      ValueError: a copy whose SHA-256 is not `sha256`.
+      ConnectionError: the download failed.
+    """
+    filename = url.rpartition("/")[2]
+    by_hand, downloaded = data_dir / filename, data_dir / "downloads" / filename
+    for path in (by_hand, downloaded):
+        if path.exists():
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != sha256:
+                raise ValueError(f"{path} has SHA-256 {found}, not {sha256}: delete it to download it anew")
+            return path
+    try:
+        download(url, sha256, downloaded)
+    except OSError as error:
+        raise ConnectionError(
+            f"could not download {url} ({error}): put a copy at {by_hand}, "
+            "or set data.data_dir to a TFDS directory that holds cifar10 in ArrayRecord format"
+        ) from error
+    return downloaded
+
+
+def download(url: str, sha256: str, path: Path) -> None:
+    """Downloads `url` to `path`, which appears only once complete and with the right SHA-256.
+
+    Raises:
+      ValueError: the server sent something else.
+      OSError: the server or the disk failed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, partial.open("wb") as file:
+            size = int(response.headers["Content-Length"] or 0) or None
+            with tqdm(total=size, desc=f"downloading {path.name}", unit="B", unit_scale=True) as progress:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    digest.update(block)
+                    progress.update(len(block))
+        found = digest.hexdigest()
+        if found != sha256:
+            raise ValueError(f"{url} sent SHA-256 {found}, not {sha256}: nothing was kept, try again")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

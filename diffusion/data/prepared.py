@@ -1,0 +1,149 @@
+"""Prepared TFDS directories: finding them, checking them, and preparing the project's own two sets."""
+
+import contextlib
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from diffusion.data.cifar10 import Cifar10
+from diffusion.data.digits import Digits
+
+OWN_BUILDERS = {"cifar10": Cifar10, "digits": Digits}
+
+
+def resolve_data_dir(data_dir: str | None) -> Path:
+    """`data_dir`, or where TFDS itself keeps data when that is None or empty."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def own_builder(name: str, data_dir: Path) -> tfds.core.GeneratorBasedBuilder | None:
+    """The project's own builder of `name` ("digits", "cifar10:3.0.2"), or None if it has none."""
+    base, _, version = name.partition(":")
+    builder_class = OWN_BUILDERS.get(base)
+    if builder_class is None or version not in ("", str(builder_class.VERSION)):
+        return None
+    return builder_class(data_dir=data_dir, file_format="array_record")
+
+
+def find(name: str, data_dir: Path) -> Path | None:
+    """The directory of the prepared set "name[/config][:version]", by default of its newest version, if any.
+
+    Raises:
+      ValueError: a malformed name.
+    """
+    match = re.fullmatch(r"(\w+(?:/[\w.+-]+)?)(?::(\d+\.\d+\.\d+))?", name)
+    if match is None:
+        raise ValueError(f'data.name={name!r} must look like "name", "name/config" or "name:1.0.0"')
+    base, wanted = match.groups()
+    versions = [path.parent.name for path in (data_dir / base).glob("*/dataset_info.json")]
+    versions = [version for version in versions if re.fullmatch(r"\d+\.\d+\.\d+", version)]
+    if wanted:
+        versions = [version for version in versions if version == wanted]
+    return data_dir / base / max(versions, key=tfds.core.Version) if versions else None
+
+
+def missing(name: str, data_dir: Path) -> FileNotFoundError:
+    """What to say when `name` is neither prepared in `data_dir` nor one of the project's own."""
+    infos = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
+    present = sorted({str(info.parent.parent.relative_to(data_dir)) for info in infos})
+    return FileNotFoundError(
+        f"data.name={name!r} is not prepared in data.data_dir={str(data_dir)!r} "
+        f"(found there: {', '.join(present) or 'nothing'}): set data.data_dir to where it is, "
+        f"take one of {', '.join(OWN_BUILDERS)}, which are prepared on first use, or run `tfds build {name} "
+        f"--file_format=array_record --data_dir={data_dir}` where TensorFlow is installed"
+    )
+
+
+def prepare(name: str, data_dir: Path) -> Path:
+    """Prepares one of the project's own sets as ArrayRecord and returns its directory.
+
+    TFDS writes to a temporary directory and renames it when complete, so an interrupted run leaves nothing
+    that looks prepared; of two processes at once, the slower fails to rename and takes the other's result.
+
+    Raises:
+      FileNotFoundError: the project has no builder of that name.
+      ValueError: a wrong checksum.
+      OSError: the download failed (ConnectionError), or `data_dir` cannot be written.
+    """
+    builder = own_builder(name, data_dir)
+    if builder is None:
+        raise missing(name, data_dir)
+    tfds.disable_progress_bar()  # the builders show their own
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download of unknown size
+            builder.download_and_prepare()
+    except ConnectionError:
+        raise
+    except OSError as error:
+        if find(name, data_dir) is None:
+            raise OSError(
+                f"cannot prepare {name} in data.data_dir={str(data_dir)!r} ({error}): "
+                "set data.data_dir to a directory that can be written"
+            ) from error
+    return find(name, data_dir)
+
+
+def open_directory(name: str, directory: Path) -> tfds.core.DatasetBuilder:
+    """A builder that reads the prepared `directory`.
+
+    Raises:
+      ValueError: it is not in ArrayRecord format.
+      FileNotFoundError: some of its files are missing.
+    """
+    if not (directory / "features.json").exists():
+        raise FileNotFoundError(f"{directory}/features.json is missing: copy all that TFDS prepared there")
+    builder = tfds.builder_from_directory(directory)
+    formats = sorted(file_format.value for file_format in builder.info.available_file_formats())
+    if "array_record" not in formats:
+        raise ValueError(
+            f"data.name={name!r} in {directory} is stored as {', '.join(formats)}, not as ArrayRecord: "
+            "set data.data_dir to another directory, or where TensorFlow is installed run "
+            f"`tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record`"
+        )
+    # A directory converted in place has both formats and names the older one first.
+    builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
+    for split_info in builder.info.splits.values():
+        for path in split_info.filepaths:
+            if not path.exists():
+                raise FileNotFoundError(f"{path} is missing: copy all that TFDS prepared there")
+    return builder
+
+
+def image_shape(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int, int, int]:
+    """(height, width, channels) of every picture.
+
+    Raises:
+      ValueError: the set has no `image` feature of 8 bits, fixed shape and 1 or 3 channels.
+    """
+    features = builder.info.features
+    names = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
+    image = features["image"] if "image" in names else None
+    if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
+        raise ValueError(f"data.name={name!r} has no 8-bit picture feature `image`, only {names}")
+    if None in image.shape or image.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"data.name={name!r} has pictures of shape {image.shape}, but all must have one height and width "
+            "and 1 or 3 channels: take a set or a config whose pictures are resized"
+        )
+    return image.shape
+
+
+def num_levels(builder: tfds.core.DatasetBuilder) -> int:
+    """Grey levels per channel: what the project's own builders wrote into the metadata, else 256."""
+    return int((builder.info.metadata or {}).get("num_levels", 256))
+
+
+def num_examples(name: str, builder: tfds.core.DatasetBuilder, split: str) -> int:
+    """How many examples a prepared split has.
+
+    Raises:
+      ValueError: there is no such split.
+    """
+    splits = builder.info.splits
+    if split not in splits:
+        raise ValueError(f"data.name={name!r} has no split {split!r}, only {', '.join(map(repr, splits))}")
+    return splits[split].num_examples

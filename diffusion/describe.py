@@ -1,0 +1,79 @@
+"""--mode=describe: what a config amounts to, without training: size, work, memory and the schedule's key figures."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion import build, config, data, likelihood, workdir
+from diffusion.build import Experiment
+from diffusion.step import losses
+
+
+def run(config_dict: ConfigDict, directory: Path) -> None:
+    """Prints the description; nothing is compiled or written."""
+    described = data.describe(config_dict.data.name, config_dict.data.data_dir)
+    experiment = build.experiment(config_dict, described.image_shape, described.num_levels)
+    workdir.check_config(config_dict, directory)
+    shape = "×".join(map(str, described.image_shape))
+    print(config.to_json(config_dict))
+    print(f"data        {described.name}: {described.num_train:,} training and {described.num_test:,} test images")
+    print(f"            {shape}, {described.num_levels} grey levels")
+    for name, value in (network(experiment) | schedule_figures(experiment)).items():
+        print(f"{name:<32}{value}")
+
+
+def network(experiment: Experiment) -> dict[str, str]:
+    """Parameters, work and memory of training on one device."""
+    state = jax.eval_shape(experiment.initial_state)
+    batch_size = experiment.training.batch_size
+    local_size = batch_size // jax.local_device_count() // experiment.training.grad_accum
+    forward = jax.jit(lambda params, x, t: experiment.denoiser(params)(x, t))
+    image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
+    cost = forward.lower(state.params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).cost_analysis()
+    giga = {
+        "parameters, EMA, Adam, gradients": _num_bytes((state, state.params)) / 2**30,
+        "kept for the backward pass": _residual_bytes(experiment, state.params, local_size) / 2**30,
+    }
+    return {
+        "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,}",
+        "forward pass": f"{cost['flops'] / 1e9:.2f} GFLOP per image",
+        "train step": f"{3 * cost['flops'] * batch_size / 1e12:.2f} TFLOP for {batch_size} images (3 × forward)",
+        "memory per device": f"at most {sum(giga.values()):.2f} GiB, for {local_size} images at a time",
+    } | {f"  {name}": f"{size:.2f} GiB" for name, size in giga.items()}
+
+
+def _residual_bytes(experiment: Experiment, params: PyTree, local_size: int) -> int:
+    """What JAX would keep for the backward pass if XLA fused nothing away: an upper estimate."""
+
+    def backward(params, t, keys, x0):
+        loss = lambda params: losses(experiment.training, params, t, keys, x0, dropout=True)[0].mean()  # noqa: E731
+        return jax.vjp(loss, params)[1]  # a pytree whose leaves are the kept arrays
+
+    x0 = jax.ShapeDtypeStruct((local_size, *experiment.image_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((local_size,), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), local_size))
+    return _num_bytes(jax.eval_shape(backward, params, t, keys, x0)) - _num_bytes(params)
+
+
+def _num_bytes(tree: PyTree) -> int:
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def schedule_figures(experiment: Experiment) -> dict[str, str]:
+    """How much signal is left at both ends, and what the two fixed variances cost whatever the network learns."""
+    schedule = experiment.schedule
+    last = schedule[schedule.num_steps]
+    ratio = np.asarray(schedule.log_beta_large - schedule.log_beta_tilde, np.float64)[2:]
+    mismatch = np.sum(0.5 * (ratio + np.expm1(-ratio))) / np.log(2)
+    prior = likelihood.prior_bpd(schedule, jnp.ones(experiment.image_shape))
+    return {
+        "schedule": f"{experiment.config.schedule.name}, T = {schedule.num_steps}",
+        "  β_1, β_T": f"{schedule.beta[1]:.3g}, {last.beta:.3g}",
+        "  log signal-to-noise at 1, T": f"{schedule.log_snr[1]:.2f}, {last.log_snr:.2f}",
+        "  prior L_T if x_0² = 1": f"{prior:.3g} bits/dim",
+        "  price of fixed_large": f"{mismatch:.5f} bits/dim over fixed_small, for a perfect mean",
+    }

@@ -1,0 +1,275 @@
+"""Read and write DDPM weights in the layout in which they are published: that of diffusers' UNet2DModel.
+
+A directory holds `config.json` and `diffusion_pytorch_model.safetensors`. Of all that such a config can say,
+`UNet` represents what Ho et al. (2020) used; the rest is refused by name. Nothing is ever unpickled.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from diffusion.unet import UNet
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+# What config.json must say for the network to be Ho et al.'s ...
+FIXED_CONFIG = {
+    "_class_name": "UNet2DModel",
+    "act_fn": "silu",
+    "add_attention": True,
+    "attention_head_dim": None,  # one head
+    "attn_norm_num_groups": None,  # as many as norm_num_groups
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "downsample_padding": 0,  # at the bottom and right only
+    "downsample_type": "conv",
+    "flip_sin_to_cos": False,  # sines first
+    "freq_shift": 1,  # the frequencies divide by width/2 - 1
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2D",
+    "norm_eps": 1e-6,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",  # the time embedding is added
+    "time_embedding_dim": None,  # 4 * the first width
+    "time_embedding_type": "positional",
+    "upsample_type": "conv",
+}
+# ... and what diffusers takes for a key that is absent, where that is something else.
+ABSENT_CONFIG = {
+    "attention_head_dim": 8,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "norm_eps": 1e-5,
+}
+# What it is free to choose: sizes, which are whole numbers or lists of them, ...
+SIZES = {"sample_size", "in_channels", "out_channels"}
+SIZES |= {"block_out_channels", "layers_per_block", "norm_num_groups"}
+BLOCK_TYPES = {"down_block_types", "up_block_types"}
+# ... and what may be absent; num_train_timesteps does not concern this kind of time embedding.
+OPTIONAL = {"dropout", "num_train_timesteps"}
+
+# Inside the modules of `UNet` -> inside the published ones.
+PART_NAMES = {
+    "norm_1": "norm1",
+    "conv_1": "conv1",
+    "time": "time_emb_proj",
+    "norm_2": "norm2",
+    "conv_2": "conv2",
+    "shortcut": "conv_shortcut",
+    "norm": "group_norm",
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "projection": "to_out.0",
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+}
+# What the first published files called the parts of an attention.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def load_diffusers(directory: str | Path) -> tuple[UNet, PyTree]:
+    """The network and its float32 parameters from a directory with published weights.
+
+    Raises FileNotFoundError if one of the two files does not exist, and ValueError, naming each culprit, if
+    the config asks for what `UNet` cannot represent or a tensor is missing, extra, misshapen, not float32 or
+    not finite.
+    """
+    config_path, weights_path = Path(directory) / CONFIG_FILE, Path(directory) / WEIGHTS_FILE
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; {CONFIG_FILE} and {WEIGHTS_FILE} are needed.")
+    try:
+        unet, image_shape = _unet_of(json.loads(config_path.read_text()))
+    except ValueError as error:  # malformed JSON is one, too
+        raise ValueError(f"{config_path}: {error}") from error
+    shapes = _param_shapes(unet, image_shape)
+    expected = jax.eval_shape(partial(_to_published, unet), shapes)
+    try:
+        tensors = _read_tensors(weights_path, expected)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{weights_path}: {error}") from error
+
+    params = {}
+    for path in flatten_dict(shapes):
+        name = _published_name(unet, path)
+        tensor = tensors[name]
+        if name.endswith("conv_shortcut.weight"):
+            tensor = tensor[:, :, 0, 0]
+        axes = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}[tensor.ndim]  # OIHW -> HWIO
+        params[path] = jnp.asarray(tensor.transpose(axes))
+    return unet, unflatten_dict(params)
+
+
+def save_diffusers(directory: str | Path, unet: UNet, params: PyTree, sample_size: int) -> None:
+    """Write the network and its parameters as published weights, for images of sample_size x sample_size.
+
+    Raises ValueError if the layout has no place for a field of `unet`, or if `params` are not the network's.
+    """
+    for key, value in {"scale_shift": False, "fourier_features": (), "heads": 1}.items():
+        if getattr(unet, key) != value:
+            raise ValueError(
+                f"unet.{key}={getattr(unet, key)} has no place in the published layout, which needs {value}."
+            )
+    if unet.multipliers[0] != 1:
+        raise ValueError(f"unet.multipliers={unet.multipliers} must begin with 1 in the published layout.")
+    image_shape = (sample_size, sample_size, params["conv_in"]["kernel"].shape[2])
+    _refuse_differences(
+        *(
+            {"/".join(path): leaf.shape for path, leaf in flatten_dict(tree).items()}
+            for tree in (params, _param_shapes(unet, image_shape))
+        )
+    )
+    attends = [sample_size >> level in unet.attention_resolutions for level in range(len(unet.multipliers))]
+    config = FIXED_CONFIG | {
+        "sample_size": sample_size,
+        "in_channels": image_shape[2],
+        "out_channels": unet.out_channels,
+        "block_out_channels": [unet.channels * multiplier for multiplier in unet.multipliers],
+        "layers_per_block": unet.blocks,
+        "norm_num_groups": unet.groups,
+        "dropout": unet.dropout,
+        **_block_types(attends),
+    }
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in _to_published(unet, params).items()}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _unet_of(config: dict[str, Any]) -> tuple[UNet, tuple[int, int, int]]:
+    """The network that a published config describes, and the shape [H, W, C] of its images."""
+    for key, value in (ABSENT_CONFIG | config).items():
+        if key in FIXED_CONFIG and value != FIXED_CONFIG[key]:
+            raise ValueError(f"{key}={value!r} cannot be represented, only {FIXED_CONFIG[key]!r}.")
+        if key not in FIXED_CONFIG.keys() | SIZES | BLOCK_TYPES | OPTIONAL and not key.startswith("_"):
+            raise ValueError(f"{key}={value!r} is not a key of this kind of network.")
+    if missing := (SIZES | BLOCK_TYPES) - config.keys():
+        raise ValueError(f"{', '.join(sorted(missing))} must be given.")
+    for key in sorted(SIZES):
+        if not all(type(size) is int and size > 0 for size in np.ravel(np.array(config[key], dtype=object))):
+            raise ValueError(f"{key}={config[key]!r} must consist of positive whole numbers.")
+
+    height, width = np.broadcast_to(config["sample_size"], 2).tolist()
+    widths = config["block_out_channels"]
+    attends = [block_type == "AttnDownBlock2D" for block_type in config["down_block_types"]]
+    if any(features % widths[0] for features in widths):
+        raise ValueError(f"block_out_channels={widths} must be multiples of the first.")
+    for key, block_types in _block_types(attends).items():
+        if config[key] != block_types or len(block_types) != len(widths):
+            raise ValueError(
+                f"{key}={config[key]} cannot be represented; there must be one DownBlock2D or "
+                f"AttnDownBlock2D per width of block_out_channels={widths} and, in reverse, its UpBlock2D "
+                "or AttnUpBlock2D."
+            )
+    unet = UNet(
+        channels=widths[0],
+        multipliers=tuple(features // widths[0] for features in widths),
+        blocks=config["layers_per_block"],
+        attention_resolutions=tuple(height >> level for level, attend in enumerate(attends) if attend),
+        groups=config["norm_num_groups"],
+        dropout=config.get("dropout", 0.0),
+        out_channels=config["out_channels"],
+    )
+    image_shape = (height, width, config["in_channels"])
+    unet.check(image_shape)
+    return unet, image_shape
+
+
+def _block_types(attends: list[bool]) -> dict[str, list[str]]:
+    """The two lists of block types of a network whose i-th level has attention if `attends[i]`."""
+    return {
+        "down_block_types": ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+    }
+
+
+def _param_shapes(unet: UNet, image_shape: tuple[int, int, int]) -> PyTree:
+    """The tree of the parameters' shapes; nothing is computed."""
+    variables = jax.eval_shape(unet.init, jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1))
+    return variables["params"]
+
+
+def _published_name(unet: UNet, path: tuple[str, ...]) -> str:
+    """The published name of the parameter at `path` of the network's tree."""
+    modules = {
+        "conv_in": "conv_in",
+        "time_1": "time_embedding.linear_1",
+        "time_2": "time_embedding.linear_2",
+        "mid_block_0": "mid_block.resnets.0",
+        "mid_attention": "mid_block.attentions.0",
+        "mid_block_1": "mid_block.resnets.1",
+        "norm_out": "conv_norm_out",
+        "conv_out": "conv_out",
+    }
+    for level in range(len(unet.multipliers)):
+        # Published levels are counted in the order in which they run.
+        down, up = f"down_blocks.{level}", f"up_blocks.{len(unet.multipliers) - 1 - level}"
+        modules[f"down_{level}_downsample"] = f"{down}.downsamplers.0.conv"
+        modules[f"up_{level}_upsample"] = f"{up}.upsamplers.0.conv"
+        for i in range(unet.blocks + 1):
+            modules[f"down_{level}_block_{i}"] = f"{down}.resnets.{i}"
+            modules[f"up_{level}_block_{i}"] = f"{up}.resnets.{i}"
+            modules[f"down_{level}_attention_{i}"] = f"{down}.attentions.{i}"
+            modules[f"up_{level}_attention_{i}"] = f"{up}.attentions.{i}"
+    return ".".join([modules[path[0]], *(PART_NAMES[part] for part in path[1:])])
+
+
+def _to_published(unet: UNet, params: PyTree) -> dict[str, Any]:
+    """The parameters by published name, in the published order of axes; works on shapes under eval_shape."""
+    tensors = {}
+    for path, tensor in flatten_dict(params).items():
+        name = _published_name(unet, path)
+        axes = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[tensor.ndim]  # HWIO -> OIHW
+        tensor = tensor.transpose(axes)
+        if name.endswith("conv_shortcut.weight"):
+            tensor = tensor[:, :, None, None]  # published as a 1x1 convolution
+        tensors[name] = tensor
+    return tensors
+
+
+def _read_tensors(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    """The file's tensors by their new names, after its header was found to say exactly what is expected."""
+    with safe_open(path, framework="numpy") as file:
+        stored_names = {name: name for name in file.keys()}
+        for stored_name in list(stored_names):
+            name = stored_name
+            for old, new in OLD_NAMES.items():
+                name = name.replace(old, new)
+            if name not in stored_names:  # a file with both names keeps both, and the old one is extra
+                stored_names[name] = stored_names.pop(stored_name)
+        headers = {name: file.get_slice(stored_name) for name, stored_name in stored_names.items()}
+        _refuse_differences(
+            {name: (*header.get_shape(), header.get_dtype()) for name, header in headers.items()},
+            {name: (*tensor.shape, "F32") for name, tensor in expected.items()},
+        )
+        tensors = {name: file.get_tensor(stored_name) for name, stored_name in stored_names.items()}
+    if bad := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise ValueError(f"not finite: {', '.join(bad)}.")
+    return tensors
+
+
+def _refuse_differences(found: dict[str, tuple], expected: dict[str, tuple]) -> None:
+    """Raise a ValueError that names every tensor that is missing, extra or of another shape than expected."""
+    differences = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    differences += [f"{name} is extra" for name in found.keys() - expected.keys()]
+    differences += [
+        f"{name} is {found[name]} instead of {expected[name]}"
+        for name in found.keys() & expected.keys()
+        if found[name] != expected[name]
+    ]
+    if differences:
+        raise ValueError("; ".join(sorted(differences)) + ".")

@@ -1,0 +1,82 @@
+"""Data parallelism with `jax.pmap`: the only file that knows how many devices there are."""
+
+from collections.abc import Callable, Iterator
+
+import flax.jax_utils
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from diffusion.step import Training, train_step
+
+AXIS = "devices"
+
+
+def check_batch_size(batch_size: int, pieces: int) -> None:
+    """Raises a ValueError unless the devices can share the batch, each in `pieces` equal pieces."""
+    devices = jax.local_device_count()
+    if batch_size % (devices * pieces):
+        split = f"{devices} devices × train.grad_accum={pieces} pieces" if pieces > 1 else f"{devices} devices"
+        raise ValueError(f"train.batch_size={batch_size} does not divide by {split}")
+
+
+def replicate(tree: PyTree) -> PyTree:
+    """One copy of a host tree for each device: leaves [devices, ...]."""
+    # The copies get the sharding that pmap itself returns; with another one the second step would compile again.
+    return flax.jax_utils.replicate(tree, axis_name=AXIS)
+
+
+def unreplicate(tree: PyTree) -> PyTree:
+    """The first device's copy as NumPy arrays; no other device is read."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data).reshape(leaf.shape[1:]), tree)
+
+
+def over_devices(fn: Callable) -> Callable:
+    """`fn` on every device at once, over the leading axis of every argument."""
+    return jax.pmap(fn, axis_name=AXIS)
+
+
+def train_steps(training: Training) -> Callable:
+    """Several train steps as one compiled call: (state, images, indices [devices, steps, b]) -> (state, metrics).
+
+    The state is donated; the metrics' leaves are [devices, steps]. A single step is not put into a loop: on the
+    CPU backend gradients of convolutions are many times slower inside one.
+    """
+
+    def call(state, images, indices):
+        def body(state, step_indices):
+            return train_step(training, state, images, step_indices, AXIS)
+
+        if len(indices) == 1:
+            state, metrics = body(state, indices[0])
+            return state, jax.tree.map(lambda metric: metric[None], metrics)
+        return jax.lax.scan(body, state, indices)
+
+    return jax.pmap(call, axis_name=AXIS, donate_argnums=0)
+
+
+def shard_steps(indices: np.ndarray) -> np.ndarray:
+    """[steps, B] -> [devices, steps, B/devices]."""
+    steps = len(indices)
+    return np.swapaxes(indices.reshape(steps, jax.local_device_count(), -1), 0, 1)
+
+
+def padded_batches(num_items: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """All of 0…num_items−1 in batches [devices, b] of one shape, each with its number of real entries.
+
+    The last batch is filled up with repetitions of its first item; the real entries come first in the
+    flattened batch. No batch is larger than the items need.
+    """
+    devices = jax.local_device_count()
+    per_device = -(-min(batch_size, num_items) // devices)
+    for start in range(0, num_items, devices * per_device):
+        batch = np.arange(start, min(start + devices * per_device, num_items))
+        filled = np.full(devices * per_device, start)
+        filled[: len(batch)] = batch
+        yield filled.reshape(devices, per_device), len(batch)
+
+
+def gather(array: jax.Array, num_real: int) -> np.ndarray:
+    """The real entries of a result [devices, b, ...], on the host."""
+    host = np.asarray(array)
+    return host.reshape(-1, *host.shape[2:])[:num_real]

@@ -1,0 +1,245 @@
+"""What a person sees: progress, metrics, pictures, curves and the summary of a run."""
+
+import json
+import math
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from diffusion import __version__
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class MetricsLog:
+    """metrics.jsonl, one JSON object per step, and the same in TensorBoard.
+
+    Opening the log at the step a run resumes from drops the rows beyond it, which the run will write again;
+    what a killed run did not finish writing is dropped too. So no step is missing and none appears twice,
+    provided that a step's row is written before its checkpoint.
+
+    Args:
+        workdir: gets metrics.jsonl (the source of truth) and tensorboard/.
+        step: the step that the run starts from.
+        enabled: False writes nothing: for all processes but the first.
+    """
+
+    def __init__(self, workdir: str | Path, step: int = 0, enabled: bool = True):
+        self._enabled = enabled
+        self._last_step = step
+        if not enabled:
+            return
+        path = Path(workdir) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(workdir) if row["step"] <= step]
+        _write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._rows = path.open("a")
+        self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, **scalars: SupportsFloat) -> None:
+        """Appends one row; it is in the file when this returns.
+
+        Raises:
+            ValueError: a number is not finite, or the step is not beyond the last one.
+        """
+        if step <= self._last_step:
+            raise ValueError(f"metrics of step {step} come after those of step {self._last_step}")
+        self._last_step = step
+        if not self._enabled:
+            return
+        row = _finite({name: float(value) for name, value in scalars.items()})
+        self._rows.write(json.dumps({"step": step} | row) + "\n")
+        self._rows.flush()
+        for name, value in row.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def images(self, step: int, name: str, grid: UInt8[np.ndarray, "h w c"]) -> None:
+        """Shows a picture in TensorBoard."""
+        if self._enabled:
+            self._tensorboard.add_image(name, grid, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._enabled:
+            self._rows.close()
+            self._tensorboard.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, oldest first; [] if there are none yet.
+
+    Raises:
+        ValueError: a row is damaged. (A last one that a killed run left half written is passed over.)
+    """
+    path = Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"line {number} of {path} is damaged: {line[:60]!r}") from None
+    return rows
+
+
+def write_summary(workdir: str | Path, summary: dict[str, Any]) -> None:
+    """Writes summary.json, whole or not at all.
+
+    Raises:
+        ValueError: a number is not finite; the message names it.
+    """
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in summary.items()}
+    _write_atomically(Path(workdir) / "summary.json", json.dumps(_finite(plain), indent=2) + "\n")
+
+
+def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, not a finite number")
+    return numbers
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this project and the packages that the numbers depend on."""
+    packages = {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "diffusion": __version__} | packages
+
+
+def device_name() -> str:
+    """All devices in words, such as "NVIDIA H200 ×1"."""
+    devices = jax.devices()
+    return f"{devices[0].device_kind} ×{len(devices)}"
+
+
+class Progress(tqdm):
+    """A progress bar with the time left; a line now and then where the output is not a terminal.
+
+    Args:
+        total: how many units the whole job has.
+        initial: how many of them were done before (a resumed run).
+        desc: what is going on: "train".
+        unit: what is counted: "step".
+        enabled: False shows nothing: for all processes but the first.
+    """
+
+    def __init__(self, total: int, initial: int = 0, desc: str = "", unit: str = "step", enabled: bool = True):
+        terminal = {"dynamic_ncols": True}
+        log_file = {
+            "mininterval": 10.0,
+            "maxinterval": 10.0,
+            "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n",
+        }
+        style = terminal if sys.stderr.isatty() else log_file
+        super().__init__(total=total, initial=initial, desc=desc, unit=unit, disable=not enabled, **style)
+
+    def advance(self, count: int, **numbers: SupportsFloat) -> None:
+        """Moves on by `count` units and shows the numbers (loss, images_per_s) at the next refresh."""
+        self.set_postfix({name: float(value) for name, value in numbers.items()}, refresh=False)
+        self.update(count)
+
+
+def image_grid(
+    images: UInt8[np.ndarray, "n h w c"], num_levels: int = 256, columns: int | None = None
+) -> UInt8[np.ndarray, "grid_h grid_w c"]:
+    """Lays images out row by row, as square as possible unless `columns` is given.
+
+    Grey levels 0…num_levels-1 are stretched to 0…255, and small images enlarged by the whole factor that fits
+    into 48 pixels, so that a person can see them.
+    """
+    n, height, width, channels = images.shape
+    columns = math.ceil(math.sqrt(n)) if columns is None else columns
+    rows = math.ceil(n / columns)
+    factor = max(1, 48 // max(height, width))
+    margin = 2
+    visible = np.round(images * (255 / (num_levels - 1))).astype(np.uint8)
+    visible = visible.repeat(factor, axis=1).repeat(factor, axis=2)
+    cell_height, cell_width = height * factor + margin, width * factor + margin
+    grid = np.full((rows * cell_height + margin, columns * cell_width + margin, channels), 128, np.uint8)
+    for i, image in enumerate(visible):
+        top, left = margin + i // columns * cell_height, margin + i % columns * cell_width
+        grid[top : top + height * factor, left : left + width * factor] = image
+    return grid
+
+
+def film(frames: UInt8[np.ndarray, "f n h w c"], num_levels: int = 256) -> UInt8[np.ndarray, "grid_h grid_w c"]:
+    """A row per sample: x̂_0 from the first step on the left to the finished image on the right."""
+    by_sample = frames.swapaxes(0, 1)
+    return image_grid(by_sample.reshape(-1, *frames.shape[2:]), num_levels, columns=len(frames))
+
+
+def save_png(path: str | Path, picture: UInt8[np.ndarray, "h w c"]) -> None:
+    """Writes a picture of one (grey) or three (RGB) channels."""
+    Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(path)
+
+
+def plot_loss(metrics: list[dict[str, Any]], path: str | Path) -> None:
+    """The training loss per step, its running mean, and the test loss where it was measured."""
+    steps, loss = np.array([(row["step"], row["loss"]) for row in metrics if "loss" in row]).reshape(-1, 2).T
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="training step", ylabel="loss")
+    axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
+    if len(loss):
+        window = np.ones(len(loss) // 20 | 1)
+        # Divided by the number of rows under the window, which is smaller at both ends.
+        mean = np.convolve(loss, window, "same") / np.convolve(np.ones_like(loss), window, "same")
+        axes.plot(steps, mean, color="tab:blue", label=f"train, mean of {len(window)} rows")
+    test = np.array([(row["step"], row["test_loss"]) for row in metrics if "test_loss" in row]).reshape(-1, 2)
+    if len(test):
+        axes.plot(*test.T, "o-", color="tab:orange", markersize=4, label="test")
+    if np.all(loss > 0) and np.all(test[:, 1] > 0):
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_bpd(path: str | Path, terms_bpd: Float[np.ndarray, " t"], prior_bpd: SupportsFloat, title: str = "") -> None:
+    """The variational bound per t, and what adds up to it. Ho et al. (2020), eq. 5.
+
+    Args:
+        path: of the picture.
+        terms_bpd: entry t - 1 is the mean term of t in bits/dim: the decoder's L_0 first, then the KL terms.
+        prior_bpd: L_T, in bits/dim.
+        title: which run this is.
+    """
+    t = np.arange(1, len(terms_bpd) + 1)
+    decoder, kl, prior = float(terms_bpd[0]), float(terms_bpd[1:].sum()), float(prior_bpd)
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    per_t, cumulative = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    figure.suptitle(f"{title}: {decoder + kl + prior:.4f} bits/dim".removeprefix(": "))
+    kl_label = rf"KL terms $\Sigma_{{t>1}} L_{{t-1}}$: {kl:.4f}"
+    per_t.loglog(t[1:], terms_bpd[1:], color="tab:blue", label=kl_label)
+    per_t.loglog(1, decoder, "o", color="tab:red", label=f"decoder $L_0$ (t = 1): {decoder:.4f}")
+    per_t.plot([], [], " ", label=f"prior $L_T$: {prior:.2g}")
+    per_t.set_ylabel("term of t (bits/dim)")
+    per_t.legend(title="bits/dim")
+    cumulative.plot(t, np.cumsum(terms_bpd), color="tab:blue")
+    cumulative.plot(1, decoder, "o", color="tab:red")
+    cumulative.set_ylim(bottom=0)
+    cumulative.set(xlabel="t", ylabel="sum of terms up to t\n(bits/dim)")
+    for axes in (per_t, cumulative):
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=120)

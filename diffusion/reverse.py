@@ -1,0 +1,158 @@
+"""The reverse process p_θ(x_{t−1} | x_t): what the network predicts × where the variance comes from.
+
+`make` picks one entry of each of the two tables below; both are pairs of small functions, so a new idea is
+a new entry. Everything is for one example and one row of the schedule.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from diffusion import process
+from diffusion.gaussian import Gaussian
+from diffusion.schedules import Schedule
+
+
+class Prediction(NamedTuple):
+    """What the network's output means.
+
+    target: (row, x0, x_t, eps) -> what a perfect network would output.
+    to_x0: (row, x_t, output) -> the x̂_0 that this output stands for.
+    """
+
+    target: Callable[..., Array]
+    to_x0: Callable[..., Array]
+
+
+class Variance(NamedTuple):
+    """Where log σ_t² comes from.
+
+    log_var: (row, raw) -> log σ_t²; `raw` is the network's second half, or zeros where it has none.
+    is_learned: whether the network has that second half.
+    """
+
+    log_var: Callable[..., Array]
+    is_learned: bool
+
+
+PREDICTIONS: dict[str, Prediction] = {
+    # x_0 = (x_t − √(1−ᾱ_t) ε)/√ᾱ_t: eq. 4 of Ho et al. (2020) solved for x_0; their choice.
+    "eps": Prediction(
+        target=lambda row, x0, x_t, eps: eps,
+        to_x0=lambda row, x_t, eps: (x_t - row.sqrt_one_minus_alpha_bar * eps) / row.sqrt_alpha_bar,
+    ),
+    "x0": Prediction(
+        target=lambda row, x0, x_t, eps: x0,
+        to_x0=lambda row, x_t, x0: x0,
+    ),
+    # v = √ᾱ_t ε − √(1−ᾱ_t) x_0: Salimans & Ho (2022), section 4.
+    "v": Prediction(
+        target=lambda row, x0, x_t, eps: row.sqrt_alpha_bar * eps - row.sqrt_one_minus_alpha_bar * x0,
+        to_x0=lambda row, x_t, v: row.sqrt_alpha_bar * x_t - row.sqrt_one_minus_alpha_bar * v,
+    ),
+    # μ̃_t(x_t, x_0), eq. 7 of Ho et al. (2020), solved for x_0.
+    "mean": Prediction(
+        target=lambda row, x0, x_t, eps: process.q_posterior(row, x0, x_t).mean,
+        to_x0=lambda row, x_t, mean: (mean - row.posterior_x_t * x_t) / row.posterior_x0,
+    ),
+}
+
+
+def _learned_range(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
+    """Between log β̃_t at raw = −1 and log β_t at raw = 1. Nichol & Dhariwal (2021), eq. 15.
+
+    The upper end is log β_t itself even at t = 1, where fixed_large takes β̃_2 instead.
+    """
+    fraction = (raw + 1) / 2
+    return fraction * row.log_beta + (1 - fraction) * row.log_beta_tilde
+
+
+VARIANCES: dict[str, Variance] = {
+    # Ho et al. (2020), section 3.2: the two extremes, optimal for x_0 a point and for x_0 ~ N(0, I).
+    "fixed_small": Variance(lambda row, raw: jnp.full_like(raw, row.log_beta_tilde), is_learned=False),
+    "fixed_large": Variance(lambda row, raw: jnp.full_like(raw, row.log_beta_large), is_learned=False),
+    "learned": Variance(lambda row, raw: raw, is_learned=True),
+    "learned_range": Variance(_learned_range, is_learned=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reverse:
+    """p_θ(x_{t−1} | x_t) as a function of a row, x_t and the network's output."""
+
+    prediction: str
+    variance: str
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network outputs a variance beside its prediction."""
+        return VARIANCES[self.variance].is_learned
+
+    def output_channels(self, channels: int) -> int:
+        """How many channels the network must have for images of `channels`."""
+        return 2 * channels if self.learns_variance else channels
+
+    def split(
+        self, output: Float[ArrayLike, "*shape c_out"]
+    ) -> tuple[Float[ArrayLike, "*shape c"], Float[ArrayLike, "*shape c"]]:
+        """The network's output as (prediction, raw variance); zeros where the variance is not learned."""
+        if self.learns_variance:
+            return tuple(jnp.split(output, 2, axis=-1))
+        return output, jnp.zeros_like(output)
+
+    def target(
+        self,
+        row: Schedule,
+        x0: Float[ArrayLike, "*shape"],
+        x_t: Float[ArrayLike, "*shape"],
+        eps: Float[ArrayLike, "*shape"],
+    ) -> Float[ArrayLike, "*shape"]:
+        """What a perfect network would predict."""
+        return PREDICTIONS[self.prediction].target(row, x0, x_t, eps)
+
+    def __call__(
+        self,
+        row: Schedule,
+        x_t: Float[ArrayLike, "*shape c"],
+        output: Float[ArrayLike, "*shape c_out"],
+        clip_x0: bool = True,
+    ) -> tuple[Gaussian, Float[ArrayLike, "*shape c"]]:
+        """p_θ(x_{t−1} | x_t) and x̂_0.
+
+        The mean is μ̃_t(x_t, x̂_0), which for ε is eq. 11 of Ho et al. (2020); where the network predicts the
+        mean itself, that prediction is the mean, and clipping changes only the x̂_0 that is reported.
+
+        Args:
+            row: the schedule's row of t.
+            x_t: [H, W, C].
+            output: the network's output, [H, W, output_channels(C)].
+            clip_x0: clip x̂_0 to [-1, 1], as Ho et al. do in sampling and evaluation.
+        """
+        predicted, raw = self.split(output)
+        x0_hat = PREDICTIONS[self.prediction].to_x0(row, x_t, predicted)
+        if clip_x0:
+            x0_hat = jnp.clip(x0_hat, -1.0, 1.0)
+        mean = predicted if self.prediction == "mean" else process.q_posterior(row, x0_hat, x_t).mean
+        return Gaussian(mean, VARIANCES[self.variance].log_var(row, raw)), x0_hat
+
+
+def make(prediction: str, variance: str) -> Reverse:
+    """The reverse process of a named prediction and a named variance.
+
+    Args:
+        prediction: "eps", "x0", "v" or "mean".
+        variance: "fixed_small" (β̃_t), "fixed_large" (β_t), "learned" (the network outputs log σ_t²) or
+            "learned_range" (it outputs where between the two, on a log scale).
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"model.prediction={prediction!r} is not one of {', '.join(PREDICTIONS)}")
+    if variance not in VARIANCES:
+        raise ValueError(f"model.variance={variance!r} is not one of {', '.join(VARIANCES)}")
+    return Reverse(prediction, variance)

@@ -1,0 +1,72 @@
+"""Sampling from a trained model: a grid, a film of x̂_0, and the images themselves."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree, UInt8
+from ml_collections import ConfigDict
+
+from diffusion import build, data, parallel, randomness, report, samplers, schedules, workdir
+from diffusion.build import Experiment
+from diffusion.step import to_levels
+
+FILM_FRAMES = 12
+FILM_IMAGES = 8
+
+
+def run(config: ConfigDict, directory: Path) -> None:
+    """--mode=sample: draws from the latest checkpoint of `directory`."""
+    described = data.describe(config.data.name, config.data.data_dir)
+    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    state = workdir.restore(experiment, directory)
+    save(experiment, directory, *sampler(experiment)(parallel.replicate(state.ema_params)))
+    print(f"{config.sample.num_images} samples: {directory / 'samples.png'}, {directory / 'samples.npz'}")
+
+
+def sampler(experiment: Experiment) -> Callable[[PyTree], tuple[np.ndarray, np.ndarray]]:
+    """The config's sampler, compiled once: replicated parameters -> (images [N, H, W, C], films [N, F, H, W, C]).
+
+    Image n is the same whatever the batch size and the number of devices; grey levels, uint8.
+    """
+    config = experiment.config.sample
+    schedule = experiment.schedule
+    if config.num_steps:
+        schedule = schedules.evenly_spaced(schedule, config.num_steps)
+    options = {"shape": experiment.image_shape, "num_frames": min(FILM_FRAMES, schedule.num_steps)}
+    if config.method == "ddim":
+        options["eta"] = config.eta
+    method = {"ancestral": samplers.ancestral, "ddim": samplers.ddim}[config.method]
+    seed_key = randomness.stream(experiment.config.seed, "sample")
+
+    def one_batch(params, image_numbers):
+        keys = randomness.per_item(seed_key, image_numbers)
+        x0, film = method(experiment.denoiser(params), experiment.p, schedule, keys, **options)
+        film = jnp.swapaxes(film, 0, 1)  # the images first, as everywhere in a batch
+        return to_levels(x0, experiment.num_levels), to_levels(film, experiment.num_levels)
+
+    compiled = parallel.over_devices(one_batch)
+
+    def draw(replicated_params: PyTree) -> tuple[np.ndarray, np.ndarray]:
+        results = []
+        with report.Progress(config.num_images, desc="sample", unit="image") as progress:
+            for numbers, num_real in parallel.padded_batches(config.num_images, config.batch_size):
+                batch = compiled(replicated_params, numbers)
+                results.append(jax.tree.map(lambda array: parallel.gather(array, num_real), batch))  # noqa: B023
+                progress.update(num_real)
+        images, films = (np.concatenate(parts) for parts in zip(*results, strict=True))
+        return images, films
+
+    return draw
+
+
+def save(
+    experiment: Experiment, directory: Path, images: UInt8[np.ndarray, "n h w c"], films: UInt8[np.ndarray, "n f h w c"]
+) -> None:
+    """Writes samples.png, progressive.png and samples.npz (grey levels, uint8 [N, H, W, C])."""
+    levels = experiment.num_levels
+    report.save_png(directory / "samples.png", report.image_grid(images, levels))
+    report.save_png(directory / "progressive.png", report.film(films[:FILM_IMAGES].swapaxes(0, 1), levels))
+    np.savez_compressed(directory / "samples.npz", images=images, num_levels=levels)

@@ -1,0 +1,133 @@
+"""The pure train step: everything that happens between two values of the state, for one device's share of it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+
+from diffusion import process, randomness
+from diffusion.objectives import Problem
+from diffusion.schedules import Schedule
+from diffusion.state import TrainState
+
+
+def to_unit(images: UInt8[Array, "*shape"], num_levels: int) -> Float[Array, "*shape"]:
+    """Grey levels 0…L−1 as numbers in [-1, 1], without dequantization. Ho et al. (2020), section 3.3."""
+    return images.astype(jnp.float32) / ((num_levels - 1) / 2) - 1.0
+
+
+def to_levels(x: Float[Array, "*shape"], num_levels: int) -> UInt8[Array, "*shape"]:
+    """The inverse of `to_unit`, rounded to the nearest grey level."""
+    return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * ((num_levels - 1) / 2)).astype(jnp.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What defines one train step, apart from the state and the data.
+
+    Attributes:
+        apply: (params, x_t [B, H, W, C], network_t [B], dropout keys [B] or None) -> output.
+        objective, problem: see `objectives`.
+        draw_t: see `timesteps`.
+        schedule: the forward process.
+        optimizer: from Optax.
+        ema_decay: of the parameters' moving average.
+        seed: of all randomness.
+        batch_size: images per step, over all devices.
+        flip: whether half of the images are mirrored.
+        log_every: after how many steps `state.window` starts afresh.
+        grad_accum: in how many pieces a device's share goes through the network.
+        unroll: write the loop over pieces out, for backends that are slow inside loops.
+    """
+
+    apply: Callable[..., Array]
+    objective: Callable[..., Any]
+    problem: Problem
+    draw_t: Callable[[Key[Array, ""], int, int], Array]
+    schedule: Schedule
+    optimizer: optax.GradientTransformation
+    ema_decay: float
+    seed: int
+    batch_size: int
+    flip: bool
+    log_every: int
+    grad_accum: int = 1
+    unroll: bool = False
+
+
+def losses(
+    training: Training, params: PyTree, t: Int[Array, " b"], keys: Key[Array, " b"], x0: Array, dropout: bool
+) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+    """Each example's loss and its parts, for given t; ε and dropout come from each example's own key."""
+    noise_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    row = training.schedule[t]
+    eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_keys)
+    x_t = jax.vmap(process.q_sample)(row, x0, eps)
+    output = training.apply(params, x_t, row.network_t, dropout_keys if dropout else None)
+    one = lambda *example: training.objective(training.problem, *example)  # noqa: E731
+    return jax.vmap(one)(row, x0, x_t, eps, output)
+
+
+def train_step(
+    training: Training, state: TrainState, images: UInt8[Array, "n h w c"], indices: Int[Array, " b"], axis_name: str
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One optimizer step on this device's share of the batch.
+
+    Every random number belongs to a position in the global batch and not to a device, so the same batch gives
+    the same step on 1 device or on 8.
+
+    Args:
+        training: what defines the step.
+        state: this replica's state.
+        images: the whole data set, grey levels.
+        indices: which images this device takes.
+        axis_name: of the devices' axis, over which gradients and metrics are averaged.
+
+    Returns:
+        The next state, and the step's metrics: the loss, its parts and the gradient's norm before the clip.
+    """
+    local_size = len(indices)
+    position = jax.lax.axis_index(axis_name) * local_size + jnp.arange(local_size)
+    step_key = jax.random.fold_in(randomness.stream(training.seed, "train"), state.step)
+    t_key, examples_key, flip_key = jax.random.split(step_key, 3)
+    t = training.draw_t(t_key, training.batch_size, training.schedule.num_steps)[position]
+    keys = randomness.per_item(examples_key, position)
+    x0 = to_unit(images[indices], training.problem.num_levels)
+    if training.flip:
+        mirrored = jax.random.bernoulli(flip_key, shape=(training.batch_size,))[position]
+        x0 = jnp.where(mirrored[:, None, None, None], x0[:, :, ::-1], x0)
+
+    def mean_loss(params, t, keys, x0):
+        loss, parts = losses(training, params, t, keys, x0, dropout=True)
+        return loss.mean(), {"loss": loss.mean()} | jax.tree.map(jnp.mean, parts)
+
+    def accumulate(total, piece):
+        return jax.tree.map(jnp.add, total, jax.grad(mean_loss, has_aux=True)(state.params, *piece)), None
+
+    pieces = jax.tree.map(lambda a: a.reshape(training.grad_accum, -1, *a.shape[1:]), (t, keys, x0))
+    if training.grad_accum == 1:
+        total = jax.grad(mean_loss, has_aux=True)(state.params, t, keys, x0)
+    else:
+        like = jax.eval_shape(jax.grad(mean_loss, has_aux=True), state.params, *jax.tree.map(lambda a: a[0], pieces))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        total, _ = jax.lax.scan(accumulate, zeros, pieces, unroll=training.unroll)
+    grads, metrics = jax.lax.pmean(jax.tree.map(lambda leaf: leaf / training.grad_accum, total), axis_name)
+
+    with jax.numpy_dtype_promotion("standard"):  # Optax multiplies its integer counts with floats
+        updates, opt_state = training.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    keep = jnp.where(state.step % training.log_every == 0, 0.0, 1.0)
+    window = {name: keep * total + (metrics | {"count": 1.0})[name] for name, total in state.window.items()}
+    next_state = state.replace(
+        step=state.step + 1,
+        params=params,
+        ema_params=optax.incremental_update(params, state.ema_params, 1.0 - training.ema_decay),
+        opt_state=opt_state,
+        window=window,
+    )
+    return next_state, metrics

@@ -1,0 +1,162 @@
+"""Training: from a config and a working directory to checkpoints, then pictures and bits per dimension.
+
+What a run needs to go on is its config.json and its latest checkpoint: the same command resumes by itself.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion import build, data, evaluate, parallel, randomness, report, sample, timesteps, workdir
+from diffusion.build import Experiment
+from diffusion.checkpoint import Checkpoints
+from diffusion.data import ImageSet
+from diffusion.state import TrainState
+from diffusion.step import losses, to_unit
+
+MONITORED_IMAGES = 256  # test images whose loss is followed during training
+
+
+def run(config: ConfigDict, directory: Path) -> None:
+    """Trains to config.train.num_steps, resuming if `directory` holds a part of this run; then samples and scores.
+
+    Raises:
+        ValueError, OSError: what does not fit or is missing, in one sentence and before any compilation.
+        FloatingPointError: a loss is not finite; nothing is saved after it.
+    """
+    started = time.monotonic()
+    described = data.describe(config.data.name, config.data.data_dir)
+    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    workdir.claim(config, directory)
+    if workdir.is_finished(directory):
+        print(f"{directory} holds this run, finished: see {directory / 'summary.json'}")
+        return
+    train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
+    draw_samples = sample.sampler(experiment)
+
+    with Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
+        state = experiment.initial_state()
+        if checkpoints.latest_step() is not None:
+            state = checkpoints.restore(None, like=state)
+        state = train(experiment, directory, state, train_set, test_set, checkpoints, draw_samples)
+
+    report.plot_loss(report.read_metrics(directory), directory / "loss.png")
+    sample.save(experiment, directory, *draw_samples(parallel.replicate(state.ema_params)))
+    summary = evaluate.score(experiment, directory, state, train_set, test_set)
+    summary["seconds"] = time.monotonic() - started
+    report.write_summary(directory, summary | {"device": report.device_name(), "versions": report.versions()})
+    print(f"test {summary['test_bpd']:.4f} bits/dim; see {directory / 'summary.json'} and the pictures beside it")
+
+
+def train(
+    experiment: Experiment,
+    directory: Path,
+    state: TrainState,
+    train_set: ImageSet,
+    test_set: ImageSet,
+    checkpoints: Checkpoints,
+    draw_samples: Callable[[PyTree], tuple[np.ndarray, np.ndarray]],
+) -> TrainState:
+    """The loop: calls the compiled step; between calls it logs, saves and draws. Returns the last state."""
+    config, begin = experiment.config, int(state.step)
+    if begin == config.train.num_steps:
+        return state
+    train_steps, test_loss = parallel.train_steps(experiment.training), _test_loss(experiment, test_set)
+    images, state = parallel.replicate(train_set.images), parallel.replicate(jax.device_get(state))
+    unchecked, since = [], time.monotonic()
+    with (
+        report.MetricsLog(directory, step=begin) as log,
+        report.Progress(config.train.num_steps, initial=begin, desc="train") as progress,
+    ):
+        for steps, indices in _calls(config, begin, len(train_set.images)):
+            state, metrics = train_steps(state, images, indices)
+            if unchecked:  # wait for the call before: one call is in flight, and the progress shown is made
+                jax.block_until_ready(unchecked[-1][1])
+            unchecked.append((steps, metrics))
+            progress.update(len(steps))
+
+            step = steps[-1]
+            is_last = step == config.train.num_steps
+            logs, saves, draws = (
+                is_last or every and step % every == 0
+                for every in (config.train.log_every, config.train.checkpoint_every, config.train.sample_every)
+            )
+            row = {}
+            if logs or saves:
+                _check_finite(unchecked)
+                unchecked = []
+            if logs:
+                row = {name: value for name, value in parallel.unreplicate(state.window).items()}
+                count = row.pop("count")
+                row = {name: value / count for name, value in row.items()}
+                row["images_per_second"] = count * config.train.batch_size / (time.monotonic() - since)
+                since = time.monotonic()
+            if saves:
+                row["test_loss"] = test_loss(state.ema_params)
+            if row:
+                log.write(step, **row)
+                progress.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
+            if saves:
+                checkpoints.save(step, parallel.unreplicate(state), {"test_loss": row["test_loss"]})
+            if draws and not is_last:
+                grid = report.image_grid(draw_samples(state.ema_params)[0], experiment.num_levels)
+                report.save_png(directory / f"samples_{step}.png", grid)
+                log.images(step, "samples", grid)
+    return parallel.unreplicate(state)
+
+
+def _calls(config: ConfigDict, begin: int, num_examples: int) -> Iterator[tuple[range, np.ndarray]]:
+    """The compiled calls still to make: the steps each one completes, and the examples it takes.
+
+    All calls have the same number of steps, or there would be a second compilation; so that number divides
+    everything that happens between calls. On the CPU it is 1: see `parallel.train_steps`.
+    """
+    settings = config.train
+    wanted = 1 if jax.default_backend() == "cpu" else settings.steps_per_call
+    between = (settings.log_every, settings.checkpoint_every, settings.sample_every, settings.num_steps)
+    steps_per_call = math.gcd(wanted, *between)
+    for step in range(begin, settings.num_steps, steps_per_call):
+        steps = range(step, step + steps_per_call)
+        indices = [data.batch_indices(config.seed, i, settings.batch_size, num_examples) for i in steps]
+        yield range(step + 1, step + steps_per_call + 1), parallel.shard_steps(np.stack(indices))
+
+
+def _check_finite(unchecked: list[tuple[range, dict[str, jax.Array]]]) -> None:
+    """Raises a FloatingPointError that names the first step and the terms that are not finite."""
+    for steps, metrics in unchecked:
+        host = parallel.unreplicate(metrics)
+        for i, step in enumerate(steps):
+            bad = {name: values[i] for name, values in host.items() if not np.isfinite(values[i])}
+            if bad:
+                terms = ", ".join(f"{name} = {value}" for name, value in bad.items())
+                raise FloatingPointError(f"step {step}: {terms}; the last checkpoint is from before this step")
+
+
+def _test_loss(experiment: Experiment, test_set: ImageSet) -> Callable[[PyTree], float]:
+    """The training loss of replicated parameters on some test images, always with the same t and ε."""
+    images = evaluate.subset(test_set.images, min(MONITORED_IMAGES, len(test_set.images)))
+    t_key, examples_key = jax.random.split(randomness.stream(experiment.config.seed, "monitor"))
+    t = timesteps.low_discrepancy(t_key, len(images), experiment.schedule.num_steps)
+    t = np.random.RandomState(0).permutation(np.asarray(t))  # images sorted by class must not meet t in order
+
+    def one_batch(params, images, t, image_numbers):
+        x0 = to_unit(images, experiment.num_levels)
+        keys = randomness.per_item(examples_key, image_numbers)
+        return losses(experiment.training, params, t, keys, x0, dropout=False)[0]
+
+    compiled = parallel.over_devices(one_batch)
+
+    def test_loss(replicated_params: PyTree) -> float:
+        values = [
+            parallel.gather(compiled(replicated_params, images[numbers], t[numbers], numbers), num_real)
+            for numbers, num_real in parallel.padded_batches(len(images), experiment.config.train.batch_size)
+        ]
+        return float(np.concatenate(values).mean())
+
+    return test_loss

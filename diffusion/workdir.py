@@ -1,0 +1,57 @@
+"""The working directory of a run: whose it is, whether it is finished, and what its last checkpoint holds."""
+
+import os
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from diffusion import config as config_lib
+from diffusion.build import Experiment
+from diffusion.checkpoint import Checkpoints
+from diffusion.state import TrainState
+
+
+def check_config(config: ConfigDict, directory: Path) -> None:
+    """Raises a ValueError with the differing keys if `directory` holds a run with another config."""
+    path = directory / "config.json"
+    if path.exists():
+        differing = config_lib.differing(config, path.read_text())
+        if differing:
+            raise ValueError(
+                f"{directory} holds a run with another config ({'; '.join(differing)}); "
+                "give those values again or take another --workdir"
+            )
+
+
+def claim(config: ConfigDict, directory: Path) -> None:
+    """Makes `directory` this run's, by writing config.json, unless another run has it.
+
+    Raises:
+        ValueError: it holds a run with another config, or things that are no run.
+    """
+    check_config(config, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "config.json"
+    if not path.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty and holds no run (no config.json); take another --workdir")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(config_lib.to_json(config))
+    os.replace(temporary, path)
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether the run trained to its end and was scored."""
+    return (directory / "summary.json").exists()
+
+
+def restore(experiment: Experiment, directory: Path) -> TrainState:
+    """The state in the latest checkpoint, for evaluation or sampling.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the checkpoint was trained with another config.
+    """
+    check_config(experiment.config, directory)
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        return checkpoints.restore(None, like=jax.eval_shape(experiment.initial_state))

@@ -1,0 +1,54 @@
+"""Packaging: what the project needs to run, and the extras for accelerators and for developers.
+
+The exact versions that continuous integration proves are in constraints.txt:
+`pip install -c constraints.txt -e .[dev]`.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.search(r'^__version__ = "(.+)"$', Path("diffusion/__init__.py").read_text(), re.MULTILINE)[1]
+
+setup(
+    name="diffusion",
+    version=VERSION,
+    description="Denoising diffusion in JAX and Flax: training, sampling and bits per dimension",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["diffusion", "diffusion.*"]),
+    install_requires=[
+        "absl-py",
+        "array-record",
+        "flax>=0.12",
+        "importlib_resources",  # tensorflow-datasets imports it without declaring it
+        "jax>=0.10",
+        "jaxlib>=0.10",
+        "jaxtyping",
+        "matplotlib",
+        "ml-collections",
+        "numpy>=2",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.34",
+        "pillow",
+        "safetensors",
+        "scikit-learn",
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.8",
+        "tqdm",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "dev": [
+            "beartype",
+            "hypothesis",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "scipy",
+        ],
+    },
+)

@@ -1,0 +1,163 @@
+"""What is saved comes back bit by bit, and what cannot be read never stands in the way."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import struct
+
+from diffusion.checkpoint import Checkpoints, tree_sha256
+
+
+@struct.dataclass
+class State:
+    step: Any
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+
+def make_state(step: int = 0, channels: int = 3) -> State:
+    rng = np.random.default_rng(step)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 1, channels)), jnp.float32)
+    params = {"conv_in": {"kernel": kernel, "bias": jnp.asarray([0.0, -0.0, np.nan][:channels], jnp.float32)}}
+    schedule = optax.linear_schedule(0.0, 1e-3, 10)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    opt_state = optimizer.init(params)
+    opt_state = jax.tree.map(lambda leaf: jnp.full_like(leaf, 5), opt_state)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    return State(jnp.asarray(step, jnp.int32), params, half, opt_state)
+
+
+def assert_identical(restored, saved):
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
+        assert isinstance(a, np.ndarray)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert a.tobytes() == np.asarray(b).tobytes()
+
+
+def test_round_trip_is_bit_identical(tmp_path):
+    state = make_state(7)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state, {"test_loss": 1.0})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(None, jax.eval_shape(lambda: state))
+    assert_identical(restored, state)
+    assert restored.ema_params["conv_in"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_what_happens_to_the_buffers_during_a_save_is_not_saved(tmp_path):
+    state = {"w": np.ones(2_000_000, np.float32), "v": jnp.ones(2_000_000)}
+    overwrite = jax.jit(lambda v: v + 1, donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        state["w"][:] = 2.0
+        for _ in range(3):
+            state["v"] = overwrite(state["v"])
+        restored = checkpoints.restore(1, state)
+    assert np.all(restored["w"] == 1.0) and np.all(restored["v"] == 1.0)
+
+
+def test_the_last_few_and_the_best_are_kept(tmp_path):
+    losses = {10: 5.0, 20: 1.0, 30: 4.0, 40: 3.0, 50: 2.0, 60: 6.0}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(step, make_state(step), {"test_loss": loss, "other": -loss})
+        assert (checkpoints.best_step(), checkpoints.latest_step()) == (20, 60)
+        best = checkpoints.restore(20, make_state())
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [20, 50, 60]
+    assert_identical(best, make_state(20))
+
+
+def test_a_checkpoint_that_was_not_scored_is_never_the_best(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, {"w": np.zeros(1)}, {})
+        assert checkpoints.best_step() is None
+        checkpoints.save(2, {"w": np.zeros(1)}, {"test_loss": 9.0})
+        checkpoints.save(3, {"w": np.zeros(1)}, {})
+        assert checkpoints.best_step() == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_a_directory_without_a_complete_checkpoint_is_passed_over_and_not_deleted(tmp_path):
+    for step in (1, 2):
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            checkpoints.save(step, make_state(step), {"test_loss": 3.0 - step})
+    (tmp_path / "3").mkdir()
+    (tmp_path / "9" / "state").mkdir(parents=True)
+    (tmp_path / "9" / "state" / "half").write_text("a copy that was broken off")
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.latest_step() == checkpoints.best_step() == 2
+        assert_identical(checkpoints.restore(None, make_state()), make_state(2))
+        checkpoints.save(8, make_state(8), {"test_loss": 0.5})
+        checkpoints.save(9, make_state(9), {"test_loss": 0.1})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_identical(checkpoints.restore(None, make_state()), make_state(9))
+    assert (tmp_path / "3").exists() and not (tmp_path / "8").exists()
+    (moved_aside,) = tmp_path.glob("9.damaged-*")
+    assert (moved_aside / "state" / "half").read_text() == "a copy that was broken off"
+
+
+def test_saving_a_step_again_leaves_the_first(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, make_state(5), {"test_loss": 1.0})
+        checkpoints.save(5, make_state(6), {"test_loss": 0.0})
+        assert_identical(checkpoints.restore(5, make_state()), make_state(5))
+
+
+def test_another_architecture_is_refused_by_leaf(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": make_state(1).params}, {})
+        wider = {"params": make_state(1, channels=2).params}
+        with pytest.raises(ValueError, match=r"params/conv_in/bias has shape \(3,\).*config wants \(2,\)"):
+            checkpoints.restore(1, wider)
+        half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), {"params": make_state(1).params})
+        with pytest.raises(ValueError, match="params/conv_in/bias .*float32.*wants .*bfloat16"):
+            checkpoints.restore(1, half)
+        with pytest.raises(ValueError, match="params/conv_out, which the config wants, is not in"):
+            checkpoints.restore(1, {"params": make_state(1).params | {"conv_out": np.zeros(1)}})
+        with pytest.raises(ValueError, match="params/conv_in/kernel, which is in .* has no place"):
+            checkpoints.restore(1, {"params": {"conv_in": {"bias": np.zeros(3, np.float32)}}})
+
+
+def test_a_directory_that_does_not_exist_has_no_checkpoints_and_is_not_created(tmp_path):
+    with Checkpoints(tmp_path / "runs" / "none") as checkpoints:
+        assert checkpoints.latest_step() is None and checkpoints.best_step() is None
+        with pytest.raises(FileNotFoundError, match="no checkpoint in .*none"):
+            checkpoints.restore(None, make_state())
+        with pytest.raises(FileNotFoundError, match="no checkpoint of step 3"):
+            checkpoints.restore(3, make_state())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_damaged_checkpoint_says_so_in_one_sentence(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+    (tmp_path / "1" / "state" / "manifest.ocdbt").write_bytes(b"\0" * 100)
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="the checkpoint .*1 is damaged and cannot be read") as raised:
+            checkpoints.restore(None, make_state())
+    assert "\n" not in str(raised.value)
+
+
+def test_keeping_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="last 0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_the_digest_changes_with_every_single_property():
+    tree = {"a": np.array([1.0, 2.0], np.float32), "b": np.zeros((2, 3), np.int32)}
+    digest = tree_sha256(tree)
+    assert digest == tree_sha256({"b": jnp.asarray(tree["b"]), "a": jnp.asarray(tree["a"])})
+    changed = [
+        tree | {"a": np.array([1.0, np.nextafter(np.float32(2), np.float32(3))], np.float32)},
+        tree | {"a": tree["a"].view(np.int32)},
+        tree | {"b": tree["b"].reshape(3, 2)},
+        {"a": tree["a"], "c": tree["b"]},
+        {"a": {"b": tree["a"]}, "b": tree["b"]},
+    ]
+    assert len({digest} | {tree_sha256(other) for other in changed}) == 1 + len(changed)

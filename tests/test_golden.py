@@ -1,0 +1,113 @@
+"""Reference values printed by independent published programs: guided-diffusion's Gaussian diffusion, in PyTorch.
+
+Tolerances: means and variances agree to 2e-4 relative. Those programs subtract exp(r) − 1 − r in float32, which
+leaves an absolute noise of about 2e-7 bits/dim in their KL terms; `test_likelihood` compares ours with float64.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import likelihood, objectives, process, reverse, samplers, schedules
+
+KL_NOISE_BPD = 3e-7
+
+
+def load(name):
+    golden = dict(np.load(Path(__file__).parent / "golden" / f"{name}.npz"))
+    s = {"linear_1000": schedules.linear, "cosine_1000": schedules.cosine}.get(name, schedules.linear)(1000)
+    if "kept_timesteps" in golden:
+        s = schedules.respace(s, golden["kept_timesteps"])
+    return golden, s
+
+
+@pytest.fixture(scope="module", params=["linear_1000", "cosine_1000", "linear_1000_respaced_50"])
+def case(request):
+    golden, s = load(request.param)
+    return golden, s, s[jnp.asarray(golden["t"])]
+
+
+def output_of(golden, prediction, variance):
+    parts = [golden[f"out_{prediction}"]] + [golden["out_var"]] * (variance == "learned_range")
+    return jnp.asarray(np.concatenate(parts, axis=-1))
+
+
+def test_tables(case):
+    golden, s, _ = case
+    np.testing.assert_allclose(s.beta[1:], golden["betas"], rtol=1e-6)
+
+
+def test_forward_process(case):
+    golden, _, row = case
+    x0, x_t = golden["x0"], golden["x_t"]
+    np.testing.assert_allclose(jax.vmap(process.q_sample)(row, x0, golden["eps"]), x_t, rtol=1e-6, atol=1e-6)
+    marginal = jax.vmap(process.q_marginal)(row, x0)
+    np.testing.assert_allclose(marginal.mean, golden["marginal_mean"], rtol=1e-6)
+    np.testing.assert_allclose(marginal.log_var, golden["marginal_log_variance"], rtol=1e-6, atol=1e-7)
+    posterior = jax.vmap(process.q_posterior)(row, x0, x_t)
+    np.testing.assert_allclose(posterior.mean, golden["posterior_mean"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(posterior.log_var, golden["posterior_log_variance_clipped"], rtol=1e-6)
+    np.testing.assert_allclose(row.beta_tilde, golden["posterior_variance"][:, 0, 0, 0], rtol=1e-5)
+
+
+def test_prior(case):
+    golden, s, _ = case
+    prior = jax.vmap(lambda x0: likelihood.prior_bpd(s, x0))(golden["x0"])
+    np.testing.assert_allclose(prior, golden["prior_bpd"], rtol=1e-5, atol=1e-9)
+
+
+PAIRS = [
+    ("eps", "fixed_small"), ("eps", "fixed_large"), ("eps", "learned_range"),
+    ("x0", "fixed_small"), ("mean", "fixed_small"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("clip", ["clip", "noclip"])
+@pytest.mark.parametrize(("prediction", "variance"), PAIRS)
+def test_reverse_process_and_bound(case, prediction, variance, clip):
+    golden, _, row = case
+    want = lambda key: golden[f"{prediction}/{variance}/{clip}/{key}"]  # noqa: E731
+    p, output = reverse.make(prediction, variance), output_of(golden, prediction, variance)
+    clip_x0 = clip == "clip"
+    p_prev, x0_hat = jax.vmap(lambda r, x, out: p(r, x, out, clip_x0))(row, golden["x_t"], output)
+    np.testing.assert_allclose(p_prev.mean, want("mean"), rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(p_prev.log_var, want("log_variance"), rtol=1e-6)
+    # x̂_0 is a difference of float32 numbers of size 1, divided by √ᾱ_t (or by the coefficient of x_0 in the
+    # mean) and clipped: its error is a few roundings over that divisor.
+    divisor = {"eps": row.sqrt_alpha_bar, "mean": row.posterior_x0}.get(prediction, jnp.ones(len(row.t)))
+    error = np.abs(x0_hat - want("x0")).max(axis=(1, 2, 3))
+    assert (error <= 4 * 1.2e-7 * np.maximum(1.0, np.abs(want("x0")).max()) / divisor).all()
+
+    term = lambda r, x0, x, out: likelihood.vlb_term_bpd(p, r, x0, x, out, clip_x0=clip_x0)  # noqa: E731
+    bpd = jax.vmap(term)(row, golden["x0"], golden["x_t"], output)
+    is_kl = golden["t"] > 1
+    np.testing.assert_allclose(bpd[is_kl], want("vlb_bpd")[is_kl], rtol=2e-4, atol=KL_NOISE_BPD)
+    if prediction == "eps":
+        # The references' decoder approximates the normal CDF by a tanh; ours is exact.
+        np.testing.assert_allclose(bpd[~is_kl], want("vlb_bpd")[~is_kl], rtol=2e-3)
+
+
+def test_training_losses(case):
+    golden, s, row = case
+    if "hybrid/loss" not in golden:
+        pytest.skip("no training losses in this file")
+    problem = objectives.Problem(reverse.make("eps", "learned_range"), s.num_steps)
+    arguments = (row, golden["x0"], golden["x_t"], golden["eps"], output_of(golden, "eps", "learned_range"))
+    hybrid, parts = jax.vmap(lambda *example: objectives.hybrid(problem, *example))(*arguments)
+    vlb, _ = jax.vmap(lambda *example: objectives.vlb(problem, *example))(*arguments)
+    is_kl = golden["t"] > 1
+    np.testing.assert_allclose(parts["mse"], golden["hybrid/mse"], rtol=1e-5)
+    for ours, want, scale in ((hybrid, "hybrid/loss", 1), (vlb, "vlb_training/loss", 1000)):
+        np.testing.assert_allclose(ours[is_kl], golden[want][is_kl], rtol=2e-4, atol=scale * KL_NOISE_BPD)
+        np.testing.assert_allclose(ours[~is_kl], golden[want][~is_kl], rtol=2e-3)  # the decoder, as above
+
+
+def test_ddim_step(case):
+    golden, _, row = case
+    p = reverse.make("eps", "fixed_small")
+    _, x0_hat = jax.vmap(p)(row, golden["x_t"], golden["out_eps"])
+    x_prev = jax.vmap(samplers.ddim_step)(row, golden["x_t"], x0_hat).mean
+    np.testing.assert_allclose(x_prev, golden["ddim/eta0/clip/sample"], rtol=2e-4, atol=2e-6)

@@ -1,0 +1,181 @@
+"""Published weights: the tiny network of the reference values, the way back, and every kind of damage by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from diffusion import interop
+from diffusion.unet import UNet
+
+GOLDEN = Path(__file__).parent / "golden"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A directory with the tiny network under the published names."""
+    shutil.copyfile(GOLDEN / "unet_tiny.json", tmp_path / "config.json")
+    shutil.copyfile(GOLDEN / "unet_tiny.safetensors", tmp_path / WEIGHTS)
+    return tmp_path
+
+
+def change_config(directory, **changes):
+    config = json.loads((directory / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value != "absent"}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def test_tiny_network_gives_its_published_output(published):
+    unet, params = interop.load_diffusers(published)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 143_267
+    reference = np.load(GOLDEN / "unet_tiny_io.npz")
+    x, network_t = jnp.asarray(reference["x"]), jnp.asarray(reference["network_t"])
+    output = jax.jit(unet.apply)({"params": params}, x, network_t)
+    assert np.linalg.norm(output - reference["y"]) < 5e-6 * np.linalg.norm(reference["y"])
+
+
+def test_config_becomes_fields(published):
+    unet, _ = interop.load_diffusers(published)
+    assert unet == UNet(
+        channels=8, multipliers=(1, 2, 2, 2), attention_resolutions=(8,), groups=4, dropout=0.0, out_channels=3
+    )
+
+
+def test_old_attention_names_are_the_same_network(published):
+    _, params = interop.load_diffusers(published)
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(published / WEIGHTS).items():
+        for new, old in old_names.items():
+            name = name.replace(new, old)
+        tensors[name] = tensor
+    assert sum("proj_attn" in name for name in tensors) == 2 * 6
+    save_file(tensors, published / WEIGHTS)
+    jax.tree.map(np.testing.assert_array_equal, interop.load_diffusers(published)[1], params)
+
+
+def test_saving_what_was_loaded_writes_the_same_tensors_and_config(published, tmp_path):
+    unet, params = interop.load_diffusers(published)
+    interop.save_diffusers(tmp_path / "new" / "directory", unet, params, sample_size=16)
+    before, after = load_file(published / WEIGHTS), load_file(tmp_path / "new" / "directory" / WEIGHTS)
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name, strict=True)
+    config = json.loads((published / "config.json").read_text())
+    written = json.loads((tmp_path / "new" / "directory" / "config.json").read_text())
+    assert {key: written[key] for key in config if config[key] is not None} == {
+        key: value for key, value in config.items() if value is not None
+    }
+    assert interop.load_diffusers(tmp_path / "new" / "directory")[0] == unet
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"flip_sin_to_cos": True}, "flip_sin_to_cos=True cannot"),
+        ({"freq_shift": "absent"}, "freq_shift=0 cannot"),  # what its absence means
+        ({"attention_head_dim": 8}, "attention_head_dim=8 cannot"),
+        ({"act_fn": "gelu"}, "act_fn='gelu' cannot"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+        ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D", "DownBlock2D", "DownBlock2D"]}, "down_block_types"),
+        ({"up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}, "up_block_types"),
+        ({"block_out_channels": [8, 12, 16, 16]}, "block_out_channels"),
+        ({"block_out_channels": [8, 16, 16]}, "down_block_types"),
+        ({"sample_size": None}, "sample_size=None"),
+        ({"sample_size": "absent"}, "sample_size must be given"),
+        ({"sample_size": 12}, "multiples of 8, not 12x12"),
+        ({"norm_num_groups": 3}, r"unet\.groups=3"),
+        ({"layers_per_block": 2.5}, "layers_per_block=2.5"),
+        ({"encoder_hid_dim": 4}, "encoder_hid_dim=4"),
+    ],
+)
+def test_config_that_cannot_be_represented_is_refused_by_key(published, changes, message):
+    change_config(published, **changes)
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+        interop.load_diffusers(published)
+
+
+def test_every_damaged_tensor_is_named(published):
+    tensors = load_file(published / WEIGHTS)
+    del tensors["conv_in.bias"]
+    tensors["conv_in.gain"] = np.zeros(8, np.float32)
+    tensors["conv_out.weight"] = tensors["conv_out.weight"][:2]
+    tensors["conv_out.bias"] = tensors["conv_out.bias"].astype(np.float16)
+    save_file(tensors, published / WEIGHTS)
+    with pytest.raises(ValueError, match="safetensors: ") as error:
+        interop.load_diffusers(published)
+    for message in (
+        "conv_in.bias is missing",
+        "conv_in.gain is extra",
+        "conv_out.weight is (2, 8, 3, 3, 'F32') instead of (3, 8, 3, 3, 'F32')",
+        "conv_out.bias is (3, 'F16') instead of (3, 'F32')",
+    ):
+        assert message in str(error.value)
+
+
+def test_a_tensor_under_its_old_and_new_name_is_refused(published):
+    tensors = load_file(published / WEIGHTS)
+    tensors["mid_block.attentions.0.query.bias"] = tensors["mid_block.attentions.0.to_q.bias"] + 1
+    save_file(tensors, published / WEIGHTS)
+    with pytest.raises(ValueError, match=r"mid_block\.attentions\.0\.query\.bias is extra"):
+        interop.load_diffusers(published)
+
+
+def test_a_tensor_that_is_not_finite_is_named(published):
+    tensors = load_file(published / WEIGHTS)
+    tensors["conv_norm_out.bias"][3] = np.nan
+    save_file(tensors, published / WEIGHTS)
+    with pytest.raises(ValueError, match=r"not finite: conv_norm_out\.bias"):
+        interop.load_diffusers(published)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "offsets", "length", "empty", "not json"])
+def test_a_file_with_a_lying_header_is_refused_in_one_sentence(published, damage):
+    content = (published / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + length], content[8 + length :]
+    content = {
+        "truncated": content[:-100],
+        "offsets": content[:8] + header.replace(b'"data_offsets":[0,', b'"data_offsets":[9,') + data,
+        "length": (2**62).to_bytes(8, "little") + header + data,
+        "empty": b"",
+        "not json": content[:8] + b"x" * length + data,
+    }[damage]
+    assert content != (published / WEIGHTS).read_bytes()
+    (published / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors: ") as error:
+        interop.load_diffusers(published)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_and_broken_json_name_the_file(published):
+    (published / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        interop.load_diffusers(published)
+    (published / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"safetensors does not exist"):
+        interop.load_diffusers(published)
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"scale_shift": True}, r"unet\.scale_shift=True"),
+        ({"fourier_features": (2,)}, r"unet\.fourier_features=\(2,\)"),
+        ({"heads": 2}, r"unet\.heads=2"),
+        ({"multipliers": (2, 2, 2, 2)}, r"unet\.multipliers=\(2, 2, 2, 2\)"),
+        ({"blocks": 1}, r"down_0_block_1/conv_1/kernel is extra"),
+        ({"out_channels": 6}, r"conv_out/kernel is \(3, 3, 8, 3\) instead of \(3, 3, 8, 6\)"),
+    ],
+)
+def test_saving_what_the_layout_has_no_place_for_is_refused(published, tmp_path, changes, key):
+    unet, params = interop.load_diffusers(published)
+    with pytest.raises(ValueError, match=key):
+        interop.save_diffusers(tmp_path / "new", unet.copy(**changes), params, sample_size=16)
+    assert not (tmp_path / "new").exists()

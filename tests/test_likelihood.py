@@ -1,0 +1,123 @@
+"""The bound where it is known in closed form, and against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import gaussian, likelihood, process, reverse, schedules
+from diffusion.gaussian import Gaussian
+
+
+def test_price_of_fixed_large_is_0_48642_bits():
+    """A perfect mean costs nothing with β̃, and Σ_{t≥2} ½(log(β/β̃) + β̃/β − 1) with β: whatever the data."""
+    s, shape = schedules.linear(1000), (2, 2, 3)
+    x0, eps = (jax.random.uniform(jax.random.key(i), shape, minval=-1.0) for i in range(2))
+
+    def total(variance):
+        p = reverse.make("x0", variance)
+        term = lambda row: likelihood.vlb_term_bpd(p, row, x0, process.q_sample(row, x0, eps), x0)  # noqa: E731
+        return jnp.sum(jax.vmap(term)(s[2:]))
+
+    np.testing.assert_allclose(total("fixed_large"), 0.48642, atol=1e-5)
+    np.testing.assert_allclose(total("fixed_small"), 0.0, atol=1e-6)
+
+
+def test_prior_of_the_linear_schedule():
+    s = schedules.linear(1000)
+    white, black = jnp.ones((2, 2, 1)), jnp.zeros((2, 2, 1))
+    # KL = ½(ᾱ_T x_0² + (1 − ᾱ_T) − log(1 − ᾱ_T) − 1), about 3e-5 bits/dim for x_0² = 1.
+    alpha_bar = np.prod(1 - np.linspace(1e-4, 0.02, 1000))
+    np.testing.assert_allclose(likelihood.prior_bpd(s, white), alpha_bar / 2 / np.log(2), rtol=1e-4)
+    assert likelihood.prior_bpd(s, black) < 1e-8
+
+
+@pytest.mark.parametrize("make", [schedules.linear, schedules.cosine])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_kl_terms_equal_float64(make, variance):
+    s, rng = make(1000), np.random.default_rng(0)
+    x0, eps, output = rng.uniform(-1, 1, (3, 4, 4, 3)).astype(np.float32)
+    p = reverse.make("eps", variance)
+    # The definition in float64, from β alone.
+    beta = np.concatenate([[0.0], np.asarray(s.beta[1:], np.float64)])
+    alpha_bar = np.cumprod(1 - beta)
+    for t in (2, 3, 50, 500, 900, 1000 if make is schedules.linear else 980):
+        row = s[t]
+        x_t = process.q_sample(row, x0, eps)
+        ours = likelihood.vlb_term_bpd(p, row, x0, x_t, output)
+        x0_hat = (np.asarray(x_t, np.float64) - np.sqrt(1 - alpha_bar[t]) * output) / np.sqrt(alpha_bar[t])
+        x0_hat = np.clip(x0_hat, -1, 1)
+        beta_tilde = beta[t] * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])
+        sigma2 = beta[t] if variance == "fixed_large" else beta_tilde
+        means = np.sqrt(alpha_bar[t - 1]) * beta[t] / (1 - alpha_bar[t]) * (x0 - x0_hat)
+        kl = 0.5 * (np.log(sigma2 / beta_tilde) + beta_tilde / sigma2 - 1 + means**2 / sigma2)
+        np.testing.assert_allclose(ours, kl.mean() / np.log(2), rtol=2e-4, err_msg=f"t={t}")
+
+
+@pytest.mark.parametrize("num_steps", [2, 10, 100, 1000])
+@pytest.mark.parametrize("make", [schedules.cosine, schedules.harmonic, schedules.quadratic])
+def test_gaussian_data_has_only_the_priors_gap(make, num_steps):
+    """x_0 ~ N(m, s²I): with the exact mean and variance, bound − exact NLL = KL(q(x_T) ‖ N(0, I)), for every T.
+
+    With a fixed variance v_t the gap grows by the closed form Σ_t ½(log(v/v*) + v*/v − 1).
+    """
+    if make is schedules.quadratic and num_steps < 50:
+        pytest.skip("the quadratic schedule's β leave (0, 1] below T = 20")
+    m, var0 = 0.3, 0.25
+    s = make(num_steps)
+    x0 = m + var0**0.5 * jax.random.normal(jax.random.key(1), (64, 64, 4))
+    exact = reverse.make("x0", "learned")
+
+    def term_gap(row):
+        """One term's nats per dimension with the exact reverse variance, and what each fixed variance adds."""
+        eps = jax.random.normal(jax.random.fold_in(jax.random.key(2), row.t), x0.shape)
+        x_t = process.q_sample(row, x0, eps)
+        signal, noise = row.sqrt_alpha_bar**2 * var0, row.sqrt_one_minus_alpha_bar**2
+        x0_mean = m + row.sqrt_alpha_bar * var0 / (signal + noise) * (x_t - row.sqrt_alpha_bar * m)
+        variance = row.beta_tilde + row.posterior_x0**2 * var0 * noise / (signal + noise)
+        output = jnp.concatenate([x0_mean, jnp.full_like(x0, jnp.log(variance))], axis=-1)
+        p_prev, _ = exact(row, x_t, output, clip_x0=False)
+        kl = gaussian.kl(process.q_posterior(row, x0, x_t), p_prev)
+        nats = jnp.where(row.t == 1, -gaussian.log_prob(p_prev, x0), kl)  # a continuous decoder
+        ratio = jnp.log(variance) - row.log_beta
+        return nats, 0.5 * (jnp.expm1(ratio) - ratio), variance
+
+    def add(total, row):
+        return total + term_gap(row)[0], None
+
+    bound, _ = jax.lax.scan(add, jnp.zeros_like(x0), s[1:])
+    standard_normal = Gaussian(jnp.zeros_like(x0), jnp.zeros_like(x0))
+    prior = gaussian.kl(process.q_marginal(s[num_steps], x0), standard_normal)
+    nll = -gaussian.log_prob(Gaussian(jnp.full_like(x0, m), jnp.full_like(x0, np.log(var0))), x0)
+    gap = np.asarray(bound + prior - nll, np.float64)
+    last = s[num_steps]
+    end_mean, end_var = float(last.sqrt_alpha_bar) * m, float(last.alpha_bar) * var0 + 1 - float(last.alpha_bar)
+    closed_form = 0.5 * (end_mean**2 + end_var - 1 - np.log(end_var))
+    assert abs(gap.mean() - closed_form) < 3 * gap.std() / gap.size**0.5 + 1e-6
+    assert gap.std() / gap.size**0.5 < 0.02  # so the line above says something
+
+
+def test_every_image_and_term_is_scored_alone():
+    """A batch's terms are the same as each image's own, whatever it is batched with, and match single terms."""
+    s, p = schedules.cosine(6), reverse.make("eps", "fixed_small")
+    x0 = jnp.round(jax.random.uniform(jax.random.key(0), (3, 4, 4, 1), minval=-1.0) * 8) / 8
+    keys = jax.random.split(jax.random.key(5), 3)
+    denoise = lambda x_t, network_t: 0.5 * x_t + 0.01 * network_t[:, None, None, None]  # noqa: E731
+    together = likelihood.vlb_terms_bpd(denoise, p, s, x0, keys, num_levels=17)
+    alone = likelihood.vlb_terms_bpd(denoise, p, s, x0[1:2], keys[1:2], num_levels=17)
+    assert together.shape == (3, 6)
+    np.testing.assert_allclose(together[1:2], alone, rtol=1e-5)
+    eps = jax.random.normal(jax.random.fold_in(keys[1], 4), x0.shape[1:])
+    x_t = process.q_sample(s[4], x0[1], eps)
+    term = likelihood.vlb_term_bpd(p, s[4], x0[1], x_t, 0.5 * x_t + 0.01 * 3.0, num_levels=17)
+    np.testing.assert_allclose(together[1, 3], term, rtol=1e-5)
+
+
+def test_gradients_are_finite_at_both_ends():
+    for variance in ("fixed_small", "fixed_large", "learned", "learned_range"):
+        p, s = reverse.make("eps", variance), schedules.cosine(100)
+        x0 = jnp.sign(jax.random.normal(jax.random.key(0), (4, 4, 1)))
+        output = 5 * jax.random.normal(jax.random.key(1), (4, 4, p.output_channels(1)))
+        for t in (1, 2, 100):
+            loss = lambda out: likelihood.vlb_term_bpd(p, s[t], x0, x0 + 0.1, out, clip_x0=False)  # noqa: B023,E731
+            assert np.isfinite(jax.grad(loss)(output)).all(), (variance, t)

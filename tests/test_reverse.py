@@ -1,0 +1,91 @@
+"""The reverse process: predictions are one another's translations, variances lie where they should."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import process, reverse, schedules
+
+SHAPE = (2, 3, 3)
+X0, EPS = (jax.random.uniform(jax.random.key(i), SHAPE, minval=-1.0) for i in range(2))
+S = schedules.linear(1000)
+
+
+@pytest.mark.parametrize("t", [1, 2, 300, 1000])
+@pytest.mark.parametrize("prediction", list(reverse.PREDICTIONS))
+def test_a_perfect_prediction_gives_the_posterior(prediction, t):
+    row = S[t]
+    x_t = process.q_sample(row, X0, EPS)
+    p = reverse.make(prediction, "fixed_small")
+    p_prev, x0_hat = p(row, x_t, p.target(row, X0, x_t, EPS), clip_x0=False)
+    posterior = process.q_posterior(row, X0, x_t)
+    # 1/√ᾱ_T = 157, and 1/(coefficient of x_0) is larger still for the mean: roundings of 6e-8 grow by that.
+    np.testing.assert_allclose(x0_hat, X0, atol=3e-4 if prediction == "mean" else 2e-5)
+    np.testing.assert_allclose(p_prev.mean, posterior.mean, atol=1e-6)
+    np.testing.assert_array_equal(p_prev.log_var, posterior.log_var)
+
+
+@pytest.mark.parametrize("t", [2, 300, 1000])
+def test_the_mean_from_eps_is_equation_11(t):
+    row = S[t]
+    mean = reverse.make("eps", "fixed_large")(row, X0, EPS, clip_x0=False)[0].mean
+    by_hand = (X0 - row.beta / row.sqrt_one_minus_alpha_bar * EPS) / jnp.exp(0.5 * row.log_alpha)
+    np.testing.assert_allclose(mean, by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_learned_range_spans_the_two_fixed_variances():
+    p = reverse.make("eps", "learned_range")
+    for t in (1, 2, 500):
+        ends = [p(S[t], X0, jnp.concatenate([EPS, jnp.full(SHAPE, raw)], -1))[0].log_var for raw in (-1.0, 1.0)]
+        np.testing.assert_allclose(ends[0], jnp.full(SHAPE, S[t].log_beta_tilde), rtol=1e-6)
+        # At t = 1 the upper end is log β_1 itself, and not fixed_large's log β̃_2.
+        np.testing.assert_allclose(ends[1], jnp.full(SHAPE, S[t].log_beta), rtol=1e-6)
+    large = reverse.make("eps", "fixed_large")(S[1], X0, EPS)[0].log_var
+    np.testing.assert_array_equal(large, jnp.full(SHAPE, S.log_beta_tilde[2]))
+
+
+def test_learned_is_the_log_variance_itself():
+    raw = jnp.full(SHAPE, -2.5)
+    np.testing.assert_array_equal(
+        reverse.make("x0", "learned")(S[7], X0, jnp.concatenate([EPS, raw], -1))[0].log_var, raw
+    )
+
+
+def test_respaced_learned_range_uses_the_respaced_betas():
+    short = schedules.respace(S, [1, 500, 1000])
+    raw = jnp.concatenate([EPS, jnp.ones(SHAPE)], -1)
+    log_var = reverse.make("eps", "learned_range")(short[2], X0, raw)[0].log_var
+    np.testing.assert_allclose(jnp.exp(log_var), jnp.full(SHAPE, 1 - S.alpha_bar[500] / S.alpha_bar[1]), rtol=1e-5)
+
+
+def test_clipping_moves_the_mean_unless_the_mean_is_predicted():
+    for prediction, moves in (("eps", True), ("x0", True), ("v", True), ("mean", False)):
+        p = reverse.make(prediction, "fixed_small")
+        clipped, x0_clipped = p(S[500], 3 * X0, -3 * EPS, clip_x0=True)
+        free, x0_free = p(S[500], 3 * X0, -3 * EPS, clip_x0=False)
+        np.testing.assert_array_equal(x0_clipped, jnp.clip(x0_free, -1, 1))
+        assert bool(jnp.any(clipped.mean != free.mean)) == moves
+
+
+def test_batches_gradients_and_channels():
+    p = reverse.make("v", "learned_range")
+    assert (p.output_channels(3), reverse.make("v", "fixed_small").output_channels(3)) == (6, 3)
+    output = jnp.concatenate([EPS, EPS], -1)
+    one = lambda t: jax.jit(p)(S[t], X0, output)[0].mean  # noqa: E731
+    batch = jax.vmap(p, in_axes=(0, None, None))(S[jnp.asarray([3, 900])], X0, output)[0].mean
+    np.testing.assert_allclose(batch, jnp.stack([one(3), one(900)]), rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda out: sum(leaf.sum() for leaf in p(S[3], X0, out, False)[0]))(output)
+    assert np.isfinite(gradient).all() and (gradient != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("prediction", "variance", "words"),
+    [
+        ("epsilon", "learned", "model.prediction='epsilon' is not one of eps"),
+        ("eps", "large", "model.variance='large' is not one of fixed_small"),
+    ],
+)
+def test_unknown_names_are_refused(prediction, variance, words):
+    with pytest.raises(ValueError, match=words):
+        reverse.make(prediction, variance)

@@ -1,0 +1,105 @@
+"""Samplers against the closed-form recursion of Gaussian data, and their laws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import process, reverse, samplers, schedules
+
+SHAPE = (64, 64, 1)
+KEYS = jax.random.split(jax.random.key(0), 2)
+
+
+def exact_eps(s):
+    """E[ε | x_t] for x_0 ~ N(0, I): √(1 − ᾱ_t) x_t, looked up by network_t = t − 1."""
+    return lambda x_t, network_t: s.sqrt_one_minus_alpha_bar[network_t.astype(int) + 1][:, None, None, None] * x_t
+
+
+@pytest.mark.parametrize(("variance", "end"), [("fixed_large", 0.99990), ("fixed_small", 0.99107)])
+def test_variance_at_the_end_of_the_linear_schedule(variance, end):
+    """With the exact ε every step is linear: v_{t−1} = a² v_t + σ_t². No noise is added at t = 1."""
+    s, p = schedules.linear(1000), reverse.make("eps", variance)
+
+    def step(v, row):
+        one = jnp.ones((1, 1, 1))
+        p_prev, _ = p(row, one, row.sqrt_one_minus_alpha_bar * one, clip_x0=False)
+        return p_prev.mean[0, 0, 0] ** 2 * v + jnp.where(row.t > 1, jnp.exp(p_prev.log_var[0, 0, 0]), 0.0), None
+
+    v, _ = jax.lax.scan(step, jnp.ones(()), s[1:], reverse=True)
+    np.testing.assert_allclose(v, end, atol=2e-5)
+
+
+def test_ancestral_samples_have_that_variance():
+    s = schedules.linear(200)
+    p = reverse.make("eps", "fixed_large")
+    sample = jax.jit(lambda keys: samplers.ancestral(exact_eps(s), p, s, keys, (256, 256, 1), clip_x0=False)[0])
+    x = sample(KEYS)
+    np.testing.assert_allclose(x.var(), 1.0, atol=4 * (2 / x.size) ** 0.5)  # 4 standard errors
+    np.testing.assert_allclose(x.mean(), 0.0, atol=4 / x.size**0.5)
+
+
+@pytest.mark.parametrize("method", [samplers.ancestral, samplers.ddim])
+def test_the_last_step_adds_no_noise(method):
+    """At t = 1 the mean is x̂_0 itself, so the samples are the film's last frame, exactly."""
+    s, p = schedules.cosine(10), reverse.make("v", "fixed_large")
+    x, film = method(lambda x, t: 0.3 * x, p, s, KEYS, (4, 4, 1), num_frames=5)
+    assert film.shape == (5, 2, 4, 4, 1)
+    np.testing.assert_array_equal(x, film[-1])
+    assert jnp.abs(x).max() <= 1.0  # x̂_0 is clipped
+
+
+def test_the_film_shows_every_part_of_the_way():
+    s, p = schedules.cosine(6), reverse.make("x0", "fixed_small")
+    show_t = lambda x, network_t: jnp.ones_like(x) * network_t[:, None, None, None] / 10.0  # noqa: E731
+    _, film = samplers.ancestral(show_t, p, s, KEYS, (2, 2, 1), num_frames=3)
+    np.testing.assert_allclose(film[:, 0, 0, 0, 0], [0.4, 0.2, 0.0], atol=1e-6)  # t − 1 = 4, 2, 0 end the parts
+
+
+def test_ddim_with_eta_1_is_ancestral_with_the_small_variance():
+    s, p = schedules.cosine(50), reverse.make("eps", "fixed_small")
+    ancestral, _ = samplers.ancestral(exact_eps(s), p, s, KEYS, SHAPE)
+    ddim, _ = samplers.ddim(exact_eps(s), p, s, KEYS, SHAPE, eta=1.0)
+    # The same noise, 50 steps: roundings of 6e-8 are multiplied by up to 1/√ᾱ_t on the way.
+    np.testing.assert_allclose(ddim, ancestral, atol=2e-4)
+
+
+def test_ddim_with_eta_0_is_deterministic_and_keeps_the_variance():
+    s, p = schedules.cosine(100), reverse.make("eps", "fixed_small")
+    x, _ = samplers.ddim(exact_eps(s), p, s, KEYS, SHAPE, clip_x0=False)
+    # For x_0 ~ N(0, I) the probability flow does not move any point.
+    start = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 100), SHAPE))(KEYS)
+    np.testing.assert_allclose(x, start, rtol=0.02, atol=0.02)  # first-order discretization of 100 steps
+
+
+def test_a_respaced_process_is_sampled_with_its_own_rows():
+    s = schedules.linear(1000)
+    short, p = schedules.evenly_spaced(s, 20), reverse.make("eps", "fixed_large")
+    x, _ = samplers.ancestral(exact_eps(s), p, short, KEYS, SHAPE, clip_x0=False)
+    v = 1.0
+    for t in range(20, 0, -1):
+        mean = p(short[t], jnp.ones((1, 1, 1)), short[t].sqrt_one_minus_alpha_bar * jnp.ones((1, 1, 1)), False)[0].mean
+        v = float(mean[0, 0, 0]) ** 2 * v + (float(jnp.exp(short[t].log_beta_large)) if t > 1 else 0.0)
+    np.testing.assert_allclose(x.var(), v, rtol=4 * (2 / x.size) ** 0.5)
+
+
+def test_images_do_not_depend_on_the_batch():
+    s, p = schedules.cosine(5), reverse.make("eps", "fixed_small")
+    both, _ = samplers.ancestral(exact_eps(s), p, s, KEYS, (4, 4, 1))
+    second, _ = samplers.ancestral(exact_eps(s), p, s, KEYS[1:], (4, 4, 1))
+    np.testing.assert_allclose(both[1:], second, rtol=1e-6)
+    assert not np.allclose(both[0], both[1])
+
+
+def test_an_impossible_film_is_refused():
+    s, p = schedules.cosine(3), reverse.make("eps", "fixed_small")
+    with pytest.raises(ValueError, match="4 frames cannot be cut from 3 steps"):
+        samplers.ancestral(exact_eps(s), p, s, KEYS, (4, 4, 1), num_frames=4)
+
+
+def test_the_posterior_mean_is_what_ancestral_sampling_walks():
+    """One step by hand: T = 2, and the sampler's noise is the image's own."""
+    s, p = schedules.cosine(2), reverse.make("x0", "fixed_small")
+    x0_hat = jnp.full((2, 2, 1), 0.25)
+    x, _ = samplers.ancestral(lambda x, t: jnp.full_like(x, 0.25), p, s, KEYS[:1], (2, 2, 1))
+    np.testing.assert_allclose(x[0], process.q_posterior(s[1], x0_hat, x0_hat).mean, rtol=1e-6)

@@ -1,0 +1,117 @@
+"""Tables against closed forms in float64, and the laws of respacing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import schedules
+
+ALL = [make(200) for make in schedules.SCHEDULES.values()]
+
+
+def alpha_bars(betas):
+    """ᾱ_0…ᾱ_T, multiplied up in extended precision."""
+    return np.concatenate([[1.0], np.cumprod(1 - np.asarray(betas, np.longdouble))])
+
+
+def test_linear_is_ho_et_al():
+    betas = np.linspace(1e-4, 0.02, 1000)
+    s = schedules.linear(1000)
+    exact = alpha_bars(betas)
+    np.testing.assert_allclose(s.beta[1:], betas, rtol=1e-7)
+    np.testing.assert_allclose(s.alpha_bar, exact, rtol=1e-6)
+    # A float32 cumulative product would be off by 1.7e-4 here.
+    np.testing.assert_allclose(s.sqrt_one_minus_alpha_bar**2, 1 - exact, rtol=1e-6)
+    np.testing.assert_allclose(s.beta_tilde[1:], betas * (1 - exact[:-1]) / (1 - exact[1:]), rtol=1e-6)
+
+
+def test_endpoints_scale_with_the_number_of_steps():
+    for make in (schedules.linear, schedules.quadratic, schedules.constant, schedules.warmup):
+        coarse, fine = make(250), make(1000)
+        np.testing.assert_allclose(coarse.beta.sum(), fine.beta.sum(), rtol=2e-3)  # a Riemann sum
+        np.testing.assert_allclose(coarse.beta[-1], 4 * fine.beta[-1], rtol=1e-6)
+
+
+def test_cosine_follows_its_formula_up_to_the_clip():
+    s = schedules.cosine(1000)
+    f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(s.alpha_bar[:990], (f / f[0])[:990], rtol=2e-6)
+    assert np.isclose(s.beta[-1], 0.999)
+
+
+def test_warmup_and_harmonic():
+    betas = np.asarray(schedules.warmup(1000, fraction=0.1).beta)
+    np.testing.assert_allclose(betas[1:101], np.linspace(1e-4, 0.02, 100), rtol=1e-6)
+    np.testing.assert_allclose(betas[101:], 0.02, rtol=1e-6)
+    s = schedules.harmonic(10)
+    np.testing.assert_allclose(s.alpha_bar, 1 - np.arange(11) / 10, atol=1e-7)  # ᾱ falls linearly to 0
+
+
+@pytest.mark.parametrize("s", ALL)
+def test_clean_data_is_entry_zero(s):
+    assert s.num_steps == 200 and s.beta.shape == (201,)
+    row = s[0]
+    assert row.alpha_bar == 1 and row.beta == 0 and row.posterior_x0 == 1 and row.posterior_x_t == 0
+    np.testing.assert_array_equal(s.network_t[1:], np.arange(200))
+    np.testing.assert_array_equal(s.t, np.arange(201))
+    np.testing.assert_array_equal(s.alpha_bar_prev[1:], s.alpha_bar[:-1])
+    for name, table in vars(s).items():
+        assert np.isfinite(table[1:-1]).all(), name
+    assert s.log_beta_tilde[1] == s.log_beta_tilde[2] == s.log_beta_large[1]
+
+
+@pytest.mark.parametrize("s", ALL)
+def test_respacing_keeps_the_marginals(s):
+    keep = [1, 7, 40, 199, 200]
+    short = schedules.respace(s, keep)
+    rows = s[jnp.asarray([0, *keep])]
+    for name in ("alpha_bar", "sqrt_one_minus_alpha_bar", "network_t"):
+        np.testing.assert_allclose(getattr(short, name), getattr(rows, name), rtol=1e-6, atol=1e-30)
+    # The β are rescaled too, which a sampler that only skips rows would miss.
+    np.testing.assert_allclose(short.beta[3], 1 - s.alpha_bar[40] / s.alpha_bar[7], rtol=1e-5)
+
+
+def test_respacing_to_every_step_changes_nothing():
+    s = schedules.cosine(50)
+    for name, table in vars(schedules.respace(s, np.arange(1, 51))).items():
+        np.testing.assert_allclose(table, getattr(s, name), rtol=2e-6, err_msg=name)
+
+
+def test_evenly_spaced_ends_at_the_prior():
+    s = schedules.linear(1000)
+    np.testing.assert_array_equal(schedules.evenly_spaced(s, 5).network_t[1:], [0, 250, 499, 749, 999])
+    np.testing.assert_array_equal(schedules.evenly_spaced(s, 1).network_t[1:], [999])
+
+
+def test_rows_index_like_tables_and_work_inside_jit():
+    s = schedules.cosine(10)
+    batch = jax.jit(lambda s, t: s[t])(s, jnp.asarray([3, 1]))
+    assert batch.beta.shape == (2,) and batch.beta[0] == s[3].beta
+    with pytest.raises(IndexError, match="t=11"):
+        s[11]
+    with pytest.raises(IndexError, match="t=-1"):
+        s[-1]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: schedules.from_betas([0.1, 0.0]), r"β_2 = 0 "),
+        (lambda: schedules.from_betas([0.1, 1.1]), "must lie in"),
+        (lambda: schedules.from_betas([float("nan")]), "β_1 = nan"),
+        (lambda: schedules.from_betas([]), "T ≥ 1"),
+        (lambda: schedules.linear(0), "not 0"),
+        (lambda: schedules.cosine(-3), "not -3"),
+        (lambda: schedules.linear(10), r"β_5 = 0.\d+|β must lie"),  # endpoints scaled by 100 leave (0, 1]
+        (lambda: schedules.warmup(10, fraction=1.5), "1.5"),
+        (lambda: schedules.respace(schedules.cosine(10), [3, 3]), "increase strictly"),
+        (lambda: schedules.respace(schedules.cosine(10), [0, 3]), "1…10"),
+        (lambda: schedules.respace(schedules.cosine(10), [3, 11]), "1…10"),
+        (lambda: schedules.respace(schedules.cosine(10), []), "whole numbers"),
+        (lambda: schedules.evenly_spaced(schedules.cosine(10), 11), "cannot keep 11 of 10"),
+    ],
+)
+def test_bad_input_is_one_sentence(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -1,0 +1,295 @@
+"""Training end to end, on the bundled digits with a tiny network: resuming, devices, logs and files."""
+
+import json
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from diffusion import build, checkpoint, data, evaluate, parallel, report, sample, train
+from diffusion.step import to_levels, to_unit, train_step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_dir(tmp_path_factory):
+    """A data directory of the tests' own, prepared once."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+    yield
+    patch.undo()
+
+
+def tiny(**keys):
+    """A config whose every part is real and small."""
+    config = digits.get_config()
+    small = {
+        "schedule.num_steps": 6, "unet.channels": 8, "unet.multipliers": (1, 1), "unet.blocks": 1, "unet.groups": 4,
+        "unet.dropout": 0.1, "unet.attention_resolutions": (4,), "unet.fourier_features": (), "data.flip": True,
+        "train.batch_size": 16, "train.num_steps": 6, "train.log_every": 2, "train.checkpoint_every": 3,
+        "train.sample_every": 4, "eval.num_images": 20, "eval.batch_size": 16, "sample.num_images": 9,
+        "optim.warmup_steps": 2,
+    }  # fmt: skip
+    with config.unlocked():
+        config.update_from_flattened_dict(small | {key.replace("__", "."): value for key, value in keys.items()})
+    return config
+
+
+def rows_without_time(directory):
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in report.read_metrics(directory)]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, data_dir):
+    """A run that was never stopped."""
+    directory = tmp_path_factory.mktemp("runs") / "straight"
+    train.run(tiny(), directory)
+    return directory
+
+
+def test_a_run_leaves_everything_it_promises(straight):
+    files = {path.name for path in straight.iterdir()}
+    assert files >= {"config.json", "metrics.jsonl", "checkpoints", "tensorboard", "samples.png", "samples.npz",
+                     "progressive.png", "loss.png", "bpd.png", "bpd.npz", "summary.json", "samples_4.png"}  # fmt: skip
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["step"] == 6 and summary["test_images"] == 20 and summary["device"] == "cpu ×8"
+    parts = summary["test_decoder_bpd"] + summary["test_kl_bpd"] + summary["prior_bpd"]
+    np.testing.assert_allclose(summary["test_bpd"], parts, rtol=1e-6)
+    assert summary["test_bpd_stderr"] > 0 and summary["seconds"] > 0 and summary["versions"]["jax"] == jax.__version__
+    with np.load(straight / "bpd.npz") as saved:
+        np.testing.assert_allclose(saved["test_image_bpd"].mean(), summary["test_bpd"], rtol=1e-6)
+        np.testing.assert_allclose(saved["test_terms_bpd"].sum() + summary["prior_bpd"], summary["test_bpd"], rtol=1e-6)
+    images = np.load(straight / "samples.npz")["images"]
+    assert images.shape == (9, 8, 8, 1) and images.dtype == np.uint8 and images.max() <= 16
+    rows = report.read_metrics(straight)
+    assert [row["step"] for row in rows] == [2, 3, 4, 6]
+    assert all("test_loss" in row for row in rows if row["step"] in (3, 6))
+
+
+def test_a_stopped_run_resumes_bit_identically(straight, tmp_path, monkeypatch):
+    batch_indices, killed_at = data.batch_indices, 5
+
+    def killed(seed, step, *sizes):
+        if step == killed_at:
+            raise KeyboardInterrupt
+        return batch_indices(seed, step, *sizes)
+
+    monkeypatch.setattr(data, "batch_indices", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(tiny(), tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert [row["step"] for row in report.read_metrics(tmp_path / "run")] == [2, 3, 4]
+    killed_at = -1
+    train.run(tiny(), tmp_path / "run")
+    one, two = (json.loads((run / "summary.json").read_text()) for run in (straight, tmp_path / "run"))
+    for key in one.keys() - {"seconds"}:
+        assert one[key] == two[key], key
+    assert rows_without_time(straight) == rows_without_time(tmp_path / "run")
+    np.testing.assert_array_equal(*(np.load(run / "samples.npz")["images"] for run in (straight, tmp_path / "run")))
+
+
+def test_a_finished_run_says_so_and_does_nothing(straight, capsys):
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.name != "config.json"}
+    train.run(tiny(), straight)
+    assert "finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.name != "config.json"}
+
+
+def test_another_config_is_refused_and_nothing_changes(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    for mode in (train, evaluate, sample):
+        with pytest.raises(ValueError, match=r"another config \(optim.learning_rate: 0.00\d+ → 0.5; seed: 0 → 7\)"):
+            mode.run(tiny(seed=7, optim__learning_rate=0.5), tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == (straight / "config.json").read_text()
+
+
+def test_a_directory_with_other_things_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        train.run(tiny(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_evaluation_and_sampling_of_a_checkpoint_repeat_the_run(straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    for name in ("summary.json", "samples.npz", "bpd.npz"):
+        (tmp_path / "run" / name).unlink()
+    evaluate.run(tiny(eval__batch_size=7), tmp_path / "run")  # another batch size, the same images and noise
+    printed = json.loads(capsys.readouterr().out)
+    summary = json.loads((straight / "summary.json").read_text())
+    assert printed["ema_sha256"] == summary["ema_sha256"]
+    np.testing.assert_allclose(printed["test_bpd"], summary["test_bpd"], rtol=1e-5)
+    sample.run(tiny(sample__batch_size=5), tmp_path / "run")
+    again, before = (np.load(run / "samples.npz")["images"] for run in (tmp_path / "run", straight))
+    # A grey level may round the other way where the batch size changed the order of sums.
+    assert np.mean(again != before) < 0.01 and np.abs(again.astype(int) - before).max() <= 1
+    sample.run(tiny(sample__method="ddim", sample__num_steps=3, sample__num_images=2), tmp_path / "run")
+    assert len(np.load(tmp_path / "run" / "samples.npz")["images"]) == 2
+
+
+def test_nothing_to_restore_is_one_sentence(tmp_path):
+    for mode in (evaluate, sample):
+        with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
+            mode.run(tiny(), tmp_path)
+
+
+def test_a_batch_that_does_not_divide_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="train.batch_size=12 does not divide by 8 devices"):
+        train.run(tiny(train__batch_size=12), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"train.batch_size=16 does not divide by 8 devices × train.grad_accum=4"):
+        train.run(tiny(train__grad_accum=4), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Steps:
+    """A few train steps by hand: on 8 devices with pmap, or on one."""
+
+    def __init__(self, **keys):
+        self.config = tiny(**keys)
+        self.images = data.load("digits", "train").images
+        self.experiment = build.experiment(self.config, (8, 8, 1), 17)
+
+    def indices(self, step):
+        return data.batch_indices(0, step, self.config.train.batch_size, len(self.images))
+
+    def on_all_devices(self, num_steps):
+        state = parallel.replicate(jax.device_get(self.experiment.initial_state()))
+        images, step_fn = parallel.replicate(self.images), parallel.train_steps(self.experiment.training)
+        for step in range(num_steps):
+            state, metrics = step_fn(state, images, parallel.shard_steps(self.indices(step)[None]))
+        return state, metrics
+
+    def on_one_device(self, num_steps):
+        state = self.experiment.initial_state()
+        one = partial(train_step, self.experiment.training, axis_name="devices")
+        step_fn = jax.jit(jax.vmap(one, axis_size=1, axis_name="devices", in_axes=(None, None, 0)))
+        for step in range(num_steps):
+            batched, metrics = step_fn(state, jnp.asarray(self.images), self.indices(step)[None])
+            state = jax.tree.map(lambda leaf: leaf[0], batched)
+        return state, metrics
+
+
+def test_eight_devices_take_the_same_steps_as_one():
+    steps = Steps()
+    many, metrics = steps.on_all_devices(3)
+    one, one_metrics = steps.on_one_device(3)
+    np.testing.assert_allclose(metrics["loss"][0], one_metrics["loss"], rtol=1e-5)
+    for leaf in jax.tree.leaves(many.params):
+        copies = np.asarray(leaf)
+        np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))  # replicas stay equal
+    # Adam divides by √v, so a rounding in a gradient near 0 may move a parameter by a part of the learning rate.
+    for a, b in zip(jax.tree.leaves(parallel.unreplicate(many).params), jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_accumulated_gradients_are_the_batch_gradient():
+    whole, metrics = Steps(train__batch_size=32).on_one_device(2)
+    pieces, piece_metrics = Steps(train__batch_size=32, train__grad_accum=4).on_one_device(2)
+    np.testing.assert_allclose(metrics["grad_norm"], piece_metrics["grad_norm"], rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(pieces.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_several_steps_in_one_call_are_the_same_steps():
+    steps = Steps()
+    single, _ = steps.on_all_devices(2)
+    state = parallel.replicate(jax.device_get(steps.experiment.initial_state()))
+    indices = np.stack([steps.indices(0), steps.indices(1)])
+    step_fn = parallel.train_steps(steps.experiment.training)
+    both, metrics = step_fn(state, parallel.replicate(steps.images), parallel.shard_steps(indices))
+    assert metrics["loss"].shape == (8, 2)
+    for a, b in zip(jax.tree.leaves(single.params), jax.tree.leaves(both.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_the_step_compiles_once(straight, tmp_path):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **kw: compiled.append(seconds) if "backend_compile" in event else None
+    )
+    steps = Steps()
+    state = parallel.replicate(jax.device_get(steps.experiment.initial_state()))
+    images, step_fn = parallel.replicate(steps.images), parallel.train_steps(steps.experiment.training)
+    counts = []
+    for step in range(4):
+        state, _ = step_fn(state, images, parallel.shard_steps(steps.indices(step)[None]))
+        counts.append(len(compiled))
+    assert counts[0] > 0, "the listener heard nothing"
+    assert counts[1:] == [counts[0]] * 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_path):
+    steps = Steps()
+    state = steps.experiment.initial_state()
+    poisoned = jax.tree.map(lambda leaf: leaf * jnp.nan, state.params)
+    train_set, test_set = data.load("digits", "train"), data.load("digits", "test")
+    with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        with pytest.raises(FloatingPointError, match=r"step 1: .*loss = nan.*vlb_bpd = nan"):
+            state = state.replace(params=poisoned)
+            train.train(steps.experiment, tmp_path, state, train_set, test_set, checkpoints, lambda params: None)
+        assert checkpoints.latest_step() is None
+
+
+def test_the_window_is_the_mean_since_the_last_row(straight):
+    """`loss` of a row averages the steps since the row before; here checked against the steps themselves."""
+    steps = Steps()
+    losses = [float(steps.on_all_devices(n)[1]["loss"][0, 0]) for n in (1, 2)]
+    row = report.read_metrics(straight)[0]
+    np.testing.assert_allclose(row["loss"], np.mean(losses), rtol=1e-5)
+
+
+def test_ema_and_warmup_follow_their_formulas():
+    steps = Steps(ema__decay=0.9, optim__warmup_steps=4, optim__learning_rate=1e-2)
+    start = steps.experiment.initial_state()
+    first, _ = steps.on_one_device(1)
+    for a, b in zip(jax.tree.leaves(start.params), jax.tree.leaves(first.params), strict=True):
+        np.testing.assert_array_equal(a, b)  # the warm-up starts at 0
+    second, _ = steps.on_one_device(2)
+    moved = 0.0
+    trees = (first.ema_params, second.params, second.ema_params)
+    for before, params, ema in zip(*(jax.tree.leaves(tree) for tree in trees), strict=True):
+        np.testing.assert_allclose(ema, 0.9 * before + 0.1 * params, rtol=1e-6, atol=1e-8)
+        moved = max(moved, float(jnp.abs(params - before).max()))
+    # Adam's first steps are at most learning_rate · √2 long; a quarter of the warm-up is done.
+    np.testing.assert_allclose(moved, 1e-2 / 4, rtol=0.5)
+
+
+def test_grey_levels_survive_the_way_to_the_unit_interval_and_back():
+    for num_levels in (17, 256):
+        levels = np.arange(num_levels, dtype=np.uint8)
+        x = to_unit(levels, num_levels)
+        assert x[0] == -1 and np.isclose(x[-1], 1)
+        np.testing.assert_array_equal(to_levels(x, num_levels), levels)
+
+
+def test_padded_batches_hold_every_item_once():
+    for num_items, batch_size in ((20, 16), (3, 256), (16, 16), (17, 8), (1, 1)):
+        seen = [
+            number for batch, real in parallel.padded_batches(num_items, batch_size) for number in batch.ravel()[:real]
+        ]
+        assert seen == list(range(num_items))
+        shapes = {batch.shape for batch, _ in parallel.padded_batches(num_items, batch_size)}
+        assert len(shapes) == 1 and shapes.pop()[0] == 8
+
+
+def test_the_bound_counts_every_image_once(straight):
+    """20 images in batches of 16 on 8 devices, the last one padded, equal each image scored alone."""
+    experiment = build.experiment(tiny(), (8, 8, 1), 17)
+    params = parallel.replicate(jax.device_get(experiment.initial_state().params))
+    images = data.load("digits", "test").images[:11]
+    whole = evaluate.bound_of(experiment)(params, images, "test")
+    assert whole.terms_bpd.shape == (11, 6)
+    one = build.experiment(tiny(eval__batch_size=8), (8, 8, 1), 17)
+    np.testing.assert_allclose(evaluate.bound_of(one)(params, images, "test").image_bpd, whole.image_bpd, rtol=1e-5)
+    summary = whole.summary("test")
+    np.testing.assert_allclose(summary["test_bpd"], whole.image_bpd.mean())
+
+
+def test_a_subset_is_drawn_from_the_whole_set():
+    images = np.arange(1000, dtype=np.uint16).astype(np.uint8).reshape(1000, 1, 1, 1)
+    chosen = evaluate.subset(np.repeat(np.arange(100, dtype=np.uint8), 10).reshape(1000, 1, 1, 1), 100)
+    assert len(np.unique(chosen)) > 40  # the first 100 of this sorted set would hold 10 values
+    np.testing.assert_array_equal(evaluate.subset(images, 1000), images)

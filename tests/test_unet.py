@@ -1,0 +1,262 @@
+"""Laws of the network: its size, its initialization, its layers, its precision, and what it refuses."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from diffusion.unet import Attention, GroupNorm, ResidualBlock, UNet, fourier_features, time_embedding
+
+TINY = UNet(channels=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), groups=4, out_channels=1)
+ONE_LEVEL = TINY.copy(multipliers=(1,), attention_resolutions=())  # compiles faster where levels do not matter
+
+
+def inputs(batch=2, height=8, width=8, channels=1):
+    x = jax.random.normal(jax.random.key(0), (batch, height, width, channels))
+    return x, jnp.arange(batch) * 300
+
+
+def random_key(seed):
+    return jax.random.key(seed, impl="rbg")  # compiles faster than the default generator
+
+
+def random_params(module, *args):
+    """Parameters of ordinary size everywhere; those of the initialization would hide half of the network."""
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: np.float32(rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))), params
+    )
+
+
+@partial(jax.jit, static_argnums=(0,))
+def apply(unet, params, x, network_t):
+    return unet.apply({"params": params}, x, network_t)
+
+
+@partial(jax.jit, static_argnums=(0,))
+def apply_in_training(unet, params, x, network_t, key):
+    return unet.apply({"params": params}, x, network_t, train=True, rngs={"dropout": key})
+
+
+def param_shapes(unet, image_shape):
+    init = partial(unet.init, jax.random.key(0))
+    return jax.eval_shape(init, jnp.zeros((1, *image_shape)), jnp.zeros(1))["params"]
+
+
+@pytest.fixture(scope="module")
+def tiny_params():
+    return random_params(TINY, *inputs())
+
+
+@pytest.mark.parametrize("out_channels, num_params", [(3, 35_746_307), (6, 35_746_307 + 3_459)])
+def test_ho_et_al_network_has_the_published_number_of_parameters(out_channels, num_params):
+    params = param_shapes(UNet(out_channels=out_channels), (32, 32, 3))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == num_params
+
+
+def test_attention_follows_every_block_at_16x16_and_sits_in_the_middle():
+    modules = param_shapes(UNet(), (32, 32, 3)).keys()
+    assert {name for name in modules if "attention" in name} == {
+        "down_1_attention_0", "down_1_attention_1",
+        "mid_attention",
+        "up_1_attention_0", "up_1_attention_1", "up_1_attention_2",
+    }  # fmt: skip
+
+
+def test_initial_output_and_residual_branches_are_nearly_but_not_exactly_zero():
+    x, network_t = inputs()
+    params = jax.jit(TINY.init)(random_key(0), x, network_t)["params"]
+    output = np.abs(apply(TINY, params, x, network_t))
+    assert 0 < output.max() < 1e-3
+    for path, leaf in flatten_dict(params).items():
+        if path[-1] == "kernel":
+            # Uniform on (-a, a) with a = sqrt(3 * scale / mean of fan-in and fan-out).
+            *window, fan_in, fan_out = leaf.shape
+            scale = 1e-10 if path[-2] in ("conv_2", "projection", "conv_out") else 1.0
+            bound = np.sqrt(3 * scale / (np.prod(window) * (fan_in + fan_out) / 2))
+            assert 0.8 * bound < np.abs(leaf).max() <= bound * (1 + 1e-6), path
+        else:
+            assert np.all(leaf == (1.0 if path[-1] == "scale" else 0.0)), path
+
+
+def test_time_embedding_is_the_formula_in_float64():
+    network_t, half = np.array([0, 1, 17, 500, 999]), 64
+    frequencies = 10.0 ** (-4 * np.arange(half, dtype=np.float64) / (half - 1))
+    angles = np.array([[t * f for f in frequencies] for t in network_t])
+    expected = np.hstack([np.sin(angles), np.cos(angles)])
+    for dtype in (jnp.int32, jnp.float32):
+        embedding = time_embedding(jnp.asarray(network_t, dtype), 2 * half)
+        np.testing.assert_allclose(embedding, expected, atol=2e-4)  # 999 times a float32 rounding
+
+
+def test_fourier_features_separate_neighbouring_grey_levels():
+    levels = jnp.array([-1.0, -0.875, 0.5]).reshape(1, 3, 1, 1)
+    features = fourier_features(levels, (2, 3))[0, :, 0]
+    np.testing.assert_allclose(features[:, 0], [-1.0, -0.875, 0.5])
+    expected = [[0, 1, 0, 1], [1, 0, 0, -1], [0, 1, 0, 1]]  # sin 4 pi x, cos 4 pi x, sin 8 pi x, cos 8 pi x
+    np.testing.assert_allclose(features[:, 1:], expected, atol=1e-5)
+
+
+def test_fourier_features_change_only_the_first_convolution():
+    plain = flatten_dict(param_shapes(TINY, (8, 8, 1)))
+    featured = flatten_dict(param_shapes(TINY.copy(fourier_features=(2, 3, 4)), (8, 8, 1)))
+    assert {path for path in plain if plain[path].shape != featured[path].shape} == {("conv_in", "kernel")}
+    assert featured["conv_in", "kernel"].shape == (3, 3, 7, 8)
+
+
+def test_downsampling_pads_at_the_bottom_and_right_only(tiny_params):
+    """Output [i, j] of the strided convolution reads inputs [2i ... 2i+2, 2j ... 2j+2] and none before."""
+    x, network_t = inputs(batch=1)
+    capture = partial(TINY.apply, capture_intermediates=lambda module, _: (module.name or "").startswith("down"))
+    maps = jax.jit(capture)({"params": tiny_params}, x, network_t)[1]["intermediates"]
+    h = np.pad(maps["down_0_block_0"]["__call__"][0][0], ((0, 1), (0, 1), (0, 0)))
+    kernel, bias = tiny_params["down_0_downsample"]["kernel"], tiny_params["down_0_downsample"]["bias"]
+    expected = [
+        [np.einsum("ijc,ijco->o", h[2 * i : 2 * i + 3, 2 * j : 2 * j + 3], kernel) + bias for j in range(4)]
+        for i in range(4)
+    ]
+    np.testing.assert_allclose(maps["down_0_downsample"]["__call__"][0][0], expected, atol=1e-5)
+
+
+def test_attention_is_equivariant_under_permutations_of_positions_and_equals_its_definition():
+    h = jax.random.normal(jax.random.key(2), (1, 2, 3, 8))
+    attention = Attention(groups=2, heads=2, dtype="float32")
+    params = random_params(attention, h)
+    output = attention.apply({"params": params}, h)
+    order = jnp.array([4, 2, 0, 5, 1, 3])
+    permuted = attention.apply({"params": params}, h.reshape(1, 6, 8)[:, order].reshape(h.shape))
+    np.testing.assert_allclose(permuted.reshape(6, 8), output.reshape(6, 8)[order], atol=1e-5)
+
+    def dense(name, value):
+        return value @ np.float64(params[name]["kernel"]) + np.float64(params[name]["bias"])
+
+    groups = np.float64(h).reshape(6, 2, 4)
+    normed = (groups - groups.mean((0, 2), keepdims=True)) / np.sqrt(groups.var((0, 2), keepdims=True) + 1e-6)
+    normed = normed.reshape(6, 8) * params["norm"]["scale"] + params["norm"]["bias"]
+    query, key, value = (dense(name, normed).reshape(6, 2, 4) for name in ("query", "key", "value"))
+    attended = np.empty((6, 2, 4))
+    for head in range(2):
+        for position in range(6):
+            weights = np.exp(key[:, head] @ query[position, head] / np.sqrt(4))
+            attended[position, head] = weights @ value[:, head] / weights.sum()
+    expected = np.float64(h).reshape(6, 8) + dense("projection", attended.reshape(6, 8))
+    np.testing.assert_allclose(output.reshape(6, 8), expected, atol=1e-5)
+
+
+def test_group_norm_is_exact_where_the_mean_is_large():
+    h = 1000.0 + jax.random.normal(jax.random.key(3), (1, 4, 4, 4))
+    normed = GroupNorm(2).apply({"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}, h)
+    groups = np.float64(h).reshape(16, 2, 2)
+    deviation = groups - groups.mean((0, 2), keepdims=True)
+    expected = deviation / np.sqrt(groups.var((0, 2), keepdims=True) + 1e-6)
+    np.testing.assert_allclose(np.asarray(normed).reshape(16, 2, 2), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_time_acts_on_a_block_as_an_addition_or_as_a_scale_and_shift(scale_shift):
+    """The block recomputed from its layers."""
+    h = jax.random.normal(jax.random.key(4), (1, 4, 4, 8))
+    embedding = jax.random.normal(jax.random.key(5), (1, 6))
+    block = ResidualBlock(features=8, groups=4, dropout=0.0, scale_shift=scale_shift, dtype="float32")
+    params = random_params(block, h, embedding, False)
+    norm = GroupNorm(4)
+    conv = nn.Conv(8, (3, 3))
+    time = np.asarray(nn.swish(embedding)) @ params["time"]["kernel"] + params["time"]["bias"]
+    expected = conv.apply({"params": params["conv_1"]}, nn.swish(norm.apply({"params": params["norm_1"]}, h)))
+    if scale_shift:
+        expected = norm.apply({"params": params["norm_2"]}, expected)
+        expected = expected * (1 + time[0, None, None, None, :8]) + time[0, None, None, None, 8:]
+    else:
+        expected = norm.apply({"params": params["norm_2"]}, expected + time[:, None, None])
+    expected = h + conv.apply({"params": params["conv_2"]}, nn.swish(expected))
+    np.testing.assert_allclose(block.apply({"params": params}, h, embedding, False), expected, atol=1e-5)
+
+
+def test_examples_do_not_see_one_another_and_vmap_is_the_batch():
+    x, network_t = inputs(batch=3, height=4, width=6)
+    params = random_params(ONE_LEVEL, x, network_t)
+    together = apply(ONE_LEVEL, params, x, network_t)
+    one_by_one = jax.vmap(lambda x, t: ONE_LEVEL.apply({"params": params}, x[None], t[None])[0])
+    np.testing.assert_allclose(jax.jit(one_by_one)(x, network_t), together, atol=1e-5)
+    assert np.abs(together[0] - together[1]).max() > 1e-2
+
+
+def test_output_depends_on_time(tiny_params):
+    x, network_t = inputs()
+    same_x = jnp.stack([x[0], x[0]])
+    output = apply(TINY, tiny_params, same_x, network_t)
+    assert np.abs(output[0] - output[1]).max() > 1e-2
+
+
+def test_bfloat16_is_close_to_float32_and_keeps_float32_outside(tiny_params):
+    x, network_t = inputs()
+    half = TINY.copy(dtype="bfloat16")
+    params = jax.eval_shape(partial(half.init, jax.random.key(0)), x, network_t)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    exact, rounded = apply(TINY, tiny_params, x, network_t), apply(half, tiny_params, x, network_t)
+    assert rounded.dtype == jnp.float32
+    error = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
+    assert 1e-5 < error < 0.03  # it did compute in bfloat16, whose rounding is 2^-9
+
+
+def test_remat_changes_neither_parameters_nor_values_nor_gradients():
+    x, network_t = inputs(height=4, width=4)
+    params = random_params(ONE_LEVEL, x, network_t)
+    remat = ONE_LEVEL.copy(remat=True)
+    assert param_shapes(remat, (4, 4, 1)) == param_shapes(ONE_LEVEL, (4, 4, 1))
+
+    def loss(unet, params):
+        rngs = {"dropout": random_key(6)}
+        return jnp.mean(unet.apply({"params": params}, x, network_t, train=True, rngs=rngs) ** 2)
+
+    value, gradient = jax.jit(jax.value_and_grad(partial(loss, ONE_LEVEL)))(params)
+    remat_value, remat_gradient = jax.jit(jax.value_and_grad(partial(loss, remat)))(params)
+    np.testing.assert_allclose(remat_value, value, rtol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), remat_gradient, gradient)
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+    assert "remat" in str(jax.make_jaxpr(partial(loss, remat))(params))
+
+
+def test_dropout_acts_in_training_only_and_follows_its_key():
+    x, network_t = inputs(height=4, width=4)
+    params = random_params(ONE_LEVEL, x, network_t)
+    keys = [random_key(7), random_key(7), random_key(8)]
+    first, again, other = (apply_in_training(ONE_LEVEL, params, x, network_t, key) for key in keys)
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    without = apply(ONE_LEVEL, params, x, network_t)
+    np.testing.assert_array_equal(without, apply(ONE_LEVEL.copy(dropout=0.5), params, x, network_t))
+    assert np.abs(first - without).max() > 1e-3
+
+
+@pytest.mark.parametrize("image_shape", [(8, 8, 1), (64, 64, 3), (16, 24, 2)])
+def test_output_has_the_shape_of_the_image(image_shape):
+    unet = TINY.copy(multipliers=(1, 2, 2), attention_resolutions=(), out_channels=2 * image_shape[-1])
+    x = jnp.zeros((2, *image_shape))
+    output = jax.eval_shape(lambda: unet.init_with_output(jax.random.key(0), x, jnp.zeros(2))[0])
+    assert (output.shape, output.dtype) == ((2, *image_shape[:2], 2 * image_shape[2]), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "changes, image_shape, key",
+    [
+        ({}, (9, 8, 1), r"unet\.multipliers=\(1, 2\) .* 2, not 9x8"),
+        ({"multipliers": (1, 1, 1, 1, 1)}, (8, 8, 1), r"unet\.multipliers.* 16, not 8x8"),
+        ({"groups": 3}, (8, 8, 1), r"unet\.groups=3 .*\[8, 16\]"),
+        ({"heads": 3}, (8, 8, 1), r"unet\.heads=3 .*\[8, 16\]"),
+        ({"channels": 5, "groups": 5}, (8, 8, 1), r"unet\.channels=5"),
+        ({"attention_resolutions": (16,)}, (8, 8, 1), r"unet\.attention_resolutions=\(16,\) .*\[8, 4\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_compilation(changes, image_shape, key):
+    unet = dataclasses.replace(TINY, **changes)
+    with pytest.raises(ValueError, match=key):
+        unet.check(image_shape)
+    with pytest.raises(ValueError, match=key):
+        param_shapes(unet, image_shape)
