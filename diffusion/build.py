@@ -12,6 +12,7 @@ from diffusion import config as config_lib
 from diffusion import objectives, optim, parallel, randomness, reverse, schedules, state, timesteps
 from diffusion.reverse import Reverse
 from diffusion.schedules import Schedule
+from diffusion.state import TrainState
 from diffusion.step import Training, losses
 from diffusion.unet import UNet
 
@@ -32,16 +33,22 @@ class Experiment:
         """The network as the math wants it: (x_t [B, H, W, C], network_t [B]) -> output."""
         return lambda x_t, network_t: self.unet.apply({"params": params}, x_t, network_t)
 
-    def initial_state(self) -> state.TrainState:
+    def initial_state(self) -> TrainState:
         """The state before the first step, from config.seed."""
-        image = jnp.zeros((1, *self.image_shape))
-        key = randomness.stream(self.config.seed, "init")
         # It runs once, so on the CPU, where random numbers are slow to compile, it is not optimized.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        params = jax.jit(self.unet.init, compiler_options=options)(key, image, jnp.zeros(1))["params"]
-        row_keys = jax.random.split(key, 1)
+        return self._state(jax.jit(self.unet.init, compiler_options=options))
+
+    def abstract_state(self) -> TrainState:
+        """The shapes and dtypes of the state, without computing it."""
+        return jax.eval_shape(lambda: self._state(self.unet.init))
+
+    def _state(self, init: Callable) -> TrainState:
+        image = jnp.zeros((1, *self.image_shape))
+        params = init(randomness.stream(self.config.seed, "init"), image, jnp.zeros(1))["params"]
+        keys = jax.random.split(jax.random.key(0), 1)
         _, parts = jax.eval_shape(
-            lambda: losses(self.training, params, jnp.ones(1, jnp.int32), row_keys, image, dropout=False)
+            lambda: losses(self.training, params, jnp.ones(1, jnp.int32), keys, image, dropout=False)
         )
         return state.create(params, self.training.optimizer, ("loss", *parts, "grad_norm"))
 

@@ -28,7 +28,7 @@ def run(config_dict: ConfigDict, directory: Path) -> None:
 
 def network(experiment: Experiment) -> dict[str, str]:
     """Parameters, work and memory of training on one device."""
-    state = jax.eval_shape(experiment.initial_state)
+    state = experiment.abstract_state()
     batch_size = experiment.training.batch_size
     local_size = batch_size // jax.local_device_count() // experiment.training.grad_accum
     forward = jax.jit(lambda params, x, t: experiment.denoiser(params)(x, t))

@@ -6,7 +6,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import PyTree
 
 
 @flax.struct.dataclass
@@ -17,11 +17,11 @@ class TrainState:
     writes the same row as one that was not.
     """
 
-    step: Int[Array, "*devices"]  # optimizer steps taken
+    step: Any  # int32 []: optimizer steps taken. (Leaves may be arrays, NumPy arrays or their shapes.)
     params: PyTree
     ema_params: PyTree  # an exponential moving average of params
     opt_state: Any
-    window: dict[str, Float[Array, "*devices"]]
+    window: dict[str, Any]  # float32 []: sums over `count` steps
 
 
 def create(params: PyTree, optimizer: optax.GradientTransformation, metric_names: tuple[str, ...]) -> TrainState:

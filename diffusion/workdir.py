@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
 from diffusion import config as config_lib
@@ -54,4 +53,4 @@ def restore(experiment: Experiment, directory: Path) -> TrainState:
     """
     check_config(experiment.config, directory)
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        return checkpoints.restore(None, like=jax.eval_shape(experiment.initial_state))
+        return checkpoints.restore(None, like=experiment.abstract_state())

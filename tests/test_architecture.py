@@ -28,13 +28,14 @@ FLOORS = {
     "step": 3,
     "checkpoint": 3,
     "report": 3,
-    "plots": 3,
     "config": 4,
     "build": 4,
+    "workdir": 4,
     "parallel": 4,
     "train": 5,
     "evaluate": 5,
     "sample": 5,
+    "describe": 5,
 }
 
 

@@ -145,75 +145,78 @@ def test_a_batch_that_does_not_divide_is_refused_by_name(tmp_path):
 
 
 class Steps:
-    """A few train steps by hand: on 8 devices with pmap, or on one."""
+    """A few train steps by hand: on 8 devices with pmap, or on one; each compiled once."""
 
     def __init__(self, **keys):
         self.config = tiny(**keys)
         self.images = data.load("digits", "train").images
         self.experiment = build.experiment(self.config, (8, 8, 1), 17)
+        self.start = jax.device_get(self.experiment.initial_state())
+        self.pmapped = parallel.train_steps(self.experiment.training)
+        one = partial(train_step, self.experiment.training, axis_name="devices")
+        self.single = jax.jit(jax.vmap(one, axis_size=1, axis_name="devices", in_axes=(None, None, 0)))
 
     def indices(self, step):
         return data.batch_indices(0, step, self.config.train.batch_size, len(self.images))
 
     def on_all_devices(self, num_steps):
-        state = parallel.replicate(jax.device_get(self.experiment.initial_state()))
-        images, step_fn = parallel.replicate(self.images), parallel.train_steps(self.experiment.training)
+        state, images = parallel.replicate(self.start), parallel.replicate(self.images)
         for step in range(num_steps):
-            state, metrics = step_fn(state, images, parallel.shard_steps(self.indices(step)[None]))
+            state, metrics = self.pmapped(state, images, parallel.shard_steps(self.indices(step)[None]))
         return state, metrics
 
     def on_one_device(self, num_steps):
-        state = self.experiment.initial_state()
-        one = partial(train_step, self.experiment.training, axis_name="devices")
-        step_fn = jax.jit(jax.vmap(one, axis_size=1, axis_name="devices", in_axes=(None, None, 0)))
+        state = self.start
         for step in range(num_steps):
-            batched, metrics = step_fn(state, jnp.asarray(self.images), self.indices(step)[None])
+            batched, metrics = self.single(state, jnp.asarray(self.images), self.indices(step)[None])
             state = jax.tree.map(lambda leaf: leaf[0], batched)
         return state, metrics
 
 
-def test_eight_devices_take_the_same_steps_as_one():
-    steps = Steps()
+@pytest.fixture(scope="module")
+def steps(data_dir):
+    return Steps()
+
+
+def assert_same_parameters(a, b):
+    # Adam divides by √v, so a rounding in a gradient near 0 may move a parameter by a part of the learning rate.
+    for one, other in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_eight_devices_take_the_same_steps_as_one(steps):
     many, metrics = steps.on_all_devices(3)
     one, one_metrics = steps.on_one_device(3)
     np.testing.assert_allclose(metrics["loss"][0], one_metrics["loss"], rtol=1e-5)
     for leaf in jax.tree.leaves(many.params):
         copies = np.asarray(leaf)
         np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))  # replicas stay equal
-    # Adam divides by √v, so a rounding in a gradient near 0 may move a parameter by a part of the learning rate.
-    for a, b in zip(jax.tree.leaves(parallel.unreplicate(many).params), jax.tree.leaves(one.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    assert_same_parameters(parallel.unreplicate(many), one)
 
 
-def test_accumulated_gradients_are_the_batch_gradient():
-    whole, metrics = Steps(train__batch_size=32).on_one_device(2)
-    pieces, piece_metrics = Steps(train__batch_size=32, train__grad_accum=4).on_one_device(2)
+def test_accumulated_gradients_are_the_batch_gradient(steps):
+    whole, metrics = steps.on_one_device(2)
+    pieces, piece_metrics = Steps(train__grad_accum=2).on_one_device(2)
     np.testing.assert_allclose(metrics["grad_norm"], piece_metrics["grad_norm"], rtol=1e-4)
-    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(pieces.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    assert_same_parameters(whole, pieces)
 
 
-def test_several_steps_in_one_call_are_the_same_steps():
-    steps = Steps()
+def test_several_steps_in_one_call_are_the_same_steps(steps):
     single, _ = steps.on_all_devices(2)
-    state = parallel.replicate(jax.device_get(steps.experiment.initial_state()))
     indices = np.stack([steps.indices(0), steps.indices(1)])
-    step_fn = parallel.train_steps(steps.experiment.training)
-    both, metrics = step_fn(state, parallel.replicate(steps.images), parallel.shard_steps(indices))
+    state, images = parallel.replicate(steps.start), parallel.replicate(steps.images)
+    both, metrics = steps.pmapped(state, images, parallel.shard_steps(indices))
     assert metrics["loss"].shape == (8, 2)
-    for a, b in zip(jax.tree.leaves(single.params), jax.tree.leaves(both.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    assert_same_parameters(parallel.unreplicate(single), parallel.unreplicate(both))
 
 
-def test_the_step_compiles_once(straight, tmp_path):
+def test_the_step_compiles_once(steps):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **kw: compiled.append(seconds) if "backend_compile" in event else None
     )
-    steps = Steps()
-    state = parallel.replicate(jax.device_get(steps.experiment.initial_state()))
-    images, step_fn = parallel.replicate(steps.images), parallel.train_steps(steps.experiment.training)
-    counts = []
+    state, images = parallel.replicate(steps.start), parallel.replicate(steps.images)
+    step_fn, counts = parallel.train_steps(steps.experiment.training), []
     for step in range(4):
         state, _ = step_fn(state, images, parallel.shard_steps(steps.indices(step)[None]))
         counts.append(len(compiled))
@@ -221,46 +224,40 @@ def test_the_step_compiles_once(straight, tmp_path):
     assert counts[1:] == [counts[0]] * 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_path):
-    steps = Steps()
-    state = steps.experiment.initial_state()
-    poisoned = jax.tree.map(lambda leaf: leaf * jnp.nan, state.params)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(steps, tmp_path):
+    poisoned = steps.start.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, steps.start.params))
     train_set, test_set = data.load("digits", "train"), data.load("digits", "test")
     with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
         with pytest.raises(FloatingPointError, match=r"step 1: .*loss = nan.*vlb_bpd = nan"):
-            state = state.replace(params=poisoned)
-            train.train(steps.experiment, tmp_path, state, train_set, test_set, checkpoints, lambda params: None)
+            train.train(steps.experiment, tmp_path, poisoned, train_set, test_set, checkpoints, lambda params: None)
         assert checkpoints.latest_step() is None
 
 
-def test_the_window_is_the_mean_since_the_last_row(straight):
+def test_the_window_is_the_mean_since_the_last_row(steps, straight):
     """`loss` of a row averages the steps since the row before; here checked against the steps themselves."""
-    steps = Steps()
     losses = [float(steps.on_all_devices(n)[1]["loss"][0, 0]) for n in (1, 2)]
     row = report.read_metrics(straight)[0]
     np.testing.assert_allclose(row["loss"], np.mean(losses), rtol=1e-5)
 
 
-def test_ema_and_warmup_follow_their_formulas():
-    steps = Steps(ema__decay=0.9, optim__warmup_steps=4, optim__learning_rate=1e-2)
-    start = steps.experiment.initial_state()
-    first, _ = steps.on_one_device(1)
-    for a, b in zip(jax.tree.leaves(start.params), jax.tree.leaves(first.params), strict=True):
+def test_ema_and_warmup_follow_their_formulas(steps):
+    config = steps.config
+    first, second = (steps.on_one_device(n)[0] for n in (1, 2))
+    for a, b in zip(jax.tree.leaves(steps.start.params), jax.tree.leaves(first.params), strict=True):
         np.testing.assert_array_equal(a, b)  # the warm-up starts at 0
-    second, _ = steps.on_one_device(2)
-    moved = 0.0
+    decay, moved = config.ema.decay, 0.0
     trees = (first.ema_params, second.params, second.ema_params)
     for before, params, ema in zip(*(jax.tree.leaves(tree) for tree in trees), strict=True):
-        np.testing.assert_allclose(ema, 0.9 * before + 0.1 * params, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(ema, decay * before + (1 - decay) * params, rtol=1e-6, atol=1e-8)
         moved = max(moved, float(jnp.abs(params - before).max()))
-    # Adam's first steps are at most learning_rate · √2 long; a quarter of the warm-up is done.
-    np.testing.assert_allclose(moved, 1e-2 / 4, rtol=0.5)
+    # Adam's first steps are about as long as the learning rate, of which the warm-up has done one of two steps.
+    np.testing.assert_allclose(moved, config.optim.learning_rate / config.optim.warmup_steps, rtol=0.5)
 
 
 def test_grey_levels_survive_the_way_to_the_unit_interval_and_back():
     for num_levels in (17, 256):
         levels = np.arange(num_levels, dtype=np.uint8)
-        x = to_unit(levels, num_levels)
+        x = to_unit(jnp.asarray(levels), num_levels)
         assert x[0] == -1 and np.isclose(x[-1], 1)
         np.testing.assert_array_equal(to_levels(x, num_levels), levels)
 
