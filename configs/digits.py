@@ -14,12 +14,15 @@ def get_config() -> ConfigDict:
     config.data.name = "digits"
     config.data.flip = False
     config.schedule.name = "cosine"
-    config.schedule.num_steps = 250
+    config.schedule.num_steps = 50
+    config.model.prediction = "v"
     config.model.variance = "learned_range"
     config.unet.channels = 32
     config.unet.multipliers = (1, 2)
+    config.unet.blocks = 1
     config.unet.attention_resolutions = (4,)
     config.unet.groups = 8
+    config.unet.dropout = 0.0
     config.unet.fourier_features = (2, 3, 4)
     config.objective.name = "vlb"
     config.objective.timesteps = "low_discrepancy"
@@ -28,7 +31,8 @@ def get_config() -> ConfigDict:
     config.optim.decay = "cosine"
     config.ema.decay = 0.99
     config.train.num_steps = 1500
-    config.train.log_every = 50
+    config.train.batch_size = 32
+    config.train.log_every = 25
     config.train.checkpoint_every = 500
     config.train.sample_every = 500
     return config

@@ -19,11 +19,15 @@ def run(config_dict: ConfigDict, directory: Path) -> None:
     experiment = build.experiment(config_dict, described.image_shape, described.num_levels)
     workdir.check_config(config_dict, directory)
     shape = "×".join(map(str, described.image_shape))
+    figures = {
+        "data": f"{described.name}: {described.num_train:,} training and {described.num_test:,} test images",
+        "  images": f"{shape}, {described.num_levels} grey levels",
+        **network(experiment),
+        **schedule_figures(experiment),
+    }
     print(config.to_json(config_dict))
-    print(f"data        {described.name}: {described.num_train:,} training and {described.num_test:,} test images")
-    print(f"            {shape}, {described.num_levels} grey levels")
-    for name, value in (network(experiment) | schedule_figures(experiment)).items():
-        print(f"{name:<32}{value}")
+    for name, value in figures.items():
+        print(f"{name:<34}{value}")
 
 
 def network(experiment: Experiment) -> dict[str, str]:

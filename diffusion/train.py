@@ -20,7 +20,7 @@ from diffusion.data import ImageSet
 from diffusion.state import TrainState
 from diffusion.step import losses, to_unit
 
-MONITORED_IMAGES = 256  # test images whose loss is followed during training
+MONITORED_IMAGES = 256  # how many test images' loss is followed during training, if as many are to be scored
 
 
 def run(config: ConfigDict, directory: Path) -> None:
@@ -140,7 +140,8 @@ def _check_finite(unchecked: list[tuple[range, dict[str, jax.Array]]]) -> None:
 
 def _test_loss(experiment: Experiment, test_set: ImageSet) -> Callable[[PyTree], float]:
     """The training loss of replicated parameters on some test images, always with the same t and ε."""
-    images = evaluate.subset(test_set.images, min(MONITORED_IMAGES, len(test_set.images)))
+    scored = experiment.config.eval.num_images or len(test_set.images)
+    images = evaluate.subset(test_set.images, min(MONITORED_IMAGES, scored))
     t_key, examples_key = jax.random.split(randomness.stream(experiment.config.seed, "monitor"))
     t = timesteps.low_discrepancy(t_key, len(images), experiment.schedule.num_steps)
     t = np.random.RandomState(0).permutation(np.asarray(t))  # images sorted by class must not meet t in order
