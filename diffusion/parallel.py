@@ -1,5 +1,6 @@
 """Data parallelism with `jax.pmap`: the only file that knows how many devices there are."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import flax.jax_utils
@@ -64,11 +65,12 @@ def shard_steps(indices: np.ndarray) -> np.ndarray:
 def padded_batches(num_items: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
     """All of 0…num_items−1 in batches [devices, b] of one shape, each with its number of real entries.
 
-    The last batch is filled up with repetitions of its first item; the real entries come first in the
-    flattened batch. No batch is larger than the items need.
+    The batches are as equal as they can be; the last one is filled up with repetitions of its first item, and its
+    real entries come first in the flattened batch.
     """
     devices = jax.local_device_count()
-    per_device = -(-min(batch_size, num_items) // devices)
+    num_batches = math.ceil(num_items / batch_size)
+    per_device = math.ceil(num_items / num_batches / devices)
     for start in range(0, num_items, devices * per_device):
         batch = np.arange(start, min(start + devices * per_device, num_items))
         filled = np.full(devices * per_device, start)
