@@ -83,13 +83,9 @@ def bound_of(experiment: Experiment) -> Callable[[PyTree, np.ndarray, str], Boun
     compiled = parallel.over_devices(one_batch)
 
     def bound(replicated_params: PyTree, images: UInt8[np.ndarray, "n h w c"], name: str) -> Bound:
-        results = []
-        with report.Progress(len(images), desc=f"score {name}", unit="image") as progress:
-            for numbers, num_real in parallel.padded_batches(len(images), experiment.config.eval.batch_size):
-                batch = compiled(replicated_params, images[numbers], numbers)
-                results.append([parallel.gather(array, num_real) for array in batch])
-                progress.update(num_real)
-        terms, x0_mse, prior = (np.concatenate(parts).astype(np.float64) for parts in zip(*results, strict=True))
+        score = lambda numbers: compiled(replicated_params, images[numbers], numbers)  # noqa: E731
+        batch_size = experiment.config.eval.batch_size
+        terms, x0_mse, prior = _in_batches(score, len(images), batch_size, f"score {name}", "image")
         x0_mse *= ((num_levels - 1) / 2) ** 2
         kl = terms[:, 1:].sum(axis=1)
         return Bound(terms[:, 0], kl, prior, x0_mse[:, 0], terms_bpd=terms, x0_mse=x0_mse)
@@ -118,14 +114,13 @@ def estimated_bound_of(experiment: Experiment) -> Callable[[PyTree, np.ndarray, 
 
     def at(replicated_params, images, t, name):
         """The terms, the squared errors of x̂_0 and the priors of images [N] at t [N, terms], each [N, terms]."""
-        results = []
-        with report.Progress(t.size, desc=f"score {name}", unit="term") as progress:
-            for numbers, num_real in parallel.padded_batches(t.size, config.eval.batch_size):
-                image_numbers = numbers // t.shape[1]
-                batch = compiled(replicated_params, images[image_numbers], image_numbers, t.ravel()[numbers])
-                results.append([parallel.gather(array, num_real) for array in batch])
-                progress.update(num_real)
-        return (np.concatenate(parts).astype(np.float64).reshape(t.shape) for parts in zip(*results, strict=True))
+
+        def score(numbers):
+            image_numbers = numbers // t.shape[1]
+            return compiled(replicated_params, images[image_numbers], image_numbers, t.ravel()[numbers])
+
+        flat = _in_batches(score, t.size, config.eval.batch_size, f"score {name}", "term")
+        return [array.reshape(t.shape) for array in flat]
 
     def bound(replicated_params: PyTree, images: UInt8[np.ndarray, "n h w c"], name: str) -> Bound:
         every_t = np.arange(1, schedule.num_steps + 1)
@@ -143,3 +138,15 @@ def estimated_bound_of(experiment: Experiment) -> Callable[[PyTree, np.ndarray, 
         return Bound(estimate.decoder_bpd, estimate.kl_bpd, prior[:, 0], decoded_mse, estimate.sampling_stderr)
 
     return bound
+
+
+def _in_batches(
+    score: Callable[[np.ndarray], tuple[jax.Array, ...]], num_items: int, batch_size: int, desc: str, unit: str
+) -> list[Float[np.ndarray, "n ..."]]:
+    """score's results for the items 0…num_items − 1, each item once, in float64 for the sums to come."""
+    results = []
+    with report.Progress(num_items, desc=desc, unit=unit) as progress:
+        for numbers, num_real in parallel.padded_batches(num_items, batch_size):
+            results.append([parallel.gather(array, num_real) for array in score(numbers)])
+            progress.update(num_real)
+    return [np.concatenate(parts).astype(np.float64) for parts in zip(*results, strict=True)]

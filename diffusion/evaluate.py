@@ -67,7 +67,7 @@ def score(
         "train_images": f"{num_train} of {len(train_set.images)}",
     }
     if not config.eval.terms_per_image:
-        title = f"{test_set.name}, {num_images} test images"
+        title = f"{test_set.name}, {num_images} test images, protocol {config.eval.protocol}"
         _save_curves(directory, test, train, protocol, title, test_set.num_levels)
     return {
         "step": int(state.step),
