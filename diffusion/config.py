@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from diffusion import objectives, reverse, schedules, timesteps
+from diffusion import likelihood, objectives, reverse, schedules, timesteps
 
 
 class Allowed(NamedTuple):
@@ -79,6 +79,10 @@ KEYS: dict[str, Allowed] = {
     "train.sample_every": whole(0),
     "eval.num_images": whole(0),
     "eval.batch_size": whole(1),
+    "eval.protocol": choice(*likelihood.PROTOCOLS),
+    "eval.terms_per_image": Allowed(
+        lambda v: _is_int(v) and (v == 0 or v >= 3 and v % 2 == 1), "0 (all) or an odd number ≥ 3"
+    ),
     "sample.num_images": whole(1),
     "sample.batch_size": whole(1),
     "sample.method": choice("ancestral", "ddim"),
@@ -131,6 +135,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             "schedule.name='harmonic' ends with ᾱ_T = 0, where x_0 cannot be told from ε; "
             "model.prediction must be x0, v or mean"
+        )
+    if config.eval.terms_per_image >= config.schedule.num_steps:
+        raise ValueError(
+            f"eval.terms_per_image={config.eval.terms_per_image} must be below "
+            f"schedule.num_steps={config.schedule.num_steps}; 0 takes every term"
         )
     if config.sample.num_steps > config.schedule.num_steps:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a person sees: progress, metrics, pictures, curves and the summary of a run."""
+"""What a person sees: progress, metrics, pictures and the summary of a run."""
 
 import json
 import math
@@ -11,8 +11,7 @@ from typing import Any, SupportsFloat
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
-from matplotlib.figure import Figure
+from jaxtyping import UInt8
 from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -193,53 +192,3 @@ def film(frames: UInt8[np.ndarray, "f n h w c"], num_levels: int = 256) -> UInt8
 def save_png(path: str | Path, picture: UInt8[np.ndarray, "h w c"]) -> None:
     """Writes a picture of one (grey) or three (RGB) channels."""
     Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(path)
-
-
-def plot_loss(metrics: list[dict[str, Any]], path: str | Path) -> None:
-    """The training loss per step, its running mean, and the test loss where it was measured."""
-    steps, loss = np.array([(row["step"], row["loss"]) for row in metrics if "loss" in row]).reshape(-1, 2).T
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="training step", ylabel="loss")
-    axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
-    if len(loss):
-        window = np.ones(len(loss) // 20 | 1)
-        # Divided by the number of rows under the window, which is smaller at both ends.
-        mean = np.convolve(loss, window, "same") / np.convolve(np.ones_like(loss), window, "same")
-        axes.plot(steps, mean, color="tab:blue", label=f"train, mean of {len(window)} rows")
-    test = np.array([(row["step"], row["test_loss"]) for row in metrics if "test_loss" in row]).reshape(-1, 2)
-    if len(test):
-        axes.plot(*test.T, "o-", color="tab:orange", markersize=4, label="test")
-    if np.all(loss > 0) and np.all(test[:, 1] > 0):
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def plot_bpd(path: str | Path, terms_bpd: Float[np.ndarray, " t"], prior_bpd: SupportsFloat, title: str = "") -> None:
-    """The variational bound per t, and what adds up to it. Ho et al. (2020), eq. 5.
-
-    Args:
-        path: of the picture.
-        terms_bpd: entry t - 1 is the mean term of t in bits/dim: the decoder's L_0 first, then the KL terms.
-        prior_bpd: L_T, in bits/dim.
-        title: which run this is.
-    """
-    t = np.arange(1, len(terms_bpd) + 1)
-    decoder, kl, prior = float(terms_bpd[0]), float(terms_bpd[1:].sum()), float(prior_bpd)
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    per_t, cumulative = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    figure.suptitle(f"{title}: {decoder + kl + prior:.4f} bits/dim".removeprefix(": "))
-    kl_label = rf"KL terms $\Sigma_{{t>1}} L_{{t-1}}$: {kl:.4f}"
-    per_t.loglog(t[1:], terms_bpd[1:], color="tab:blue", label=kl_label)
-    per_t.loglog(1, decoder, "o", color="tab:red", label=f"decoder $L_0$ (t = 1): {decoder:.4f}")
-    per_t.plot([], [], " ", label=f"prior $L_T$: {prior:.2g}")
-    per_t.set_ylabel("term of t (bits/dim)")
-    per_t.legend(title="bits/dim")
-    cumulative.plot(t, np.cumsum(terms_bpd), color="tab:blue")
-    cumulative.plot(1, decoder, "o", color="tab:red")
-    cumulative.set_ylim(bottom=0)
-    cumulative.set(xlabel="t", ylabel="sum of terms up to t\n(bits/dim)")
-    for axes in (per_t, cumulative):
-        axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)

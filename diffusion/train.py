@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion import build, data, evaluate, parallel, randomness, report, sample, timesteps, workdir
+from diffusion import build, data, evaluate, parallel, plots, randomness, report, sample, timesteps, workdir
 from diffusion.build import Experiment
 from diffusion.checkpoint import Checkpoints
 from diffusion.data import ImageSet
@@ -33,6 +33,7 @@ def run(config: ConfigDict, directory: Path) -> None:
     started = time.monotonic()
     described = data.describe(config.data.name, config.data.data_dir)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
+    evaluate.num_scored(config, described.num_test)  # or its refusal would come after the training
     workdir.claim(config, directory)
     if workdir.is_finished(directory):
         print(f"{directory} holds this run, finished: see {directory / 'summary.json'}")
@@ -46,11 +47,12 @@ def run(config: ConfigDict, directory: Path) -> None:
             state = checkpoints.restore(None, like=state)
         state = train(experiment, directory, state, train_set, test_set, checkpoints, draw_samples)
 
-    report.plot_loss(report.read_metrics(directory), directory / "loss.png")
+    plots.plot_loss(report.read_metrics(directory), directory / "loss.png")
     sample.save(experiment, directory, *draw_samples(parallel.replicate(state.ema_params)))
     summary = evaluate.score(experiment, directory, state, train_set, test_set)
     summary["seconds"] = time.monotonic() - started
     report.write_summary(directory, summary | {"device": report.device_name(), "versions": report.versions()})
+    print("protocol: " + ", ".join(f"{name} {value}" for name, value in summary["protocol"].items()))
     print(f"test {summary['test_bpd']:.4f} bits/dim; see {directory / 'summary.json'} and the pictures beside it")
 
 

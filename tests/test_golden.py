@@ -88,6 +88,10 @@ def test_reverse_process_and_bound(case, prediction, variance, clip):
     if prediction == "eps":
         # The references' decoder approximates the normal CDF by a tanh; ours is exact.
         np.testing.assert_allclose(bpd[~is_kl], want("vlb_bpd")[~is_kl], rtol=2e-3)
+    decoder = likelihood.PROTOCOLS["ho2020"].decoder
+    term = lambda r, x0, x, out: likelihood.vlb_term_bpd(p, r, x0, x, out, 256, clip_x0, decoder)  # noqa: E731
+    as_published = jax.vmap(term)(row, golden["x0"], golden["x_t"], output)
+    np.testing.assert_allclose(as_published, want("vlb_bpd"), rtol=2e-4, atol=KL_NOISE_BPD)
 
 
 def test_training_losses(case):

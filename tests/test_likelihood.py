@@ -103,14 +103,21 @@ def test_every_image_and_term_is_scored_alone():
     x0 = jnp.round(jax.random.uniform(jax.random.key(0), (3, 4, 4, 1), minval=-1.0) * 8) / 8
     keys = jax.random.split(jax.random.key(5), 3)
     denoise = lambda x_t, network_t: 0.5 * x_t + 0.01 * network_t[:, None, None, None]  # noqa: E731
-    together = likelihood.vlb_terms_bpd(denoise, p, s, x0, keys, num_levels=17)
-    alone = likelihood.vlb_terms_bpd(denoise, p, s, x0[1:2], keys[1:2], num_levels=17)
+    together, x0_mse = likelihood.vlb_terms_bpd(denoise, p, s, x0, keys, num_levels=17)
+    alone, _ = likelihood.vlb_terms_bpd(denoise, p, s, x0[1:2], keys[1:2], num_levels=17)
     assert together.shape == (3, 6)
     np.testing.assert_allclose(together[1:2], alone, rtol=1e-5)
     eps = jax.random.normal(jax.random.fold_in(keys[1], 4), x0.shape[1:])
     x_t = process.q_sample(s[4], x0[1], eps)
     term = likelihood.vlb_term_bpd(p, s[4], x0[1], x_t, 0.5 * x_t + 0.01 * 3.0, num_levels=17)
     np.testing.assert_allclose(together[1, 3], term, rtol=1e-5)
+    x0_hat = jnp.clip((x_t - s.sqrt_one_minus_alpha_bar[4] * (0.5 * x_t + 0.01 * 3.0)) / s.sqrt_alpha_bar[4], -1, 1)
+    np.testing.assert_allclose(x0_mse[1, 3], np.mean((x0[1] - x0_hat) ** 2), rtol=1e-5)
+    # Pairs of images and t in any order are entries of the same table.
+    image, t = np.array([2, 0, 1, 1, 0]), np.array([6, 1, 4, 1, 3])
+    pairs = likelihood.vlb_batch_bpd(denoise, p, s[t], x0[image], keys[image], num_levels=17)
+    np.testing.assert_allclose(pairs[0], together[image, t - 1], rtol=1e-5)
+    np.testing.assert_allclose(pairs[1], x0_mse[image, t - 1], rtol=1e-5)
 
 
 def test_gradients_are_finite_at_both_ends():

@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from matplotlib import pyplot
 from PIL import Image
 
 from diffusion import report
@@ -122,32 +121,6 @@ def test_the_film_has_a_row_per_sample_and_runs_from_left_to_right():
     frames = np.broadcast_to(np.arange(6, dtype=np.uint8).reshape(3, 2, 1, 1, 1), (3, 2, 64, 64, 1))
     picture = report.film(frames, num_levels=256)
     assert picture[33::66, 33::66, 0].tolist() == [[0, 2, 4], [1, 3, 5]]
-
-
-def test_curves_are_drawn_without_global_state(tmp_path):
-    rows = [{"step": step, "loss": 1 / step} for step in range(1, 50)] + [{"step": 50, "test_loss": 2.0}]
-    report.plot_loss(rows, tmp_path / "loss.png")
-    report.plot_loss([], tmp_path / "no_rows.png")
-    report.plot_loss([{"step": 1, "loss": -1.0}], tmp_path / "negative.png")
-    report.plot_bpd(tmp_path / "bpd.png", 1 / np.arange(1.0, 100.0), 3e-5, title="digits")
-    report.plot_bpd(tmp_path / "one_step.png", np.ones(1), 0.0)
-    for name in ("loss", "no_rows", "negative", "bpd", "one_step"):
-        picture = np.asarray(Image.open(tmp_path / f"{name}.png"))
-        assert picture.min() < 100 < picture.max()
-    assert pyplot.get_fignums() == []
-
-
-def test_the_curve_s_annotation_adds_up(tmp_path, monkeypatch):
-    texts = []
-    monkeypatch.setattr(
-        report.Figure,
-        "savefig",
-        lambda self, *_, **__: texts.extend(
-            [self.get_suptitle()] + [text.get_text() for text in self.axes[0].get_legend().get_texts()]
-        ),
-    )
-    report.plot_bpd(tmp_path / "bpd.png", np.array([0.5, 0.25, 0.125]), 0.0625, title="digits")
-    assert [text.split(": ")[1] for text in texts] == ["0.9375 bits/dim", "0.3750", "0.5000", "0.062"]
 
 
 def test_progress_in_a_log_file_is_lines_and_few_of_them(capsys):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion import build, checkpoint, data, evaluate, parallel, report, sample, train
+from diffusion import bound, build, checkpoint, data, evaluate, parallel, report, sample, train
 from diffusion.step import to_levels, to_unit, train_step
 
 
@@ -53,7 +53,8 @@ def straight(tmp_path_factory, data_dir):
 def test_a_run_leaves_everything_it_promises(straight):
     files = {path.name for path in straight.iterdir()}
     assert files >= {"config.json", "metrics.jsonl", "checkpoints", "tensorboard", "samples.png", "samples.npz",
-                     "progressive.png", "loss.png", "bpd.png", "bpd.npz", "summary.json", "samples_4.png"}  # fmt: skip
+                     "progressive.png", "loss.png", "bpd.png", "bpd.npz", "rate_distortion.png", "summary.json",
+                     "samples_4.png"}  # fmt: skip
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["step"] == 6 and summary["test_images"] == 20 and summary["device"] == "cpu ×8"
     parts = summary["test_decoder_bpd"] + summary["test_kl_bpd"] + summary["prior_bpd"]
@@ -62,6 +63,15 @@ def test_a_run_leaves_everything_it_promises(straight):
     with np.load(straight / "bpd.npz") as saved:
         np.testing.assert_allclose(saved["test_image_bpd"].mean(), summary["test_bpd"], rtol=1e-6)
         np.testing.assert_allclose(saved["test_terms_bpd"].sum() + summary["prior_bpd"], summary["test_bpd"], rtol=1e-6)
+        np.testing.assert_allclose(saved["test_rate_bpd"][0], summary["test_rate_bpd"], rtol=1e-6)
+        np.testing.assert_allclose(saved["test_rate_bpd"][-1], summary["prior_bpd"], rtol=1e-6)
+        np.testing.assert_allclose(saved["test_distortion_rmse"][0], summary["test_distortion_rmse"], rtol=1e-6)
+        assert json.loads(str(saved["protocol"])) == summary["protocol"]
+    assert summary["protocol"] == {
+        "name": "exact", "decoder_cdf": "exact", "x0_clipped": True, "parameters": "EMA, decay 0.99",
+        "schedule": "cosine", "num_steps": 6, "estimator": "every term", "draws_per_term": 1, "seed": 0,
+        "test_images": "20 of 299", "train_images": "20 of 1498",
+    }  # fmt: skip
     images = np.load(straight / "samples.npz")["images"]
     assert images.shape == (9, 8, 8, 1) and images.dtype == np.uint8 and images.max() <= 16
     rows = report.read_metrics(straight)
@@ -283,6 +293,31 @@ def test_the_bound_counts_every_image_once(straight):
     np.testing.assert_allclose(evaluate.bound_of(one)(params, images, "test").image_bpd, whole.image_bpd, rtol=1e-5)
     summary = whole.summary("test")
     np.testing.assert_allclose(summary["test_bpd"], whole.image_bpd.mean())
+
+
+def test_the_estimate_is_of_the_full_evaluation():
+    """From the same terms: the decoder's are equal, the sum of the others is as far off as stated."""
+    images = data.load("digits", "test").images[:60]
+    few = build.experiment(tiny(eval__terms_per_image=3, eval__batch_size=64), (8, 8, 1), 17)
+    params = parallel.replicate(jax.device_get(few.initial_state().params))
+    estimate = bound.estimated_bound_of(few)(params, images, "test")
+    full = bound.bound_of(build.experiment(tiny(eval__batch_size=64), (8, 8, 1), 17))(params, images, "test")
+    np.testing.assert_allclose(estimate.decoder_bpd, full.decoder_bpd, rtol=1e-5)
+    np.testing.assert_allclose(estimate.decoded_mse, full.decoded_mse, rtol=1e-5)
+    np.testing.assert_allclose(estimate.prior_bpd, full.prior_bpd, rtol=1e-5)
+    assert 0 < estimate.sampling_stderr < 0.2 * full.kl_bpd.mean() and full.sampling_stderr == 0
+    assert abs(estimate.image_bpd.mean() - full.image_bpd.mean()) < 3 * estimate.sampling_stderr
+
+
+def test_ho_et_al_drop_the_remainder_of_256():
+    for num_images, num_test, scored in ((0, 10_000, 9_984), (1000, 10_000, 768), (256, 299, 256)):
+        config = tiny(eval__protocol="ho2020", eval__num_images=num_images)
+        assert evaluate.num_scored(config, num_test) == scored
+    assert evaluate.num_scored(tiny(eval__num_images=0), 299) == 299
+    with pytest.raises(ValueError, match=r"eval.protocol='ho2020' scores multiples of 256 images, not 20 \("):
+        evaluate.num_scored(tiny(eval__protocol="ho2020"), 299)
+    with pytest.raises(ValueError, match="eval.num_images=300 exceeds the 299"):
+        evaluate.num_scored(tiny(eval__num_images=300), 299)
 
 
 def test_a_subset_is_drawn_from_the_whole_set():

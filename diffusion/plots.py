@@ -1,0 +1,93 @@
+"""The curves of a run: loss over steps, the bound over t, and rate against distortion."""
+
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+
+def plot_loss(metrics: list[dict[str, Any]], path: str | Path) -> None:
+    """The training loss per step, its running mean, and the test loss where it was measured."""
+    steps, loss = np.array([(row["step"], row["loss"]) for row in metrics if "loss" in row]).reshape(-1, 2).T
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="training step", ylabel="loss")
+    axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
+    if len(loss):
+        window = np.ones(len(loss) // 20 | 1)
+        # Divided by the number of rows under the window, which is smaller at both ends.
+        mean = np.convolve(loss, window, "same") / np.convolve(np.ones_like(loss), window, "same")
+        axes.plot(steps, mean, color="tab:blue", label=f"train, mean of {len(window)} rows")
+    test = np.array([(row["step"], row["test_loss"]) for row in metrics if "test_loss" in row]).reshape(-1, 2)
+    if len(test):
+        axes.plot(*test.T, "o-", color="tab:orange", markersize=4, label="test")
+    if np.all(loss > 0) and np.all(test[:, 1] > 0):
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_bpd(path: str | Path, terms_bpd: Float[np.ndarray, " t"], prior_bpd: SupportsFloat, title: str = "") -> None:
+    """The variational bound per t, and what adds up to it. Ho et al. (2020), eq. 5.
+
+    Args:
+        path: of the picture.
+        terms_bpd: entry t - 1 is the mean term of t in bits/dim: the decoder's L_0 first, then the KL terms.
+        prior_bpd: L_T, in bits/dim.
+        title: which run this is.
+    """
+    t = np.arange(1, len(terms_bpd) + 1)
+    decoder, kl, prior = float(terms_bpd[0]), float(terms_bpd[1:].sum()), float(prior_bpd)
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    per_t, cumulative = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    figure.suptitle(f"{title}: {decoder + kl + prior:.4f} bits/dim".removeprefix(": "))
+    kl_label = rf"KL terms $\Sigma_{{t>1}} L_{{t-1}}$: {kl:.4f}"
+    per_t.loglog(t[1:], terms_bpd[1:], color="tab:blue", label=kl_label)
+    per_t.loglog(1, decoder, "o", color="tab:red", label=f"decoder $L_0$ (t = 1): {decoder:.4f}")
+    per_t.plot([], [], " ", label=f"prior $L_T$: {prior:.2g}")
+    per_t.set_ylabel("term of t (bits/dim)")
+    per_t.legend(title="bits/dim")
+    cumulative.plot(t, np.cumsum(terms_bpd), color="tab:blue")
+    cumulative.plot(1, decoder, "o", color="tab:red")
+    cumulative.set_ylim(bottom=0)
+    cumulative.set(xlabel="t", ylabel="sum of terms up to t\n(bits/dim)")
+    for axes in (per_t, cumulative):
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=120)
+
+
+def plot_rate_distortion(
+    path: str | Path,
+    rate_bpd: Float[np.ndarray, " t"],
+    rmse: Float[np.ndarray, " t"],
+    num_levels: int = 256,
+    title: str = "",
+) -> None:
+    """Progressive coding: what x̂_0 is worth after each step, and what it has cost. Ho et al. (2020), figure 5.
+
+    Args:
+        path: of the picture.
+        rate_bpd: entry t - 1 is what x_T, …, x_t cost together, in bits/dim.
+        rmse: entry t - 1 is the root mean squared error of x̂_0 given x_t, in grey levels.
+        num_levels: how many grey levels the data have.
+        title: which run this is.
+    """
+    reverse_steps = len(rmse) - np.arange(1, len(rmse) + 1)
+    steps_label, rate_label = "reverse steps T − t", "rate (bits/dim)"
+    distortion_label = f"distortion (RMSE in grey levels 0–{num_levels - 1})"
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure.suptitle(f"{title}: rate {rate_bpd[0]:.4f} bits/dim, RMSE {rmse[0]:.3f}".removeprefix(": "))
+    panels = (
+        (reverse_steps, rmse, steps_label, distortion_label),
+        (reverse_steps, rate_bpd, steps_label, rate_label),
+        (rate_bpd, rmse, rate_label, distortion_label),
+    )
+    for axes, (x, y, x_label, y_label) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot(x, y, color="tab:blue")
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
