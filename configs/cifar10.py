@@ -45,7 +45,8 @@ def get_config() -> ConfigDict:
 
     config.objective = ConfigDict()
     config.objective.name = "simple"  # simple, vlb, hybrid
-    config.objective.timesteps = "uniform"  # uniform, low_discrepancy
+    config.objective.weighting = "none"  # of the simple loss: none, p2, min_snr
+    config.objective.timesteps = "uniform"  # uniform, low_discrepancy, loss_aware
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 2e-4

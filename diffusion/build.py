@@ -50,7 +50,8 @@ class Experiment:
         _, parts = jax.eval_shape(
             lambda: losses(self.training, params, jnp.ones(1, jnp.int32), keys, image, dropout=False)
         )
-        return state.create(params, self.training.optimizer, ("loss", *parts, "grad_norm"))
+        memory = self.training.timesteps.init(self.schedule.num_steps)
+        return state.create(params, self.training.optimizer, memory, ("loss", *parts, "grad_norm"))
 
 
 def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels: int) -> Experiment:
@@ -78,8 +79,10 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
     training = Training(
         apply=apply,
         objective=objectives.OBJECTIVES[config.objective.name],
-        problem=objectives.Problem(p, schedule.num_steps, num_levels),
-        draw_t=timesteps.SAMPLERS[config.objective.timesteps],
+        problem=objectives.Problem(
+            p, schedule.num_steps, num_levels, objectives.WEIGHTINGS[config.objective.weighting]
+        ),
+        timesteps=timesteps.SAMPLERS[config.objective.timesteps],
         schedule=schedule,
         optimizer=optim.adam(num_steps=config.train.num_steps, **config.optim),
         ema_decay=config.ema.decay,

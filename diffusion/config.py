@@ -63,6 +63,7 @@ KEYS: dict[str, Allowed] = {
     "unet.dtype": choice("float32", "bfloat16"),
     "unet.remat": FLAG,
     "objective.name": choice(*objectives.OBJECTIVES),
+    "objective.weighting": choice(*objectives.WEIGHTINGS),
     "objective.timesteps": choice(*timesteps.SAMPLERS),
     "optim.learning_rate": number(1e-12, 10, "a number in (0, 10]"),
     "optim.warmup_steps": whole(0),
@@ -130,6 +131,16 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"objective.name='hybrid' trains a variance, but model.variance={config.model.variance!r} is fixed; "
             "use simple or vlb, or a learned variance"
+        )
+    if config.objective.weighting != "none" and config.objective.name == "vlb":
+        raise ValueError(
+            f"objective.weighting={config.objective.weighting!r} weights the simple loss, which objective.name='vlb' "
+            "does not have; use none, or simple or hybrid"
+        )
+    if config.objective.weighting != "none" and config.model.prediction not in objectives.LOG_ERROR_RATIO:
+        raise ValueError(
+            f"objective.weighting={config.objective.weighting!r} is not defined for model.prediction="
+            f"{config.model.prediction!r}; use none, or one of {', '.join(objectives.LOG_ERROR_RATIO)}"
         )
     if config.schedule.name == "harmonic" and config.model.prediction == "eps":
         raise ValueError(

@@ -21,15 +21,19 @@ class TrainState:
     params: PyTree
     ema_params: PyTree  # an exponential moving average of params
     opt_state: Any
+    timesteps: PyTree  # what the draw of t remembers: see `timesteps.TimestepSampler`
     window: dict[str, Any]  # float32 []: sums over `count` steps
 
 
-def create(params: PyTree, optimizer: optax.GradientTransformation, metric_names: tuple[str, ...]) -> TrainState:
+def create(
+    params: PyTree, optimizer: optax.GradientTransformation, timesteps: PyTree, metric_names: tuple[str, ...]
+) -> TrainState:
     """The state before the first step. The EMA starts as a copy of the parameters, so it needs no debiasing."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
+        timesteps=timesteps,
         window={name: jnp.zeros(()) for name in (*metric_names, "count")},
     )

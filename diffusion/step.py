@@ -13,6 +13,7 @@ from diffusion import process, randomness
 from diffusion.objectives import Problem
 from diffusion.schedules import Schedule
 from diffusion.state import TrainState
+from diffusion.timesteps import TimestepSampler
 
 
 def to_unit(images: UInt8[Array, "*shape"], num_levels: int) -> Float[Array, "*shape"]:
@@ -32,7 +33,7 @@ class Training:
     Attributes:
         apply: (params, x_t [B, H, W, C], network_t [B], dropout keys [B] or None) -> output.
         objective, problem: see `objectives`.
-        draw_t: see `timesteps`.
+        timesteps: how t is drawn; see `timesteps`.
         schedule: the forward process.
         optimizer: from Optax.
         ema_decay: of the parameters' moving average.
@@ -47,7 +48,7 @@ class Training:
     apply: Callable[..., Array]
     objective: Callable[..., Any]
     problem: Problem
-    draw_t: Callable[[Key[Array, ""], int, int], Array]
+    timesteps: TimestepSampler
     schedule: Schedule
     optimizer: optax.GradientTransformation
     ema_decay: float
@@ -72,6 +73,44 @@ def losses(
     return jax.vmap(one)(row, x0, x_t, eps, output)
 
 
+def gradients(
+    training: Training,
+    params: PyTree,
+    t: Int[Array, " b"],
+    weight: Float[Array, " b"],
+    keys: Key[Array, " b"],
+    x0: Float[Array, "b h w c"],
+) -> tuple[PyTree, dict[str, Float[Array, ""]], Float[Array, " b"]]:
+    """The gradient of the mean of weight × loss, its metrics, and each example's loss without the weight.
+
+    The batch goes through the network in `training.grad_accum` pieces.
+    """
+
+    def mean_loss(params, t, weight, keys, x0):
+        loss, parts = losses(training, params, t, keys, x0, dropout=True)
+        metrics = jax.tree.map(lambda values: (weight * values).mean(), {"loss": loss} | parts)
+        return metrics["loss"], (metrics, loss)
+
+    def of_piece(piece):
+        grads, (metrics, loss) = jax.grad(mean_loss, has_aux=True)(params, *piece)
+        return (grads, metrics), loss
+
+    def accumulate(total, piece):
+        new, loss = of_piece(piece)
+        return jax.tree.map(jnp.add, total, new), loss
+
+    batch = (t, weight, keys, x0)
+    if training.grad_accum == 1:
+        (grads, metrics), loss = of_piece(batch)
+        return grads, metrics, loss
+    pieces = jax.tree.map(lambda a: a.reshape(training.grad_accum, -1, *a.shape[1:]), batch)
+    like, _ = jax.eval_shape(of_piece, jax.tree.map(lambda a: a[0], pieces))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    total, loss = jax.lax.scan(accumulate, zeros, pieces, unroll=training.unroll)
+    grads, metrics = jax.tree.map(lambda leaf: leaf / training.grad_accum, total)
+    return grads, metrics, loss.reshape(len(t))
+
+
 def train_step(
     training: Training, state: TrainState, images: UInt8[Array, "n h w c"], indices: Int[Array, " b"], axis_name: str
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
@@ -94,28 +133,19 @@ def train_step(
     position = jax.lax.axis_index(axis_name) * local_size + jnp.arange(local_size)
     step_key = jax.random.fold_in(randomness.stream(training.seed, "train"), state.step)
     t_key, examples_key, flip_key = jax.random.split(step_key, 3)
-    t = training.draw_t(t_key, training.batch_size, training.schedule.num_steps)[position]
+    batch_t, batch_weight = training.timesteps.draw(
+        state.timesteps, t_key, training.batch_size, training.schedule.num_steps
+    )
+    t, weight = batch_t[position], batch_weight[position]
     keys = randomness.per_item(examples_key, position)
     x0 = to_unit(images[indices], training.problem.num_levels)
     if training.flip:
         mirrored = jax.random.bernoulli(flip_key, shape=(training.batch_size,))[position]
         x0 = jnp.where(mirrored[:, None, None, None], x0[:, :, ::-1], x0)
 
-    def mean_loss(params, t, keys, x0):
-        loss, parts = losses(training, params, t, keys, x0, dropout=True)
-        return loss.mean(), {"loss": loss.mean()} | jax.tree.map(jnp.mean, parts)
-
-    def accumulate(total, piece):
-        return jax.tree.map(jnp.add, total, jax.grad(mean_loss, has_aux=True)(state.params, *piece)), None
-
-    pieces = jax.tree.map(lambda a: a.reshape(training.grad_accum, -1, *a.shape[1:]), (t, keys, x0))
-    if training.grad_accum == 1:
-        total = jax.grad(mean_loss, has_aux=True)(state.params, t, keys, x0)
-    else:
-        like = jax.eval_shape(jax.grad(mean_loss, has_aux=True), state.params, *jax.tree.map(lambda a: a[0], pieces))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-        total, _ = jax.lax.scan(accumulate, zeros, pieces, unroll=training.unroll)
-    grads, metrics = jax.lax.pmean(jax.tree.map(lambda leaf: leaf / training.grad_accum, total), axis_name)
+    *local, loss = gradients(training, state.params, t, weight, keys, x0)
+    grads, metrics = jax.lax.pmean(local, axis_name)
+    batch_loss = jax.lax.all_gather(loss, axis_name, tiled=True)  # every device remembers the whole batch
 
     with jax.numpy_dtype_promotion("standard"):  # Optax multiplies its integer counts with floats
         updates, opt_state = training.optimizer.update(grads, state.opt_state, state.params)
@@ -128,6 +158,7 @@ def train_step(
         params=params,
         ema_params=optax.incremental_update(params, state.ema_params, 1.0 - training.ema_decay),
         opt_state=opt_state,
+        timesteps=training.timesteps.update(state.timesteps, batch_t, batch_loss),
         window=window,
     )
     return next_state, metrics

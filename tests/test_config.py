@@ -64,6 +64,12 @@ def test_every_key_is_read_by_the_program():
         ({"eval__terms_per_image": 1001}, "eval.terms_per_image=1001 must be below schedule.num_steps=1000"),
         ({"model__variance": "learned"}, "objective.name='simple' has no term that trains model.variance='learned'"),
         ({"objective__name": "hybrid"}, "model.variance='fixed_large' is fixed"),
+        ({"objective__weighting": "minsnr"}, "objective.weighting must be one of none, p2, min_snr, not 'minsnr'"),
+        ({"objective__weighting": "p2", "objective__name": "vlb"}, "objective.name='vlb' does not have"),
+        (
+            {"objective__weighting": "min_snr", "model__prediction": "mean"},
+            "objective.weighting='min_snr' is not defined for model.prediction='mean'",
+        ),
         ({"schedule__name": "harmonic"}, "model.prediction must be x0, v or mean"),
     ],
 )

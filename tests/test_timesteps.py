@@ -1,0 +1,201 @@
+"""How t is drawn: every t equally often, or by its losses; and what is remembered of them."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import objectives, optim, parallel, randomness, reverse, schedules, state, timesteps
+from diffusion.checkpoint import Checkpoints
+from diffusion.step import Training, losses, to_unit, train_step
+
+T = 10
+LOSSES = np.array([9.0, 0.0, 0.5, 3.0, 1.0, 1.0, 0.2, 0.01, 4.0, 2.0], np.float32)  # of t = 1…T
+DRAWS = 200_000
+FULL = timesteps.History(jnp.tile(jnp.asarray(LOSSES)[:, None], (1, 10)), jnp.full(T, 10, jnp.int32))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def loss_aware(history, key, batch_size=DRAWS, num_steps=T):
+    return timesteps.loss_aware(history, key, batch_size, num_steps)
+
+
+@pytest.mark.parametrize("name", timesteps.SAMPLERS)
+def test_before_any_loss_is_known_every_t_is_drawn_equally_often(name):
+    sampler = timesteps.SAMPLERS[name]
+    memory = sampler.init(T)
+    t, weight = jax.vmap(lambda key: sampler.draw(memory, key, 16, T))(jax.random.split(jax.random.key(0), 2000))
+    counts = np.bincount(np.asarray(t).ravel(), minlength=T + 1)
+    assert counts[0] == 0 and len(counts) == T + 1
+    # 32,000 draws: a count's standard deviation is at most √(3200 · 0.9) = 54; allow 4.
+    np.testing.assert_allclose(counts[1:], 3200, atol=4 * 54)
+    np.testing.assert_array_equal(weight, np.ones((2000, 16), np.float32))
+
+
+def test_low_discrepancy_fills_every_stratum_in_every_batch():
+    for i in range(50):
+        t = np.sort(timesteps.low_discrepancy(jax.random.key(i), 20, 100))
+        assert np.diff(t).max() <= 6 and np.diff(t).min() >= 4  # 100/20 = 5 apart, up to rounding
+
+
+def test_what_is_uniform_remembers_nothing():
+    for name in ("uniform", "low_discrepancy"):
+        sampler = timesteps.SAMPLERS[name]
+        assert jax.tree.leaves(sampler.update(sampler.init(T), jnp.ones(4, jnp.int32), jnp.ones(4))) == []
+
+
+def test_loss_aware_draws_by_the_root_mean_square_loss():
+    t, weight = loss_aware(FULL, jax.random.key(1))
+    p = 0.999 * LOSSES / LOSSES.sum() + 0.001 / T
+    counts = np.bincount(np.asarray(t), minlength=T + 1)[1:]
+    assert (np.abs(counts - DRAWS * p) <= 4 * np.sqrt(DRAWS * p * (1 - p))).all()
+    np.testing.assert_allclose(weight, 1 / (T * p[np.asarray(t) - 1]), rtol=1e-4)
+    uneven = FULL._replace(losses=FULL.losses.at[4].set(jnp.arange(10.0)))
+    _, uneven_weight = loss_aware(uneven, jax.random.key(1))
+    rms = np.where(np.arange(T) == 4, np.sqrt(np.mean(np.arange(10.0) ** 2)), LOSSES)
+    rarest = 1 / (0.999 * np.delete(rms, [1]).min() / rms.sum() + 0.0001) / T
+    np.testing.assert_allclose(np.unique(uneven_weight)[-2:], [rarest, 1000], rtol=1e-3)
+
+
+def test_the_weighted_loss_is_an_unbiased_estimate_of_the_uniform_mean():
+    """Whatever the loss of today is: it need not be the one that is remembered."""
+    today = jnp.asarray(np.random.RandomState(0).uniform(0.5, 2.0, T).astype(np.float32)) * (FULL.losses[:, 0] + 0.05)
+    t, weight = loss_aware(FULL, jax.random.key(2))
+    estimates = np.asarray(weight * today[t - 1], np.float64)
+    stderr = estimates.std() / np.sqrt(len(estimates))
+    assert abs(estimates.mean() - today.mean()) < 4 * stderr
+    uniform = timesteps.uniform(jax.random.key(2), DRAWS, T)
+    assert estimates.std() < 0.5 * np.asarray(today)[np.asarray(uniform) - 1].std()  # and that is why
+
+
+def test_the_probabilities_are_exact_for_many_steps():
+    """Σ_t p_t · 1/(T p_t) = 1 to the last ticket, and the rarest t keeps its share."""
+    num_steps = 4000
+    losses = jnp.concatenate([jnp.full(1, 1e4), jnp.zeros(num_steps - 1)])
+    history = timesteps.History(jnp.tile(losses[:, None], (1, 10)), jnp.full(num_steps, 10, jnp.int32))
+    t, weight = loss_aware(history, jax.random.key(0), 2_000_000, num_steps)
+    rare = np.asarray(t) > 1
+    np.testing.assert_allclose(np.asarray(weight)[rare], 1000.0, rtol=3e-3)  # 268 tickets, rounded to whole ones
+    # 2,000 rare draws expected, each of weight 1000: their number has a standard deviation of √2000 = 45.
+    np.testing.assert_allclose(rare.sum(), 2000, atol=4 * 45)
+
+
+def test_the_draw_is_uniform_until_every_t_has_ten_losses():
+    nearly = FULL._replace(counts=FULL.counts.at[3].set(9))
+    _, weight = loss_aware(nearly, jax.random.key(0))
+    np.testing.assert_array_equal(weight, 1.0)
+    _, weight = loss_aware(FULL, jax.random.key(0))
+    assert np.ptp(weight) > 0
+
+
+def test_the_history_is_that_of_a_plain_loop():
+    """Batches of 64 draws of 6 t's, so that some t's come more than ten times in one batch."""
+    rng = np.random.RandomState(3)
+    history, plain = timesteps.empty_history(6), [[] for _ in range(6)]
+    update = jax.jit(timesteps.record)
+    for step in range(8):
+        t = rng.choice(6, size=64 if step % 2 else 5, p=[0.5, 0.2, 0.1, 0.1, 0.09, 0.01]).astype(np.int32) + 1
+        losses = rng.exponential(size=len(t)).astype(np.float32)
+        history = update(history, t, losses)
+        for one_t, loss in zip(t, losses, strict=True):
+            plain[one_t - 1] = plain[one_t - 1] + [loss]
+        np.testing.assert_array_equal(history.counts, [len(all_losses) for all_losses in plain])
+        for row, all_losses in zip(np.asarray(history.losses), plain, strict=True):
+            last = all_losses[-10:]
+            np.testing.assert_array_equal(np.sort(row), np.sort(last + [0.0] * (10 - len(last))))
+            for n in range(max(0, len(all_losses) - 10), len(all_losses)):
+                assert row[n % 10] == all_losses[n]
+
+
+class Steps:
+    """Train steps that draw t by its losses, of a network with one parameter: on 8 devices, or on one in two pieces."""
+
+    def __init__(self):
+        schedule, p = schedules.cosine(6), reverse.make("eps", "fixed_small")
+        self.training = Training(
+            apply=lambda params, x_t, network_t, keys: params["scale"] * x_t,
+            objective=objectives.simple,
+            problem=objectives.Problem(p, 6, num_levels=17),
+            timesteps=timesteps.SAMPLERS["loss_aware"],
+            schedule=schedule,
+            optimizer=optim.adam(1e-2, num_steps=9),
+            ema_decay=0.9,
+            seed=0,
+            batch_size=32,
+            flip=False,
+            log_every=1,
+        )
+        memory = self.training.timesteps.init(6)
+        names = ("loss", "mse", "grad_norm")
+        self.start = state.create({"scale": jnp.full((), 0.5)}, self.training.optimizer, memory, names)
+        self.images = np.random.RandomState(0).randint(0, 17, size=(64, 4, 4, 1)).astype(np.uint8)
+        self.on_eight = parallel.train_steps(self.training)
+        in_pieces = dataclasses.replace(self.training, grad_accum=2)
+        one = partial(train_step, in_pieces, axis_name="devices")
+        self.on_one = jax.jit(jax.vmap(one, axis_size=1, axis_name="devices", in_axes=(None, None, 0)))
+
+    def indices(self, step):
+        return np.arange(32, dtype=np.int32) + 32 * (step % 2)
+
+    def eight(self, steps, start=None):
+        now, images = parallel.replicate(jax.device_get(start or self.start)), parallel.replicate(self.images)
+        for step in steps:
+            now, metrics = self.on_eight(now, images, parallel.shard_steps(self.indices(step)[None]))
+        return now, metrics
+
+    def one(self, steps):
+        now = self.start
+        for step in steps:
+            batched, metrics = self.on_one(now, jnp.asarray(self.images), self.indices(step)[None])
+            now = jax.tree.map(lambda leaf: leaf[0], batched)
+        return now, metrics
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return Steps()
+
+
+def test_every_device_remembers_the_losses_of_the_whole_batch(steps):
+    many, metrics = steps.eight(range(8))
+    for leaf in jax.tree.leaves(many):
+        copies = np.asarray(leaf)
+        np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))
+    many = parallel.unreplicate(many)
+    assert many.timesteps.counts.sum() == 8 * 32 and many.timesteps.counts.min() >= 10
+    other, other_metrics = steps.one(range(8))
+    np.testing.assert_array_equal(many.timesteps.counts, other.timesteps.counts)
+    np.testing.assert_allclose(many.timesteps.losses, other.timesteps.losses, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"][0], other_metrics["loss"], rtol=1e-4)
+    np.testing.assert_allclose(many.params["scale"], other.params["scale"], rtol=1e-4)
+
+
+def test_the_step_learns_from_weighted_losses_and_remembers_unweighted_ones(steps):
+    before, _ = steps.one(range(8))
+    after, metrics = steps.one(range(9))
+    step_key = jax.random.fold_in(randomness.stream(0, "train"), 8)
+    t_key, examples_key, _ = jax.random.split(step_key, 3)
+    t, weight = timesteps.loss_aware(before.timesteps, t_key, 32, 6)
+    keys = randomness.per_item(examples_key, jnp.arange(32))
+    x0 = to_unit(jnp.asarray(steps.images[steps.indices(8)]), 17)
+    loss, _ = losses(steps.training, before.params, t, keys, x0, dropout=True)
+    assert np.ptp(weight) > 0.1
+    np.testing.assert_allclose(metrics["loss"], jnp.mean(weight * loss)[None], rtol=1e-5)
+    np.testing.assert_allclose(metrics["mse"], metrics["loss"])
+    for one, other in zip(timesteps.record(before.timesteps, t, loss), after.timesteps, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_a_resumed_run_draws_the_same_t(steps, tmp_path):
+    """All of the state, history too, goes through a checkpoint, and the steps after it are bit-identical."""
+    straight, _ = steps.eight(range(9))
+    half, _ = steps.eight(range(7))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, parallel.unreplicate(half), {})
+        restored = checkpoints.restore(None, jax.eval_shape(lambda: steps.start))
+    resumed, _ = steps.eight(range(7, 9), start=restored)
+    for one, other in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)
