@@ -50,7 +50,8 @@ KEYS: dict[str, Allowed] = {
     "schedule.name": choice(*schedules.SCHEDULES),
     "schedule.num_steps": whole(1),
     "model.prediction": choice(*reverse.PREDICTIONS),
-    "model.variance": choice(*reverse.VARIANCES),
+    # The optimal variance follows from a trained mean, so nothing is trained with it.
+    "model.variance": choice(*(name for name in reverse.VARIANCES if name != "optimal")),
     "unet.channels": whole(1),
     "unet.multipliers": wholes(1, empty=False),
     "unet.blocks": whole(1),

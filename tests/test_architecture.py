@@ -21,6 +21,7 @@ FLOORS = {
     "objectives": 2,
     "timesteps": 2,
     "likelihood": 2,
+    "variances": 2,
     "samplers": 2,
     "data": 3,
     "optim": 3,
