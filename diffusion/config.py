@@ -84,6 +84,7 @@ KEYS: dict[str, Allowed] = {
     "sample.batch_size": whole(1),
     "sample.method": choice("ancestral", "ddim"),
     "sample.num_steps": whole(0),
+    "sample.variance": choice("model", *(name for name, v in reverse.VARIANCES.items() if not v.is_learned)),
     "sample.eta": number(0, 1, "a number in [0, 1]"),
 }
 

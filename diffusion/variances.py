@@ -1,11 +1,12 @@
 """Variances after training: the optimal σ*_t of a trained mean, and what any variance costs in bits/dim.
 
-σ*_t² = β̃_t + (coefficient of x_0 in μ̃_t)² E Var(x_0 | x_t): q(x_{t−1} | x_t) is wider than q(x_{t−1} | x_t, x_0) by what
-x_t leaves open about x_0. E Var(x_0 | x_t) depends on t through q(x_t | x_0) alone, so one estimate serves every
+σ*_t² = β̃_t + (coefficient of x_0 in μ̃_t)² E Var(x_0 | x_t): q(x_{t−1} | x_t) is wider than q(x_{t−1} | x_t, x_0) by
+what x_t leaves open about x_0. E Var(x_0 | x_t) depends on t through q(x_t | x_0) alone, so one estimate serves every
 respacing of the schedule: it is the schedule's table `x0_variance`, which `reverse.make(..., "optimal")` reads.
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from diffusion.likelihood import bits_per_dim
 from diffusion.reverse import Reverse, Variance
 from diffusion.schedules import Schedule
 
+FILE = "x0_variance.npz"  # beside a run's checkpoints
 Denoise = Callable[[Array, Array], Array]
 
 
@@ -71,6 +73,37 @@ class Split(NamedTuple):
     decoder: Float[Array, "..."]
     mismatch: Float[Array, "..."]
     mean_error: Float[Array, "..."]
+
+
+def save(directory: Path, analytic: X0Variance, error: X0Variance, step: int) -> None:
+    """Writes x0_variance.npz: float32 [T + 1] tables of both estimates, and the checkpoint's step they belong to."""
+    np.savez(
+        directory / FILE,
+        analytic=analytic.mean,
+        analytic_stderr=analytic.stderr,
+        error=error.mean,
+        error_stderr=error.stderr,
+        step=step,
+    )
+
+
+def load(directory: Path, step: int) -> X0Variance:
+    """The analytic estimate of the checkpoint of `step`.
+
+    Raises:
+        FileNotFoundError: nothing was estimated yet.
+        ValueError: what was estimated belongs to another checkpoint.
+    """
+    path = directory / FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"the optimal variance needs {path}, which python -m experiments.variance_accounting "
+            f"--workdir={directory} writes"
+        )
+    with np.load(path) as saved:
+        if saved["step"] != step:
+            raise ValueError(f"{path} was estimated at step {saved['step']}, but the checkpoint is of step {step}")
+        return X0Variance(saved["analytic"], saved["analytic_stderr"])
 
 
 def interpolated(fraction: float) -> Variance:
