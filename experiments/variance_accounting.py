@@ -191,10 +191,10 @@ def markdown(rows: list[Row], own: str, title: str, num_train: int, prior_bpd: f
     lines = [
         f"# Variance accounting: {title}",
         "",
-        "Bits/dim = decoder (t = 1) + variance mismatch + mean error (t > 1) + prior "
-        f"({prior_bpd:.2g}). One ε per image and t, the same for all variances; x̂_0 clipped to [-1, 1]; exact normal CDF "
-        f"in the decoder; σ* from {num_train} training images. ± is one standard error over images, that of the "
-        f"difference to {own} paired by image.",
+        f"Bits/dim = decoder (t = 1) + variance mismatch + mean error (t > 1) + prior ({prior_bpd:.2g}). One ε per "
+        "image and t, the same for all variances; x̂_0 clipped to [-1, 1]; exact normal CDF in the decoder; σ* from "
+        f"{num_train} training images. ± is one standard error over images, that of the difference to {own} paired by "
+        "image.",
         "",
         f"| variance | bits/dim | ± | less {own} | ± | decoder | variance mismatch | mean error |",
         "|---|---|---|---|---|---|---|---|",
