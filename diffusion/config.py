@@ -134,6 +134,10 @@ def check(config: ConfigDict) -> None:
             "schedule.name='harmonic' ends with ᾱ_T = 0, where x_0 cannot be told from ε; "
             "model.prediction must be x0, v or mean"
         )
+    if config.sample.method == "ddim" and config.sample.variance != "model":
+        raise ValueError(
+            f"sample.variance={config.sample.variance!r} has no part in sample.method='ddim', whose noise is sample.eta"
+        )
     if config.sample.num_steps > config.schedule.num_steps:
         raise ValueError(
             f"sample.num_steps={config.sample.num_steps} exceeds schedule.num_steps={config.schedule.num_steps}"

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from diffusion import build, data, parallel, randomness, report, reverse, samplers, schedules, variances, workdir
 from diffusion.build import Experiment
+from diffusion.reverse import Reverse
+from diffusion.schedules import Schedule
 from diffusion.step import to_levels
 from diffusion.variances import X0Variance
 
@@ -40,17 +42,7 @@ def sampler(
         ValueError: the optimal variance is wanted, and nothing is known of it.
     """
     config = experiment.config.sample
-    schedule, p = experiment.schedule, experiment.p
-    if config.variance == "optimal":
-        if x0_variance is None:
-            raise ValueError(
-                "sample.variance='optimal' needs a trained mean; train first, then use it in --mode=sample"
-            )
-        schedule = dataclasses.replace(schedule, x0_variance=jnp.asarray(x0_variance.mean))
-    if config.variance != "model":
-        p = reverse.make(p.prediction, config.variance)
-    if config.num_steps:
-        schedule = schedules.evenly_spaced(schedule, config.num_steps)
+    p, schedule = _process(experiment, x0_variance)
     options = {"shape": experiment.image_shape, "num_frames": min(FILM_FRAMES, schedule.num_steps)}
     if config.method == "ddim":
         options["eta"] = config.eta
@@ -82,6 +74,22 @@ def sampler(
         return images, films
 
     return draw
+
+
+def _process(experiment: Experiment, x0_variance: X0Variance | None) -> tuple[Reverse, Schedule]:
+    """The reverse process to draw from: the model's, with the variance and the number of steps that are wanted."""
+    config, p, schedule = experiment.config.sample, experiment.p, experiment.schedule
+    if config.variance == "optimal":
+        if x0_variance is None:
+            raise ValueError(
+                "sample.variance='optimal' needs a trained mean; train first, then use it in --mode=sample"
+            )
+        schedule = dataclasses.replace(schedule, x0_variance=jnp.asarray(x0_variance.mean))
+    if config.variance != "model":
+        p = reverse.make(p.prediction, config.variance)
+    if config.num_steps:
+        schedule = schedules.evenly_spaced(schedule, config.num_steps)
+    return p, schedule
 
 
 def save(

@@ -217,9 +217,9 @@ def plot(
     figure = Figure(figsize=(8, 10), layout="constrained")
     per_t, cumulative, sigma = figure.subplots(3, 1, sharex=True)
     figure.suptitle(title, fontsize="medium")
-    colors = {}
+    bold = [name for name in terms if not name.startswith("interpolated")]
+    colors = {name: f"C{bold.index(name)}" if name in bold else "0.7" for name in terms}
     for name, term in sorted(terms.items(), key=lambda named: named[1].sum()):
-        colors[name] = "0.7" if name.startswith("interpolated") else f"C{len(colors)}"
         per_t.loglog(t, term, color=colors[name], label=f"{name}: {term.sum():.4f}")
         cumulative.semilogx(t, np.cumsum(term - terms[own]), color=colors[name])
     per_t.set_ylabel("KL term of t (bits/dim)")

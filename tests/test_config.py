@@ -61,6 +61,8 @@ def test_every_key_is_read_by_the_program():
         ({"sample__num_steps": 2000}, "sample.num_steps=2000 exceeds schedule.num_steps=1000"),
         ({"model__variance": "learned"}, "objective.name='simple' has no term that trains model.variance='learned'"),
         ({"objective__name": "hybrid"}, "model.variance='fixed_large' is fixed"),
+        ({"model__variance": "optimal"}, "model.variance must be one of fixed_small, fixed_large, learned"),
+        ({"sample__method": "ddim", "sample__variance": "optimal"}, "has no part in sample.method='ddim'"),
         ({"schedule__name": "harmonic"}, "model.prediction must be x0, v or mean"),
     ],
 )
