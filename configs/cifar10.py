@@ -78,5 +78,6 @@ def get_config() -> ConfigDict:
     config.sample.batch_size = 256
     config.sample.method = "ancestral"  # ancestral, ddim
     config.sample.num_steps = 0  # 0: all; fewer: evenly spaced
+    config.sample.variance = "model"  # of ancestral: model (its own), fixed_small, fixed_large, optimal
     config.sample.eta = 0.0  # of ddim
     return config.lock()

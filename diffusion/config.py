@@ -50,7 +50,8 @@ KEYS: dict[str, Allowed] = {
     "schedule.name": choice(*schedules.SCHEDULES),
     "schedule.num_steps": whole(1),
     "model.prediction": choice(*reverse.PREDICTIONS),
-    "model.variance": choice(*reverse.VARIANCES),
+    # The optimal variance follows from a trained mean, so nothing is trained with it.
+    "model.variance": choice(*(name for name in reverse.VARIANCES if name != "optimal")),
     "unet.channels": whole(1),
     "unet.multipliers": wholes(1, empty=False),
     "unet.blocks": whole(1),
@@ -88,6 +89,7 @@ KEYS: dict[str, Allowed] = {
     "sample.batch_size": whole(1),
     "sample.method": choice("ancestral", "ddim"),
     "sample.num_steps": whole(0),
+    "sample.variance": choice("model", *(name for name, v in reverse.VARIANCES.items() if not v.is_learned)),
     "sample.eta": number(0, 1, "a number in [0, 1]"),
 }
 
@@ -151,6 +153,10 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"eval.terms_per_image={config.eval.terms_per_image} must be below "
             f"schedule.num_steps={config.schedule.num_steps}; 0 takes every term"
+        )
+    if config.sample.method == "ddim" and config.sample.variance != "model":
+        raise ValueError(
+            f"sample.variance={config.sample.variance!r} has no part in sample.method='ddim', whose noise is sample.eta"
         )
     if config.sample.num_steps > config.schedule.num_steps:
         raise ValueError(

@@ -6,7 +6,7 @@ So resuming needs the step and nothing else, and no two uses of one seed share t
 import jax
 from jaxtyping import Array, Int, Key
 
-STREAMS = ("init", "train", "monitor", "eval", "sample")
+STREAMS = ("init", "train", "monitor", "eval", "sample", "variance")
 
 
 def stream(seed: int, name: str) -> Key[Array, ""]:

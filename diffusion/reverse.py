@@ -71,10 +71,23 @@ def _learned_range(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[Arra
     return fraction * row.log_beta + (1 - fraction) * row.log_beta_tilde
 
 
+def _optimal(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
+    """σ*_t² = β̃_t + (coefficient of x_0 in μ̃_t)² E Var(x_0 | x_t). Bao et al. (2022, Analytic-DPM), theorem 1.
+
+    At t = 1 the decoder keeps the width of the fixed variances, as in that paper's evaluation: its bins are no
+    Gaussian's.
+    """
+    if row.x0_variance is None:
+        raise ValueError("variance='optimal' needs a schedule whose x0_variance was estimated (see variances.py)")
+    added = row.posterior_x0**2 * row.x0_variance * jnp.exp(-row.log_beta_tilde)
+    return jnp.full_like(raw, row.log_beta_tilde + jnp.log1p(jnp.where(row.t > 1, added, 0.0)))
+
+
 VARIANCES: dict[str, Variance] = {
     # Ho et al. (2020), section 3.2: the two extremes, optimal for x_0 a point and for x_0 ~ N(0, I).
     "fixed_small": Variance(lambda row, raw: jnp.full_like(raw, row.log_beta_tilde), is_learned=False),
     "fixed_large": Variance(lambda row, raw: jnp.full_like(raw, row.log_beta_large), is_learned=False),
+    "optimal": Variance(_optimal, is_learned=False),
     "learned": Variance(lambda row, raw: raw, is_learned=True),
     "learned_range": Variance(_learned_range, is_learned=True),
 }
@@ -145,8 +158,9 @@ def make(prediction: str, variance: str) -> Reverse:
 
     Args:
         prediction: "eps", "x0", "v" or "mean".
-        variance: "fixed_small" (β̃_t), "fixed_large" (β_t), "learned" (the network outputs log σ_t²) or
-            "learned_range" (it outputs where between the two, on a log scale).
+        variance: "fixed_small" (β̃_t), "fixed_large" (β_t), "optimal" (σ*_t², estimated from data and the trained
+            mean), "learned" (the network outputs log σ_t²) or "learned_range" (it outputs where between β̃_t and
+            β_t, on a log scale).
 
     Raises:
         ValueError: an unknown name.

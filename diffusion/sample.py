@@ -1,5 +1,6 @@
 """Sampling from a trained model: a grid, a film of x̂_0, and the images themselves."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import numpy as np
 from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
-from diffusion import build, data, parallel, randomness, report, samplers, schedules, workdir
+from diffusion import build, data, parallel, randomness, report, reverse, samplers, schedules, variances, workdir
 from diffusion.build import Experiment
+from diffusion.reverse import Reverse
+from diffusion.schedules import Schedule
 from diffusion.step import to_levels
+from diffusion.variances import X0Variance
 
 FILM_FRAMES = 12
 FILM_IMAGES = 8
@@ -22,19 +26,23 @@ def run(config: ConfigDict, directory: Path) -> None:
     described = data.describe(config.data.name, config.data.data_dir)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
     state = workdir.restore(experiment, directory)
-    save(experiment, directory, *sampler(experiment)(parallel.replicate(state.ema_params)))
+    estimate = variances.load(directory, int(state.step)) if config.sample.variance == "optimal" else None
+    save(experiment, directory, *sampler(experiment, estimate)(parallel.replicate(state.ema_params)))
     print(f"{config.sample.num_images} samples: {directory / 'samples.png'}, {directory / 'samples.npz'}")
 
 
-def sampler(experiment: Experiment) -> Callable[[PyTree], tuple[np.ndarray, np.ndarray]]:
+def sampler(
+    experiment: Experiment, x0_variance: X0Variance | None = None
+) -> Callable[[PyTree], tuple[np.ndarray, np.ndarray]]:
     """The config's sampler, compiled once: replicated parameters -> (images [N, H, W, C], films [N, F, H, W, C]).
 
     Image n is the same whatever the batch size and the number of devices; grey levels, uint8.
+
+    Raises:
+        ValueError: the optimal variance is wanted, and nothing is known of it.
     """
     config = experiment.config.sample
-    schedule = experiment.schedule
-    if config.num_steps:
-        schedule = schedules.evenly_spaced(schedule, config.num_steps)
+    p, schedule = _process(experiment, x0_variance)
     options = {"shape": experiment.image_shape, "num_frames": min(FILM_FRAMES, schedule.num_steps)}
     if config.method == "ddim":
         options["eta"] = config.eta
@@ -43,7 +51,13 @@ def sampler(experiment: Experiment) -> Callable[[PyTree], tuple[np.ndarray, np.n
 
     def one_batch(params, image_numbers):
         keys = randomness.per_item(seed_key, image_numbers)
-        x0, film = method(experiment.denoiser(params), experiment.p, schedule, keys, **options)
+        network = experiment.denoiser(params)
+
+        def denoise(x_t, network_t):
+            output = network(x_t, network_t)
+            return output if p.learns_variance else experiment.p.split(output)[0]
+
+        x0, film = method(denoise, p, schedule, keys, **options)
         film = jnp.swapaxes(film, 0, 1)  # the images first, as everywhere in a batch
         return to_levels(x0, experiment.num_levels), to_levels(film, experiment.num_levels)
 
@@ -60,6 +74,22 @@ def sampler(experiment: Experiment) -> Callable[[PyTree], tuple[np.ndarray, np.n
         return images, films
 
     return draw
+
+
+def _process(experiment: Experiment, x0_variance: X0Variance | None) -> tuple[Reverse, Schedule]:
+    """The reverse process to draw from: the model's, with the variance and the number of steps that are wanted."""
+    config, p, schedule = experiment.config.sample, experiment.p, experiment.schedule
+    if config.variance == "optimal":
+        if x0_variance is None:
+            raise ValueError(
+                "sample.variance='optimal' needs a trained mean; train first, then use it in --mode=sample"
+            )
+        schedule = dataclasses.replace(schedule, x0_variance=jnp.asarray(x0_variance.mean))
+    if config.variance != "model":
+        p = reverse.make(p.prediction, config.variance)
+    if config.num_steps:
+        schedule = schedules.evenly_spaced(schedule, config.num_steps)
+    return p, schedule
 
 
 def save(

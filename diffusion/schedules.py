@@ -42,6 +42,8 @@ class Schedule:
     log_beta_large: Float[Array, "*steps"]  # log β_t, but log β̃_2 at t = 1: Ho et al.'s "fixedlarge"
     posterior_x0: Float[Array, "*steps"]  # the coefficient of x_0 in μ̃_t
     posterior_x_t: Float[Array, "*steps"]  # the coefficient of x_t in μ̃_t
+    # E Var(x_0 | x_t) per dimension: of the data and not of the schedule, so None until `variances` estimated it.
+    x0_variance: Float[Array, "*steps"] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -163,7 +165,10 @@ def respace(schedule: Schedule, keep: Sequence[int] | np.ndarray) -> Schedule:
     before = np.concatenate([[0.0], log_alpha_bar[:-1]])
     log_alpha = np.full(keep.size, -np.inf)  # stays where nothing of x_0 is left
     np.subtract(log_alpha_bar, before, out=log_alpha, where=np.isfinite(log_alpha_bar))
-    return _tables(log_alpha, network_t=np.asarray(schedule.network_t)[keep])
+    short = _tables(log_alpha, network_t=np.asarray(schedule.network_t)[keep])
+    if schedule.x0_variance is None:
+        return short
+    return dataclasses.replace(short, x0_variance=schedule.x0_variance[np.concatenate([[0], keep])])
 
 
 def evenly_spaced(schedule: Schedule, num_steps: int) -> Schedule:

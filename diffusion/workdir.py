@@ -1,5 +1,6 @@
 """The working directory of a run: whose it is, whether it is finished, and what its last checkpoint holds."""
 
+import json
 import os
 from pathlib import Path
 
@@ -37,6 +38,20 @@ def claim(config: ConfigDict, directory: Path) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(config_lib.to_json(config))
     os.replace(temporary, path)
+
+
+def read_config(directory: Path) -> ConfigDict:
+    """The resolved config of the run in `directory`.
+
+    Raises:
+        FileNotFoundError: there is no run in it.
+    """
+    path = directory / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} holds no run (no config.json)")
+    # JSON knows lists only; in a config all of them are tuples.
+    as_tuples = lambda group: {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}  # noqa: E731
+    return ConfigDict(json.loads(path.read_text(), object_hook=as_tuples)).lock()
 
 
 def is_finished(directory: Path) -> bool:

@@ -70,6 +70,8 @@ def test_every_key_is_read_by_the_program():
             {"objective__weighting": "min_snr", "model__prediction": "mean"},
             "objective.weighting='min_snr' is not defined for model.prediction='mean'",
         ),
+        ({"model__variance": "optimal"}, "model.variance must be one of fixed_small, fixed_large, learned"),
+        ({"sample__method": "ddim", "sample__variance": "optimal"}, "has no part in sample.method='ddim'"),
         ({"schedule__name": "harmonic"}, "model.prediction must be x0, v or mean"),
     ],
 )

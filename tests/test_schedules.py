@@ -1,5 +1,7 @@
 """Tables against closed forms in float64, and the laws of respacing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +59,7 @@ def test_clean_data_is_entry_zero(s):
     np.testing.assert_array_equal(s.t, np.arange(201))
     np.testing.assert_array_equal(s.alpha_bar_prev[1:], s.alpha_bar[:-1])
     for name, table in vars(s).items():
-        assert np.isfinite(table[1:-1]).all(), name
+        assert table is None or np.isfinite(table[1:-1]).all(), name
     assert s.log_beta_tilde[1] == s.log_beta_tilde[2] == s.log_beta_large[1]
 
 
@@ -73,7 +75,7 @@ def test_respacing_keeps_the_marginals(s):
 
 
 def test_respacing_to_every_step_changes_nothing():
-    s = schedules.cosine(50)
+    s = dataclasses.replace(schedules.cosine(50), x0_variance=jnp.linspace(0.0, 1.0, 51))
     for name, table in vars(schedules.respace(s, np.arange(1, 51))).items():
         np.testing.assert_allclose(table, getattr(s, name), rtol=2e-6, err_msg=name)
 

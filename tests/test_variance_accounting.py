@@ -1,0 +1,109 @@
+"""The command that prices variances, on a network that was never trained: prices need none."""
+
+import csv
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from diffusion import build, config, data, evaluate, parallel, sample, variances, workdir
+from diffusion.checkpoint import Checkpoints
+from experiments import variance_accounting
+
+NUM_IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A run with a checkpoint of its initial state, and the accounting of it."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    settings = digits.get_config()
+    small = {
+        "schedule.num_steps": 6, "unet.channels": 8, "unet.multipliers": (1,), "unet.blocks": 1, "unet.groups": 4,
+        "unet.attention_resolutions": (), "unet.fourier_features": (), "eval.batch_size": 16,
+    }  # fmt: skip
+    with settings.unlocked():
+        settings.update_from_flattened_dict(
+            small | {"data.data_dir": str(tmp_path_factory.mktemp("data")), "train.batch_size": 16}
+        )
+    workdir.claim(settings, directory)
+    experiment = build.experiment(settings, (8, 8, 1), 17)
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(0, jax.device_get(experiment.initial_state()), {"test_loss": 1.0})
+    variance_accounting.run(directory, NUM_IMAGES)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rows(directory):
+    with (directory / "variance_accounting.csv").open() as file:
+        return {row.pop("variance"): {k: float(v) for k, v in row.items()} for row in csv.DictReader(file)}
+
+
+def test_the_table_repeats_the_evaluation_and_adds_up(directory, rows):
+    """Same images, same noise, same parameters: the model's own variance has the bound that evaluation prints."""
+    experiment = build.experiment(workdir.read_config(directory), (8, 8, 1), 17)
+    params = parallel.replicate(workdir.restore(experiment, directory).ema_params)
+    test_set = data.load("digits", "test", experiment.config.data.data_dir)
+    bound = evaluate.bound_of(experiment)(params, evaluate.subset(test_set.images, NUM_IMAGES), "test")
+    np.testing.assert_allclose(rows["learned_range"]["bpd"], bound.image_bpd.mean(), rtol=1e-5)
+    for name, row in rows.items():
+        parts = row["decoder"] + row["mismatch"] + row["mean_error"] + bound.prior_bpd.mean()
+        np.testing.assert_allclose(row["bpd"], parts, rtol=1e-9, err_msg=name)
+        np.testing.assert_allclose(row["difference"], row["bpd"] - rows["learned_range"]["bpd"], atol=1e-9)
+
+
+def test_pairing_narrows_the_error_of_a_difference(rows):
+    own = rows.pop("learned_range")
+    for name, row in rows.items():
+        assert 0 < row["difference_stderr"] < 0.5 * np.hypot(row["stderr"], own["stderr"]), name
+    rows["learned_range"] = own
+
+
+def test_what_the_mean_needs_beats_every_other_fixed_variance(rows):
+    """Far from E[x_0 | x_t], only the variance that counts the mean's own error is the best one."""
+    best = rows["optimal for this mean"]["bpd"]
+    assert all(best <= row["bpd"] for name, row in rows.items() if name != "learned_range")
+    assert rows["fixed_small"]["mismatch"] == 0 < rows["interpolated 0.5"]["mismatch"] < rows["fixed_large"]["mismatch"]
+
+
+def test_the_report_is_written(directory):
+    text = (directory / "variance_accounting.md").read_text()
+    assert "24 test images" in text and "| fixed_small | " in text and "clipped" in text
+    assert (directory / "variance_accounting.png").stat().st_size > 10_000
+    assert variances.load(directory, step=0).mean.shape == (7,)
+    with pytest.raises(ValueError, match="was estimated at step 0, but the checkpoint is of step 5"):
+        variances.load(directory, step=5)
+
+
+def test_a_checkpoint_is_sampled_with_the_optimal_variance(directory, tmp_path):
+    settings = workdir.read_config(directory)
+    drawn = {}
+    for variance in ("model", "optimal"):
+        changes = {"sample.num_images": 8, "sample.num_steps": 4, "sample.variance": variance}
+        with settings.unlocked():
+            settings.update_from_flattened_dict(changes)
+        sample.run(settings, directory)
+        drawn[variance] = np.load(directory / "samples.npz")["images"]
+    assert np.any(drawn["model"] != drawn["optimal"])
+    with pytest.raises(ValueError, match="sample.variance='optimal' needs a trained mean"):
+        sample.sampler(build.experiment(settings, (8, 8, 1), 17))
+    with pytest.raises(FileNotFoundError, match="x0_variance.npz, which python -m experiments.variance_accounting"):
+        variances.load(tmp_path, step=0)
+
+
+def test_mistakes_are_one_sentence(directory, tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        monkeypatch.setattr("sys.argv", ["variance_accounting", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            variance_accounting.main()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "holds no run (no config.json)" in fails(f"--workdir={tmp_path}")
+    assert "--num_images=1 must be 0 or in 2…299" in fails(f"--workdir={directory}", "--num_images=1")
+
+
+def test_a_config_survives_its_file(directory):
+    config.check(workdir.read_config(directory))
+    assert workdir.read_config(directory).unet.multipliers == (1,)
