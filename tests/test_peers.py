@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import gaussian, interop, likelihood, process, reverse, schedules
+from diffusion import interop, likelihood, process, reverse, schedules
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
