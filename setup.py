@@ -41,6 +41,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "peers": ["diffusers", "torch"],  # to compare with; the programs do not need them
         "dev": [
             "beartype",
             "hypothesis",

@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     """The config; the numbers are the paper's unless a comment says otherwise."""
     config = ConfigDict()
     config.seed = 0
+    config.init_from = ""  # a directory with published weights (config.json and safetensors); "": random ones
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # or "digits", or any image set that TFDS prepared as ArrayRecord

@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from diffusion import config as config_lib
-from diffusion import objectives, optim, parallel, randomness, reverse, schedules, state, timesteps
+from diffusion import interop, objectives, optim, parallel, randomness, reverse, schedules, state, timesteps
 from diffusion.reverse import Reverse
 from diffusion.schedules import Schedule
 from diffusion.state import TrainState
@@ -28,13 +29,16 @@ class Experiment:
     p: Reverse
     unet: UNet
     training: Training
+    published: PyTree | None  # the parameters in config.init_from, where training starts
 
     def denoiser(self, params: PyTree) -> Callable[[Array, Array], Array]:
         """The network as the math wants it: (x_t [B, H, W, C], network_t [B]) -> output."""
         return lambda x_t, network_t: self.unet.apply({"params": params}, x_t, network_t)
 
     def initial_state(self) -> TrainState:
-        """The state before the first step, from config.seed."""
+        """The state before the first step: the weights of config.init_from, or random ones from config.seed."""
+        if self.published is not None:
+            return self._state(lambda *_: {"params": self.published})
         # It runs once, so on the CPU, where random numbers are slow to compile, it is not optimized.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         return self._state(jax.jit(self.unet.init, compiler_options=options))
@@ -66,6 +70,7 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
     p = reverse.make(config.model.prediction, config.model.variance)
     unet = UNet(**config.unet, out_channels=p.output_channels(image_shape[-1]))
     unet.check(image_shape)
+    published = _published(config, unet, image_shape) if config.init_from else None
 
     def apply_one(params: PyTree, x_t: Array, network_t: Array, key: Array) -> Array:
         rngs = {"dropout": key}
@@ -93,4 +98,26 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
         grad_accum=config.train.grad_accum,
         unroll=jax.default_backend() == "cpu",
     )
-    return Experiment(config, image_shape, num_levels, schedule, p, unet, training)
+    return Experiment(config, image_shape, num_levels, schedule, p, unet, training, published)
+
+
+def _published(config: ConfigDict, unet: UNet, image_shape: tuple[int, int, int]) -> PyTree:
+    """The parameters in config.init_from, if they are those of the config's network."""
+    theirs, params = interop.load_diffusers(config.init_from)
+    prefix = f"init_from={config.init_from!r} holds another network than the config's"
+    weightless = {"dropout", "dtype", "remat"}
+    differing = [
+        f"unet.{field}: {getattr(theirs, field)!r} there, {getattr(unet, field)!r} here"
+        for field in [*config.unet, "out_channels"]
+        if field not in weightless and getattr(theirs, field) != getattr(unet, field)
+    ]
+    if differing:
+        raise ValueError(f"{prefix}: {'; '.join(differing)}")
+    # Equal fields still mean another network where the images have another size or other channels.
+    like = jax.eval_shape(unet.init, jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1))["params"]
+    found, wanted = (
+        {"/".join(path): leaf.shape for path, leaf in flatten_dict(tree).items()} for tree in (params, like)
+    )
+    if names := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
+        raise ValueError(f"{prefix}, whose images are {image_shape}: {', '.join(names)} differ")
+    return params

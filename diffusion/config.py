@@ -44,6 +44,7 @@ FLAG = Allowed(lambda v: isinstance(v, bool), "True or False")
 
 KEYS: dict[str, Allowed] = {
     "seed": Allowed(lambda v: _is_int(v) and 0 <= v < 2**31, "a whole number in 0…2³¹ − 1"),
+    "init_from": TEXT,
     "data.name": TEXT,
     "data.data_dir": TEXT,
     "data.flip": FLAG,

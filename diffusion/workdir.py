@@ -60,12 +60,15 @@ def is_finished(directory: Path) -> bool:
 
 
 def restore(experiment: Experiment, directory: Path) -> TrainState:
-    """The state in the latest checkpoint, for evaluation or sampling.
+    """The state in the latest checkpoint, for evaluation or sampling; without one, the weights of config.init_from.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
+        FileNotFoundError: there is neither.
         ValueError: the checkpoint was trained with another config.
     """
     check_config(experiment.config, directory)
     with Checkpoints(directory / "checkpoints") as checkpoints:
+        if experiment.config.init_from and checkpoints.latest_step() is None:
+            claim(experiment.config, directory)
+            return experiment.initial_state()
         return checkpoints.restore(None, like=experiment.abstract_state())

@@ -1,1 +1,1 @@
-"""Studies on top of the library, each a small module with a command of its own; nothing imports them."""
+"""Studies on top of the library: `python -m experiments.NAME --help`; nothing imports them."""

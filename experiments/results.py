@@ -1,0 +1,170 @@
+"""What a sweep's folders hold: finished runs, grouped over seeds, and the paired differences between variances."""
+
+import collections
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+from scipy import stats
+
+from diffusion import config as config_lib
+
+# The axes of a grid, and the config keys behind them.
+AXES = {
+    "prediction": "model.prediction",
+    "objective": "objective.name",
+    "variance": "model.variance",
+    "schedule": "schedule.name",
+    "T": "schedule.num_steps",
+    "seed": "seed",
+}
+LOG = "log.txt"  # in a run's folder: what it printed
+# What may differ between the runs of one row: nothing here changes what is trained or how it is scored.
+WITHIN_A_ROW = ("seed", "data.data_dir", "sample.")
+
+
+class Target(NamedTuple):
+    """A published result; bits/dim and FID are of CIFAR-10."""
+
+    source: str
+    test_bpd: float | None = None
+    train_bpd: float | None = None
+    fid: float | None = None
+
+    def __str__(self) -> str:
+        test = "unstable" if self.test_bpd is None and self.fid is None else f"{self.test_bpd or '–'}"
+        train = f" (train {self.train_bpd})" if self.train_bpd else ""
+        fid = f", FID {self.fid}" if self.fid else ""
+        return f"{test}{train}{fid}; {self.source}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        name: of its folder.
+        config: config key -> value, as config.json holds it.
+        summary: what summary.json holds.
+        image_bpd: the bound of each test image.
+        terms_bpd: entry t − 1 is the mean term of t.
+    """
+
+    name: str
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    image_bpd: Float[np.ndarray, " n"]
+    terms_bpd: Float[np.ndarray, " t"]
+
+
+Published = Callable[[Run], Target | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The runs that differ in their seed alone, in the order of the seeds."""
+
+    setting: dict[str, str]  # what is printed of the config, by column
+    runs: list[Run]
+
+    def mean(self, entry: str) -> float:
+        """The mean over seeds of an entry of summary.json."""
+        return float(np.mean([run.summary[entry] for run in self.runs]))
+
+    @property
+    def stderr_bpd(self) -> float:
+        """The standard error of the mean over images; every seed scored the same ones."""
+        return _stderr(np.mean([run.image_bpd for run in self.runs], axis=0))
+
+    @property
+    def spread_bpd(self) -> float:
+        """The standard deviation over seeds, of bits/dim; nan for one."""
+        return float(np.std([run.summary["test_bpd"] for run in self.runs], ddof=1)) if len(self.runs) > 1 else np.nan
+
+
+class Difference(NamedTuple):
+    """Bits/dim of variance `a` less those of `b`, image by image, for the same images, noise and seeds."""
+
+    setting: dict[str, str]
+    a: str
+    b: str
+    mean_bpd: float
+    low_bpd: float
+    high_bpd: float
+    by_seed_bpd: list[float]
+
+
+def last_line(folder: Path) -> str:
+    """The last line that a run printed: its error, if it failed."""
+    log = folder / LOG
+    lines = [line for line in log.read_text().splitlines() if line.strip()] if log.exists() else []
+    return lines[-1].strip() if lines else "not started"
+
+
+def read(directory: Path) -> tuple[list[Run], dict[str, str]]:
+    """The finished runs in the folders of `directory`, and the others' last words by the folder's name."""
+    runs, unfinished = [], {}
+    for folder in sorted(path.parent for path in directory.glob("*/config.json")):
+        if not (folder / "summary.json").exists():
+            unfinished[folder.name] = last_line(folder)
+            continue
+        config = config_lib.flatten(ConfigDict(json.loads((folder / "config.json").read_text())))
+        summary = json.loads((folder / "summary.json").read_text())
+        with np.load(folder / "bpd.npz") as saved:
+            runs.append(Run(folder.name, config, summary, saved["test_image_bpd"], saved["test_terms_bpd"]))
+    return runs, unfinished
+
+
+def rows(runs: list[Run]) -> tuple[list[Row], dict[str, str]]:
+    """The runs grouped over seeds, and the recipes by letter.
+
+    A row's columns are the axes but the seed and, if other keys differ between the runs, the letter of a recipe:
+    the values of those keys.
+    """
+    columns = {axis: key for axis, key in AXES.items() if axis != "seed"}
+    others = sorted({key for run in runs for key in run.config} - set(AXES.values()))
+    others = [key for key in others if not key.startswith(WITHIN_A_ROW)]
+    others = [key for key in others if len({str(run.config.get(key)) for run in runs}) > 1]
+    letters: dict[str, str] = {}
+    groups = collections.defaultdict(list)
+    for run in runs:
+        setting = {column: str(run.config[key]) for column, key in columns.items()}
+        if others:
+            recipe = ", ".join(f"{key}={run.config.get(key)}" for key in others)
+            setting["recipe"] = letters.setdefault(recipe, chr(ord("a") + len(letters)))
+        groups[tuple(setting.items())].append(run)
+    table = [Row(dict(key), sorted(group, key=lambda run: run.config["seed"])) for key, group in groups.items()]
+    return table, {letter: recipe for recipe, letter in letters.items()}
+
+
+def differences(table: list[Row]) -> list[Difference]:
+    """Every pair of variances within the same rest of the setting, over the seeds that both have."""
+    found = []
+    for one, other in itertools.combinations(table, 2):
+        rest = {column: value for column, value in one.setting.items() if column != "variance"}
+        if rest != {column: value for column, value in other.setting.items() if column != "variance"}:
+            continue
+        by_seed = {run.config["seed"]: run.image_bpd for run in other.runs}
+        pairs = [(run.image_bpd, by_seed[run.config["seed"]]) for run in one.runs if run.config["seed"] in by_seed]
+        if pairs:
+            by_image = np.stack([a - b for a, b in pairs])
+            interval = confidence_interval(by_image.mean(axis=0))
+            by_seed_bpd = by_image.mean(axis=1).tolist()
+            found.append(Difference(rest, one.setting["variance"], other.setting["variance"], *interval, by_seed_bpd))
+    return found
+
+
+def confidence_interval(samples: Float[np.ndarray, " n"]) -> tuple[float, float, float]:
+    """The mean of independent samples and the ends of Student's 95% confidence interval for it."""
+    mean, half = float(samples.mean()), float(stats.t.ppf(0.975, len(samples) - 1)) * _stderr(samples)
+    return mean, mean - half, mean + half
+
+
+def _stderr(samples: Float[np.ndarray, " n"]) -> float:
+    return float(samples.std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else np.nan

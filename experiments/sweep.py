@@ -1,0 +1,214 @@
+"""Many runs of main.py, each in a process and a folder of its own, so that one that fails takes no other with it.
+
+What is finished is skipped and what was cut resumes, so a sweep that was killed at any moment goes on when it is
+started again: it has lost what its running cell did since that cell's last checkpoint.
+"""
+
+import argparse
+import fcntl
+import itertools
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from diffusion import config as config_lib
+from diffusion import report, workdir
+from experiments import table
+from experiments.results import AXES, LOG, Published, last_line
+
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+
+
+class Cell(NamedTuple):
+    """One run of a sweep: the name of its folder, its config file, and the keys it sets, written as for main.py."""
+
+    name: str
+    base: str
+    overrides: dict[str, str]
+
+    def arguments(self) -> list[str]:
+        """What main.py is called with."""
+        return [f"--config={self.base}", *(f"--config.{key}={value}" for key, value in self.overrides.items())]
+
+    def config(self) -> ConfigDict:
+        """The config as main.py would resolve it.
+
+        Raises:
+            ValueError: the file cannot be read, a key does not exist, or a value is none that the key may have.
+        """
+        for key in self.overrides:
+            if key not in config_lib.KEYS:
+                raise ValueError(config_lib.unknown(key))
+        argv = ["main.py", *self.arguments()]
+        values = flags.FlagValues()
+        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        try:
+            values(argv)
+        except (flags.Error, TypeError, ValueError, ImportError, OSError) as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        flat = config_lib.flatten(holder.value)
+        for key in self.overrides:
+            allowed = config_lib.KEYS[key]
+            if not allowed.accepts(flat[key]):
+                raise ValueError(f"config key {key} must be {allowed.words}, not {flat[key]!r}")
+        return holder.value
+
+
+def grid(base: str, axes: dict[str, list[str]], extra: dict[str, str]) -> list[Cell]:
+    """One cell for each combination of the axes' values, the last axis fastest; `extra` overrides go to all.
+
+    Args:
+        base: the config file.
+        axes: a list of values for every name in AXES.
+        extra: config key -> value.
+
+    Raises:
+        ValueError: an override is that of an axis.
+    """
+    for axis, key in AXES.items():
+        if key in extra:
+            raise ValueError(f"--set {key}={extra[key]} is an axis of the grid; use --{axis}={extra[key]}")
+    cells = []
+    for values in itertools.product(*(dict.fromkeys(axes[axis]) for axis in AXES)):
+        chosen = dict(zip(AXES, values, strict=True))
+        name = "-".join(f"{axis if axis in ('T', 'seed') else ''}{value}" for axis, value in chosen.items())
+        cells.append(Cell(name, base, {AXES[axis]: value for axis, value in chosen.items()} | extra))
+    return cells
+
+
+def possible(cells: list[Cell]) -> tuple[list[Cell], dict[str, list[str]]]:
+    """The cells that can be trained, and the others' names by the reason why they cannot.
+
+    Raises:
+        ValueError: no cell can be trained, or a key or a value does not exist: a mistake, not a gap in the grid.
+    """
+    kept, excluded = [], {}
+    for cell in cells:
+        config = cell.config()
+        try:
+            config_lib.check(config)
+            kept.append(cell)
+        except ValueError as error:
+            excluded.setdefault(str(error), []).append(cell.name)
+    if not kept:
+        raise ValueError(f"no cell of the sweep is possible: {'; '.join(excluded)}")
+    return kept, excluded
+
+
+def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None]) -> str:
+    """Trains and scores one cell in `directory`, or the rest of it; returns why it failed, or "".
+
+    `watch` gets a word on the progress every few seconds.
+    """
+    try:
+        config = cell.config()
+        workdir.check_config(config, directory)
+        if workdir.is_finished(directory):
+            return ""
+        workdir.claim(config, directory)
+        with (directory / LOG).open("a") as log:
+            # The run holds this lock as its standard output. So a sweep that was killed and leaves its run behind
+            # does not get a rival when it is started again, and two sweeps can share a folder.
+            watch("waits for another process")
+            fcntl.flock(log, fcntl.LOCK_EX)
+            if workdir.is_finished(directory):
+                return ""
+            watch("starts")
+            command = [sys.executable, str(MAIN), *cell.arguments(), f"--workdir={directory}"]
+            print("$", shlex.join(command), file=log, flush=True)
+            code = _wait(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log), directory, watch)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return f"{last_line(directory)} (exit code {code}, see {directory / LOG})" if code else ""
+
+
+def _wait(process: subprocess.Popen, directory: Path, watch: Callable[[str], None]) -> int:
+    try:
+        while True:
+            try:
+                return process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                rows = report.read_metrics(directory)
+                if rows:
+                    watch(f"step {rows[-1]['step']}")
+    finally:  # no run survives the sweep that was asked to end
+        process.terminate()
+        process.wait()
+
+
+def run_cells(cells: list[Cell], directory: Path) -> dict[str, str]:
+    """Runs the cells one after the other; returns the reasons of those that failed by their names."""
+    failures = {}
+    finished = sum(workdir.is_finished(directory / cell.name) for cell in cells)
+    with report.Progress(len(cells), initial=finished, desc="sweep", unit="cell") as progress:
+        for cell in cells:
+            was_finished = workdir.is_finished(directory / cell.name)
+
+            def watch(words: str, name: str = cell.name) -> None:
+                # In a log file, a line per cell is enough.
+                progress.set_postfix_str(f"{name}: {words}", refresh=sys.stderr.isatty())
+
+            if failure := run_cell(cell, directory / cell.name, watch):
+                failures[cell.name] = failure
+            progress.update(not was_finished)
+    return failures
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that every sweep has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="gets a folder for each cell, and the report")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config keys of all cells"
+    )
+    parser.add_argument("--index", type=int, help="run this cell only, as --list numbers them")
+    parser.add_argument("--list", action="store_true", help="number the cells and run nothing")
+    parser.add_argument("--report", action="store_true", help="only rebuild the report from the folders")
+    return parser
+
+
+def overrides(settings: list[str]) -> dict[str, str]:
+    """["train.num_steps=500"] -> {"train.num_steps": "500"}."""
+    for setting in settings:
+        if "=" not in setting:
+            raise ValueError(f"--set {setting} must be KEY=VALUE, for example train.num_steps=500")
+    return dict(setting.split("=", 1) for setting in settings)
+
+
+def execute(arguments: argparse.Namespace, cells: list[Cell], published: Published) -> int:
+    """Does what the flags of `argument_parser` say; returns the exit code: 1 if a cell failed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the running cell ends, too
+    failures = {}
+    if not arguments.report:
+        cells, excluded = possible(cells)
+        for reason, names in excluded.items():
+            print(f"left out {', '.join(names)}: {reason}")
+        if arguments.list:
+            print("\n".join(f"{index} {cell.name}" for index, cell in enumerate(cells)))
+            return 0
+        if arguments.index is not None:
+            if not 0 <= arguments.index < len(cells):
+                raise ValueError(f"--index={arguments.index} must be in 0…{len(cells) - 1}")
+            cells = [cells[arguments.index]]
+        failures = run_cells(cells, arguments.workdir)
+    if arguments.index is None:
+        print(table.write(arguments.workdir, published))
+    for name, reason in failures.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def exit_with(main: Callable[[], int]) -> None:
+    """Ends the program with the exit code of `main`; what is wrong with its input is one sentence and code 2."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,176 @@
+"""A sweep's report, made from its folders alone: table.md, table.csv, bpd.png and terms.png."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.results import Difference, Published, Row, Run, differences, read, rows
+
+NOTES = """\
+Bits/dim of the test images: the mean over seeds ± its standard error over images, and the standard deviation over
+seeds; then the parts, L_0 (decoder), the sum of L_{t−1} (KL) and L_T (prior), and the bits/dim of as many training
+images. The papers' numbers are of CIFAR-10, of fully trained networks.
+"""
+PAIRED = """\
+Bits/dim of the first variance less those of the second, image by image for the same images, noise and seeds, with
+the 95% confidence interval over images (of these trained networks; how much training itself scatters shows in the
+last column, one number per seed).
+"""
+
+
+def write(directory: Path, published: Published) -> str:
+    """Rebuilds the report of the runs in the folders of `directory`.
+
+    Returns:
+        What table.md holds.
+
+    Raises:
+        FileNotFoundError: no run is finished.
+    """
+    runs, unfinished = read(directory)
+    if not runs:
+        raise FileNotFoundError(f"no run in {directory} is finished ({len(unfinished)} are not)")
+    table, recipes = rows(runs)
+    table.sort(key=lambda row: row.mean("test_bpd"))
+    sections = [
+        _head(runs),
+        _bounds(table, published),
+        "".join(f"- recipe {letter}: {recipe}\n" for letter, recipe in recipes.items()),
+        _paired(differences(table)),
+        "".join(f"- {name} is not finished: {words}\n" for name, words in unfinished.items()),
+    ]
+    text = "\n".join(section for section in sections if section)
+    (directory / "table.md").write_text(text)
+    _write_csv(directory / "table.csv", [_numbers(row, published) for row in table])
+    plot_bpd(directory / "bpd.png", table, published)
+    plot_terms(directory / "terms.png", table)
+    return text
+
+
+def _numbers(row: Row, published: Published) -> dict[str, Any]:
+    """A row of table.csv, unrounded."""
+    return {
+        **row.setting,
+        "seeds": len(row.runs),
+        "test_bpd": row.mean("test_bpd"),
+        "test_bpd_stderr": row.stderr_bpd,
+        "test_bpd_spread": row.spread_bpd,
+        "test_decoder_bpd": row.mean("test_decoder_bpd"),
+        "test_kl_bpd": row.mean("test_kl_bpd"),
+        "prior_bpd": row.mean("prior_bpd"),
+        "train_bpd": row.mean("train_bpd"),
+        "published": published(row.runs[0]) or "",
+    }
+
+
+def _write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _head(runs: list[Run]) -> str:
+    steps = sorted({f"{run.config['train.num_steps']:,} × {run.config['train.batch_size']}" for run in runs})
+    machines = sorted({f"{run.summary['device']}, jax {run.summary['versions']['jax']}" for run in runs})
+    return (
+        f"# {runs[0].config['data.name']}\n\n{NOTES}\n{len(runs[0].image_bpd):,} test images; trained for "
+        f"{', '.join(steps)} images; {'; '.join(machines)}.\n"
+    )
+
+
+def _bounds(table: list[Row], published: Published) -> str:
+    cells = []
+    for row in table:
+        numbers = _numbers(row, published)
+        cells.append(
+            [
+                *row.setting.values(),
+                f"{numbers['seeds']}",
+                f"{numbers['test_bpd']:.4f} ± {numbers['test_bpd_stderr']:.4f}",
+                f"{numbers['test_bpd_spread']:.4f}" if len(row.runs) > 1 else "–",
+                *(f"{numbers[key]:.4f}" for key in ("test_decoder_bpd", "test_kl_bpd")),
+                f"{numbers['prior_bpd']:.2g}",
+                f"{numbers['train_bpd']:.4f}",
+                str(numbers["published"]) or "–",
+            ]
+        )
+    return _markdown(
+        [*table[0].setting, "seeds", "bits/dim", "spread", "L_0", "KL", "L_T", "train", "published"], cells
+    )
+
+
+def _paired(pairs: list[Difference]) -> str:
+    if not pairs:
+        return ""
+    cells = [
+        [
+            *pair.setting.values(),
+            f"{pair.a} − {pair.b}",
+            f"{pair.mean_bpd:+.4f}",
+            f"{pair.low_bpd:+.4f} … {pair.high_bpd:+.4f}",
+            ", ".join(f"{seed:+.4f}" for seed in pair.by_seed_bpd),
+        ]
+        for pair in pairs
+    ]
+    head = [*pairs[0].setting, "variances", "difference", "95% interval", "by seed"]
+    return f"## Paired differences between variances\n\n{PAIRED}\n{_markdown(head, cells)}"
+
+
+def _markdown(head: list[str], cells: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *cells))
+
+
+def plot_bpd(path: Path, table: list[Row], published: Published) -> None:
+    """A line per row, best first: bits/dim of each seed, their mean, and the published number."""
+    figure = Figure(figsize=(8, 1.2 + 0.32 * len(table)), layout="constrained")
+    axes = figure.add_subplot(xlabel="bits/dim (test)")
+    for y, row in enumerate(table):
+        target = published(row.runs[0])
+        axes.plot([run.summary["test_bpd"] for run in row.runs], [y] * len(row.runs), ".", color="tab:blue", alpha=0.5)
+        axes.errorbar(row.mean("test_bpd"), y, xerr=1.96 * row.stderr_bpd, fmt="o", color="tab:blue", capsize=3)
+        if target and target.test_bpd:
+            axes.plot(target.test_bpd, y, "D", color="tab:orange")
+    axes.errorbar([], [], xerr=[], fmt="o", color="tab:blue", capsize=3, label="mean over seeds, 95% over images")
+    axes.plot([], [], ".", color="tab:blue", alpha=0.5, label="one seed")
+    axes.plot([], [], "D", color="tab:orange", label="published, CIFAR-10")
+    axes.set_yticks(range(len(table)), [", ".join(row.setting.values()) for row in table], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def plot_terms(path: Path, table: list[Row]) -> None:
+    """A panel per setting: the bound's term of each t, a curve per variance, the mean over seeds."""
+    panels: dict[str, list[Row]] = {}
+    for row in table:
+        rest = [value for column, value in row.setting.items() if column != "variance"]
+        panels.setdefault(", ".join(rest), []).append(row)
+    names = sorted({row.setting["variance"] for row in table})
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    columns = min(3, len(panels))
+    figure = Figure(figsize=(4.2 * columns, 3.4 * -(-len(panels) // columns)), layout="constrained")
+    grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False, sharex=True, sharey=True)
+    for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
+        axes.set_title(title, fontsize=9)
+        for row in sorted(panel, key=lambda row: row.setting["variance"]):
+            _plot_row(axes, row, colours[row.setting["variance"]])
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel("t")
+    figure.supylabel("term of t (bits/dim)")
+    figure.savefig(path, dpi=120)
+
+
+def _plot_row(axes: Axes, row: Row, colour: str) -> None:
+    terms = np.mean([run.terms_bpd for run in row.runs], axis=0)
+    label = f"{row.setting['variance']}: {row.mean('test_bpd'):.4f}"
+    axes.loglog(np.arange(1, len(terms) + 1), terms, color=colour, label=label, linewidth=1)
+    axes.loglog(1, terms[0], "o", color=colour, markersize=4)

@@ -1,0 +1,50 @@
+r"""Fixed against learned variances: the grid prediction × objective × variance × schedule × T × seed.
+
+    python -m experiments.variance --base=configs/digits.py --workdir=runs/variance
+    python -m experiments.variance --base=configs/cifar10.py --workdir=runs/v --objective=simple,vlb --seed=0,1,2
+    python -m experiments.variance --workdir=runs/variance --report
+
+Every axis takes a list of values with commas; without one, it has the values of DEFAULT_AXES or else the base
+config's. Further keys for all cells: --set train.num_steps=500 eval.num_images=1000. A pair that cannot be trained,
+such as the simple loss and a learned variance, is left out, and the program says why. Each cell is a folder of the
+working directory with the run's log in log.txt; the same command again runs what is missing.
+
+On a cluster, one cell per job (--list numbers the cells), and the report when all are done:
+
+    sbatch --array=0-15 --gres=gpu:1 --time=24:00:00 \
+        --wrap='python -m experiments.variance --base=configs/cifar10.py --workdir=runs/v --index=$SLURM_ARRAY_TASK_ID'
+"""
+
+from experiments import ho2020, sweep
+from experiments.results import AXES, Run, Target
+
+DEFAULT_AXES = {
+    "objective": ["simple", "hybrid", "vlb"],
+    "variance": ["fixed_small", "fixed_large", "learned", "learned_range"],
+    "seed": ["0", "1"],
+}
+
+
+def published(run: Run) -> Target | None:
+    """What a paper reports for the run's settings on CIFAR-10, if one does."""
+    if run.config["data.name"].partition(":")[0] != "cifar10":
+        return None
+    return next((row.target for row in ho2020.ROWS if row.describes(run.config)), None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line."""
+    parser = sweep.argument_parser(__doc__)
+    parser.add_argument("--base", default="configs/digits.py", help="the config file that the cells start from")
+    for axis, key in AXES.items():
+        parser.add_argument(f"--{axis}", metavar="A,B,...", help=f"values of {key}")
+    arguments = parser.parse_args(argv)
+    base = sweep.Cell("base", arguments.base, {}).config()
+    axes = {axis: DEFAULT_AXES.get(axis, [str(base[key])]) for axis, key in AXES.items()}
+    axes |= {axis: getattr(arguments, axis).split(",") for axis in AXES if getattr(arguments, axis)}
+    cells = sweep.grid(arguments.base, axes, sweep.overrides(arguments.set))
+    return sweep.execute(arguments, cells, published)
+
+
+if __name__ == "__main__":
+    sweep.exit_with(main)

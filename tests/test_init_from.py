@@ -1,0 +1,111 @@
+"""config.init_from: published weights are scored, sampled and trained from as if they were a checkpoint's."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import cifar10
+from diffusion import build, data, evaluate, interop, sample, workdir
+from diffusion.checkpoint import Checkpoints, tree_sha256
+from diffusion.unet import UNet
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A directory with the tiny network under the published names."""
+    directory = tmp_path_factory.mktemp("published")
+    shutil.copyfile(GOLDEN / "unet_tiny.json", directory / "config.json")
+    shutil.copyfile(GOLDEN / "unet_tiny.safetensors", directory / "diffusion_pytorch_model.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tiny(published):
+    """A function of changes: the config whose network is the published one."""
+
+    def config_with(**keys):
+        config = cifar10.get_config()
+        same = {
+            "init_from": str(published), "unet.channels": 8, "unet.attention_resolutions": (8,), "unet.groups": 4,
+            "schedule.num_steps": 25, "eval.num_images": 9, "sample.num_images": 8,
+        }  # fmt: skip
+        with config.unlocked():
+            config.update_from_flattened_dict(same | {key.replace("__", "."): value for key, value in keys.items()})
+        return config
+
+    return config_with
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """A data set of 16 × 16 pictures."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.ImageSet(name, split, images, 256))
+    monkeypatch.setattr(data, "describe", lambda name, data_dir: data.Description(name, 12, 12, (16, 16, 3), 256))
+
+
+def test_the_start_is_the_published_network_and_its_ema(tiny):
+    experiment = build.experiment(tiny(), (16, 16, 3), 256)
+    state = experiment.initial_state()
+    reference = np.load(GOLDEN / "unet_tiny_io.npz")
+    x, network_t = jnp.asarray(reference["x"]), jnp.asarray(reference["network_t"])
+    output = jax.jit(experiment.unet.apply)({"params": state.ema_params}, x, network_t)
+    assert np.linalg.norm(output - reference["y"]) < 1e-4 * np.linalg.norm(reference["y"])
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
+    same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, experiment.abstract_state())
+    assert jax.tree.all(same)
+
+
+def test_weights_are_scored_and_sampled_without_a_checkpoint(tiny, pictures, tmp_path, capsys):
+    unet = UNet(channels=4, multipliers=(1,), blocks=1, attention_resolutions=(), groups=2, out_channels=3)
+    params = jax.jit(unet.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros(1))["params"]
+    interop.save_diffusers(tmp_path / "weights", unet, params, sample_size=16)
+    fields = {f"unet__{field}": getattr(unet, field) for field in ("channels", "multipliers", "blocks", "groups")}
+    config = tiny(init_from=str(tmp_path / "weights"), unet__attention_resolutions=(), **fields)
+    evaluate.run(config, tmp_path / "run")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ema_sha256"] == tree_sha256(params) and printed["test_images"] == 9 and printed["step"] == 0
+    assert (tmp_path / "run" / "bpd.npz").exists() and not workdir.is_finished(tmp_path / "run")
+    sample.run(config, tmp_path / "run")
+    assert np.load(tmp_path / "run" / "samples.npz")["images"].shape == (8, 16, 16, 3)
+    with pytest.raises(ValueError, match=r"another config \(init_from: .*weights → .*published"):
+        evaluate.run(tiny(), tmp_path / "run")
+
+
+def test_a_checkpoint_that_was_trained_from_them_comes_first(tiny, tmp_path):
+    experiment = build.experiment(tiny(), (16, 16, 3), 256)
+    trained = jax.device_get(experiment.initial_state()).replace(step=np.int32(7))
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(7, trained, {"test_loss": 1.0})
+    assert workdir.restore(experiment, tmp_path / "run").step == 7
+
+
+@pytest.mark.parametrize(
+    ("keys", "image_shape", "words"),
+    [
+        ({"unet__channels": 16}, (16, 16, 3), "unet.channels: 8 there, 16 here$"),
+        ({"unet__heads": 2, "unet__blocks": 1}, (16, 16, 3), "unet.blocks: 2 there, 1 here; unet.heads: 1 there, 2 h"),
+        ({"model__variance": "learned", "objective__name": "vlb"}, (16, 16, 3), "unet.out_channels: 3 there, 6 here$"),
+        # Attention at height 8 is another level there.
+        ({}, (32, 32, 3), r"images are \(32, 32, 3\): down_1_attention_0/key/bias, .*down_2_attention_0/key/bias"),
+        ({}, (16, 16, 1), "images are .*conv_in/kernel, conv_out/bias, conv_out/kernel differ|unet.out_channels"),
+    ],
+)
+def test_another_network_is_refused_by_field(tiny, keys, image_shape, words):
+    with pytest.raises(ValueError, match=words) as error:
+        build.experiment(tiny(**keys), image_shape, 256)
+    assert str(error.value).startswith("init_from=")
+
+
+def test_a_directory_without_weights_is_refused_before_anything_is_written(tiny, pictures, tmp_path):
+    for mode in (evaluate, sample):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'none'}/config.json does not exist"):
+            mode.run(tiny(init_from=str(tmp_path / "none")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

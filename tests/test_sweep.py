@@ -1,0 +1,246 @@
+"""Sweeps: which cells there are, that each runs once in its own process, and what the report makes of the folders."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+from scipy import stats
+
+from diffusion import config as config_lib
+from experiments import ho2020, results, sweep, table, variance
+from experiments.sweep import Cell
+
+ROOT = Path(__file__).parents[1]
+BASE = "configs/digits.py"
+SINGLE = {"prediction": ["eps"], "objective": ["vlb"], "variance": ["learned"], "schedule": ["cosine"]}
+TINY = {
+    "unet.channels": "4", "unet.multipliers": "(1,)", "unet.blocks": "1", "unet.groups": "2",
+    "unet.attention_resolutions": "()", "unet.fourier_features": "()", "train.batch_size": "16",
+    "train.num_steps": "4", "train.checkpoint_every": "2", "train.log_every": "1", "train.sample_every": "0",
+    "eval.num_images": "20", "sample.num_images": "4",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    # The runs have one device, and compile as the tests do: without optimization.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+
+
+def axes(**values):
+    return SINGLE | {"T": ["4"], "seed": ["0"]} | values
+
+
+def test_a_grid_is_the_product_of_its_axes_and_each_cell_says_so():
+    cells = sweep.grid(BASE, axes(T=["4", "8"], seed=["0", "1", "0"]), {"optim.grad_clip": "2"})
+    assert [cell.name for cell in cells] == [
+        f"eps-vlb-learned-cosine-T{num_steps}-seed{seed}" for num_steps in (4, 8) for seed in (0, 1)
+    ]
+    config = cells[3].config()
+    assert (config.schedule.num_steps, config.seed, config.model.variance) == (8, 1, "learned")
+    assert config.optim.grad_clip == 2.0 and config.optim.learning_rate == 2e-3
+
+
+def test_exactly_the_pairs_that_cannot_be_trained_are_left_out():
+    cells = sweep.grid(BASE, axes(**variance.DEFAULT_AXES), {})
+    kept, excluded = sweep.possible(cells)
+    fixed, learned = {"fixed_small", "fixed_large"}, {"learned", "learned_range"}
+    pairs = {(cell.overrides["objective.name"], cell.overrides["model.variance"]) for cell in kept}
+    assert pairs == {("simple", v) for v in fixed} | {("hybrid", v) for v in learned} | {
+        ("vlb", v) for v in fixed | learned
+    }
+    assert len(kept) == 16 and len(kept) + sum(map(len, excluded.values())) == len(cells)
+    for cell in kept:
+        config_lib.check(cell.config())
+    assert all("objective.name" in reason for reason in excluded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra", "words"),
+    [
+        ({"objective": ["vbl"]}, {}, "objective.name must be one of simple, vlb"),
+        ({"T": ["many"]}, {}, "schedule.num_steps=many"),
+        ({}, {"train.nun_steps": "3"}, "did you mean train.num_steps"),
+        ({}, {"seed": "3"}, "use --seed=3"),
+        ({"objective": ["simple"]}, {}, "no cell of the sweep is possible: objective.name='simple'"),
+    ],
+)
+def test_a_mistake_is_no_gap_in_the_grid(changes, extra, words):
+    with pytest.raises(ValueError, match=words):
+        sweep.possible(sweep.grid(BASE, axes(**changes), extra))
+
+
+def listed(capsys, *arguments):
+    assert variance.main(["--workdir=none", "--list", *arguments]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if not line.startswith("left out")]
+    return {int(index): name for index, name in lines}
+
+
+def test_indices_are_stable_contiguous_and_run_disjoint_cells(capsys, monkeypatch):
+    names = listed(capsys)
+    assert list(names) == list(range(16)) and len(set(names.values())) == 16
+    assert listed(capsys) == names
+    ran = []
+    monkeypatch.setattr(sweep, "run_cells", lambda cells, directory: ran.extend(cell.name for cell in cells) or {})
+    for index in names:
+        assert variance.main(["--workdir=none", f"--index={index}"]) == 0
+    assert ran == list(names.values())
+    with pytest.raises(ValueError, match="--index=16 must be in 0…15"):
+        variance.main(["--workdir=none", "--index=16"])
+
+
+def write_run(directory, name, image_bpd, config, **summary):
+    """The folder of a finished run with these bounds, as train.run leaves it."""
+    folder = directory / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config_lib.to_json(config))
+    terms = image_bpd.mean() * np.array([0.5, 0.3, 0.15, 0.05])
+    np.savez(folder / "bpd.npz", test_image_bpd=image_bpd, test_terms_bpd=terms)
+    numbers = {
+        "test_bpd": image_bpd.mean(), "test_decoder_bpd": terms[0], "test_kl_bpd": terms[1:].sum(), "prior_bpd": 1e-5,
+        "train_bpd": image_bpd.mean() - 0.1, "device": "cpu ×1", "versions": {"jax": "0"},
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(numbers | summary))
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Two variances × two seeds with bounds that share what makes an image hard; returns bounds [seed, image]."""
+    generator = np.random.default_rng(0)
+    hardness = generator.normal(3.0, 0.5, 40)
+    bounds = {
+        name: np.stack([hardness + shift + generator.normal(0, 0.02, 40) + 0.01 * seed for seed in (0, 1)])
+        for name, shift in (("fixed_small", 0.0), ("fixed_large", 0.2))
+    }
+    for cell in sweep.grid(BASE, axes(variance=list(bounds), seed=["0", "1"]), {}):
+        image_bpd = bounds[cell.overrides["model.variance"]][int(cell.overrides["seed"])]
+        write_run(tmp_path, cell.name, image_bpd, cell.config())
+    return bounds
+
+
+def test_paired_intervals_are_students(finished, tmp_path):
+    found = results.differences(results.rows(results.read(tmp_path)[0])[0])
+    assert len(found) == 1 and {found[0].a, found[0].b} == finished.keys()
+    a, b = finished[found[0].a], finished[found[0].b]
+    interval = stats.ttest_rel(a.mean(axis=0), b.mean(axis=0)).confidence_interval(0.95)
+    np.testing.assert_allclose(found[0][4:6], (interval.low, interval.high), rtol=1e-9)
+    np.testing.assert_allclose(found[0].by_seed_bpd, (a - b).mean(axis=1), rtol=1e-9)
+    # Pairing is what it is worth: unpaired, the same difference drowns in how hard the images are.
+    assert interval.high - interval.low < 0.1 * 4 * stats.sem(a.mean(axis=0))
+
+
+def test_rows_are_means_over_seeds_with_both_kinds_of_error(finished, tmp_path):
+    rows, recipes = results.rows(results.read(tmp_path)[0])
+    assert recipes == {} and [len(row.runs) for row in rows] == [2, 2]
+    for row in rows:
+        bounds = finished[row.setting["variance"]]
+        np.testing.assert_allclose(row.mean("test_bpd"), bounds.mean())
+        np.testing.assert_allclose(row.stderr_bpd, stats.sem(bounds.mean(axis=0)))
+        np.testing.assert_allclose(row.spread_bpd, np.std(bounds.mean(axis=1), ddof=1))
+
+
+def test_runs_of_another_recipe_are_another_row(finished, tmp_path):
+    longer = Cell("longer", BASE, {"train.num_steps": "9", "model.variance": "fixed_small", "schedule.num_steps": "4"})
+    write_run(tmp_path, "longer", np.full(40, 2.0) + np.arange(40), longer.config())
+    rows, recipes = results.rows(results.read(tmp_path)[0])
+    assert len(rows) == 3 and sorted(recipes) == ["a", "b"] and "train.num_steps=9" in recipes.values()
+    assert len(results.differences(rows)) == 1
+
+
+def test_report_is_rebuilt_from_the_folders(finished, tmp_path, capsys):
+    cut = tmp_path / "eps-cut"
+    cut.mkdir()
+    (cut / "config.json").write_text("{}")
+    (cut / "log.txt").write_text("$ python main.py\nerror: out of luck\n\n")
+    assert variance.main([f"--workdir={tmp_path}", "--report"]) == 0
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    best, worst = (finished[name].mean() for name in ("fixed_small", "fixed_large"))
+    assert text.index(f"| {best:.4f} ±") < text.index(f"| {worst:.4f} ±")
+    assert "eps-cut is not finished: error: out of luck" in text
+    with (tmp_path / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    np.testing.assert_allclose([float(line["test_bpd"]) for line in lines], [best, worst])
+    for name in ("bpd.png", "terms.png"):
+        assert np.asarray(Image.open(tmp_path / name)).min() < 100
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run in .* is finished"):
+        table.write(tmp_path, variance.published)
+
+
+def test_published_numbers_stand_beside_the_settings_that_they_are_of():
+    def published(base, **keys):
+        cell = Cell("run", base, {key.replace("__", "."): value for key, value in keys.items()})
+        config = config_lib.flatten(ConfigDict(json.loads(config_lib.to_json(cell.config()))))
+        return variance.published(results.Run("run", config, {}, np.zeros(2), np.zeros(2)))
+
+    assert published("configs/cifar10.py", train__num_steps="10").test_bpd == 3.75
+    assert published("configs/cifar10.py", objective__name="vlb").test_bpd == 3.70
+    assert published("configs/cifar10.py", model__variance="fixed_small") is None
+    assert published(BASE) is None
+    best = ho2020.ROWS[-1].cell("full", "0", {})
+    assert published(best.base, **best.overrides).test_bpd == 2.94
+
+
+def test_every_published_row_can_be_run_at_both_scales(capsys):
+    for scale, count in (("full", 12), ("digits", 11)):  # on digits two of the rows are the same run
+        assert ho2020.main(["--workdir=none", f"--scale={scale}", "--list"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == count and not any("left out" in line for line in lines)
+
+
+def test_one_failure_leaves_the_others_alone(tmp_path, monkeypatch):
+    """The first cell names a data set that does not exist, the second lies in a foreign folder."""
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
+    cells = [Cell("nowhere", BASE, {"data.name": "nowhere"}), Cell("foreign", BASE, {}), Cell("third", BASE, {})]
+    run_cell = sweep.run_cell
+    ran = []
+    monkeypatch.setattr(
+        sweep, "run_cell", lambda cell, *rest: ran.append(cell.name) if cell.name == "third" else run_cell(cell, *rest)
+    )
+    failures = sweep.run_cells(cells, tmp_path)
+    assert list(failures) == ["nowhere", "foreign"] and ran == ["third"]
+    assert "data.name='nowhere'" in failures["nowhere"] and "exit code 2" in failures["nowhere"]
+    assert "data.name='nowhere'" in (tmp_path / "nowhere" / "log.txt").read_text()
+    assert "is not empty and holds no run" in failures["foreign"]
+    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
+
+
+def test_a_sweep_end_to_end(tmp_path, monkeypatch):
+    """Two cells: the sweep is killed in the first, goes on when it is started again, and then finds nothing to do."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    settings = [f"{key}={value}" for key, value in TINY.items()]
+    command = [sys.executable, "-m", "experiments.variance", f"--workdir={tmp_path / 'sweep'}", "--set", *settings]
+    command += ["--objective=vlb", "--variance=fixed_small,learned", "--T=3", "--seed=0"]
+    first = tmp_path / "sweep" / "eps-vlb-fixed_small-cosine-T3-seed0"
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (first / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    killed.send_signal(signal.SIGTERM)
+    assert killed.wait(30) == 128 + signal.SIGTERM and not (first / "summary.json").exists()
+
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows, _ = results.rows(results.read(tmp_path / "sweep")[0])
+    assert sorted(row.setting["variance"] for row in rows) == ["fixed_small", "learned"]
+    assert (first / "log.txt").read_text().count("$ ") == 2  # it was started, and resumed
+    assert "## Paired differences" in result.stdout
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/*")}
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/*")}
