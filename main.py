@@ -24,14 +24,18 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"unexpected argument {argv[1]!r}; every argument is a --flag=value")
         if _CONFIG.value is None:
             raise ValueError("no --config is given; for example --config=configs/digits.py")
-        name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         # Imported here because JAX takes seconds that --help should not cost.
+        from diffusion import config
+
+        config.check(_CONFIG.value)
+        name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         mode = importlib.import_module(f"diffusion.{_MODES[_MODE.value]}")
         mode.run(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
     except (ValueError, OSError, FloatingPointError) as error:
         # An error that this project raised is a sentence for the user; any other keeps its traceback.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not isinstance(error, OSError) and Path(__file__).parent not in raised_in.parents:
+        ours = Path(__file__), *(Path(__file__).parent / "diffusion").rglob("*.py")
+        if not isinstance(error, OSError) and raised_in not in ours:
             raise
         _fail(error)
 

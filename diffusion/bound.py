@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree, UInt8
+from jaxtyping import Float, Int, PyTree
 
 from diffusion import estimators, likelihood, parallel, randomness, report
 from diffusion.build import Experiment
+from diffusion.data import ImageSet
 from diffusion.step import to_unit
 
 PILOT_IMAGES = 8  # every term of so many images is computed to see which t matter
@@ -64,28 +65,32 @@ class Bound:
         return self.prior_bpd.mean() + still_to_come[-1] - still_to_come, self.x0_mse.mean(axis=0) ** 0.5
 
 
-def bound_of(experiment: Experiment) -> Callable[[PyTree, np.ndarray, str], Bound]:
-    """The bound as a function of (replicated parameters, images uint8 [N, H, W, C], name), compiled once.
+def bound_of(experiment: Experiment) -> Callable[[PyTree, ImageSet, np.ndarray], Bound]:
+    """The bound as a function of (replicated parameters, image set, numbers of the images to score), compiled once.
 
-    Every image is scored exactly once: the last batch is padded and the padding dropped. x̂_0 is clipped.
+    Every image is scored exactly once: the last batch is padded and the padding dropped. An image's noise belongs to
+    its number in its split, whichever others are scored. x̂_0 is clipped.
     """
     schedule, num_levels = experiment.schedule, experiment.num_levels
     seed_key = randomness.stream(experiment.config.seed, "eval")
     decoder = likelihood.PROTOCOLS[experiment.config.eval.protocol].decoder
 
-    def one_batch(params, images, image_numbers):
+    def one_batch(params, images, image_numbers, split_number):
         x0 = to_unit(images, num_levels)
-        keys = randomness.per_item(seed_key, image_numbers)
+        keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), image_numbers)
         denoise = experiment.denoiser(params)
         terms = likelihood.vlb_terms_bpd(denoise, experiment.p, schedule, x0, keys, num_levels, decoder=decoder)
         return *terms, jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
 
     compiled = parallel.over_devices(one_batch)
 
-    def bound(replicated_params: PyTree, images: UInt8[np.ndarray, "n h w c"], name: str) -> Bound:
-        score = lambda numbers: compiled(replicated_params, images[numbers], numbers)  # noqa: E731
+    def bound(replicated_params: PyTree, image_set: ImageSet, numbers: Int[np.ndarray, " n"]) -> Bound:
+        def score(items):
+            split = np.full(len(items), image_set.split_number)
+            return compiled(replicated_params, image_set.images[numbers[items]], numbers[items], split)
+
         batch_size = experiment.config.eval.batch_size
-        terms, x0_mse, prior = _in_batches(score, len(images), batch_size, f"score {name}", "image")
+        terms, x0_mse, prior = _in_batches(score, len(numbers), batch_size, f"score {image_set.split}", "image")
         x0_mse *= ((num_levels - 1) / 2) ** 2
         kl = terms[:, 1:].sum(axis=1)
         return Bound(terms[:, 0], kl, prior, x0_mse[:, 0], terms_bpd=terms, x0_mse=x0_mse)
@@ -93,7 +98,7 @@ def bound_of(experiment: Experiment) -> Callable[[PyTree, np.ndarray, str], Boun
     return bound
 
 
-def estimated_bound_of(experiment: Experiment) -> Callable[[PyTree, np.ndarray, str], Bound]:
+def estimated_bound_of(experiment: Experiment) -> Callable[[PyTree, ImageSet, np.ndarray], Bound]:
     """`bound_of` from eval.terms_per_image terms of each image: see `estimators`.
 
     A term is the number that the full evaluation would compute, with the same ε, so that what is estimated is
@@ -103,36 +108,39 @@ def estimated_bound_of(experiment: Experiment) -> Callable[[PyTree, np.ndarray, 
     seed_key = randomness.stream(config.seed, "eval")
     decoder = likelihood.PROTOCOLS[config.eval.protocol].decoder
 
-    def one_batch(params, images, image_numbers, t):
+    def one_batch(params, images, image_numbers, split_number, t):
         x0 = to_unit(images, num_levels)
-        keys = randomness.per_item(seed_key, image_numbers)
+        keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), image_numbers)
         denoise, row = experiment.denoiser(params), schedule[t]
         scores = likelihood.vlb_batch_bpd(denoise, experiment.p, row, x0, keys, num_levels, decoder=decoder)
         return *scores, jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
 
     compiled = parallel.over_devices(one_batch)
 
-    def at(replicated_params, images, t, name):
+    def at(replicated_params, image_set, numbers, t, name):
         """The terms, the squared errors of x̂_0 and the priors of images [N] at t [N, terms], each [N, terms]."""
 
-        def score(numbers):
-            image_numbers = numbers // t.shape[1]
-            return compiled(replicated_params, images[image_numbers], image_numbers, t.ravel()[numbers])
+        def score(items):
+            image_numbers = numbers[items // t.shape[1]]
+            split = np.full(len(items), image_set.split_number)
+            return compiled(
+                replicated_params, image_set.images[image_numbers], image_numbers, split, t.ravel()[items]
+            )
 
         flat = _in_batches(score, t.size, config.eval.batch_size, f"score {name}", "term")
         return [array.reshape(t.shape) for array in flat]
 
-    def bound(replicated_params: PyTree, images: UInt8[np.ndarray, "n h w c"], name: str) -> Bound:
+    def bound(replicated_params: PyTree, image_set: ImageSet, numbers: Int[np.ndarray, " n"]) -> Bound:
         every_t = np.arange(1, schedule.num_steps + 1)
-        pilot_images = images[np.linspace(0, len(images) - 1, min(PILOT_IMAGES, len(images))).astype(int)]
-        pilot_t = np.tile(every_t, (len(pilot_images), 1))
-        pilot_terms, _, _ = at(replicated_params, pilot_images, pilot_t, f"{name}, pilot")
+        pilot = numbers[np.linspace(0, len(numbers) - 1, min(PILOT_IMAGES, len(numbers))).astype(int)]
+        pilot_t = np.tile(every_t, (len(pilot), 1))
+        pilot_terms, _, _ = at(replicated_params, image_set, pilot, pilot_t, f"{image_set.split}, pilot")
         q = estimators.proposal(pilot_terms)
-        keys = randomness.per_item(seed_key, jnp.arange(len(images)))
+        keys = randomness.per_item(jax.random.fold_in(seed_key, image_set.split_number), jnp.asarray(numbers))
         # t = 0 has no ε, so its number is free to mean the choice of t.
         offsets = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (2,)))(keys)
         t = estimators.draw_t(q, np.asarray(offsets, np.float64), config.eval.terms_per_image)
-        terms, x0_mse, prior = at(replicated_params, images, t, name)
+        terms, x0_mse, prior = at(replicated_params, image_set, numbers, t, image_set.split)
         estimate = estimators.estimate(terms, t, q)
         decoded_mse = x0_mse[:, 0] * ((num_levels - 1) / 2) ** 2
         return Bound(estimate.decoder_bpd, estimate.kl_bpd, prior[:, 0], decoded_mse, estimate.sampling_stderr)

@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from diffusion import config as config_lib
-from diffusion import interop, objectives, optim, parallel, randomness, reverse, schedules, state, timesteps
+from diffusion import interop, objectives, optim, randomness, reverse, schedules, state, timesteps
 from diffusion.reverse import Reverse
 from diffusion.schedules import Schedule
 from diffusion.state import TrainState
@@ -65,7 +65,6 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
         ValueError: anything that does not fit, in one sentence that names the config key.
     """
     config_lib.check(config)
-    parallel.check_batch_size(config.train.batch_size, config.train.grad_accum)
     schedule = schedules.SCHEDULES[config.schedule.name](config.schedule.num_steps)
     p = reverse.make(config.model.prediction, config.model.variance)
     unet = UNet(**config.unet, out_channels=p.output_channels(image_shape[-1]))

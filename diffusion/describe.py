@@ -8,16 +8,16 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion import build, config, data, likelihood, workdir
+from diffusion import build, config, data, likelihood, parallel
 from diffusion.build import Experiment
 from diffusion.step import losses
 
 
-def run(config_dict: ConfigDict, directory: Path) -> None:
-    """Prints the description; nothing is compiled or written."""
+def run(config_dict: ConfigDict, _directory: Path) -> None:
+    """Prints the description; no network is compiled and nothing is written."""
+    parallel.check_batch_size(config_dict.train.batch_size, config_dict.train.grad_accum)
     described = data.describe(config_dict.data.name, config_dict.data.data_dir)
     experiment = build.experiment(config_dict, described.image_shape, described.num_levels)
-    workdir.check_config(config_dict, directory)
     shape = "×".join(map(str, described.image_shape))
     figures = {
         "data": f"{described.name}: {described.num_train:,} training and {described.num_test:,} test images",
@@ -37,15 +37,16 @@ def network(experiment: Experiment) -> dict[str, str]:
     local_size = batch_size // jax.local_device_count() // experiment.training.grad_accum
     forward = jax.jit(lambda params, x, t: experiment.denoiser(params)(x, t))
     image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
-    cost = forward.lower(state.params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).cost_analysis()
+    with jax.default_device(jax.devices("cpu")[0]):  # accelerators do not count FLOPs before they compile
+        flops = forward.lower(state.params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).cost_analysis()["flops"]
     giga = {
         "parameters, EMA, Adam, gradients": _num_bytes((state, state.params)) / 2**30,
         "kept for the backward pass": _residual_bytes(experiment, state.params, local_size) / 2**30,
     }
     return {
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,}",
-        "forward pass": f"{cost['flops'] / 1e9:.2f} GFLOP per image",
-        "train step": f"{3 * cost['flops'] * batch_size / 1e12:.2f} TFLOP for {batch_size} images (3 × forward)",
+        "forward pass": f"{flops / 1e9:.2f} GFLOP per image",
+        "train step": f"{3 * flops * batch_size / 1e12:.2f} TFLOP for {batch_size} images (3 × forward)",
         "memory per device": f"at most {sum(giga.values()):.2f} GiB, for {local_size} images at a time",
     } | {f"  {name}": f"{size:.2f} GiB" for name, size in giga.items()}
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from diffusion import build, data, likelihood, parallel, plots, workdir
+from diffusion import build, data, likelihood, parallel, plots, report, workdir
 from diffusion.bound import Bound, bound_of, estimated_bound_of
 from diffusion.build import Experiment
 from diffusion.checkpoint import tree_sha256
@@ -18,10 +18,14 @@ from diffusion.state import TrainState
 
 
 def run(config: ConfigDict, directory: Path) -> None:
-    """--mode=eval: scores the latest checkpoint of `directory`."""
+    """--mode=eval: scores the latest checkpoint of `directory`, and leaves what the run itself wrote as it is."""
+    described = data.describe(config.data.name, config.data.data_dir)
+    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    num_scored(config, described.num_test)
+    state = workdir.restore(experiment, directory)
     train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
-    experiment = build.experiment(config, test_set.images.shape[1:], test_set.num_levels)
-    summary = score(experiment, directory, workdir.restore(experiment, directory), train_set, test_set)
+    summary = score(experiment, directory, state, train_set, test_set, prefix="eval_")
+    report.write_json(directory / "eval.json", summary)
     print(json.dumps(summary, indent=2))
 
 
@@ -44,11 +48,16 @@ def num_scored(config: ConfigDict, num_test: int) -> int:
 
 
 def score(
-    experiment: Experiment, directory: Path, state: TrainState, train_set: ImageSet, test_set: ImageSet
+    experiment: Experiment,
+    directory: Path,
+    state: TrainState,
+    train_set: ImageSet,
+    test_set: ImageSet,
+    prefix: str = "",
 ) -> dict[str, Any]:
     """Scores the EMA parameters on the test split and on as many training images.
 
-    Where every term is computed, writes bpd.npz, bpd.png and rate_distortion.png too.
+    Where every term is computed, writes bpd.npz, bpd.png and rate_distortion.png too, with `prefix` before the names.
 
     Returns:
         The entries of summary.json that say what was scored, how, and how well.
@@ -59,16 +68,17 @@ def score(
     bound = estimated_bound_of(experiment) if config.eval.terms_per_image else bound_of(experiment)
     params = parallel.replicate(state.ema_params)
     # Of a whole split it is the last images that a protocol drops.
-    test_images = test_set.images if config.eval.num_images == 0 else subset(test_set.images, num_images)
-    test = bound(params, test_images[:num_images], "test")
-    train = bound(params, subset(train_set.images, num_train), "train")
+    is_whole = config.eval.num_images == 0
+    test_numbers = np.arange(num_images) if is_whole else subset(len(test_set.images), num_images)
+    test = bound(params, test_set, test_numbers)
+    train = bound(params, train_set, subset(len(train_set.images), num_train))
     protocol = protocol_of(experiment) | {
         "test_images": f"{num_images} of {len(test_set.images)}",
         "train_images": f"{num_train} of {len(train_set.images)}",
     }
     if not config.eval.terms_per_image:
         title = f"{test_set.name}, {num_images} test images, protocol {config.eval.protocol}"
-        _save_curves(directory, test, train, protocol, title, test_set.num_levels)
+        _save_curves(directory, prefix, test, train, protocol, title, test_set.num_levels)
     return {
         "step": int(state.step),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -98,12 +108,14 @@ def protocol_of(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _save_curves(directory: Path, test: Bound, train: Bound, protocol: dict, title: str, num_levels: int) -> None:
+def _save_curves(
+    directory: Path, prefix: str, test: Bound, train: Bound, protocol: dict, title: str, num_levels: int
+) -> None:
     """Writes bpd.npz with every curve's numbers and how they were measured, bpd.png and rate_distortion.png."""
     test_terms = test.terms_bpd.mean(axis=0)
     rate_bpd, rmse = test.progressive_coding()
     np.savez_compressed(
-        directory / "bpd.npz",
+        directory / f"{prefix}bpd.npz",
         protocol=json.dumps(protocol),
         test_terms_bpd=test_terms,
         train_terms_bpd=train.terms_bpd.mean(axis=0),
@@ -112,11 +124,10 @@ def _save_curves(directory: Path, test: Bound, train: Bound, protocol: dict, tit
         test_rate_bpd=rate_bpd,
         test_distortion_rmse=rmse,
     )
-    plots.plot_bpd(directory / "bpd.png", test_terms, test.prior_bpd.mean(), title)
-    plots.plot_rate_distortion(directory / "rate_distortion.png", rate_bpd, rmse, num_levels, title)
+    plots.plot_bpd(directory / f"{prefix}bpd.png", test_terms, test.prior_bpd.mean(), title)
+    plots.plot_rate_distortion(directory / f"{prefix}rate_distortion.png", rate_bpd, rmse, num_levels, title)
 
 
-def subset(images: UInt8[np.ndarray, "n h w c"], num_images: int) -> UInt8[np.ndarray, "m h w c"]:
-    """A fixed random choice of the images. (The first ones of a set that is sorted by class are one class.)"""
-    chosen = np.random.RandomState(0).permutation(len(images))[:num_images]
-    return images[np.sort(chosen)]
+def subset(num_existing: int, num_images: int) -> Int[np.ndarray, " {num_images}"]:
+    """The numbers of a fixed random choice of images. (The first ones of a set that is sorted by class are one class.)"""
+    return np.sort(np.random.RandomState(0).permutation(num_existing)[:num_images])

@@ -4,6 +4,7 @@ Ho et al. (2020), eq. 5: −log p(x_0) ≤ L_T + Σ_{t>1} L_{t−1} + L_0, where
 from q(x_{t−1} | x_t, x_0) to p_θ(x_{t−1} | x_t), and L_0 what decoding x_0 from x_1 costs.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 def bits_per_dim(nats: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, ""]:
     """The mean over an image's dimensions of nats, in bits."""
-    return jnp.mean(nats) / np.log(2)
+    return jnp.mean(nats) / math.log(2)
 
 
 def vlb_term_bpd(

@@ -98,14 +98,14 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_summary(workdir: str | Path, summary: dict[str, Any]) -> None:
-    """Writes summary.json, whole or not at all.
+def write_json(path: Path, summary: dict[str, Any]) -> None:
+    """Writes a summary, whole or not at all.
 
     Raises:
         ValueError: a number is not finite; the message names it.
     """
     plain = {name: value.item() if hasattr(value, "item") else value for name, value in summary.items()}
-    _write_atomically(Path(workdir) / "summary.json", json.dumps(_finite(plain), indent=2) + "\n")
+    _write_atomically(path, json.dumps(_finite(plain), indent=2) + "\n")
 
 
 def _finite(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -144,7 +144,16 @@ class Reverse:
             x_t: [H, W, C].
             output: the network's output, [H, W, output_channels(C)].
             clip_x0: clip x̂_0 to [-1, 1], as Ho et al. do in sampling and evaluation.
+
+        Raises:
+            ValueError: `output` has another number of channels than x_t asks for.
         """
+        wanted = self.output_channels(x_t.shape[-1])
+        if output.shape[-1] != wanted:
+            raise ValueError(
+                f"for x_t {x_t.shape} with variance={self.variance!r} the network must output {wanted} channels, "
+                f"not {output.shape[-1]}"
+            )
         predicted, raw = self.split(output)
         x0_hat = PREDICTIONS[self.prediction].to_x0(row, x_t, predicted)
         if clip_x0:

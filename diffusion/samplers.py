@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from diffusion.gaussian import Gaussian
@@ -47,13 +48,14 @@ def ancestral(
     return _walk(lambda row, x_t, p_prev, x0_hat: p_prev, denoise, p, schedule, keys, shape, clip_x0, num_frames)
 
 
-def ddim_step(row: Schedule, x_t: Float[Array, "*shape"], x0_hat: Float[Array, "*shape"], eta: float = 0.0) -> Gaussian:
+def ddim_step(row: Schedule, x_t: Float[ArrayLike, "*shape"], x0_hat: Float[ArrayLike, "*shape"], eta: float | int = 0.0) -> Gaussian:
     """DDIM's q_σ(x_{t−1} | x_t, x̂_0) with σ² = η² β̃_t. Song, Meng & Ermon (2021), eqs. 7 and 16."""
-    variance = eta**2 * row.beta_tilde
     eps_hat = (x_t - row.sqrt_alpha_bar * x0_hat) / row.sqrt_one_minus_alpha_bar
-    direction = jnp.sqrt(jnp.maximum(1.0 - row.alpha_bar_prev - variance, 0.0)) * eps_hat
+    # 1 − ᾱ_{t−1} − σ² with 1 − ᾱ_{t−1} = β̃_t (1 − ᾱ_t)/β_t, because 1 − ᾱ cancels in float32 near t = 0.
+    remaining = row.beta_tilde * (row.sqrt_one_minus_alpha_bar**2 / row.beta - eta**2)
+    direction = jnp.sqrt(jnp.maximum(remaining, 0.0)) * eps_hat
     mean = jnp.sqrt(row.alpha_bar_prev) * x0_hat + direction
-    return Gaussian(mean, jnp.full_like(mean, jnp.log(variance)))  # log 0 = −∞: no noise
+    return Gaussian(mean, jnp.full_like(mean, jnp.log(eta**2 * row.beta_tilde)))  # log 0 = −∞: no noise
 
 
 def ddim(
@@ -64,7 +66,7 @@ def ddim(
     shape: tuple[int, int, int],
     clip_x0: bool = True,
     num_frames: int = 1,
-    eta: float = 0.0,
+    eta: float | int = 0.0,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "frames b h w c"]]:
     """The non-Markovian sampler with the same marginals: η = 0 is deterministic, η = 1 has the variance β̃_t.
 

@@ -11,11 +11,15 @@ off by 1.7e-4 (relative) in 1 − ᾱ_1.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+
+# float32 [T + 1], or [] in a row; an array of JAX or of NumPy, or its shape.
+Table = Any
 
 
 @jax.tree_util.register_dataclass
@@ -26,24 +30,24 @@ class Schedule:
     The symbols are those of Ho et al. (2020), section 2. Entry 0 describes clean data: β_0 = 0, ᾱ_0 = 1.
     """
 
-    t: Int[Array, "*steps"]  # 0…T
-    network_t: Float[Array, "*steps"]  # what the network is conditioned on: t − 1, or the unspaced original
-    beta: Float[Array, "*steps"]  # β_t
-    log_beta: Float[Array, "*steps"]
-    log_alpha: Float[Array, "*steps"]
-    alpha_bar: Float[Array, "*steps"]  # ᾱ_t
-    alpha_bar_prev: Float[Array, "*steps"]  # ᾱ_{t−1}
-    sqrt_alpha_bar: Float[Array, "*steps"]
-    sqrt_one_minus_alpha_bar: Float[Array, "*steps"]
-    log_one_minus_alpha_bar: Float[Array, "*steps"]
-    log_snr: Float[Array, "*steps"]  # log ᾱ_t/(1 − ᾱ_t)
-    beta_tilde: Float[Array, "*steps"]  # β̃_t, the variance of q(x_{t−1} | x_t, x_0); 0 at t = 1
-    log_beta_tilde: Float[Array, "*steps"]  # finite: the entry of t = 1 is that of t = 2
-    log_beta_large: Float[Array, "*steps"]  # log β_t, but log β̃_2 at t = 1: Ho et al.'s "fixedlarge"
-    posterior_x0: Float[Array, "*steps"]  # the coefficient of x_0 in μ̃_t
-    posterior_x_t: Float[Array, "*steps"]  # the coefficient of x_t in μ̃_t
+    t: Table  # 0…T, int32
+    network_t: Table  # what the network is conditioned on: t − 1, or the unspaced original
+    beta: Table  # β_t
+    log_beta: Table
+    log_alpha: Table
+    alpha_bar: Table  # ᾱ_t
+    alpha_bar_prev: Table  # ᾱ_{t−1}
+    sqrt_alpha_bar: Table
+    sqrt_one_minus_alpha_bar: Table
+    log_one_minus_alpha_bar: Table
+    log_snr: Table  # log ᾱ_t/(1 − ᾱ_t)
+    beta_tilde: Table  # β̃_t, the variance of q(x_{t−1} | x_t, x_0); 0 at t = 1
+    log_beta_tilde: Table  # finite: the entry of t = 1 is that of t = 2
+    log_beta_large: Table  # log β_t, but log β̃_2 at t = 1: Ho et al.'s "fixedlarge"
+    posterior_x0: Table  # the coefficient of x_0 in μ̃_t
+    posterior_x_t: Table  # the coefficient of x_t in μ̃_t
     # E Var(x_0 | x_t) per dimension: of the data and not of the schedule, so None until `variances` estimated it.
-    x0_variance: Float[Array, "*steps"] | None = None
+    x0_variance: Table | None = None
 
     @property
     def num_steps(self) -> int:
@@ -54,9 +58,9 @@ class Schedule:
         """The row of t: scalar leaves for an int, [B] leaves for an int array [B], a shorter table for a slice.
 
         Raises:
-            IndexError: a Python int outside 0…T. (JAX would clamp it silently.)
+            IndexError: an int or NumPy array outside 0…T. (JAX would clamp it silently.)
         """
-        if isinstance(t, int) and not 0 <= t <= self.num_steps:
+        if isinstance(t, int | np.integer | np.ndarray) and not np.all((0 <= np.asarray(t)) & (t <= self.num_steps)):
             raise IndexError(f"t={t} is outside this schedule's 0…{self.num_steps}")
         return jax.tree.map(lambda table: table[t], self)
 
@@ -80,7 +84,7 @@ def from_betas(betas) -> Schedule:
         return _tables(np.log1p(-betas), network_t=np.arange(betas.size))
 
 
-def linear(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+def linear(num_steps: int | np.integer, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """β linear in t: Ho et al. (2020), section 4.
 
     Here and in `quadratic`, `constant` and `warmup` the β are given for T = 1000 and rescaled by 1000/T, so
@@ -89,17 +93,17 @@ def linear(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> 
     return from_betas(np.linspace(beta_start, beta_end, _checked(num_steps)) * 1000 / num_steps)
 
 
-def quadratic(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+def quadratic(num_steps: int | np.integer, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """√β linear in t (one of the schedules that Ho et al. tried)."""
     return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, _checked(num_steps)) ** 2 * 1000 / num_steps)
 
 
-def constant(num_steps: int, beta: float = 0.02) -> Schedule:
+def constant(num_steps: int | np.integer, beta: float = 0.02) -> Schedule:
     """The same β in every step."""
     return from_betas(np.full(_checked(num_steps), beta) * 1000 / num_steps)
 
 
-def warmup(num_steps: int, fraction: float = 0.1, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+def warmup(num_steps: int | np.integer, fraction: float | int = 0.1, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """β linear in the first `fraction` of the steps, then constant.
 
     Raises:
@@ -113,7 +117,7 @@ def warmup(num_steps: int, fraction: float = 0.1, beta_start: float = 1e-4, beta
     return from_betas(betas * 1000 / num_steps)
 
 
-def harmonic(num_steps: int) -> Schedule:
+def harmonic(num_steps: int | np.integer) -> Schedule:
     """β_t = 1/(T − t + 1), that is 1/T … 1: ᾱ_t falls linearly to 0 (Sohl-Dickstein et al. 2015).
 
     Since ᾱ_T = 0, x_T says nothing of x_0 and a network cannot predict ε there (use x0, v or mean).
@@ -121,7 +125,7 @@ def harmonic(num_steps: int) -> Schedule:
     return from_betas(1.0 / np.arange(_checked(num_steps), 0, -1))
 
 
-def cosine(num_steps: int, offset: float = 0.008, max_beta: float = 0.999) -> Schedule:
+def cosine(num_steps: int | np.integer, offset: float = 0.008, max_beta: float = 0.999) -> Schedule:
     """ᾱ_t = f(t/T)/f(0) with f(u) = cos²(π/2 · (u + offset)/(1 + offset)), β clipped at `max_beta`.
 
     Source: Nichol & Dhariwal (2021), eq. 17.
@@ -142,7 +146,7 @@ SCHEDULES = {
 }
 
 
-def respace(schedule: Schedule, keep: Sequence[int] | np.ndarray) -> Schedule:
+def respace(schedule: Schedule, keep: Sequence[int] | ArrayLike) -> Schedule:
     """The process that visits only the latents `keep`, with the same marginals q(x_t | x_0) there.
 
     Its β become 1 − ᾱ_{keep_i}/ᾱ_{keep_{i−1}} (Nichol & Dhariwal 2021, section 4) and `network_t` keeps the
@@ -171,7 +175,7 @@ def respace(schedule: Schedule, keep: Sequence[int] | np.ndarray) -> Schedule:
     return dataclasses.replace(short, x0_variance=schedule.x0_variance[np.concatenate([[0], keep])])
 
 
-def evenly_spaced(schedule: Schedule, num_steps: int) -> Schedule:
+def evenly_spaced(schedule: Schedule, num_steps: int | np.integer) -> Schedule:
     """`respace` to `num_steps` latents at equal distances from t = 1 to t = T.
 
     Raises:
@@ -184,7 +188,7 @@ def evenly_spaced(schedule: Schedule, num_steps: int) -> Schedule:
     return respace(schedule, np.linspace(first, schedule.num_steps, num_steps).round().astype(int))
 
 
-def _checked(num_steps: int) -> int:
+def _checked(num_steps: int | np.integer) -> int:
     if num_steps < 1 or num_steps != int(num_steps):
         raise ValueError(f"the number of steps T must be a whole number ≥ 1, not {num_steps} (schedule.num_steps)")
     return int(num_steps)

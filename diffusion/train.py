@@ -20,6 +20,7 @@ from diffusion.data import ImageSet
 from diffusion.state import TrainState
 from diffusion.step import losses, to_unit
 
+LAST_GOOD = "the last checkpoint is from before this step"
 MONITORED_IMAGES = 256  # how many test images' loss is followed during training, if as many are to be scored
 
 
@@ -31,15 +32,17 @@ def run(config: ConfigDict, directory: Path) -> None:
         FloatingPointError: a loss is not finite; nothing is saved after it.
     """
     started = time.monotonic()
+    parallel.check_batch_size(config.train.batch_size, config.train.grad_accum)
     described = data.describe(config.data.name, config.data.data_dir)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
     evaluate.num_scored(config, described.num_test)  # or its refusal would come after the training
-    workdir.claim(config, directory)
+    workdir.check(config, directory)
     if workdir.is_finished(directory):
         print(f"{directory} holds this run, finished: see {directory / 'summary.json'}")
         return
     train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
     draw_samples = sample.sampler(experiment)
+    workdir.claim(config, directory)
 
     with Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
         state = experiment.initial_state()
@@ -51,7 +54,7 @@ def run(config: ConfigDict, directory: Path) -> None:
     sample.save(experiment, directory, *draw_samples(parallel.replicate(state.ema_params)))
     summary = evaluate.score(experiment, directory, state, train_set, test_set)
     summary["seconds"] = time.monotonic() - started
-    report.write_summary(directory, summary | {"device": report.device_name(), "versions": report.versions()})
+    report.write_json(directory / "summary.json", summary | {"device": report.device_name(), "versions": report.versions()})
     print("protocol: " + ", ".join(f"{name} {value}" for name, value in summary["protocol"].items()))
     print(f"test {summary['test_bpd']:.4f} bits/dim; see {directory / 'summary.json'} and the pictures beside it")
 
@@ -71,7 +74,7 @@ def train(
         return state
     train_steps, test_loss = parallel.train_steps(experiment.training), _test_loss(experiment, test_set)
     images, state = parallel.replicate(train_set.images), parallel.replicate(jax.device_get(state))
-    unchecked, since = [], time.monotonic()
+    unchecked, since, steps_since = [], time.monotonic(), 0
     with (
         report.MetricsLog(directory, step=begin) as log,
         report.Progress(config.train.num_steps, initial=begin, desc="train") as progress,
@@ -82,6 +85,7 @@ def train(
                 jax.block_until_ready(unchecked[-1][1])
             unchecked.append((steps, metrics))
             progress.update(len(steps))
+            steps_since += len(steps)
 
             step = steps[-1]
             is_last = step == config.train.num_steps
@@ -94,13 +98,13 @@ def train(
                 _check_finite(unchecked)
                 unchecked = []
             if logs:
-                row = {name: value for name, value in parallel.unreplicate(state.window).items()}
-                count = row.pop("count")
-                row = {name: value / count for name, value in row.items()}
-                row["images_per_second"] = count * config.train.batch_size / (time.monotonic() - since)
-                since = time.monotonic()
+                sums = parallel.unreplicate(state.window)
+                row = {name: total / sums["count"] for name, total in sums.items() if name != "count"}
+                row["images_per_second"] = steps_since * config.train.batch_size / (time.monotonic() - since)
             if saves:
                 row["test_loss"] = test_loss(state.ema_params)
+                if not np.isfinite(row["test_loss"]):
+                    raise FloatingPointError(f"step {step}: test_loss = {row['test_loss']}; {LAST_GOOD}")
             if row:
                 log.write(step, **row)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
@@ -110,6 +114,8 @@ def train(
                 grid = report.image_grid(draw_samples(state.ema_params)[0], experiment.num_levels)
                 report.save_png(directory / f"samples_{step}.png", grid)
                 log.images(step, "samples", grid)
+            if logs:  # images_per_second is that of training: not of scoring, saving and drawing
+                since, steps_since = time.monotonic(), 0
     return parallel.unreplicate(state)
 
 
@@ -137,13 +143,13 @@ def _check_finite(unchecked: list[tuple[range, dict[str, jax.Array]]]) -> None:
             bad = {name: values[i] for name, values in host.items() if not np.isfinite(values[i])}
             if bad:
                 terms = ", ".join(f"{name} = {value}" for name, value in bad.items())
-                raise FloatingPointError(f"step {step}: {terms}; the last checkpoint is from before this step")
+                raise FloatingPointError(f"step {step}: {terms}; {LAST_GOOD}")
 
 
 def _test_loss(experiment: Experiment, test_set: ImageSet) -> Callable[[PyTree], float]:
     """The training loss of replicated parameters on some test images, always with the same t and ε."""
     scored = experiment.config.eval.num_images or len(test_set.images)
-    images = evaluate.subset(test_set.images, min(MONITORED_IMAGES, scored))
+    images = test_set.images[evaluate.subset(len(test_set.images), min(MONITORED_IMAGES, scored))]
     t_key, examples_key = jax.random.split(randomness.stream(experiment.config.seed, "monitor"))
     t = timesteps.low_discrepancy(t_key, len(images), experiment.schedule.num_steps)
     t = np.random.RandomState(0).permutation(np.asarray(t))  # images sorted by class must not meet t in order

@@ -148,7 +148,7 @@ class UNet(nn.Module):
         height, width, _ = image_shape
         halvings = len(self.multipliers) - 1
         heights = [height // 2**level for level in range(len(self.multipliers))]
-        widths = [self.channels * multiplier for multiplier in self.multipliers]
+        widths = [self.channels, *(self.channels * multiplier for multiplier in self.multipliers)]
         if height % 2**halvings or width % 2**halvings:
             raise ValueError(
                 f"unet.multipliers={self.multipliers} halves images {halvings} times, so height and width "
@@ -157,9 +157,9 @@ class UNet(nn.Module):
         if self.channels < 4 or self.channels % 2:
             raise ValueError(f"unet.channels={self.channels} must be even and at least 4.")
         if self.groups < 1 or any(features % self.groups for features in widths):
-            raise ValueError(f"unet.groups={self.groups} must divide the width of every level, {widths}.")
+            raise ValueError(f"unet.groups={self.groups} must divide the width of every map, {widths}.")
         if self.heads < 1 or any(features % self.heads for features in widths):
-            raise ValueError(f"unet.heads={self.heads} must divide the width of every level, {widths}.")
+            raise ValueError(f"unet.heads={self.heads} must divide the width of every map, {widths}.")
         if not set(self.attention_resolutions) <= set(heights):
             raise ValueError(
                 f"unet.attention_resolutions={self.attention_resolutions} may only name heights of the "

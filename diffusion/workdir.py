@@ -12,8 +12,8 @@ from diffusion.checkpoint import Checkpoints
 from diffusion.state import TrainState
 
 
-def check_config(config: ConfigDict, directory: Path) -> None:
-    """Raises a ValueError with the differing keys if `directory` holds a run with another config."""
+def check(config: ConfigDict, directory: Path) -> None:
+    """Raises a ValueError if `directory` is another run's (with the keys that differ) or holds things that are no run."""
     path = directory / "config.json"
     if path.exists():
         differing = config_lib.differing(config, path.read_text())
@@ -22,22 +22,17 @@ def check_config(config: ConfigDict, directory: Path) -> None:
                 f"{directory} holds a run with another config ({'; '.join(differing)}); "
                 "give those values again or take another --workdir"
             )
+    elif directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty and holds no run (no config.json); take another --workdir")
 
 
 def claim(config: ConfigDict, directory: Path) -> None:
-    """Makes `directory` this run's, by writing config.json, unless another run has it.
-
-    Raises:
-        ValueError: it holds a run with another config, or things that are no run.
-    """
-    check_config(config, directory)
+    """Makes `directory` this run's by writing config.json. Raises what `check` raises."""
+    check(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "config.json"
-    if not path.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty and holds no run (no config.json); take another --workdir")
-    temporary = path.with_suffix(".tmp")
+    temporary = directory / "config.json.tmp"
     temporary.write_text(config_lib.to_json(config))
-    os.replace(temporary, path)
+    os.replace(temporary, directory / "config.json")
 
 
 def read_config(directory: Path) -> ConfigDict:
@@ -66,7 +61,7 @@ def restore(experiment: Experiment, directory: Path) -> TrainState:
         FileNotFoundError: there is neither.
         ValueError: the checkpoint was trained with another config.
     """
-    check_config(experiment.config, directory)
+    check(experiment.config, directory)
     with Checkpoints(directory / "checkpoints") as checkpoints:
         if experiment.config.init_from and checkpoints.latest_step() is None:
             claim(experiment.config, directory)

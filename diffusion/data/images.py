@@ -17,6 +17,11 @@ class ImageSet:
     images: UInt8[np.ndarray, "n h w c"]
     num_levels: int
 
+    @property
+    def split_number(self) -> int:
+        """Tells the splits' random numbers apart."""
+        return ("train", "test").index(self.split)
+
 
 @dataclasses.dataclass(frozen=True)
 class Description:
