@@ -34,6 +34,7 @@ setup(
         "pillow",
         "safetensors",
         "scikit-learn",
+        "scipy",
         "tensorboardX",
         "tensorflow-datasets>=4.9.8",
         "tqdm",
@@ -49,7 +50,6 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
-            "scipy",
         ],
     },
 )

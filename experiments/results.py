@@ -30,7 +30,7 @@ WITHIN_A_ROW = ("seed", "data.data_dir", "sample.")
 
 
 class Target(NamedTuple):
-    """A published result; bits/dim and FID are of CIFAR-10."""
+    """A published result of CIFAR-10; without numbers, the training that the paper calls unstable."""
 
     source: str
     test_bpd: float | None = None
@@ -38,10 +38,11 @@ class Target(NamedTuple):
     fid: float | None = None
 
     def __str__(self) -> str:
-        test = "unstable" if self.test_bpd is None and self.fid is None else f"{self.test_bpd or '–'}"
-        train = f" (train {self.train_bpd})" if self.train_bpd else ""
-        fid = f", FID {self.fid}" if self.fid else ""
-        return f"{test}{train}{fid}; {self.source}"
+        if self == Target(self.source):
+            return f"unstable; {self.source}"
+        test = f"{self.test_bpd:.2f}" if self.test_bpd else "–"
+        train = f" (train {self.train_bpd:.2f})" if self.train_bpd else ""
+        return f"{test}{train}, FID {self.fid:.2f}; {self.source}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from experiments.results import Difference, Published, Row, Run, differences, re
 NOTES = """\
 Bits/dim of the test images: the mean over seeds ± its standard error over images, and the standard deviation over
 seeds; then the parts, L_0 (decoder), the sum of L_{t−1} (KL) and L_T (prior), and the bits/dim of as many training
-images. The papers' numbers are of CIFAR-10, of fully trained networks.
+images. The papers' numbers (recalled) are of CIFAR-10, of fully trained networks.
 """
 PAIRED = """\
 Bits/dim of the first variance less those of the second, image by image for the same images, noise and seeds, with
@@ -130,23 +130,23 @@ def plot_bpd(path: Path, table: list[Row], published: Published) -> None:
     figure = Figure(figsize=(8, 1.2 + 0.32 * len(table)), layout="constrained")
     axes = figure.add_subplot(xlabel="bits/dim (test)")
     for y, row in enumerate(table):
-        target = published(row.runs[0])
         axes.plot([run.summary["test_bpd"] for run in row.runs], [y] * len(row.runs), ".", color="tab:blue", alpha=0.5)
         axes.errorbar(row.mean("test_bpd"), y, xerr=1.96 * row.stderr_bpd, fmt="o", color="tab:blue", capsize=3)
+        target = published(row.runs[0])
         if target and target.test_bpd:
-            axes.plot(target.test_bpd, y, "D", color="tab:orange")
+            axes.plot(target.test_bpd, y, "D", color="tab:orange", label="published, CIFAR-10")
     axes.errorbar([], [], xerr=[], fmt="o", color="tab:blue", capsize=3, label="mean over seeds, 95% over images")
     axes.plot([], [], ".", color="tab:blue", alpha=0.5, label="one seed")
-    axes.plot([], [], "D", color="tab:orange", label="published, CIFAR-10")
     axes.set_yticks(range(len(table)), [", ".join(row.setting.values()) for row in table], fontsize=8)
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    labelled = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one entry per label
+    axes.legend(labelled.values(), labelled.keys(), fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def plot_terms(path: Path, table: list[Row]) -> None:
-    """A panel per setting: the bound's term of each t, a curve per variance, the mean over seeds."""
+    """A panel per setting: the bound's term of each t (the decoder's a dot), a curve per variance, means over seeds."""
     panels: dict[str, list[Row]] = {}
     for row in table:
         rest = [value for column, value in row.setting.items() if column != "variance"]
@@ -172,5 +172,5 @@ def plot_terms(path: Path, table: list[Row]) -> None:
 def _plot_row(axes: Axes, row: Row, colour: str) -> None:
     terms = np.mean([run.terms_bpd for run in row.runs], axis=0)
     label = f"{row.setting['variance']}: {row.mean('test_bpd'):.4f}"
-    axes.loglog(np.arange(1, len(terms) + 1), terms, color=colour, label=label, linewidth=1)
+    axes.loglog(np.arange(2, len(terms) + 1), terms[1:], color=colour, label=label, linewidth=1)
     axes.loglog(1, terms[0], "o", color=colour, markersize=4)

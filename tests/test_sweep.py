@@ -219,6 +219,43 @@ def test_one_failure_leaves_the_others_alone(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
 
 
+STAND_IN = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
+(folder / "starts").open("a").write("x")
+time.sleep(SECONDS)
+(folder / "summary.json").write_text("{}")
+"""
+
+
+def sweep_of_a_stand_in(tmp_path, seconds):
+    """A process that sweeps one cell with a program in the place of main.py that takes a while and then finishes."""
+    (tmp_path / "main.py").write_text(STAND_IN.replace("SECONDS", str(seconds)))
+    code = "import pathlib, sys; from experiments import sweep; sweep.MAIN = sys.argv[2] + '/main.py'; "
+    code += "sys.exit(bool(sweep.run_cells([sweep.Cell('cell', sys.argv[1], {})], pathlib.Path(sys.argv[2]))))"
+    return subprocess.Popen([sys.executable, "-c", code, BASE, str(tmp_path)], stderr=subprocess.DEVNULL)
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert path.exists()
+
+
+def test_a_sweep_that_is_killed_and_started_again_trains_no_cell_twice_at_once(tmp_path):
+    """SIGKILL leaves the run behind; the next sweep waits for it, finds it finished and does not start another."""
+    killed = sweep_of_a_stand_in(tmp_path, seconds=8)
+    wait_for(tmp_path / "cell" / "starts")
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "cell" / "summary.json").exists()
+    assert sweep_of_a_stand_in(tmp_path, seconds=0).wait(60) == 0
+    assert (tmp_path / "cell" / "summary.json").exists()
+    assert (tmp_path / "cell" / "starts").read_text() == "x"
+
+
+@pytest.mark.slow
 def test_a_sweep_end_to_end(tmp_path, monkeypatch):
     """Two cells: the sweep is killed in the first, goes on when it is started again, and then finds nothing to do."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
@@ -228,9 +265,7 @@ def test_a_sweep_end_to_end(tmp_path, monkeypatch):
     command += ["--objective=vlb", "--variance=fixed_small,learned", "--T=3", "--seed=0"]
     first = tmp_path / "sweep" / "eps-vlb-fixed_small-cosine-T3-seed0"
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (first / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for(first / "metrics.jsonl")
     killed.send_signal(signal.SIGTERM)
     assert killed.wait(30) == 128 + signal.SIGTERM and not (first / "summary.json").exists()
 
