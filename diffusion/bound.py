@@ -123,9 +123,7 @@ def estimated_bound_of(experiment: Experiment) -> Callable[[PyTree, ImageSet, np
         def score(items):
             image_numbers = numbers[items // t.shape[1]]
             split = np.full(len(items), image_set.split_number)
-            return compiled(
-                replicated_params, image_set.images[image_numbers], image_numbers, split, t.ravel()[items]
-            )
+            return compiled(replicated_params, image_set.images[image_numbers], image_numbers, split, t.ravel()[items])
 
         flat = _in_batches(score, t.size, config.eval.batch_size, f"score {name}", "term")
         return [array.reshape(t.shape) for array in flat]

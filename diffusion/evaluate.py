@@ -129,5 +129,5 @@ def _save_curves(
 
 
 def subset(num_existing: int, num_images: int) -> Int[np.ndarray, " {num_images}"]:
-    """The numbers of a fixed random choice of images. (The first ones of a set that is sorted by class are one class.)"""
+    """The numbers of a fixed random choice of images. (Of a set sorted by class the first ones are one class.)"""
     return np.sort(np.random.RandomState(0).permutation(num_existing)[:num_images])

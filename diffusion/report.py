@@ -183,10 +183,9 @@ def image_grid(
     return grid
 
 
-def film(frames: UInt8[np.ndarray, "f n h w c"], num_levels: int = 256) -> UInt8[np.ndarray, "grid_h grid_w c"]:
+def film(films: UInt8[np.ndarray, "n f h w c"], num_levels: int = 256) -> UInt8[np.ndarray, "grid_h grid_w c"]:
     """A row per sample: x̂_0 from the first step on the left to the finished image on the right."""
-    by_sample = frames.swapaxes(0, 1)
-    return image_grid(by_sample.reshape(-1, *frames.shape[2:]), num_levels, columns=len(frames))
+    return image_grid(films.reshape(-1, *films.shape[2:]), num_levels, columns=films.shape[1])
 
 
 def save_png(path: str | Path, picture: UInt8[np.ndarray, "h w c"]) -> None:

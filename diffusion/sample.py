@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree, UInt8
@@ -34,9 +33,10 @@ def run(config: ConfigDict, directory: Path) -> None:
 def sampler(
     experiment: Experiment, x0_variance: X0Variance | None = None
 ) -> Callable[[PyTree], tuple[np.ndarray, np.ndarray]]:
-    """The config's sampler, compiled once: replicated parameters -> (images [N, H, W, C], films [N, F, H, W, C]).
+    """The config's sampler, compiled once: replicated parameters -> (images [N, H, W, C], films [n, F, H, W, C]).
 
-    Image n is the same whatever the batch size and the number of devices; grey levels, uint8.
+    Image n is the same whatever the batch size and the number of devices; grey levels, uint8. The films are of x̂_0
+    and of the first few images.
 
     Raises:
         ValueError: the optimal variance is wanted, and nothing is known of it.
@@ -64,14 +64,14 @@ def sampler(
     compiled = parallel.over_devices(one_batch)
 
     def draw(replicated_params: PyTree) -> tuple[np.ndarray, np.ndarray]:
-        results = []
+        images, films = [], None
         with report.Progress(config.num_images, desc="sample", unit="image") as progress:
             for numbers, num_real in parallel.padded_batches(config.num_images, config.batch_size):
-                batch = compiled(replicated_params, numbers)
-                results.append(jax.tree.map(lambda array: parallel.gather(array, num_real), batch))  # noqa: B023
+                x0, film = compiled(replicated_params, numbers)
+                images.append(parallel.gather(x0, num_real))
+                films = parallel.gather(film, min(num_real, FILM_IMAGES)) if films is None else films
                 progress.update(num_real)
-        images, films = (np.concatenate(parts) for parts in zip(*results, strict=True))
-        return images, films
+        return np.concatenate(images), films
 
     return draw
 
@@ -93,10 +93,10 @@ def _process(experiment: Experiment, x0_variance: X0Variance | None) -> tuple[Re
 
 
 def save(
-    experiment: Experiment, directory: Path, images: UInt8[np.ndarray, "n h w c"], films: UInt8[np.ndarray, "n f h w c"]
+    experiment: Experiment, directory: Path, images: UInt8[np.ndarray, "n h w c"], films: UInt8[np.ndarray, "m f h w c"]
 ) -> None:
     """Writes samples.png, progressive.png and samples.npz (grey levels, uint8 [N, H, W, C])."""
     levels = experiment.num_levels
     report.save_png(directory / "samples.png", report.image_grid(images, levels))
-    report.save_png(directory / "progressive.png", report.film(films[:FILM_IMAGES].swapaxes(0, 1), levels))
+    report.save_png(directory / "progressive.png", report.film(films, levels))
     np.savez_compressed(directory / "samples.npz", images=images, num_levels=levels)

@@ -48,7 +48,9 @@ def ancestral(
     return _walk(lambda row, x_t, p_prev, x0_hat: p_prev, denoise, p, schedule, keys, shape, clip_x0, num_frames)
 
 
-def ddim_step(row: Schedule, x_t: Float[ArrayLike, "*shape"], x0_hat: Float[ArrayLike, "*shape"], eta: float | int = 0.0) -> Gaussian:
+def ddim_step(
+    row: Schedule, x_t: Float[ArrayLike, "*shape"], x0_hat: Float[ArrayLike, "*shape"], eta: float | int = 0.0
+) -> Gaussian:
     """DDIM's q_σ(x_{t−1} | x_t, x̂_0) with σ² = η² β̃_t. Song, Meng & Ermon (2021), eqs. 7 and 16."""
     eps_hat = (x_t - row.sqrt_alpha_bar * x0_hat) / row.sqrt_one_minus_alpha_bar
     # 1 − ᾱ_{t−1} − σ² with 1 − ᾱ_{t−1} = β̃_t (1 − ᾱ_t)/β_t, because 1 − ᾱ cancels in float32 near t = 0.

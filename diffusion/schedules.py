@@ -103,7 +103,9 @@ def constant(num_steps: int | np.integer, beta: float = 0.02) -> Schedule:
     return from_betas(np.full(_checked(num_steps), beta) * 1000 / num_steps)
 
 
-def warmup(num_steps: int | np.integer, fraction: float | int = 0.1, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+def warmup(
+    num_steps: int | np.integer, fraction: float | int = 0.1, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Schedule:
     """β linear in the first `fraction` of the steps, then constant.
 
     Raises:

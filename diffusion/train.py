@@ -54,7 +54,9 @@ def run(config: ConfigDict, directory: Path) -> None:
     sample.save(experiment, directory, *draw_samples(parallel.replicate(state.ema_params)))
     summary = evaluate.score(experiment, directory, state, train_set, test_set)
     summary["seconds"] = time.monotonic() - started
-    report.write_json(directory / "summary.json", summary | {"device": report.device_name(), "versions": report.versions()})
+    report.write_json(
+        directory / "summary.json", summary | {"device": report.device_name(), "versions": report.versions()}
+    )
     print("protocol: " + ", ".join(f"{name} {value}" for name, value in summary["protocol"].items()))
     print(f"test {summary['test_bpd']:.4f} bits/dim; see {directory / 'summary.json'} and the pictures beside it")
 

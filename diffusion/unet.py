@@ -23,6 +23,8 @@ Dense = partial(nn.Dense, kernel_init=fan_avg)
 Conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=fan_avg)
 # Statistics in two passes, because E[h^2] - E[h]^2 cancels; inputs are cast to float32 by the caller.
 GroupNorm = partial(nn.GroupNorm, epsilon=1e-6, use_fast_variance=False)
+# Accelerators multiply float32 in bfloat16 or TF32 unless they are told not to.
+EXACT = {"precision": "highest"}
 
 
 def time_embedding(network_t: Real[Array, " b"], width: int) -> Float[Array, "b {width}"]:
@@ -125,7 +127,8 @@ class UNet(nn.Module):
       fourier_features: exponents n for which sin and cos of 2^n pi x join the input; () for none.
       out_channels: channels of the output.
       dtype: "float32" or "bfloat16": what the maps and matrix products are computed in. Parameters, norms,
-        softmax, time embedding and the first and last convolution are float32.
+        softmax, time embedding and the first and last convolution are float32. (On accelerators "float32" multiplies
+        the rest at the default precision of JAX, which may be TF32; see jax_default_matmul_precision.)
       remat: recompute the residual blocks in the backward pass instead of keeping their insides: less memory
         for one more forward pass.
     """
@@ -178,11 +181,11 @@ class UNet(nn.Module):
         attention = partial(Attention, self.groups, self.heads, self.dtype)
         last_level = len(self.multipliers) - 1
 
-        embedding = Dense(4 * self.channels, name="time_1")(time_embedding(network_t, self.channels))
-        embedding = Dense(4 * self.channels, name="time_2")(nn.swish(embedding))
+        embedding = Dense(4 * self.channels, **EXACT, name="time_1")(time_embedding(network_t, self.channels))
+        embedding = Dense(4 * self.channels, **EXACT, name="time_2")(nn.swish(embedding))
 
         # In float32, as the last convolution: bfloat16 would blur the grey levels of an almost clean image.
-        h = Conv(self.channels, name="conv_in")(fourier_features(x, self.fourier_features)).astype(self.dtype)
+        h = Conv(self.channels, **EXACT, name="conv_in")(fourier_features(x, self.fourier_features)).astype(self.dtype)
         skips = [h]
         for level, multiplier in enumerate(self.multipliers):
             for i in range(self.blocks):
@@ -212,4 +215,4 @@ class UNet(nn.Module):
                 h = Conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(h)
 
         h = nn.swish(GroupNorm(self.groups, name="norm_out")(h.astype(jnp.float32)))
-        return Conv(self.out_channels, kernel_init=near_zero, name="conv_out")(h)
+        return Conv(self.out_channels, kernel_init=near_zero, **EXACT, name="conv_out")(h)

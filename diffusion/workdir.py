@@ -13,7 +13,7 @@ from diffusion.state import TrainState
 
 
 def check(config: ConfigDict, directory: Path) -> None:
-    """Raises a ValueError if `directory` is another run's (with the keys that differ) or holds things that are no run."""
+    """Raises a ValueError if `directory` is another run's, with the keys that differ, or holds what is no run."""
     path = directory / "config.json"
     if path.exists():
         differing = config_lib.differing(config, path.read_text())

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree, UInt8
+from jaxtyping import Float, Int, PyTree
 from matplotlib.figure import Figure
 
 from diffusion import build, data, evaluate, likelihood, parallel, randomness, report, variances, workdir
 from diffusion.build import Experiment
+from diffusion.data import ImageSet
 from diffusion.reverse import VARIANCES, Variance
 from diffusion.step import to_unit
 from diffusion.variances import Split, X0Terms, X0Variance
@@ -74,10 +75,12 @@ def run(directory: Path, num_images: int) -> None:
     state = workdir.restore(experiment, directory)
     params = parallel.replicate(state.ema_params)
 
-    terms = x0_terms(experiment, params, evaluate.subset(train_set.images, min(num_images, len(train_set.images))))
+    train_numbers = evaluate.subset(len(train_set.images), min(num_images, len(train_set.images)))
+    terms = x0_terms(experiment, params, train_set, train_numbers)
     analytic, error = X0Variance.over_images(terms.analytic), X0Variance.over_images(terms.error)
     variances.save(directory, analytic, error, int(state.step))
-    splits, prior = account(experiment, params, evaluate.subset(test_set.images, num_images), analytic, error)
+    test_numbers = evaluate.subset(len(test_set.images), num_images)
+    splits, prior = account(experiment, params, test_set, test_numbers, analytic, error)
     rows = table(splits, prior, config.model.variance)
 
     title = (
@@ -93,19 +96,20 @@ def run(directory: Path, num_images: int) -> None:
     print(text)
 
 
-def x0_terms(experiment: Experiment, params: PyTree, images: UInt8[np.ndarray, "n h w c"]) -> X0Terms:
+def x0_terms(experiment: Experiment, params: PyTree, image_set: ImageSet, numbers: Int[np.ndarray, " n"]) -> X0Terms:
     """Each training image's two estimates of Var(x_0 | x_t): leaves [N, T]."""
 
     def one_batch(denoise, x0, keys):
         return variances.x0_terms(denoise, experiment.p, experiment.schedule, x0, keys)
 
-    return _over_images(experiment, params, images, one_batch, "variance", "estimate σ*")
+    return _over_images(experiment, params, image_set, numbers, one_batch, "variance", "estimate σ*")
 
 
 def account(
     experiment: Experiment,
     params: PyTree,
-    images: UInt8[np.ndarray, "n h w c"],
+    image_set: ImageSet,
+    numbers: Int[np.ndarray, " n"],
     analytic: X0Variance,
     error: X0Variance,
 ) -> tuple[dict[str, Split], Float[np.ndarray, " n"]]:
@@ -129,7 +133,7 @@ def account(
         )
         return splits, jax.vmap(lambda image: likelihood.prior_bpd(experiment.schedule, image))(x0)
 
-    return _over_images(experiment, params, images, one_batch, "eval", "score")
+    return _over_images(experiment, params, image_set, numbers, one_batch, "eval", "score")
 
 
 def _optimal_given(estimate: X0Variance) -> Variance:
@@ -141,7 +145,8 @@ def _optimal_given(estimate: X0Variance) -> Variance:
 def _over_images(
     experiment: Experiment,
     params: PyTree,
-    images: UInt8[np.ndarray, "n h w c"],
+    image_set: ImageSet,
+    numbers: Int[np.ndarray, " n"],
     one_batch: Callable[..., PyTree],
     stream: str,
     name: str,
@@ -149,14 +154,15 @@ def _over_images(
     """one_batch(denoise, x0 [B, H, W, C], keys [B]) over all images: float64 leaves [N, ...]."""
     seed_key = randomness.stream(experiment.config.seed, stream)
 
-    def on_device(params, images, image_numbers):
-        keys = randomness.per_item(seed_key, image_numbers)
+    def on_device(params, images, image_numbers, split_number):
+        keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), image_numbers)
         return one_batch(experiment.denoiser(params), to_unit(images, experiment.num_levels), keys)
 
     compiled, results = parallel.over_devices(on_device), []
-    with report.Progress(len(images), desc=name, unit="image") as progress:
-        for numbers, num_real in parallel.padded_batches(len(images), experiment.config.eval.batch_size):
-            batch = compiled(params, images[numbers], numbers)
+    with report.Progress(len(numbers), desc=name, unit="image") as progress:
+        for items, num_real in parallel.padded_batches(len(numbers), experiment.config.eval.batch_size):
+            split = np.full(len(items), image_set.split_number)
+            batch = compiled(params, image_set.images[numbers[items]], numbers[items], split)
             results.append(jax.tree.map(lambda array: parallel.gather(array, num_real), batch))  # noqa: B023
             progress.update(num_real)
     return jax.tree.map(lambda *parts: np.concatenate(parts).astype(np.float64), *results)

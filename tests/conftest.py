@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # also where an accelerator is present: eight devices are assumed below
 # JAX reads the number of devices when it is first imported, so this comes before any other import.
 # Tests compile far more than they compute, so they compile without optimization: half the time.
 os.environ["XLA_FLAGS"] = (

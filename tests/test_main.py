@@ -43,6 +43,18 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, words, tmp_path):
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
+def test_an_error_of_a_library_keeps_its_traceback(tmp_path):
+    """One sentence is for what the user can mend; a bug must show where it is."""
+    config = tmp_path / "broken.py"
+    config.write_text(
+        "from configs import digits\nimport numpy as np\nimport diffusion.data\n"
+        "def get_config():\n    diffusion.data.describe = lambda *a: np.zeros(3).reshape(2)\n"
+        "    return digits.get_config()\n"
+    )
+    result = main(f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 1 and "Traceback" in result.stderr and "cannot reshape" in result.stderr
+
+
 def test_describe_knows_ho_et_al(tmp_path):
     result = main("--config=configs/cifar10.py", "--mode=describe", f"--workdir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr

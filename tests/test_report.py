@@ -53,7 +53,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match="grad_norm is nan"):
             log.write(1, loss=1.0, grad_norm=float("nan"))
     with pytest.raises(ValueError, match="test_bpd is inf"):
-        report.write_summary(tmp_path, {"step": 1, "test_bpd": np.float32(np.inf)})
+        report.write_json(tmp_path / "summary.json", {"step": 1, "test_bpd": np.float32(np.inf)})
     assert read_metrics(tmp_path) == [] and not (tmp_path / "summary.json").exists()
 
 
@@ -79,11 +79,13 @@ def test_other_processes_write_nothing(tmp_path):
 
 
 def test_the_summary_is_whole_or_the_old_one(tmp_path):
-    report.write_summary(tmp_path, {"step": 1, "test_bpd": np.float32(0.5), "versions": report.versions()})
+    report.write_json(
+        tmp_path / "summary.json", {"step": 1, "test_bpd": np.float32(0.5), "versions": report.versions()}
+    )
     first = json.loads((tmp_path / "summary.json").read_text())
     assert first["test_bpd"] == 0.5 and first["versions"]["jax"] == jax.__version__
     with pytest.raises(TypeError):
-        report.write_summary(tmp_path, {"step": 2, "test_bpd": object()})
+        report.write_json(tmp_path / "summary.json", {"step": 2, "test_bpd": object()})
     assert json.loads((tmp_path / "summary.json").read_text()) == first
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
@@ -118,9 +120,9 @@ def test_grey_pictures_stay_grey(tmp_path):
 
 
 def test_the_film_has_a_row_per_sample_and_runs_from_left_to_right():
-    frames = np.broadcast_to(np.arange(6, dtype=np.uint8).reshape(3, 2, 1, 1, 1), (3, 2, 64, 64, 1))
-    picture = report.film(frames, num_levels=256)
-    assert picture[33::66, 33::66, 0].tolist() == [[0, 2, 4], [1, 3, 5]]
+    films = np.broadcast_to(np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1), (2, 3, 64, 64, 1))
+    picture = report.film(films, num_levels=256)
+    assert picture[33::66, 33::66, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_progress_in_a_log_file_is_lines_and_few_of_them(capsys):

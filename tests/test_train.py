@@ -1,5 +1,6 @@
 """Training end to end, on the bundled digits with a tiny network: resuming, devices, logs and files."""
 
+import dataclasses
 import json
 import shutil
 from functools import partial
@@ -102,10 +103,19 @@ def test_a_stopped_run_resumes_bit_identically(straight, tmp_path, monkeypatch):
 
 
 def test_a_finished_run_says_so_and_does_nothing(straight, capsys):
-    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.name != "config.json"}
-    train.run(tiny(), straight)
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+    train.run(tiny(sample__num_images=3), straight)
     assert "finished" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.name != "config.json"}
+    assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+
+
+def test_a_run_that_was_trained_but_not_scored_is_scored(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    train.run(tiny(), tmp_path / "run")
+    one, two = (json.loads((run / "summary.json").read_text()) for run in (straight, tmp_path / "run"))
+    assert {key: one[key] for key in one if key != "seconds"} == {key: two[key] for key in two if key != "seconds"}
+    assert report.read_metrics(straight) == report.read_metrics(tmp_path / "run")
 
 
 def test_another_config_is_refused_and_nothing_changes(straight, tmp_path):
@@ -125,13 +135,14 @@ def test_a_directory_with_other_things_in_it_is_refused(tmp_path):
 
 def test_evaluation_and_sampling_of_a_checkpoint_repeat_the_run(straight, tmp_path, capsys):
     shutil.copytree(straight, tmp_path / "run")
-    for name in ("summary.json", "samples.npz", "bpd.npz"):
-        (tmp_path / "run" / name).unlink()
+    scored = (tmp_path / "run" / "bpd.npz").read_bytes()
     evaluate.run(tiny(eval__batch_size=7), tmp_path / "run")  # another batch size, the same images and noise
     printed = json.loads(capsys.readouterr().out)
     summary = json.loads((straight / "summary.json").read_text())
     assert printed["ema_sha256"] == summary["ema_sha256"]
     np.testing.assert_allclose(printed["test_bpd"], summary["test_bpd"], rtol=1e-5)
+    assert printed == json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert (tmp_path / "run" / "bpd.npz").read_bytes() == scored  # what summary.json speaks of
     sample.run(tiny(sample__batch_size=5), tmp_path / "run")
     again, before = (np.load(run / "samples.npz")["images"] for run in (tmp_path / "run", straight))
     # A grey level may round the other way where the batch size changed the order of sums.
@@ -286,11 +297,14 @@ def test_the_bound_counts_every_image_once(straight):
     """20 images in batches of 16 on 8 devices, the last one padded, equal each image scored alone."""
     experiment = build.experiment(tiny(), (8, 8, 1), 17)
     params = parallel.replicate(jax.device_get(experiment.initial_state().params))
-    images = data.load("digits", "test").images[:11]
-    whole = evaluate.bound_of(experiment)(params, images, "test")
+    test_set, numbers = data.load("digits", "test"), np.arange(20, 31)
+    whole = evaluate.bound_of(experiment)(params, test_set, numbers)
     assert whole.terms_bpd.shape == (11, 6)
     one = build.experiment(tiny(eval__batch_size=8), (8, 8, 1), 17)
-    np.testing.assert_allclose(evaluate.bound_of(one)(params, images, "test").image_bpd, whole.image_bpd, rtol=1e-5)
+    again = evaluate.bound_of(one)(params, test_set, numbers[3:])  # fewer images: each keeps its own noise
+    np.testing.assert_allclose(again.image_bpd, whole.image_bpd[3:], rtol=1e-5)
+    other_split = dataclasses.replace(test_set, split="train")
+    assert not np.allclose(evaluate.bound_of(one)(params, other_split, numbers[3:]).image_bpd, again.image_bpd)
     summary = whole.summary("test")
     np.testing.assert_allclose(summary["test_bpd"], whole.image_bpd.mean())
 
@@ -321,7 +335,7 @@ def test_ho_et_al_drop_the_remainder_of_256():
 
 
 def test_a_subset_is_drawn_from_the_whole_set():
-    images = np.arange(1000, dtype=np.uint16).astype(np.uint8).reshape(1000, 1, 1, 1)
-    chosen = evaluate.subset(np.repeat(np.arange(100, dtype=np.uint8), 10).reshape(1000, 1, 1, 1), 100)
-    assert len(np.unique(chosen)) > 40  # the first 100 of this sorted set would hold 10 values
-    np.testing.assert_array_equal(evaluate.subset(images, 1000), images)
+    chosen = evaluate.subset(1000, 100)
+    assert len(np.unique(chosen)) == 100 and np.all(np.diff(chosen) > 0)
+    assert np.bincount(chosen // 100, minlength=10).min() > 0  # every tenth of a set that is sorted by class
+    np.testing.assert_array_equal(evaluate.subset(1000, 1000), np.arange(1000))

@@ -46,7 +46,7 @@ def test_the_table_repeats_the_evaluation_and_adds_up(directory, rows):
     experiment = build.experiment(workdir.read_config(directory), (8, 8, 1), 17)
     params = parallel.replicate(workdir.restore(experiment, directory).ema_params)
     test_set = data.load("digits", "test", experiment.config.data.data_dir)
-    bound = evaluate.bound_of(experiment)(params, evaluate.subset(test_set.images, NUM_IMAGES), "test")
+    bound = evaluate.bound_of(experiment)(params, test_set, evaluate.subset(len(test_set.images), NUM_IMAGES))
     np.testing.assert_allclose(rows["learned_range"]["bpd"], bound.image_bpd.mean(), rtol=1e-5)
     for name, row in rows.items():
         parts = row["decoder"] + row["mismatch"] + row["mean_error"] + bound.prior_bpd.mean()
