@@ -109,7 +109,7 @@ def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None]) -> str:
     """
     try:
         config = cell.config()
-        workdir.check_config(config, directory)
+        workdir.check(config, directory)
         if workdir.is_finished(directory):
             return ""
         workdir.claim(config, directory)

@@ -72,7 +72,7 @@ def test_weights_are_scored_and_sampled_without_a_checkpoint(tiny, pictures, tmp
     evaluate.run(config, tmp_path / "run")
     printed = json.loads(capsys.readouterr().out)
     assert printed["ema_sha256"] == tree_sha256(params) and printed["test_images"] == 9 and printed["step"] == 0
-    assert (tmp_path / "run" / "bpd.npz").exists() and not workdir.is_finished(tmp_path / "run")
+    assert (tmp_path / "run" / "eval_bpd.npz").exists() and not workdir.is_finished(tmp_path / "run")
     sample.run(config, tmp_path / "run")
     assert np.load(tmp_path / "run" / "samples.npz")["images"].shape == (8, 16, 16, 3)
     with pytest.raises(ValueError, match=r"another config \(init_from: .*weights → .*published"):
@@ -82,6 +82,7 @@ def test_weights_are_scored_and_sampled_without_a_checkpoint(tiny, pictures, tmp
 def test_a_checkpoint_that_was_trained_from_them_comes_first(tiny, tmp_path):
     experiment = build.experiment(tiny(), (16, 16, 3), 256)
     trained = jax.device_get(experiment.initial_state()).replace(step=np.int32(7))
+    workdir.claim(tiny(), tmp_path / "run")
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         checkpoints.save(7, trained, {"test_loss": 1.0})
     assert workdir.restore(experiment, tmp_path / "run").step == 7

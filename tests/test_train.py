@@ -311,11 +311,11 @@ def test_the_bound_counts_every_image_once(straight):
 
 def test_the_estimate_is_of_the_full_evaluation():
     """From the same terms: the decoder's are equal, the sum of the others is as far off as stated."""
-    images = data.load("digits", "test").images[:60]
+    test_set, numbers = data.load("digits", "test"), np.arange(60)
     few = build.experiment(tiny(eval__terms_per_image=3, eval__batch_size=64), (8, 8, 1), 17)
     params = parallel.replicate(jax.device_get(few.initial_state().params))
-    estimate = bound.estimated_bound_of(few)(params, images, "test")
-    full = bound.bound_of(build.experiment(tiny(eval__batch_size=64), (8, 8, 1), 17))(params, images, "test")
+    estimate = bound.estimated_bound_of(few)(params, test_set, numbers)
+    full = bound.bound_of(build.experiment(tiny(eval__batch_size=64), (8, 8, 1), 17))(params, test_set, numbers)
     np.testing.assert_allclose(estimate.decoder_bpd, full.decoder_bpd, rtol=1e-5)
     np.testing.assert_allclose(estimate.decoded_mse, full.decoded_mse, rtol=1e-5)
     np.testing.assert_allclose(estimate.prior_bpd, full.prior_bpd, rtol=1e-5)

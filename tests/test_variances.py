@@ -137,7 +137,7 @@ def test_the_split_adds_up_to_the_bound(variance):
         return jnp.concatenate(halves[: 2 if p.learns_variance else 1], axis=-1)
 
     split = account(s, p, x0, keys, denoise, {"own": reverse.VARIANCES[variance]}, clip_x0=True)["own"]
-    terms = likelihood.vlb_terms_bpd(denoise, p, s, x0, keys, num_levels=17)
+    terms, _ = likelihood.vlb_terms_bpd(denoise, p, s, x0, keys, num_levels=17)
     np.testing.assert_allclose(sum(split), terms, rtol=2e-5, atol=1e-6)
     assert (
         np.all(split.decoder[:, 1:] == 0) and np.all(split.mismatch[:, 0] == 0) and np.all(split.mean_error[:, 0] == 0)
