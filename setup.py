@@ -45,10 +45,8 @@ setup(
         "peers": ["diffusers", "torch"],  # to compare with; the programs do not need them
         "dev": [
             "beartype",
-            "hypothesis",
             "pytest",
             "pytest-timeout",
-            "pytest-xdist",
             "ruff",
         ],
     },

@@ -30,9 +30,9 @@ def get_config() -> ConfigDict:
     config.optim.warmup_steps = 100
     config.optim.decay = "cosine"
     config.ema.decay = 0.99
-    config.train.num_steps = 1500
+    config.train.num_steps = 1200
     config.train.batch_size = 32
     config.train.log_every = 25
-    config.train.checkpoint_every = 500
-    config.train.sample_every = 500
+    config.train.checkpoint_every = 400
+    config.train.sample_every = 400
     return config
