@@ -151,7 +151,8 @@ class UNet(nn.Module):
         height, width, _ = image_shape
         halvings = len(self.multipliers) - 1
         heights = [height // 2**level for level in range(len(self.multipliers))]
-        widths = [self.channels, *(self.channels * multiplier for multiplier in self.multipliers)]
+        # `channels` itself is the width of the first convolution, which the last block going up reads again.
+        widths = sorted({self.channels, *(self.channels * multiplier for multiplier in self.multipliers)})
         if height % 2**halvings or width % 2**halvings:
             raise ValueError(
                 f"unet.multipliers={self.multipliers} halves images {halvings} times, so height and width "

@@ -249,6 +249,7 @@ def test_output_has_the_shape_of_the_image(image_shape):
         ({}, (9, 8, 1), r"unet\.multipliers=\(1, 2\) .* 2, not 9x8"),
         ({"multipliers": (1, 1, 1, 1, 1)}, (8, 8, 1), r"unet\.multipliers.* 16, not 8x8"),
         ({"groups": 3}, (8, 8, 1), r"unet\.groups=3 .*\[8, 16\]"),
+        ({"channels": 4, "multipliers": (2, 2), "groups": 8}, (8, 8, 1), r"unet\.groups=8 .*\[4, 8\]"),
         ({"heads": 3}, (8, 8, 1), r"unet\.heads=3 .*\[8, 16\]"),
         ({"channels": 5, "groups": 5}, (8, 8, 1), r"unet\.channels=5"),
         ({"attention_resolutions": (16,)}, (8, 8, 1), r"unet\.attention_resolutions=\(16,\) .*\[8, 4\]"),
