@@ -70,7 +70,9 @@ def _improved(schedule: str, num_steps: str, objective: str, test_bpd: float, fi
     variance = "fixed_large" if objective == "simple" else "learned_range"
     axes = {"prediction": "eps", "objective": objective, "variance": variance, "schedule": schedule, "T": num_steps}
     target = Target("Nichol & Dhariwal", test_bpd=test_bpd, fid=fid)
-    return PaperRow(f"improved-{schedule}-T{num_steps}-{objective}", axes, IMPROVED, target)
+    # Their L_vlb needs t drawn by its losses (section 3.3); the other objectives draw it uniformly.
+    recipe = IMPROVED | ({"objective.timesteps": "loss_aware"} if objective == "vlb" else {})
+    return PaperRow(f"improved-{schedule}-T{num_steps}-{objective}", axes, recipe, target)
 
 
 # Recalled, except for the abstracts' FID 3.17 and 2.94 bits/dim: check a row with the paper before quoting it.
