@@ -79,7 +79,9 @@ def from_betas(betas) -> Schedule:
         raise ValueError(f"betas must be a list of T ≥ 1 numbers, not an array of shape {betas.shape}")
     bad = np.flatnonzero(~((betas > 0) & (betas <= 1)))
     if bad.size:
-        raise ValueError(f"β must lie in (0, 1], but β_{bad[0] + 1} = {betas[bad[0]]:.6g} (T = {betas.size})")
+        raise ValueError(
+            f"β must lie in (0, 1], but β_{bad[0] + 1} = {betas[bad[0]]:.6g} (schedule.num_steps={betas.size})"
+        )
     with np.errstate(divide="ignore"):  # β_T = 1 is allowed: log α_T = −∞
         return _tables(np.log1p(-betas), network_t=np.arange(betas.size))
 
