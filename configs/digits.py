@@ -5,7 +5,7 @@ python main.py --config=configs/digits.py --workdir=runs/digits
 Cost     703,362 parameters; 1,000 steps of 32 images: two to three minutes with sampling and scoring, on 2 CPU cores
 Expect   2.0 bits/dim on the 299 held-out images, and digits that can be recognised
 
-v-prediction and few steps (T = 50) learn fastest: after 1,500 steps of 32 images they reach 1.93 bits/dim, while
+v-prediction and few steps (T = 50) learn fastest: after 1,500 steps of 32 images they reach 1.92 bits/dim, while
 ε-prediction reaches 2.12 and T = 100 reaches 2.09. The Fourier features show the network which grey level an almost
 clean pixel is nearest to.
 """

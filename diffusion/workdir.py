@@ -11,6 +11,8 @@ from diffusion.build import Experiment
 from diffusion.checkpoint import Checkpoints
 from diffusion.state import TrainState
 
+TEMPORARY = "config.json.tmp"  # all that a run killed at its very start leaves
+
 
 def check(config: ConfigDict, directory: Path) -> None:
     """Raises a ValueError if `directory` is another run's, with the keys that differ, or holds what is no run."""
@@ -22,7 +24,7 @@ def check(config: ConfigDict, directory: Path) -> None:
                 f"{directory} holds a run with another config ({'; '.join(differing)}); "
                 "give those values again or take another --workdir"
             )
-    elif directory.exists() and any(directory.iterdir()):
+    elif directory.exists() and {item.name for item in directory.iterdir()} - {TEMPORARY}:
         raise ValueError(f"{directory} is not empty and holds no run (no config.json); take another --workdir")
 
 
@@ -30,7 +32,7 @@ def claim(config: ConfigDict, directory: Path) -> None:
     """Makes `directory` this run's by writing config.json. Raises what `check` raises."""
     check(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / "config.json.tmp"
+    temporary = directory / TEMPORARY
     temporary.write_text(config_lib.to_json(config))
     os.replace(temporary, directory / "config.json")
 

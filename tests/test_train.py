@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion import bound, build, checkpoint, data, evaluate, parallel, report, sample, train
+from diffusion import bound, build, checkpoint, data, evaluate, parallel, report, sample, train, workdir
 from diffusion.step import to_levels, to_unit, train_step
 
 
@@ -131,6 +131,12 @@ def test_a_directory_with_other_things_in_it_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         train.run(tiny(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_that_was_killed_at_its_very_start_is_no_obstacle(tmp_path):
+    (tmp_path / "config.json.tmp").write_text("{")
+    workdir.claim(tiny(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_evaluation_and_sampling_of_a_checkpoint_repeat_the_run(straight, tmp_path, capsys):
