@@ -41,6 +41,8 @@ def wholes(at_least: int, empty: bool) -> Allowed:
 
 TEXT = Allowed(lambda v: isinstance(v, str), "a string")
 FLAG = Allowed(lambda v: isinstance(v, bool), "True or False")
+# The variance that the network was trained with, or one that needs nothing more than its mean.
+FOR_A_TRAINED_MEAN = choice("model", *(name for name, v in reverse.VARIANCES.items() if not v.is_learned))
 
 KEYS: dict[str, Allowed] = {
     "seed": Allowed(lambda v: _is_int(v) and 0 <= v < 2**31, "a whole number in 0…2³¹ − 1"),
@@ -83,6 +85,7 @@ KEYS: dict[str, Allowed] = {
     "eval.num_images": whole(0),
     "eval.batch_size": whole(1),
     "eval.protocol": choice(*likelihood.PROTOCOLS),
+    "eval.variance": FOR_A_TRAINED_MEAN,
     "eval.terms_per_image": Allowed(
         lambda v: _is_int(v) and (v == 0 or v >= 3 and v % 2 == 1), "0 (all) or an odd number ≥ 3"
     ),
@@ -90,7 +93,7 @@ KEYS: dict[str, Allowed] = {
     "sample.batch_size": whole(1),
     "sample.method": choice("ancestral", "ddim"),
     "sample.num_steps": whole(0),
-    "sample.variance": choice("model", *(name for name, v in reverse.VARIANCES.items() if not v.is_learned)),
+    "sample.variance": FOR_A_TRAINED_MEAN,
     "sample.eta": number(0, 1, "a number in [0, 1]"),
 }
 
