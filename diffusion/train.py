@@ -46,8 +46,8 @@ def run(config: ConfigDict, directory: Path) -> None:
 
     with Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
         state = experiment.initial_state()
-        if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(None, like=state)
+        resumed = checkpoints.resume(like=state)
+        state = state if resumed is None else resumed
         state = train(experiment, directory, state, train_set, test_set, checkpoints, draw_samples)
 
     plots.plot_loss(report.read_metrics(directory), directory / "loss.png")

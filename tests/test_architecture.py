@@ -28,6 +28,7 @@ FLOORS = {
     "optim": 3,
     "state": 3,
     "step": 3,
+    "digests": 3,
     "checkpoint": 3,
     "report": 3,
     "plots": 3,
