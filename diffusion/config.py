@@ -80,6 +80,8 @@ KEYS: dict[str, Allowed] = {
     "train.checkpoint_every": whole(1),
     "train.keep_checkpoints": whole(1),
     "train.sample_every": whole(0),
+    "train.skip_nonfinite": whole(0),
+    "train.check_replicas_every": whole(0),
     "eval.num_images": whole(0),
     "eval.batch_size": whole(1),
     "eval.protocol": choice(*likelihood.PROTOCOLS),
@@ -94,8 +96,14 @@ KEYS: dict[str, Allowed] = {
     "sample.eta": number(0, 1, "a number in [0, 1]"),
 }
 
-# What a finished or resumed run may change: where the data lies, how it is scored and sampled.
-FREE = ("data.data_dir", "eval.", "sample.")
+# What a finished or resumed run may change: where the data lies, how it is watched, scored and sampled.
+FREE = ("data.data_dir", "train.check_replicas_every", "eval.", "sample.")
+
+# Keys that earlier versions did not have, and the value by which their runs were made.
+ADDED = {
+    "train.skip_nonfinite": 0,
+    "train.check_replicas_every": 0,
+}
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -170,10 +178,17 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
+def completed(config: ConfigDict) -> ConfigDict:
+    """`config` as this version writes it: with the keys that were added since, at the values that change nothing."""
+    absent = {key: value for key, value in ADDED.items() if key not in flatten(config)}
+    config.update_from_flattened_dict(absent)
+    return config
+
+
 def differing(config: ConfigDict, saved_json: str) -> list[str]:
     """ "key: saved → now" for each key that shaped the saved run and differs now."""
     now = flatten(ConfigDict(json.loads(to_json(config))))
-    saved = flatten(ConfigDict(json.loads(saved_json)))
+    saved = ADDED | flatten(ConfigDict(json.loads(saved_json)))
     keys = [key for key in sorted(now.keys() | saved.keys()) if not key.startswith(FREE)]
     return [
         f"{key}: {saved.get(key, 'absent')} → {now.get(key, 'absent')}"

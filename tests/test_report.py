@@ -71,13 +71,6 @@ def test_a_damaged_row_before_the_last_is_an_error(tmp_path):
         read_metrics(tmp_path)
 
 
-def test_other_processes_write_nothing(tmp_path):
-    with MetricsLog(tmp_path / "run", enabled=False) as log:
-        log.write(1, loss=1.0)
-        log.images(1, "samples", np.zeros((4, 4, 1), np.uint8))
-    assert not (tmp_path / "run").exists() and read_metrics(tmp_path / "run") == []
-
-
 def test_the_summary_is_whole_or_the_old_one(tmp_path):
     report.write_json(
         tmp_path / "summary.json", {"step": 1, "test_bpd": np.float32(0.5), "versions": report.versions()}
@@ -131,9 +124,3 @@ def test_progress_in_a_log_file_is_lines_and_few_of_them(capsys):
             bar.advance(1, loss=0.25)
     lines = [line for line in capsys.readouterr().err.replace("\r", "").splitlines() if line.strip()]
     assert len(lines) == 2 and "1000/1000" in lines[-1] and "loss=0.25" in lines[-1]
-
-
-def test_progress_of_other_processes_is_silent(capsys):
-    with report.Progress(10, enabled=False) as bar:
-        bar.advance(10, loss=1.0)
-    assert capsys.readouterr().err == ""
