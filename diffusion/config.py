@@ -21,8 +21,9 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def whole(at_least: int) -> Allowed:
-    return Allowed(lambda v: _is_int(v) and v >= at_least, f"a whole number ≥ {at_least}")
+def whole(at_least: int, at_most: int = 2**31 - 1) -> Allowed:
+    end = "2³¹ − 1" if at_most == 2**31 - 1 else f"{at_most:,}"
+    return Allowed(lambda v: _is_int(v) and at_least <= v <= at_most, f"a whole number in {at_least}…{end}")
 
 
 def number(low: int | float, high: int | float, words: str) -> Allowed:
@@ -43,13 +44,13 @@ TEXT = Allowed(lambda v: isinstance(v, str), "a string")
 FLAG = Allowed(lambda v: isinstance(v, bool), "True or False")
 
 KEYS: dict[str, Allowed] = {
-    "seed": Allowed(lambda v: _is_int(v) and 0 <= v < 2**31, "a whole number in 0…2³¹ − 1"),
+    "seed": whole(0),
     "init_from": TEXT,
     "data.name": TEXT,
     "data.data_dir": TEXT,
     "data.flip": FLAG,
     "schedule.name": choice(*schedules.SCHEDULES),
-    "schedule.num_steps": whole(1),
+    "schedule.num_steps": whole(1, at_most=1_000_000),
     "model.prediction": choice(*reverse.PREDICTIONS),
     # The optimal variance follows from a trained mean, so nothing is trained with it.
     "model.variance": choice(*(name for name in reverse.VARIANCES if name != "optimal")),

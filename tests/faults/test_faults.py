@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
     with pytest.raises(FloatingPointError) as raised:
         toy.run(toy.experiment(POISON), tmp_path)
     message = str(raised.value)
-    assert message.startswith(f"step {first}: loss = nan") and "grad_norm = nan" in message
+    assert message.startswith(f"step {first}: ") and "grad_norm = nan, loss = nan, vlb_bpd = nan;" in message
     assert "the loss is not finite at t = 8;" in message and "\n" not in message
     assert re.search(
         r"norms of the parameters: pixel \d[\d.]*, time \d[\d.]*; norms of the gradient: pixel nan", message
