@@ -66,9 +66,7 @@ def run(config: ConfigDict, directory: Path) -> None:
 
     with Preemption() as preemption, workdir.owned(config, directory) as directory, memory.explained(experiment):
         with Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
-            state = experiment.initial_state()
-            resumed = processes.on_first(lambda: checkpoints.resume(like=state))
-            state = processes.from_first(state if resumed is None else resumed)
+            state = resume(experiment, checkpoints)
             state = train(experiment, directory, state, train_set, test_set, checkpoints, draw_samples, preemption)
 
         plots.plot_loss(report.read_metrics(directory), directory / "loss.png")
@@ -81,6 +79,13 @@ def run(config: ConfigDict, directory: Path) -> None:
     if processes.is_first():
         print("protocol: " + ", ".join(f"{name} {value}" for name, value in summary["protocol"].items()))
         print(f"test {summary['test_bpd']:.4f} bits/dim; see {directory / 'summary.json'} and the pictures beside it")
+
+
+def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
+    """The state to go on from, or the initial one: what the first process reads, on every process."""
+    state = experiment.initial_state()
+    resumed = processes.on_first(lambda: checkpoints.resume(like=state))
+    return processes.from_first(state if resumed is None else resumed)
 
 
 def train(

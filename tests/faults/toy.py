@@ -1,14 +1,19 @@
 """A run whose every part is real but the network, which is one layer: it compiles in a second."""
 
+import ast
 import dataclasses
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from configs import digits
-from diffusion import build, train
+from diffusion import build, processes, train
+from diffusion import workdir as workdir_lib
 from diffusion.checkpoint import Checkpoints
 from diffusion.data import ImageSet
 from diffusion.preemption import Preemption
@@ -56,8 +61,17 @@ def image_set(split: str) -> ImageSet:
 
 def run(experiment: build.Experiment, directory: Path):
     """Trains to the end, or on from where `directory` is; returns the last state."""
-    directory.mkdir(exist_ok=True)
-    with Preemption() as preemption, Checkpoints(directory / "checkpoints") as checkpoints:
-        state = checkpoints.resume(like=experiment.initial_state()) or experiment.initial_state()
-        sets = image_set("train"), image_set("test")
-        return train.train(experiment, directory, state, *sets, checkpoints, lambda params: None, preemption)
+    sets = image_set("train"), image_set("test")
+    with Preemption() as preemption, workdir_lib.owned(experiment.config, directory) as directory:
+        with Checkpoints(directory / "checkpoints", keep=99) as checkpoints:
+            state = train.resume(experiment, checkpoints)
+            return train.train(experiment, directory, state, *sets, checkpoints, lambda params: None, preemption)
+
+
+if __name__ == "__main__":
+    # python tests/faults/toy.py WORKDIR [--coordinator=HOST:PORT --num_processes=N --process_id=I] [--KEY=VALUE ...]
+    workdir, *flags = sys.argv[1:]
+    given = dict(flag.lstrip("-").split("=", 1) for flag in flags)
+    process = given.pop("coordinator", ""), *(int(given.pop(name, -1)) for name in ("num_processes", "process_id"))
+    processes.join(*(None if value == -1 else value for value in process))
+    run(experiment(**{key.replace(".", "__"): ast.literal_eval(value) for key, value in given.items()}), Path(workdir))
