@@ -1,5 +1,6 @@
 """What a person sees: progress, metrics, pictures and the summary of a run."""
 
+import contextlib
 import json
 import math
 import os
@@ -40,21 +41,26 @@ class MetricsLog:
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = path.open("a")
-        self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=step + 1)
+        # Its thread ends where the disk is full; a short queue would then block the run for ever.
+        self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), max_queue=10_000, purge_step=step + 1)
 
     def write(self, step: int, **scalars: SupportsFloat) -> None:
         """Appends one row; it is in the file when this returns.
 
         Raises:
             ValueError: a number is not finite, or the step is not beyond the last one.
+        OSError: the disk is full.
         """
         if step <= self._last_step:
             raise ValueError(f"metrics of step {step} come after those of step {self._last_step}")
         self._last_step = step
         row = _finite({name: float(value) for name, value in scalars.items()})
-        self._rows.write(json.dumps({"step": step} | row) + "\n")
-        self._rows.flush()
-        os.fsync(self._rows.fileno())  # before the step's checkpoint, which could outlive a power failure
+        try:
+            self._rows.write(json.dumps({"step": step} | row) + "\n")
+            self._rows.flush()
+            os.fsync(self._rows.fileno())  # before the step's checkpoint, which could outlive a power failure
+        except OSError as error:
+            raise OSError(f"the metrics of step {step} could not be written to {self._rows.name} ({error})") from error
         for name, value in row.items():
             self._tensorboard.add_scalar(name, value, step)
 
@@ -63,8 +69,9 @@ class MetricsLog:
         self._tensorboard.add_image(name, grid, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._rows.close()
-        self._tensorboard.close()
+        with contextlib.suppress(OSError):  # what could not be written was said by `write`
+            self._rows.close()
+            self._tensorboard.close()
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -1,6 +1,7 @@
 """A resumed run's log is the log of a run that never stopped, and pictures show the pixels given."""
 
 import json
+import resource
 
 import jax
 import numpy as np
@@ -63,6 +64,21 @@ def test_tensorboard_gets_the_numbers_and_the_pictures(tmp_path):
         log.images(1, "samples", np.zeros((4, 4, 1), np.uint8))
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"test_loss" in events.read_bytes() and b"samples" in events.read_bytes()
+
+
+def test_a_full_disk_is_one_sentence_and_the_rows_before_it_stay(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=r"metrics of step \d+ could not be written to .*metrics.jsonl \(") as raised:
+            with MetricsLog(tmp_path) as log:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (300, limit[1]))
+                for step in range(1, 50):
+                    log.write(step, loss=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    rows = read_metrics(tmp_path)
+    assert 3 < len(rows) < 49 and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_damaged_row_before_the_last_is_an_error(tmp_path):
