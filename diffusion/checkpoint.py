@@ -53,6 +53,11 @@ class Checkpoints:
         # Orbax keeps what sorts last in descending order; a checkpoint that was not scored comes first.
         best = checkpoint_managers.BestN(get_metric_fn=self._score, reverse=True, n=1)
         last = checkpoint_managers.LatestN(keep)
+        # The process that calls is the only one: what the others hold is the same, and none waits for them.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{me}"
+        )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -61,6 +66,7 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy([last, best]),
                 best_fn=self._score,
                 best_mode="min",
+                multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
             ),
         )
 
