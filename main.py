@@ -14,10 +14,18 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; by default runs/ and the config's name.")
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "What to do; train resumes by itself.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "Of several processes: HOST:PORT of the first, or auto; not needed under srun and on TPU slices."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 
 
 def main(argv: list[str]) -> None:
-    """Runs the mode; what is wrong with its input is one sentence and exit code 2."""
+    """Runs the mode; what is wrong with its input is one sentence and exit code 2.
+
+    A run that a signal stopped ends with exit code 75 (EX_TEMPFAIL): the same command continues it.
+    """
     logging.set_verbosity(logging.WARNING)  # TFDS, JAX and Orbax report each of their steps
     try:
         if len(argv) > 1:
@@ -25,13 +33,18 @@ def main(argv: list[str]) -> None:
         if _CONFIG.value is None:
             raise ValueError("no --config is given; for example --config=configs/digits.py")
         # Imported here because JAX takes seconds that --help should not cost.
-        from diffusion import config
+        from diffusion import config, preemption, processes
 
         config.check(_CONFIG.value)
+        processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         mode = importlib.import_module(f"diffusion.{_MODES[_MODE.value]}")
-        mode.run(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
-    except (ValueError, OSError, FloatingPointError) as error:
+        try:
+            mode.run(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
+        except preemption.Preempted as stop:
+            print(stop.reason, file=sys.stderr)
+            raise
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         # An error that this project raised is a sentence for the user; any other keeps its traceback.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         ours = Path(__file__), *(Path(__file__).parent / "diffusion").rglob("*.py")

@@ -45,6 +45,7 @@ setup(
         "peers": ["diffusers", "torch"],  # to compare with; the programs do not need them
         "dev": [
             "beartype",
+            "hypothesis",
             "pytest",
             "pytest-timeout",
             "ruff",

@@ -67,6 +67,8 @@ def get_config() -> ConfigDict:
     config.train.checkpoint_every = 5000
     config.train.keep_checkpoints = 3
     config.train.sample_every = 50_000  # 0: only at the end
+    config.train.skip_nonfinite = 0  # how many updates with a number that is not finite are left out before it stops
+    config.train.check_replicas_every = 1000  # steps after which all devices must hold the same state; 0: never
 
     config.eval = ConfigDict()
     config.eval.num_images = 0  # of the test set, and as many of the training set; 0: all of the test set

@@ -77,7 +77,8 @@ class Experiment:
             lambda: losses(self.training, params, jnp.ones(1, jnp.int32), keys, image, dropout=False)
         )
         memory = self.training.timesteps.init(self.schedule.num_steps)
-        return state.create(params, self.training.optimizer, memory, ("loss", *parts, "grad_norm"))
+        skipped = ("skipped",) if self.training.skip_nonfinite else ()
+        return state.create(params, self.training.optimizer, memory, ("loss", *parts, "grad_norm", *skipped))
 
 
 def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels: int) -> Experiment:
@@ -116,6 +117,7 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
         batch_size=config.train.batch_size,
         flip=config.data.flip,
         log_every=config.train.log_every,
+        skip_nonfinite=config.train.skip_nonfinite > 0,
         grad_accum=config.train.grad_accum,
         unroll=jax.default_backend() == "cpu",
     )

@@ -21,8 +21,9 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def whole(at_least: int) -> Allowed:
-    return Allowed(lambda v: _is_int(v) and v >= at_least, f"a whole number ≥ {at_least}")
+def whole(at_least: int, at_most: int = 2**31 - 1) -> Allowed:
+    end = "2³¹ − 1" if at_most == 2**31 - 1 else f"{at_most:,}"
+    return Allowed(lambda v: _is_int(v) and at_least <= v <= at_most, f"a whole number in {at_least}…{end}")
 
 
 def number(low: int | float, high: int | float, words: str) -> Allowed:
@@ -45,13 +46,13 @@ FLAG = Allowed(lambda v: isinstance(v, bool), "True or False")
 FOR_A_TRAINED_MEAN = choice("model", *(name for name, v in reverse.VARIANCES.items() if not v.is_learned))
 
 KEYS: dict[str, Allowed] = {
-    "seed": Allowed(lambda v: _is_int(v) and 0 <= v < 2**31, "a whole number in 0…2³¹ − 1"),
+    "seed": whole(0),
     "init_from": TEXT,
     "data.name": TEXT,
     "data.data_dir": TEXT,
     "data.flip": FLAG,
     "schedule.name": choice(*schedules.SCHEDULES),
-    "schedule.num_steps": whole(1),
+    "schedule.num_steps": whole(1, at_most=1_000_000),
     "model.prediction": choice(*reverse.PREDICTIONS),
     # The optimal variance follows from a trained mean, so nothing is trained with it.
     "model.variance": choice(*(name for name in reverse.VARIANCES if name != "optimal")),
@@ -82,6 +83,8 @@ KEYS: dict[str, Allowed] = {
     "train.checkpoint_every": whole(1),
     "train.keep_checkpoints": whole(1),
     "train.sample_every": whole(0),
+    "train.skip_nonfinite": whole(0),
+    "train.check_replicas_every": whole(0),
     "eval.num_images": whole(0),
     "eval.batch_size": whole(1),
     "eval.protocol": choice(*likelihood.PROTOCOLS),
@@ -97,8 +100,15 @@ KEYS: dict[str, Allowed] = {
     "sample.eta": number(0, 1, "a number in [0, 1]"),
 }
 
-# What a finished or resumed run may change: where the data lies, how it is scored and sampled.
-FREE = ("data.data_dir", "eval.", "sample.")
+# What a finished or resumed run may change: where the data lies, how it is watched, scored and sampled.
+FREE = ("data.data_dir", "train.check_replicas_every", "eval.", "sample.")
+
+# Keys that earlier versions did not have, and the value by which their runs were made.
+ADDED = {
+    "eval.variance": "model",
+    "train.skip_nonfinite": 0,
+    "train.check_replicas_every": 0,
+}
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -173,10 +183,17 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
+def completed(config: ConfigDict) -> ConfigDict:
+    """`config` as this version writes it: with the keys that were added since, at the values that change nothing."""
+    absent = {key: value for key, value in ADDED.items() if key not in flatten(config)}
+    config.update_from_flattened_dict(absent)
+    return config
+
+
 def differing(config: ConfigDict, saved_json: str) -> list[str]:
     """ "key: saved → now" for each key that shaped the saved run and differs now."""
     now = flatten(ConfigDict(json.loads(to_json(config))))
-    saved = flatten(ConfigDict(json.loads(saved_json)))
+    saved = ADDED | flatten(ConfigDict(json.loads(saved_json)))
     keys = [key for key in sorted(now.keys() | saved.keys()) if not key.startswith(FREE)]
     return [
         f"{key}: {saved.get(key, 'absent')} → {now.get(key, 'absent')}"

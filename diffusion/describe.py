@@ -5,12 +5,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion import build, config, data, likelihood, parallel
+from diffusion import build, config, data, likelihood, memory, parallel
 from diffusion.build import Experiment
-from diffusion.step import losses
 
 
 def run(config_dict: ConfigDict, _directory: Path) -> None:
@@ -33,15 +31,14 @@ def run(config_dict: ConfigDict, _directory: Path) -> None:
 def network(experiment: Experiment) -> dict[str, str]:
     """Parameters, work and memory of training on one device."""
     state = experiment.abstract_state()
-    batch_size = experiment.training.batch_size
-    local_size = batch_size // jax.local_device_count() // experiment.training.grad_accum
+    batch_size, local_size = experiment.training.batch_size, memory.local_batch(experiment)
     forward = jax.jit(lambda params, x, t: experiment.denoiser(params)(x, t))
     image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
     with jax.default_device(jax.devices("cpu")[0]):  # accelerators do not count FLOPs before they compile
         flops = forward.lower(state.params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).cost_analysis()["flops"]
     giga = {
-        "parameters, EMA, Adam, gradients": _num_bytes((state, state.params)) / 2**30,
-        "kept for the backward pass": _residual_bytes(experiment, state.params, local_size) / 2**30,
+        "parameters, EMA, Adam, gradients": memory.state_bytes(experiment) / 2**30,
+        "kept for the backward pass": memory.residual_bytes(experiment) / 2**30,
     }
     return {
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,}",
@@ -49,23 +46,6 @@ def network(experiment: Experiment) -> dict[str, str]:
         "train step": f"{3 * flops * batch_size / 1e12:.2f} TFLOP for {batch_size} images (3 × forward)",
         "memory per device": f"at most {sum(giga.values()):.2f} GiB, for {local_size} images at a time",
     } | {f"  {name}": f"{size:.2f} GiB" for name, size in giga.items()}
-
-
-def _residual_bytes(experiment: Experiment, params: PyTree, local_size: int) -> int:
-    """What JAX would keep for the backward pass if XLA fused nothing away: an upper estimate."""
-
-    def backward(params, t, keys, x0):
-        loss = lambda params: losses(experiment.training, params, t, keys, x0, dropout=True)[0].mean()  # noqa: E731
-        return jax.vjp(loss, params)[1]  # a pytree whose leaves are the kept arrays
-
-    x0 = jax.ShapeDtypeStruct((local_size, *experiment.image_shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((local_size,), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), local_size))
-    return _num_bytes(jax.eval_shape(backward, params, t, keys, x0)) - _num_bytes(params)
-
-
-def _num_bytes(tree: PyTree) -> int:
-    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def schedule_figures(experiment: Experiment) -> dict[str, str]:

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from diffusion import build, data, likelihood, parallel, plots, report, variances, workdir
 from diffusion.bound import Bound, bound_of, estimated_bound_of
 from diffusion.build import Experiment
-from diffusion.checkpoint import tree_sha256
 from diffusion.data import ImageSet
+from diffusion.digests import tree_sha256
 from diffusion.state import TrainState
 
 

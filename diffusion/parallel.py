@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterator
 
 import flax.jax_utils
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from diffusion.digests import named_leaves
 from diffusion.step import Training, train_step
 
 AXIS = "devices"
@@ -15,7 +18,7 @@ AXIS = "devices"
 
 def check_batch_size(batch_size: int, pieces: int) -> None:
     """Raises a ValueError unless the devices can share the batch, each in `pieces` equal pieces."""
-    devices = jax.local_device_count()
+    devices = jax.device_count()
     if batch_size % (devices * pieces):
         split = f"{devices} devices × train.grad_accum={pieces} pieces" if pieces > 1 else f"{devices} devices"
         raise ValueError(f"train.batch_size={batch_size} does not divide by {split}")
@@ -33,8 +36,19 @@ def unreplicate(tree: PyTree) -> PyTree:
 
 
 def over_devices(fn: Callable) -> Callable:
-    """`fn` on every device at once, over the leading axis of every argument."""
-    return jax.pmap(fn, axis_name=AXIS)
+    """`fn` on every device of every process at once, over the leading axis of every argument.
+
+    Host arrays hold the rows of all devices, and each process takes its own; arrays on devices stay as they are.
+    """
+    compiled = jax.pmap(fn, axis_name=AXIS)
+    local = lambda leaf: _local_rows(leaf) if isinstance(leaf, np.ndarray) else leaf  # noqa: E731
+    return lambda *arguments: compiled(*jax.tree.map(local, arguments))
+
+
+def _local_rows(array: np.ndarray) -> np.ndarray:
+    """Of an array [devices, ...] the rows of this process's devices."""
+    devices = jax.local_device_count()
+    return array[jax.process_index() * devices :][:devices]
 
 
 def train_steps(training: Training) -> Callable:
@@ -57,9 +71,9 @@ def train_steps(training: Training) -> Callable:
 
 
 def shard_steps(indices: np.ndarray) -> np.ndarray:
-    """[steps, B] -> [devices, steps, B/devices]."""
+    """[steps, B] -> [devices, steps, B/devices], the rows of this process's devices."""
     steps = len(indices)
-    return np.swapaxes(indices.reshape(steps, jax.local_device_count(), -1), 0, 1)
+    return _local_rows(np.swapaxes(indices.reshape(steps, jax.device_count(), -1), 0, 1))
 
 
 def padded_batches(num_items: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -68,7 +82,7 @@ def padded_batches(num_items: int, batch_size: int) -> Iterator[tuple[np.ndarray
     The batches are as equal as they can be; the last one is filled up with repetitions of its first item, and its
     real entries come first in the flattened batch.
     """
-    devices = jax.local_device_count()
+    devices = jax.device_count()
     num_batches = math.ceil(num_items / batch_size)
     per_device = math.ceil(num_items / num_batches / devices)
     for start in range(0, num_items, devices * per_device):
@@ -79,6 +93,33 @@ def padded_batches(num_items: int, batch_size: int) -> Iterator[tuple[np.ndarray
 
 
 def gather(array: jax.Array, num_real: int) -> np.ndarray:
-    """The real entries of a result [devices, b, ...], on the host."""
+    """The real entries of a result [devices, b, ...] from all processes' devices, on every host."""
     host = np.asarray(array)
+    if jax.process_count() > 1:
+        host = multihost_utils.process_allgather(host, tiled=True)
     return host.reshape(-1, *host.shape[2:])[:num_real]
+
+
+def differing_replicas() -> Callable[[PyTree], list[str]]:
+    """A function of a replicated tree that names the leaves whose copies are not the same on all devices.
+
+    Every device sums its copy's bits, each number's with an odd weight of its own, so that one changed bit always
+    changes the sum; only the sums, 4 bytes per leaf, leave the device.
+    """
+
+    def checksum(leaf: jax.Array) -> jax.Array:
+        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).reshape(-1)
+        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+    def checksums(tree: PyTree) -> jax.Array:
+        return jax.lax.all_gather(jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)]), AXIS)
+
+    compiled = jax.pmap(checksums, axis_name=AXIS)
+
+    def names(replicated: PyTree) -> list[str]:
+        sums = unreplicate(compiled(replicated))
+        is_different = (sums != sums[0]).any(axis=0)
+        return [name for (name, _), different in zip(named_leaves(replicated), is_different, strict=True) if different]
+
+    return names

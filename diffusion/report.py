@@ -1,5 +1,6 @@
 """What a person sees: progress, metrics, pictures and the summary of a run."""
 
+import contextlib
 import json
 import math
 import os
@@ -31,45 +32,44 @@ class MetricsLog:
     Args:
         workdir: gets metrics.jsonl (the source of truth) and tensorboard/.
         step: the step that the run starts from.
-        enabled: False writes nothing: for all processes but the first.
     """
 
-    def __init__(self, workdir: str | Path, step: int = 0, enabled: bool = True):
-        self._enabled = enabled
+    def __init__(self, workdir: str | Path, step: int = 0):
         self._last_step = step
-        if not enabled:
-            return
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
-        _write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = path.open("a")
-        self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=step + 1)
+        # Its thread ends where the disk is full; a short queue would then block the run for ever.
+        self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), max_queue=10_000, purge_step=step + 1)
 
     def write(self, step: int, **scalars: SupportsFloat) -> None:
         """Appends one row; it is in the file when this returns.
 
         Raises:
             ValueError: a number is not finite, or the step is not beyond the last one.
+        OSError: the disk is full.
         """
         if step <= self._last_step:
             raise ValueError(f"metrics of step {step} come after those of step {self._last_step}")
         self._last_step = step
-        if not self._enabled:
-            return
         row = _finite({name: float(value) for name, value in scalars.items()})
-        self._rows.write(json.dumps({"step": step} | row) + "\n")
-        self._rows.flush()
+        try:
+            self._rows.write(json.dumps({"step": step} | row) + "\n")
+            self._rows.flush()
+            os.fsync(self._rows.fileno())  # before the step's checkpoint, which could outlive a power failure
+        except OSError as error:
+            raise OSError(f"the metrics of step {step} could not be written to {self._rows.name} ({error})") from error
         for name, value in row.items():
             self._tensorboard.add_scalar(name, value, step)
 
     def images(self, step: int, name: str, grid: UInt8[np.ndarray, "h w c"]) -> None:
         """Shows a picture in TensorBoard."""
-        if self._enabled:
-            self._tensorboard.add_image(name, grid, step, dataformats="HWC")
+        self._tensorboard.add_image(name, grid, step, dataformats="HWC")
 
     def close(self) -> None:
-        if self._enabled:
+        with contextlib.suppress(OSError):  # what could not be written was said by `write`
             self._rows.close()
             self._tensorboard.close()
 
@@ -105,7 +105,7 @@ def write_json(path: Path, summary: dict[str, Any]) -> None:
         ValueError: a number is not finite; the message names it.
     """
     plain = {name: value.item() if hasattr(value, "item") else value for name, value in summary.items()}
-    _write_atomically(path, json.dumps(_finite(plain), indent=2) + "\n")
+    write_atomically(path, json.dumps(_finite(plain), indent=2) + "\n")
 
 
 def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
@@ -115,9 +115,13 @@ def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power failure could leave the new name and no text
     os.replace(temporary, path)
 
 
@@ -134,17 +138,16 @@ def device_name() -> str:
 
 
 class Progress(tqdm):
-    """A progress bar with the time left; a line now and then where the output is not a terminal.
+    """A progress bar with the time left, of the first process; a line now and then where the output is no terminal.
 
     Args:
         total: how many units the whole job has.
         initial: how many of them were done before (a resumed run).
         desc: what is going on: "train".
         unit: what is counted: "step".
-        enabled: False shows nothing: for all processes but the first.
     """
 
-    def __init__(self, total: int, initial: int = 0, desc: str = "", unit: str = "step", enabled: bool = True):
+    def __init__(self, total: int, initial: int = 0, desc: str = "", unit: str = "step"):
         terminal = {"dynamic_ncols": True}
         log_file = {
             "mininterval": 10.0,
@@ -152,7 +155,7 @@ class Progress(tqdm):
             "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n",
         }
         style = terminal if sys.stderr.isatty() else log_file
-        super().__init__(total=total, initial=initial, desc=desc, unit=unit, disable=not enabled, **style)
+        super().__init__(total=total, initial=initial, desc=desc, unit=unit, disable=jax.process_index() > 0, **style)
 
     def advance(self, count: int, **numbers: SupportsFloat) -> None:
         """Moves on by `count` units and shows the numbers (loss, images_per_s) at the next refresh."""

@@ -14,7 +14,7 @@ class TrainState:
     """One replica's state. Randomness and data order follow from (seed, step) and are not part of it.
 
     `window` sums the metrics since the last row of metrics.jsonl, so that a run that was stopped in between
-    writes the same row as one that was not.
+    writes the same row as one that was not. Its entry `skipped`, if there is one, counts over the whole run.
     """
 
     step: Any  # int32 []: optimizer steps taken. (Leaves may be arrays, NumPy arrays or their shapes.)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from diffusion import process, randomness
 from diffusion.objectives import Problem
@@ -41,6 +41,7 @@ class Training:
         batch_size: images per step, over all devices.
         flip: whether half of the images are mirrored.
         log_every: after how many steps `state.window` starts afresh.
+        skip_nonfinite: whether an update with a number that is not finite is left out, and counted in the window.
         grad_accum: in how many pieces a device's share goes through the network.
         unroll: write the loop over pieces out, for backends that are slow inside loops.
     """
@@ -56,6 +57,7 @@ class Training:
     batch_size: int
     flip: bool
     log_every: int
+    skip_nonfinite: bool = False
     grad_accum: int = 1
     unroll: bool = False
 
@@ -113,7 +115,7 @@ def gradients(
 
 def train_step(
     training: Training, state: TrainState, images: UInt8[Array, "n h w c"], indices: Int[Array, " b"], axis_name: str
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on this device's share of the batch.
 
     Every random number belongs to a position in the global batch and not to a device, so the same batch gives
@@ -127,7 +129,8 @@ def train_step(
         axis_name: of the devices' axis, over which gradients and metrics are averaged.
 
     Returns:
-        The next state, and the step's metrics: the loss, its parts and the gradient's norm before the clip.
+        The next state, and the step's metrics: the loss, its parts and the gradient's norm before the clip. Besides,
+        for `nonfinite`: the batch's t and unweighted losses [B], and the norms of `groups` before the update.
     """
     local_size = len(indices)
     position = jax.lax.axis_index(axis_name) * local_size + jnp.arange(local_size)
@@ -152,7 +155,8 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics["grad_norm"] = optax.global_norm(grads)
     keep = jnp.where(state.step % training.log_every == 0, 0.0, 1.0)
-    window = {name: keep * total + (metrics | {"count": 1.0})[name] for name, total in state.window.items()}
+    added = metrics | {"count": 1.0, "skipped": 0.0}
+    window = {name: keep * total + added[name] for name, total in state.window.items()}
     next_state = state.replace(
         step=state.step + 1,
         params=params,
@@ -161,4 +165,29 @@ def train_step(
         timesteps=training.timesteps.update(state.timesteps, batch_t, batch_loss),
         window=window,
     )
-    return next_state, metrics
+    if training.skip_nonfinite:
+        is_finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+        kept = {name: keep * total for name, total in state.window.items()}
+        next_state = _unless_nonfinite(is_finite, state, next_state, kept)
+    norms = {"param_norms": group_norms(state.params), "grad_norms": group_norms(grads)}
+    return next_state, metrics | {"t": batch_t, "losses": batch_loss} | norms
+
+
+def groups(params: PyTree) -> list[str]:
+    """The names of the parameter groups: the network's modules."""
+    return sorted(params)
+
+
+def group_norms(tree: PyTree) -> Float[Array, " groups"]:
+    """The Euclidean norm of each of the `groups` of parameters, or of their gradient."""
+    return jnp.stack([optax.global_norm(tree[name]) for name in groups(tree)])
+
+
+def _unless_nonfinite(
+    is_finite: Bool[Array, ""], state: TrainState, next_state: TrainState, window: dict[str, Float[Array, ""]]
+) -> TrainState:
+    """`next_state`, or `state` one step later and with `window`; the window's count of such steps is never reset."""
+    left_out = state.replace(step=next_state.step, window=window)
+    chosen = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), next_state, left_out)
+    skipped = state.window["skipped"] + jnp.where(is_finite, 0.0, 1.0)
+    return chosen.replace(window=chosen.window | {"skipped": skipped})

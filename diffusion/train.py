@@ -7,20 +7,37 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import SupportsFloat
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion import build, data, evaluate, parallel, plots, randomness, report, sample, timesteps, workdir
+from diffusion import (
+    build,
+    data,
+    evaluate,
+    memory,
+    nonfinite,
+    parallel,
+    plots,
+    processes,
+    randomness,
+    report,
+    sample,
+    timesteps,
+    workdir,
+)
 from diffusion.build import Experiment
 from diffusion.checkpoint import Checkpoints
 from diffusion.data import ImageSet
+from diffusion.nonfinite import LAST_GOOD
+from diffusion.preemption import Preempted, Preemption
 from diffusion.state import TrainState
-from diffusion.step import losses, to_unit
+from diffusion.step import groups, losses, to_unit
+from diffusion.watchdog import Watchdog
 
-LAST_GOOD = "the last checkpoint is from before this step"
 MONITORED_IMAGES = 256  # how many test images' loss is followed during training, if as many are to be scored
 
 
@@ -28,8 +45,12 @@ def run(config: ConfigDict, directory: Path) -> None:
     """Trains to config.train.num_steps, resuming if `directory` holds a part of this run; then samples and scores.
 
     Raises:
-        ValueError, OSError: what does not fit or is missing, in one sentence and before any compilation.
+        ValueError, OSError: what does not fit or is missing, in one sentence and before any compilation; or what
+            could not be written.
         FloatingPointError: a loss is not finite; nothing is saved after it.
+        RuntimeError: the devices no longer hold the same state.
+        MemoryError: a device has too little of it.
+        Preempted: a signal asked to stop.
     """
     started = time.monotonic()
     parallel.check_batch_size(config.train.batch_size, config.train.grad_accum)
@@ -42,23 +63,29 @@ def run(config: ConfigDict, directory: Path) -> None:
         return
     train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
     draw_samples, evaluated = sample.sampler(experiment), experiment.with_variance(config.eval.variance)
-    workdir.claim(config, directory)
 
-    with Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
-        state = experiment.initial_state()
-        if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(None, like=state)
-        state = train(experiment, directory, state, train_set, test_set, checkpoints, draw_samples)
+    with Preemption() as preemption, workdir.owned(config, directory) as directory, memory.explained(experiment):
+        with Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
+            state = resume(experiment, checkpoints)
+            state = train(experiment, directory, state, train_set, test_set, checkpoints, draw_samples, preemption)
 
-    plots.plot_loss(report.read_metrics(directory), directory / "loss.png")
-    sample.save(experiment, directory, *draw_samples(parallel.replicate(state.ema_params)))
-    summary = evaluate.score(evaluated, directory, state, train_set, test_set)
-    summary["seconds"] = time.monotonic() - started
-    report.write_json(
-        directory / "summary.json", summary | {"device": report.device_name(), "versions": report.versions()}
-    )
-    print("protocol: " + ", ".join(f"{name} {value}" for name, value in summary["protocol"].items()))
-    print(f"test {summary['test_bpd']:.4f} bits/dim; see {directory / 'summary.json'} and the pictures beside it")
+        plots.plot_loss(report.read_metrics(directory), directory / "loss.png")
+        sample.save(experiment, directory, *draw_samples(parallel.replicate(state.ema_params)))
+        summary = evaluate.score(evaluated, directory, state, train_set, test_set)
+        summary["seconds"] = time.monotonic() - started
+        report.write_json(
+            directory / "summary.json", summary | {"device": report.device_name(), "versions": report.versions()}
+        )
+    if processes.is_first():
+        print("protocol: " + ", ".join(f"{name} {value}" for name, value in summary["protocol"].items()))
+        print(f"test {summary['test_bpd']:.4f} bits/dim; see {directory / 'summary.json'} and the pictures beside it")
+
+
+def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
+    """The state to go on from, or the initial one: what the first process reads, on every process."""
+    state = experiment.initial_state()
+    resumed = processes.on_first(lambda: checkpoints.resume(like=state))
+    return processes.from_first(state if resumed is None else resumed)
 
 
 def train(
@@ -69,6 +96,7 @@ def train(
     test_set: ImageSet,
     checkpoints: Checkpoints,
     draw_samples: Callable[[PyTree], tuple[np.ndarray, np.ndarray]],
+    preemption: Preemption,
 ) -> TrainState:
     """The loop: calls the compiled step; between calls it logs, saves and draws. Returns the last state."""
     config, begin = experiment.config, int(state.step)
@@ -76,15 +104,18 @@ def train(
         return state
     train_steps, test_loss = parallel.train_steps(experiment.training), _test_loss(experiment, test_set)
     images, state = parallel.replicate(train_set.images), parallel.replicate(jax.device_get(state))
+    differing_replicas, watchdog = parallel.differing_replicas(), Watchdog()
     unchecked, since, steps_since = [], time.monotonic(), 0
     with (
         report.MetricsLog(directory, step=begin) as log,
         report.Progress(config.train.num_steps, initial=begin, desc="train") as progress,
+        preemption.deferred(),
     ):
         for steps, indices in _calls(config, begin, len(train_set.images)):
-            state, metrics = train_steps(state, images, indices)
-            if unchecked:  # wait for the call before: one call is in flight, and the progress shown is made
-                jax.block_until_ready(unchecked[-1][1])
+            with watchdog.step():
+                state, metrics = train_steps(state, images, indices)
+                if unchecked:  # wait for the call before: one call is in flight, and the progress shown is made
+                    jax.block_until_ready(unchecked[-1][1])
             unchecked.append((steps, metrics))
             progress.update(len(steps))
             steps_since += len(steps)
@@ -95,13 +126,18 @@ def train(
                 is_last or every and step % every == 0
                 for every in (config.train.log_every, config.train.checkpoint_every, config.train.sample_every)
             )
+            stops = preemption.is_due(step) and not is_last
             row = {}
-            if logs or saves:
-                _check_finite(unchecked)
+            if logs or saves or stops:
+                window = parallel.unreplicate(state.window)
+                on_host = [(steps, parallel.unreplicate(metrics)) for steps, metrics in unchecked]
+                skipped = int(window.get("skipped", 0))
+                nonfinite.check(on_host, groups(state.params), skipped, config.train.skip_nonfinite)
                 unchecked = []
+            if config.train.check_replicas_every and step % config.train.check_replicas_every == 0:
+                _check_replicas(step, differing_replicas(state))
             if logs:
-                sums = parallel.unreplicate(state.window)
-                row = {name: total / sums["count"] for name, total in sums.items() if name != "count"}
+                row = _means(window)
                 row["images_per_second"] = steps_since * config.train.batch_size / (time.monotonic() - since)
             if saves:
                 row["test_loss"] = test_loss(state.ema_params)
@@ -110,8 +146,11 @@ def train(
             if row:
                 log.write(step, **row)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
-            if saves:
-                checkpoints.save(step, parallel.unreplicate(state), {"test_loss": row["test_loss"]})
+            if (saves or stops) and processes.is_first():
+                scores = {"test_loss": row["test_loss"]} if saves else {}
+                checkpoints.save(step, parallel.unreplicate(state), scores)
+            if stops:
+                raise Preempted(f"stopped by a signal at step {step}, which is saved; the same command goes on")
             if draws and not is_last:
                 grid = report.image_grid(draw_samples(state.ema_params)[0], experiment.num_levels)
                 report.save_png(directory / f"samples_{step}.png", grid)
@@ -129,23 +168,28 @@ def _calls(config: ConfigDict, begin: int, num_examples: int) -> Iterator[tuple[
     """
     settings = config.train
     wanted = 1 if jax.default_backend() == "cpu" else settings.steps_per_call
-    between = (settings.log_every, settings.checkpoint_every, settings.sample_every, settings.num_steps)
-    steps_per_call = math.gcd(wanted, *between)
+    between = (settings.log_every, settings.checkpoint_every, settings.sample_every, settings.check_replicas_every)
+    # A run that was stopped elsewhere, where a call had fewer steps, may begin between two of ours.
+    steps_per_call = math.gcd(wanted, *between, settings.num_steps, begin)
     for step in range(begin, settings.num_steps, steps_per_call):
         steps = range(step, step + steps_per_call)
         indices = [data.batch_indices(config.seed, i, settings.batch_size, num_examples) for i in steps]
         yield range(step + 1, step + steps_per_call + 1), parallel.shard_steps(np.stack(indices))
 
 
-def _check_finite(unchecked: list[tuple[range, dict[str, jax.Array]]]) -> None:
-    """Raises a FloatingPointError that names the first step and the terms that are not finite."""
-    for steps, metrics in unchecked:
-        host = parallel.unreplicate(metrics)
-        for i, step in enumerate(steps):
-            bad = {name: values[i] for name, values in host.items() if not np.isfinite(values[i])}
-            if bad:
-                terms = ", ".join(f"{name} = {value}" for name, value in bad.items())
-                raise FloatingPointError(f"step {step}: {terms}; {LAST_GOOD}")
+def _means(window: dict[str, np.ndarray]) -> dict[str, SupportsFloat]:
+    """The metrics' means over the window's steps; `skipped` counts over the whole run."""
+    count = window["count"]
+    row = {name: total / count for name, total in window.items() if count and name not in ("count", "skipped")}
+    return row | {name: total for name, total in window.items() if name == "skipped"}
+
+
+def _check_replicas(step: int, differing: list[str]) -> None:
+    if differing:
+        raise RuntimeError(
+            f"step {step}: the devices no longer hold the same state, {differing[0]} being the first of "
+            f"{len(differing)} leaves that differ: a device may be faulty; {LAST_GOOD}"
+        )
 
 
 def _test_loss(experiment: Experiment, test_set: ImageSet) -> Callable[[PyTree], float]:

@@ -11,7 +11,8 @@ import pytest
 
 from configs import cifar10
 from diffusion import build, data, evaluate, interop, sample, workdir
-from diffusion.checkpoint import Checkpoints, tree_sha256
+from diffusion.checkpoint import Checkpoints
+from diffusion.digests import tree_sha256
 from diffusion.unet import UNet
 
 GOLDEN = Path(__file__).parent / "golden"

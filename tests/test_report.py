@@ -1,6 +1,7 @@
 """A resumed run's log is the log of a run that never stopped, and pictures show the pixels given."""
 
 import json
+import resource
 
 import jax
 import numpy as np
@@ -65,17 +66,25 @@ def test_tensorboard_gets_the_numbers_and_the_pictures(tmp_path):
     assert b"test_loss" in events.read_bytes() and b"samples" in events.read_bytes()
 
 
+def test_a_full_disk_is_one_sentence_and_the_rows_before_it_stay(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=r"metrics of step \d+ could not be written to .*metrics.jsonl \(") as raised:
+            with MetricsLog(tmp_path) as log:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (300, limit[1]))
+                for step in range(1, 50):
+                    log.write(step, loss=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    rows = read_metrics(tmp_path)
+    assert 3 < len(rows) < 49 and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_damaged_row_before_the_last_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match="line 2 of .*metrics.jsonl is damaged"):
         read_metrics(tmp_path)
-
-
-def test_other_processes_write_nothing(tmp_path):
-    with MetricsLog(tmp_path / "run", enabled=False) as log:
-        log.write(1, loss=1.0)
-        log.images(1, "samples", np.zeros((4, 4, 1), np.uint8))
-    assert not (tmp_path / "run").exists() and read_metrics(tmp_path / "run") == []
 
 
 def test_the_summary_is_whole_or_the_old_one(tmp_path):
@@ -131,9 +140,3 @@ def test_progress_in_a_log_file_is_lines_and_few_of_them(capsys):
             bar.advance(1, loss=0.25)
     lines = [line for line in capsys.readouterr().err.replace("\r", "").splitlines() if line.strip()]
     assert len(lines) == 2 and "1000/1000" in lines[-1] and "loss=0.25" in lines[-1]
-
-
-def test_progress_of_other_processes_is_silent(capsys):
-    with report.Progress(10, enabled=False) as bar:
-        bar.advance(10, loss=1.0)
-    assert capsys.readouterr().err == ""

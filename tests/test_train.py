@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion import bound, build, checkpoint, data, evaluate, parallel, report, sample, train, workdir
+from diffusion import bound, build, checkpoint, data, evaluate, parallel, report, sample, train
+from diffusion.preemption import Preemption
 from diffusion.step import to_levels, to_unit, train_step
 
 
@@ -124,19 +125,6 @@ def test_another_config_is_refused_and_nothing_changes(straight, tmp_path):
         with pytest.raises(ValueError, match=r"another config \(optim.learning_rate: 0.00\d+ → 0.5; seed: 0 → 7\)"):
             mode.run(tiny(seed=7, optim__learning_rate=0.5), tmp_path / "run")
     assert (tmp_path / "run" / "config.json").read_text() == (straight / "config.json").read_text()
-
-
-def test_a_directory_with_other_things_in_it_is_refused(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
-        train.run(tiny(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_a_run_that_was_killed_at_its_very_start_is_no_obstacle(tmp_path):
-    (tmp_path / "config.json.tmp").write_text("{")
-    workdir.claim(tiny(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_evaluation_and_sampling_of_a_checkpoint_repeat_the_run(straight, tmp_path, capsys):
@@ -256,7 +244,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(steps, 
     train_set, test_set = data.load("digits", "train"), data.load("digits", "test")
     with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
         with pytest.raises(FloatingPointError, match=r"step 1: .*loss = nan.*vlb_bpd = nan"):
-            train.train(steps.experiment, tmp_path, poisoned, train_set, test_set, checkpoints, lambda params: None)
+            train.train(
+                steps.experiment,
+                tmp_path,
+                poisoned,
+                train_set,
+                test_set,
+                checkpoints,
+                lambda params: None,
+                Preemption(),
+            )
         assert checkpoints.latest_step() is None
 
 

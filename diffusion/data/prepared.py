@@ -35,7 +35,7 @@ def find(name: str, data_dir: Path) -> Path | None:
     Raises:
       ValueError: a malformed name.
     """
-    match = re.fullmatch(r"(\w+(?:/[\w.+-]+)?)(?::(\d+\.\d+\.\d+))?", name)
+    match = re.fullmatch(r"(\w+(?:/\w[\w.+-]*)?)(?::(\d+\.\d+\.\d+))?", name)
     if match is None:
         raise ValueError(f'data.name={name!r} must look like "name", "name/config" or "name:1.0.0"')
     base, wanted = match.groups()

@@ -1,0 +1,65 @@
+"""What training needs of a device's memory, and the sentence when that is more than it has."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from diffusion.build import Experiment
+from diffusion.step import losses
+
+
+def state_bytes(experiment: Experiment) -> int:
+    """The parameters, their EMA, the optimizer's state and the gradient, on every device."""
+    state = experiment.abstract_state()
+    return num_bytes((state, state.params))
+
+
+def local_batch(experiment: Experiment) -> int:
+    """How many images go through the network of one device at a time."""
+    return experiment.training.batch_size // jax.device_count() // experiment.training.grad_accum
+
+
+def residual_bytes(experiment: Experiment) -> int:
+    """What JAX would keep of `local_batch` images for the backward pass if XLA fused nothing: an upper estimate."""
+
+    def backward(params, t, keys, x0):
+        loss = lambda params: losses(experiment.training, params, t, keys, x0, dropout=True)[0].mean()  # noqa: E731
+        return jax.vjp(loss, params)[1]  # a pytree whose leaves are the kept arrays
+
+    params, batch = experiment.abstract_state().params, local_batch(experiment)
+    x0 = jax.ShapeDtypeStruct((batch, *experiment.image_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    return num_bytes(jax.eval_shape(backward, params, t, keys, x0)) - num_bytes(params)
+
+
+def num_bytes(tree: PyTree) -> int:
+    """Of all leaves together."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+@contextlib.contextmanager
+def explained(experiment: Experiment) -> Iterator[None]:
+    """Turns a device's lack of memory into one sentence.
+
+    Raises:
+        MemoryError: says what needs how much and which config key lowers it.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        keys = ["train.grad_accum higher", "train.batch_size lower"]
+        if not experiment.config.unet.remat:
+            keys.insert(0, "unet.remat=True")
+        raise MemoryError(
+            f"a device is out of memory: train.batch_size={experiment.training.batch_size} is "
+            f"{local_batch(experiment)} images per device at a time, which keep about "
+            f"{residual_bytes(experiment) / 2**30:.2f} GiB for the backward pass, beside "
+            f"{state_bytes(experiment) / 2**30:.2f} GiB of parameters, EMA, optimizer and gradients; set "
+            f"{', or '.join(keys)} (evaluation and samples: eval.batch_size and sample.batch_size lower)"
+        ) from error

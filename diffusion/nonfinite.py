@@ -1,0 +1,42 @@
+"""What is known of a train step whose loss or gradient is not a finite number."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+LAST_GOOD = "the last checkpoint is from before this step"
+Metrics = dict[str, np.ndarray]  # of a call of several steps: entries [steps, ...], as `step.train_step` names them
+
+
+def check(unchecked: list[tuple[range, Metrics]], groups: list[str], skipped: int, allowed: int) -> None:
+    """Raises a FloatingPointError about the first step that has a number that is not finite.
+
+    Args:
+        unchecked: steps and their metrics.
+        groups: the names of the parameter groups, in the order of `group_norms`.
+        skipped: how many updates were left out so far.
+        allowed: how many may be: train.skip_nonfinite.
+    """
+    if allowed and skipped <= allowed:
+        return
+    for steps, metrics in unchecked:
+        for i, step in enumerate(steps):
+            numbers = {name: values[i] for name, values in metrics.items() if values.ndim == 1}
+            bad = ", ".join(f"{name} = {value}" for name, value in numbers.items() if not np.isfinite(value))
+            if bad:
+                budget = f"{skipped} updates were left out, train.skip_nonfinite={allowed}; " if allowed else ""
+                raise FloatingPointError(
+                    f"step {step}: {bad}; {_examples(metrics['t'][i], metrics['losses'][i])}; "
+                    f"norms of the parameters: {_norms(groups, metrics['param_norms'][i])}; "
+                    f"norms of the gradient: {_norms(groups, metrics['grad_norms'][i])}; {budget}{LAST_GOOD}"
+                )
+
+
+def _examples(t: Int[np.ndarray, " b"], losses: Float[np.ndarray, " b"]) -> str:
+    is_bad = ~np.isfinite(losses)
+    if is_bad.any():
+        return f"the loss is not finite at t = {', '.join(map(str, np.unique(t[is_bad])))}"
+    return f"every example's loss is finite, the largest is {losses.max():.3g} at t = {t[losses.argmax()]}"
+
+
+def _norms(groups: list[str], norms: Float[np.ndarray, " groups"]) -> str:
+    return ", ".join(f"{name} {norm:.3g}" for name, norm in zip(groups, norms, strict=True))

@@ -1,0 +1,61 @@
+"""Signals that ask a run to stop, as schedulers send them before they kill."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+EXIT_CODE = os.EX_TEMPFAIL  # 75: the run is not finished, and the same command continues it
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop. Ends the program with EXIT_CODE."""
+
+    def __init__(self, reason: str):
+        super().__init__(EXIT_CODE)
+        self.reason = reason
+
+
+class Preemption:
+    """While entered, SIGTERM and SIGINT raise `Preempted` at once, or set `signal_name` inside `deferred`.
+
+    A second SIGINT always interrupts at once: a person at the keyboard means it. With several processes JAX's
+    coordination service receives SIGTERM and tells all of them the step to stop at; SIGINT keeps its usual meaning.
+    """
+
+    def __init__(self):
+        self.signal_name = ""
+        self._deferring = False
+
+    def __enter__(self) -> "Preemption":
+        heeded = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._before = {number: signal.signal(number, self._receive) for number in heeded}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Between two steps is the time to stop: see `is_due`."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save and stop after `step`, which every process is told at the same one."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return bool(self.signal_name)
+
+    def _receive(self, number: int, _frame) -> None:
+        self.signal_name = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self._deferring:
+            raise Preempted(f"stopped by {self.signal_name}; the same command goes on")

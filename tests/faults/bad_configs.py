@@ -1,0 +1,130 @@
+"""Bad command lines by the hundred, each in a process of its own that is forked from one that has imported everything.
+
+    python tests/faults/bad_configs.py [NUMBER=200]
+
+Draws configs with one or two keys of a wrong type, out of range, misspelt or contradicting another key, starts main.py
+with them, and prints how many ended as promised: exit code 2, one sentence, no traceback, nothing written.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+LIMIT_SECONDS = 120
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from configs import digits  # noqa: E402
+from diffusion import config as config_lib  # noqa: E402
+
+DEFAULTS = config_lib.flatten(digits.get_config())
+WHOLE = [key for key, value in DEFAULTS.items() if type(value) is int]
+REAL = [key for key, value in DEFAULTS.items() if type(value) is float]
+TUPLES = [key for key, value in DEFAULTS.items() if type(value) is tuple]
+FLAGS = [key for key, value in DEFAULTS.items() if type(value) is bool]
+CHOICES = [key for key, allowed in config_lib.KEYS.items() if allowed.words.startswith("one of ")]
+CONTRADICTIONS = [
+    {"sample.num_steps": "51"}, {"eval.terms_per_image": "51"}, {"eval.num_images": "300"}, {"unet.groups": "5"},
+    {"unet.channels": "31"}, {"unet.heads": "7"}, {"unet.attention_resolutions": "(3,)"}, {"train.batch_size": "7"},
+    {"unet.multipliers": "(1, 1, 1, 1, 1)"}, {"objective.name": "simple"}, {"schedule.num_steps": "1"},
+    {"eval.protocol": "ho2020", "eval.num_images": "20"}, {"objective.name": "hybrid", "model.variance": "fixed_small"},
+    {"schedule.name": "harmonic", "model.prediction": "eps"}, {"objective.weighting": "p2"}, {"train.grad_accum": "64"},
+    {"sample.method": "ddim", "sample.variance": "fixed_small"}, {"init_from": "nowhere"}, {"seed": "1", "sead": "1"},
+]  # fmt: skip
+WORDS = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=3, max_size=12)
+
+
+def misspelt(key: str):
+    """Keys one slip away from `key`."""
+    at = st.integers(1, len(key) - 1)
+    return st.one_of(
+        at.map(lambda i: key[:i] + key[i + 1 :]), at.map(lambda i: key[:i] + key[i] + key[i:]), WORDS
+    ).filter(lambda other: other not in config_lib.KEYS and other.strip(".") and other not in ("data", "unet"))
+
+
+BAD = st.one_of(
+    st.tuples(st.sampled_from(WHOLE), st.integers(-(10**12), -1).map(str)),
+    st.tuples(st.sampled_from(WHOLE), st.sampled_from(["many", "1.5", "(1,)", "None", "nan", "1e3", "", "0x"])),
+    st.tuples(st.sampled_from(WHOLE), st.integers(2**31, 10**30).map(str)),
+    st.tuples(st.sampled_from(REAL), st.sampled_from(["nan", "inf", "-inf", "-0.1", "much", "()", "1e13", ""])),
+    st.tuples(st.sampled_from(FLAGS), st.sampled_from(["perhaps", "2", "()", "1.0", "None"])),
+    st.tuples(st.sampled_from(TUPLES), st.sampled_from(["many", "(-1,)", "(1.5,)", "('a',)", "(1, (2,))", "{}"])),
+    st.tuples(st.sampled_from(CHOICES), WORDS),
+    st.tuples(st.sampled_from(sorted(config_lib.KEYS)).flatmap(misspelt), st.just("1")),
+    st.tuples(
+        st.just("data.name"), st.sampled_from(["", "..", "a/..", "a/../../b", "/etc", "nowhere", "digits:9.9.9"])
+    ),
+).map(lambda pair: dict([pair]))
+
+
+def run_main(arguments: list[str], output: Path) -> int:
+    """main.py with `arguments` in a forked process; its stdout and stderr in `output`."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    try:
+        signal.alarm(LIMIT_SECONDS)  # what is not refused by then is not refused
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.argv = ["main.py", *arguments]
+        import main
+
+        main.app.run(main.main, flags_parser=main._parse)
+    except SystemExit as stop:
+        sys.stderr.flush()
+        os._exit(stop.code if isinstance(stop.code, int) else 1)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def broken_promise(overrides: dict[str, str], folder: Path) -> str:
+    """ "" if the bad config ended as promised, else what happened."""
+    workdir, output = folder / "run", folder / "output"
+    flags = [f"--config.{key}={value}" for key, value in overrides.items()]
+    code = run_main(["--config=configs/digits.py", f"--workdir={workdir}", *flags], output)
+    text = output.read_text()
+    last = text.strip().splitlines()[-1] if text.strip() else ""
+    if code != 2 or "Traceback" in text or not last.startswith("error: ") or len(last) < 20 or workdir.exists():
+        return f"{overrides}: exit code {code}, {text[-1500:]}"
+    return ""
+
+
+def main(number: int) -> list[str]:
+    """Tries `number` bad configs; returns what went otherwise than promised."""
+    os.chdir(ROOT)
+    import tensorflow_datasets  # noqa: F401  (imported once, for all children)
+
+    from diffusion import train  # noqa: F401
+
+    broken, tried = [], set()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TFDS_DATA_DIR"] = folder
+
+        @seed(0)
+        @settings(max_examples=10 * number, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(st.one_of(BAD, st.sampled_from(CONTRADICTIONS)))
+        def attempt(overrides):
+            if len(tried) < number and (case := tuple(overrides.items())) not in tried:
+                tried.add(case)
+                broken.extend(filter(None, [broken_promise(overrides, Path(folder))]))
+
+        attempt()
+    print(f"{len(tried)} bad configs: {len(tried) - len(broken)} one-sentence errors with exit code 2, nothing written")
+    return broken
+
+
+if __name__ == "__main__":
+    failures = main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
+    print("\n\n".join(failures))
+    sys.exit(bool(failures))

@@ -1,0 +1,40 @@
+"""A disk that is full when a checkpoint is written: the run says so, and the checkpoint before is sound.
+
+    python tests/faults/disk_full.py
+
+A run of main.py on the digits is stopped after its first checkpoint and goes on under a limit of the size of files
+that its next checkpoint exceeds; then without the limit to its end, which must be that of a run that was never stopped.
+"""
+
+import resource
+import signal
+import tempfile
+from pathlib import Path
+
+import launch
+
+
+def main(root: Path) -> None:
+    """Prints what the run says, and whether it ends where it would have ended."""
+    launch.wait(launch.start(root / "straight"))
+    running = launch.start(root / "run")
+    launch.until_saved(root / "run", 4)
+    running.send_signal(signal.SIGTERM)
+    launch.wait(running, code=75)
+    saved = [path.name for path in (root / "run" / "checkpoints").glob("[0-9]*")]
+    largest = max(path.stat().st_size for path in (root / "run" / "checkpoints").rglob("*") if path.is_file())
+    limited = launch.start(root / "run")
+    resource.prlimit(limited.pid, resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+    launch.wait(limited, code=2)
+    sentence = (root / "run.log").read_text().strip().splitlines()[-1]
+    print(f"file sizes limited to {largest // 2:,} bytes: {sentence}")
+    assert sentence.startswith("error: ") and "could not be written" in sentence
+    assert all((root / "run" / "checkpoints" / step).exists() for step in saved)
+    launch.wait(launch.start(root / "run"))
+    assert launch.end(root / "run") == launch.end(root / "straight")
+    print("then, without the limit: the end is bit-identical to that of a run that was never stopped")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        main(Path(folder))

@@ -1,0 +1,81 @@
+"""Starts runs as a user would, in processes of their own that can be stopped and killed, and compares their ends."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+# A run of main.py on the digits that takes seconds, once it is compiled.
+TINY = {
+    "schedule.num_steps": 6, "unet.channels": 8, "unet.multipliers": "(1,)", "unet.attention_resolutions": "()",
+    "unet.groups": 4, "unet.fourier_features": "()", "train.sample_every": 0, "train.keep_checkpoints": 99,
+    "eval.num_images": 16, "sample.num_images": 4, "optim.warmup_steps": 2, "train.batch_size": 16,
+    "train.check_replicas_every": 4, "train.num_steps": 60, "train.log_every": 3, "train.checkpoint_every": 4,
+}  # fmt: skip
+COMPILED = Path(tempfile.gettempdir()) / "diffusion-faults-compiled"
+
+
+def start(workdir: Path, devices: int = 1, flags: tuple = (), toy: bool = False, **overrides) -> subprocess.Popen:
+    """main.py on `devices` CPU devices, or toy.py; the output is appended to a log beside `workdir`."""
+    program = ["tests/faults/toy.py", str(workdir)] if toy else ["main.py", "--config=configs/digits.py"]
+    if toy:
+        keys = [f"--{key}={value}" for key, value in overrides.items()]
+    else:
+        keys = [f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in (TINY | overrides).items())]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+    }
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with workdir.with_suffix(".log").open("a") as log:
+        command = [sys.executable, *program, *keys, *flags]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def start_two(workdir: Path, devices: int, **options) -> list[subprocess.Popen]:
+    """Two processes of one run, each with `devices` devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = (f"--coordinator=localhost:{port}", "--num_processes=2")
+    return [start(workdir, devices, (*flags, f"--process_id={i}"), **options) for i in range(2)]
+
+
+def wait(*running: subprocess.Popen, code: int = 0, seconds: float = 900) -> None:
+    """Until all have ended, with this exit code."""
+    codes = [process.wait(seconds) for process in running]
+    if codes != [code] * len(codes):
+        raise AssertionError(f"{running[0].args}: exit codes {codes}, not {code}")
+
+
+def until_saved(workdir: Path, step: int, seconds: float = 900) -> None:
+    """Until a checkpoint of `step` or a later one is there."""
+    deadline = time.monotonic() + seconds
+    while (
+        max((int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdecimal()), default=0)
+        < step
+    ):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"no checkpoint of step {step} in {workdir}")
+        time.sleep(0.02)
+
+
+def end(workdir: Path) -> dict:
+    """What must be equal, bit by bit, however often a run was stopped: the last state and the metrics."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    last = workdir / "checkpoints" / str(rows[-1]["step"])
+    found = {"rows": [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]}
+    found["state"] = json.loads((last / "digests" / "metadata").read_text())
+    if (workdir / "summary.json").exists():
+        found["summary"] = json.loads((workdir / "summary.json").read_text())
+        del found["summary"]["seconds"]
+    return found

@@ -1,0 +1,206 @@
+"""What a run does when it is interrupted, when its numbers go wrong, and when devices disagree or fail."""
+
+import os
+import re
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from diffusion import data, memory, parallel, randomness, report, timesteps
+from diffusion import preemption as preemption_lib
+from diffusion.digests import tree_sha256
+from diffusion.preemption import Preempted, Preemption
+from diffusion.watchdog import Watchdog
+
+POISON = 7.0  # of network_t, so t = 8
+
+
+def rows_without_time(directory):
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in report.read_metrics(directory)]
+
+
+def interrupt(monkeypatch, steps, action):
+    """`action()` while the examples of one of `steps` are chosen; each step is interrupted once."""
+    batch_indices, remaining = data.batch_indices, set(steps)
+
+    def interrupted(seed, step, *sizes):
+        if step in remaining:
+            remaining.discard(step)
+            action()
+        return batch_indices(seed, step, *sizes)
+
+    monkeypatch.setattr(data, "batch_indices", interrupted)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_program_compiles_once():
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("straight")
+    return directory, toy.run(toy.experiment(), directory)
+
+
+def test_a_signal_saves_within_one_step_and_the_run_ends_where_it_would_have_ended(straight, tmp_path, monkeypatch):
+    numbers = iter([signal.SIGTERM, signal.SIGINT])
+    interrupt(monkeypatch, (3, 13), lambda: os.kill(os.getpid(), next(numbers)))
+    for stopped_at in (4, 14):  # the step that was being prepared is still taken
+        with pytest.raises(Preempted, match="75") as stop:
+            toy.run(toy.experiment(), tmp_path)
+        assert stop.value.code == preemption_lib.EXIT_CODE == 75
+        assert f"at step {stopped_at}, which is saved" in stop.value.reason
+    state = toy.run(toy.experiment(), tmp_path)
+    assert tree_sha256(state) == tree_sha256(straight[1])
+    assert rows_without_time(tmp_path) == rows_without_time(straight[0])
+    assert [row["step"] for row in rows_without_time(tmp_path)] == [5, 10, 15, 20, 25, 30]
+
+
+def test_a_signal_outside_the_loop_stops_at_once_and_the_old_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(Preempted):
+        with Preemption():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_second_interrupt_from_the_keyboard_does_not_wait():
+    with Preemption() as preemption, preemption.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.is_due(1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+
+
+def poisoned_steps(num_steps):
+    """The steps (from 1) in which t = 8 is drawn, from the seed alone."""
+    settings, found = toy.config(), []
+    for step in range(num_steps):
+        step_key = jax.random.fold_in(randomness.stream(settings.seed, "train"), step)
+        sampler = timesteps.SAMPLERS[settings.objective.timesteps]
+        t, _ = sampler.draw((), jax.random.split(step_key, 3)[0], settings.train.batch_size, 50)
+        if POISON + 1 in np.asarray(t):
+            found.append(step + 1)
+    return found
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
+    first = poisoned_steps(30)[0]
+    with pytest.raises(FloatingPointError) as raised:
+        toy.run(toy.experiment(POISON), tmp_path)
+    message = str(raised.value)
+    assert message.startswith(f"step {first}: ") and "grad_norm = nan, loss = nan, vlb_bpd = nan;" in message
+    assert "the loss is not finite at t = 8;" in message and "\n" not in message
+    assert re.search(
+        r"norms of the parameters: pixel \d[\d.]*, time \d[\d.]*; norms of the gradient: pixel nan", message
+    )
+    steps = [int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")]
+    assert all(step < first for step in steps)
+
+
+def test_bad_updates_are_left_out_counted_and_resumed_over(tmp_path, monkeypatch):
+    bad = poisoned_steps(30)
+    assert 3 <= len(bad) < 25
+    settings = {"train__skip_nonfinite": len(bad), "eval__num_images": 1}
+    # The monitored loss is of t = 8 as well, so it is told another one.
+    monkeypatch.setattr(timesteps, "low_discrepancy", lambda key, n, num_steps: np.full(n, 20))
+    state = toy.run(toy.experiment(POISON, **settings), tmp_path / "straight")
+    assert int(state.step) == 30 and int(state.opt_state[-1][0].count) == 30 - len(bad)
+    rows = rows_without_time(tmp_path / "straight")
+    assert [row["skipped"] for row in rows] == [sum(step <= row["step"] for step in bad) for row in rows]
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+
+    interrupt(monkeypatch, (bad[1],), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted):
+        toy.run(toy.experiment(POISON, **settings), tmp_path / "resumed")
+    again = toy.run(toy.experiment(POISON, **settings), tmp_path / "resumed")
+    assert tree_sha256(again) == tree_sha256(state)
+    assert rows_without_time(tmp_path / "resumed") == rows
+
+    fewer = settings | {"train__skip_nonfinite": len(bad) - 1}
+    with pytest.raises(
+        FloatingPointError, match=f"{len(bad)} updates were left out, train.skip_nonfinite={len(bad) - 1}"
+    ):
+        toy.run(toy.experiment(POISON, **fewer), tmp_path / "fewer")
+
+
+def test_a_bad_step_changes_nothing_but_the_count_of_steps():
+    experiment, first = toy.experiment(POISON, train__skip_nonfinite=99), poisoned_steps(30)[0]
+    start = jax.device_get(experiment.initial_state())
+    step = parallel.train_steps(experiment.training)
+    indices = parallel.shard_steps(np.arange(16, dtype=np.int32)[None])
+    images = parallel.replicate(toy.image_set("train").images)
+    bad = start.replace(step=np.int32(first - 1))
+    after = parallel.unreplicate(step(parallel.replicate(bad), images, indices)[0])
+    assert after.step == first and after.window["skipped"] == 1 and after.window["count"] == 0
+    unchanged = {name: getattr(after, name) for name in ("params", "ema_params", "opt_state", "timesteps")}
+    assert tree_sha256(unchanged) == tree_sha256({name: getattr(bad, name) for name in unchanged})
+
+
+def test_a_replica_with_one_flipped_bit_is_found_and_named(tmp_path):
+    experiment = toy.experiment()
+    state = jax.device_get(experiment.initial_state())
+    names = parallel.differing_replicas()
+    replicated = parallel.replicate(state)
+    assert names(replicated) == []
+    rng = np.random.default_rng(0)
+    for name in ("pixel", "time"):
+        copies = np.array(replicated.params[name]["kernel"])
+        bits = copies.view(np.uint32)
+        bits[rng.integers(1, 8), 0, rng.integers(2)] ^= np.uint32(1) << np.uint32(rng.integers(32))
+        sharding = replicated.params[name]["kernel"].sharding
+        params = replicated.params | {name: replicated.params[name] | {"kernel": jax.device_put(copies, sharding)}}
+        assert names(replicated.replace(params=params)) == [f"params/{name}/kernel"]
+
+
+def test_replicas_that_differ_stop_the_run_before_the_next_checkpoint(tmp_path, monkeypatch):
+    found = iter([[], ["params/pixel/kernel"]])
+    monkeypatch.setattr(parallel, "differing_replicas", lambda: lambda state: next(found))
+    with pytest.raises(RuntimeError, match="step 20: the devices no longer hold the same state, params/pixel/kernel"):
+        toy.run(toy.experiment(), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["10"]
+
+
+def test_too_little_memory_is_one_sentence():
+    words = (
+        r"train.batch_size=16 is 2 images per device at a time, which keep about \d\.\d\d GiB .* "
+        r"set unet.remat=True, or train.grad_accum higher, or train.batch_size lower"
+    )
+    with pytest.raises(MemoryError, match=words):
+        with memory.explained(toy.experiment()):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        with memory.explained(toy.experiment()):
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_a_step_that_takes_ten_times_its_median_dumps_the_stacks(tmp_path):
+    with (tmp_path / "stacks").open("w+") as file:
+        watchdog = Watchdog(at_least=0.0, file=file)
+        for seconds in (0.02,) * 8 + (0.5, 0.02):
+            with watchdog.step():
+                time.sleep(seconds)
+        file.seek(0)
+        dump = file.read()
+    assert dump.count("Timeout") == 1 and "test_a_step_that_takes_ten_times" in dump
+
+
+def test_short_pauses_and_the_first_steps_are_not_watched(tmp_path):
+    with (tmp_path / "stacks").open("w+") as file:
+        for watchdog, steps in ((Watchdog(10.0, file), (0.001,) * 9 + (0.2,)), (Watchdog(0.0, file), (0.001, 0.2))):
+            for seconds in steps:
+                with watchdog.step():
+                    time.sleep(seconds)
+        file.seek(0)
+        assert file.read() == ""
