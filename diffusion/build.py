@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from diffusion import config as config_lib
-from diffusion import interop, objectives, optim, randomness, reverse, schedules, state, timesteps
+from diffusion import interop, learned_schedule, objectives, optim, randomness, reverse, schedules, state, timesteps
 from diffusion.reverse import Reverse
 from diffusion.schedules import Schedule
 from diffusion.state import TrainState
@@ -25,14 +25,31 @@ class Experiment:
     config: ConfigDict
     image_shape: tuple[int, int, int]
     num_levels: int
-    schedule: Schedule
+    initial_schedule: Schedule  # for ever, unless it is learned
+    schedule_params: dict[str, PyTree]  # of a learned schedule, as it starts; {} for a fixed one
     p: Reverse
     unet: UNet
     training: Training
     published: PyTree | None  # the parameters in config.init_from, where training starts
 
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule, where it does not depend on the parameters.
+
+        Raises:
+            ValueError: it is learned.
+        """
+        if self.schedule_params:
+            raise ValueError("a learned schedule belongs to its parameters: use schedule_of(params)")
+        return self.initial_schedule
+
+    def schedule_of(self, params: PyTree) -> Schedule:
+        """The schedule that belongs to the parameters; they matter only if it is learned."""
+        return self.training.schedule_of(params)
+
     def denoiser(self, params: PyTree) -> Callable[[Array, Array], Array]:
         """The network as the math wants it: (x_t [B, H, W, C], network_t [B]) -> output."""
+        # Flax passes over the parameters of a learned schedule, which are none of the network's modules.
         return lambda x_t, network_t: self.unet.apply({"params": params}, x_t, network_t)
 
     def initial_state(self) -> TrainState:
@@ -49,12 +66,12 @@ class Experiment:
 
     def _state(self, init: Callable) -> TrainState:
         image = jnp.zeros((1, *self.image_shape))
-        params = init(randomness.stream(self.config.seed, "init"), image, jnp.zeros(1))["params"]
+        params = init(randomness.stream(self.config.seed, "init"), image, jnp.zeros(1))["params"] | self.schedule_params
         keys = jax.random.split(jax.random.key(0), 1)
         _, parts = jax.eval_shape(
             lambda: losses(self.training, params, jnp.ones(1, jnp.int32), keys, image, dropout=False)
         )
-        memory = self.training.timesteps.init(self.schedule.num_steps)
+        memory = self.training.timesteps.init(self.training.problem.num_steps)
         return state.create(params, self.training.optimizer, memory, ("loss", *parts, "grad_norm"))
 
 
@@ -65,7 +82,10 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
         ValueError: anything that does not fit, in one sentence that names the config key.
     """
     config_lib.check(config)
-    schedule = schedules.SCHEDULES[config.schedule.name](config.schedule.num_steps)
+    is_learned = config.schedule.name == learned_schedule.NAME
+    fixed = config.schedule.start if is_learned else config.schedule.name
+    schedule = schedules.SCHEDULES[fixed](config.schedule.num_steps)
+    schedule_params = {learned_schedule.SUBTREE: learned_schedule.init(schedule)} if is_learned else {}
     p = reverse.make(config.model.prediction, config.model.variance)
     unet = UNet(**config.unet, out_channels=p.output_channels(image_shape[-1]))
     unet.check(image_shape)
@@ -87,7 +107,8 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
             p, schedule.num_steps, num_levels, objectives.WEIGHTINGS[config.objective.weighting]
         ),
         timesteps=timesteps.SAMPLERS[config.objective.timesteps],
-        schedule=schedule,
+        schedule_of=learned_schedule.of_params if is_learned else lambda params: schedule,
+        inner_schedule=config.schedule.inner if is_learned else None,
         optimizer=optim.adam(num_steps=config.train.num_steps, **config.optim),
         ema_decay=config.ema.decay,
         seed=config.seed,
@@ -97,7 +118,7 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
         grad_accum=config.train.grad_accum,
         unroll=jax.default_backend() == "cpu",
     )
-    return Experiment(config, image_shape, num_levels, schedule, p, unet, training, published)
+    return Experiment(config, image_shape, num_levels, schedule, schedule_params, p, unet, training, published)
 
 
 def _published(config: ConfigDict, unet: UNet, image_shape: tuple[int, int, int]) -> PyTree:

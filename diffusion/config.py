@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from diffusion import likelihood, objectives, reverse, schedules, timesteps
+from diffusion import learned_schedule, likelihood, objectives, reverse, schedules, timesteps
 
 
 class Allowed(NamedTuple):
@@ -48,8 +48,10 @@ KEYS: dict[str, Allowed] = {
     "data.name": TEXT,
     "data.data_dir": TEXT,
     "data.flip": FLAG,
-    "schedule.name": choice(*schedules.SCHEDULES),
+    "schedule.name": choice(*schedules.SCHEDULES, learned_schedule.NAME),
     "schedule.num_steps": whole(1),
+    "schedule.start": choice(*schedules.SCHEDULES),
+    "schedule.inner": choice(*learned_schedule.INNER),
     "model.prediction": choice(*reverse.PREDICTIONS),
     # The optimal variance follows from a trained mean, so nothing is trained with it.
     "model.variance": choice(*(name for name in reverse.VARIANCES if name != "optimal")),
@@ -149,6 +151,19 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             "schedule.name='harmonic' ends with ᾱ_T = 0, where x_0 cannot be told from ε; "
             "model.prediction must be x0, v or mean"
+        )
+    if config.schedule.name == learned_schedule.NAME and config.objective.name != "vlb":
+        raise ValueError(
+            f"objective.name={config.objective.name!r} is no bound, so its best schedule is the one that is easiest "
+            "to predict; schedule.name='learned' needs objective.name='vlb'"
+        )
+    if config.schedule.name == learned_schedule.NAME and (config.schedule.inner, config.objective.timesteps) == (
+        "variance",
+        "loss_aware",
+    ):
+        raise ValueError(
+            "schedule.inner='variance' minimises the variance over uniform t, which objective.timesteps='loss_aware' "
+            "does not draw; use uniform or low_discrepancy, or schedule.inner='bound'"
         )
     if config.eval.terms_per_image >= config.schedule.num_steps:
         raise ValueError(

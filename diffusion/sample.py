@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from diffusion import build, data, parallel, randomness, report, reverse, samplers, schedules, variances, workdir
 from diffusion.build import Experiment
 from diffusion.reverse import Reverse
-from diffusion.schedules import Schedule
 from diffusion.step import to_levels
 from diffusion.variances import X0Variance
 
@@ -42,14 +41,15 @@ def sampler(
         ValueError: the optimal variance is wanted, and nothing is known of it.
     """
     config = experiment.config.sample
-    p, schedule = _process(experiment, x0_variance)
-    options = {"shape": experiment.image_shape, "num_frames": min(FILM_FRAMES, schedule.num_steps)}
+    p = _reverse(experiment, x0_variance)
+    num_steps = config.num_steps or experiment.config.schedule.num_steps
+    options = {"shape": experiment.image_shape, "num_frames": min(FILM_FRAMES, num_steps)}
     if config.method == "ddim":
         options["eta"] = config.eta
     method = {"ancestral": samplers.ancestral, "ddim": samplers.ddim}[config.method]
     seed_key = randomness.stream(experiment.config.seed, "sample")
 
-    def one_batch(params, image_numbers):
+    def one_batch(params, schedule, image_numbers):
         keys = randomness.per_item(seed_key, image_numbers)
         network = experiment.denoiser(params)
 
@@ -64,10 +64,14 @@ def sampler(
     compiled = parallel.over_devices(one_batch)
 
     def draw(replicated_params: PyTree) -> tuple[np.ndarray, np.ndarray]:
+        schedule = experiment.schedule_of(parallel.unreplicate(replicated_params))
+        if x0_variance is not None:
+            schedule = dataclasses.replace(schedule, x0_variance=jnp.asarray(x0_variance.mean))
+        schedule = parallel.replicate(schedules.evenly_spaced(schedule, num_steps) if config.num_steps else schedule)
         images, films = [], None
         with report.Progress(config.num_images, desc="sample", unit="image") as progress:
             for numbers, num_real in parallel.padded_batches(config.num_images, config.batch_size):
-                x0, film = compiled(replicated_params, numbers)
+                x0, film = compiled(replicated_params, schedule, numbers)
                 images.append(parallel.gather(x0, num_real))
                 films = parallel.gather(film, min(num_real, FILM_IMAGES)) if films is None else films
                 progress.update(num_real)
@@ -76,20 +80,12 @@ def sampler(
     return draw
 
 
-def _process(experiment: Experiment, x0_variance: X0Variance | None) -> tuple[Reverse, Schedule]:
-    """The reverse process to draw from: the model's, with the variance and the number of steps that are wanted."""
-    config, p, schedule = experiment.config.sample, experiment.p, experiment.schedule
-    if config.variance == "optimal":
-        if x0_variance is None:
-            raise ValueError(
-                "sample.variance='optimal' needs a trained mean; train first, then use it in --mode=sample"
-            )
-        schedule = dataclasses.replace(schedule, x0_variance=jnp.asarray(x0_variance.mean))
-    if config.variance != "model":
-        p = reverse.make(p.prediction, config.variance)
-    if config.num_steps:
-        schedule = schedules.evenly_spaced(schedule, config.num_steps)
-    return p, schedule
+def _reverse(experiment: Experiment, x0_variance: X0Variance | None) -> Reverse:
+    """The reverse process to draw from: the model's, with the variance that is wanted."""
+    variance = experiment.config.sample.variance
+    if variance == "optimal" and x0_variance is None:
+        raise ValueError("sample.variance='optimal' needs a trained mean; train first, then use it in --mode=sample")
+    return experiment.p if variance == "model" else reverse.make(experiment.p.prediction, variance)
 
 
 def save(
