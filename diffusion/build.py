@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
@@ -109,7 +110,7 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
         timesteps=timesteps.SAMPLERS[config.objective.timesteps],
         schedule_of=learned_schedule.of_params if is_learned else lambda params: schedule,
         inner_schedule=config.schedule.inner if is_learned else None,
-        optimizer=optim.adam(num_steps=config.train.num_steps, **config.optim),
+        optimizer=_optimizer(config),
         ema_decay=config.ema.decay,
         seed=config.seed,
         batch_size=config.train.batch_size,
@@ -119,6 +120,17 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
         unroll=jax.default_backend() == "cpu",
     )
     return Experiment(config, image_shape, num_levels, schedule, schedule_params, p, unet, training, published)
+
+
+def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Adam; a learned schedule has one of its own, with its own rate, and its gradient's norm clips no other."""
+    settings = config.optim.to_dict() | {"num_steps": config.train.num_steps}
+    network = optim.adam(**settings)
+    if config.schedule.name != learned_schedule.NAME:
+        return network
+    schedule = optim.adam(**settings | {"learning_rate": config.schedule.learning_rate})
+    group = lambda params: {name: "schedule" if name == learned_schedule.SUBTREE else "network" for name in params}  # noqa: E731
+    return optax.partition({"network": network, "schedule": schedule}, group)
 
 
 def _published(config: ConfigDict, unet: UNet, image_shape: tuple[int, int, int]) -> PyTree:

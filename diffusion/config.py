@@ -52,6 +52,7 @@ KEYS: dict[str, Allowed] = {
     "schedule.num_steps": whole(1),
     "schedule.start": choice(*schedules.SCHEDULES),
     "schedule.inner": choice(*learned_schedule.INNER),
+    "schedule.learning_rate": number(1e-12, 10, "a number in (0, 10]"),
     "model.prediction": choice(*reverse.PREDICTIONS),
     # The optimal variance follows from a trained mean, so nothing is trained with it.
     "model.variance": choice(*(name for name in reverse.VARIANCES if name != "optimal")),

@@ -121,10 +121,10 @@ def losses(
 ) -> tuple[Float[Array, " b"], PyTree]:
     """losses_of(params, rows of t), with the gradient that `inner` asks for.
 
-    "bound": all gradients are those of the losses. "variance": the logits get the gradient of the squared losses
-    instead. If the bound hardly depends on the logits, as for a large T, that minimises the loss's variance over t
-    and ε, since E[L²] = Var L + (E L)². One backward pass serves both, because ∂L²/∂row = 2L ∂L/∂row for each
-    example. VDM, appendix H.
+    "bound": all gradients are those of the losses. "variance": the logits get the gradient of the squared losses of
+    t > 1 instead, which are the KL terms. Where the bound hardly depends on the logits, as for a large T, that
+    minimises these losses' variance over t and ε, since E[L²] = Var L + (E L)². One backward pass serves both,
+    because ∂L²/∂row = 2L ∂L/∂row for each example. VDM, appendix H.
 
     Args:
         losses_of: (params, rows with leaves [B]) -> each example's loss, and further results without a gradient.
@@ -141,18 +141,18 @@ def losses(
 
 
 def _with_squared_gradient(losses_of: Callable) -> Callable:
-    """losses_of as a function of (params, row, the same row): to the latter goes the gradient of the squares."""
+    """losses_of as a function of (params, row, the same row): to the latter goes the gradient of squared KL terms."""
 
     def forward(params, row, _):
         values, pull, further = jax.vjp(losses_of, params, row, has_aux=True)
-        return (values, further), (pull, values)
+        return (values, further), (pull, jnp.where(row.t > 1, 2 * values, 0.0))
 
     def backward(residuals, cotangents):
-        pull, values = residuals
+        pull, factor = residuals
         params_bar, row_bar = pull(cotangents[0])
         # The cotangent of whole numbers has no values.
         is_float = lambda leaf: leaf.dtype != jax.dtypes.float0  # noqa: E731
-        squared = jax.tree.map(lambda leaf: 2 * values * leaf if is_float(leaf) else leaf, row_bar)
+        squared = jax.tree.map(lambda leaf: factor * leaf if is_float(leaf) else leaf, row_bar)
         return params_bar, row_bar, squared
 
     wrapped = jax.custom_vjp(lambda params, row, _: losses_of(params, row))
