@@ -123,12 +123,16 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
 
 
 def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Adam; a learned schedule has one of its own, with its own rate, and its gradient's norm clips no other."""
-    settings = config.optim.to_dict() | {"num_steps": config.train.num_steps}
-    network = optim.adam(**settings)
+    """Adam; a learned schedule has one of its own, so that the norms of the two gradients do not clip each other.
+
+    Its rate rises until half of the training is over: an untrained network would have the schedule leave to the
+    decoder what it has not learned yet.
+    """
+    network = optim.adam(num_steps=config.train.num_steps, **config.optim)
     if config.schedule.name != learned_schedule.NAME:
         return network
-    schedule = optim.adam(**settings | {"learning_rate": config.schedule.learning_rate})
+    own = {"learning_rate": config.schedule.learning_rate, "warmup_steps": config.train.num_steps // 2}
+    schedule = optim.adam(num_steps=config.train.num_steps, **config.optim.to_dict() | own)
     group = lambda params: {name: "schedule" if name == learned_schedule.SUBTREE else "network" for name in params}  # noqa: E731
     return optax.partition({"network": network, "schedule": schedule}, group)
 

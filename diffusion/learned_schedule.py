@@ -51,7 +51,7 @@ def init(start: Schedule) -> dict[str, Array]:
     return {"gamma_1": -start.log_snr[1], "log_range": jnp.log(steps.sum()), "logits": jnp.log(share)}
 
 
-def schedule(params: dict[str, Array]) -> Schedule:
+def schedule(params: PyTree) -> Schedule:
     """The schedule that the parameters stand for; differentiable, and γ_1 < … < γ_T for any parameters.
 
     `network_t` is t − 1, as in every schedule: what the network has learned of t stays valid while γ_t moves.
