@@ -24,8 +24,11 @@ def get_config() -> ConfigDict:
     config.data.flip = True
 
     config.schedule = ConfigDict()
-    config.schedule.name = "linear"
+    config.schedule.name = "linear"  # or another one of schedules.SCHEDULES, or learned
     config.schedule.num_steps = 1000
+    config.schedule.start = "linear"  # of a learned schedule: the fixed one that it is before training
+    config.schedule.inner = "bound"  # of a learned schedule: what trains it between its ends: bound, variance
+    config.schedule.learning_rate = 5e-3  # of a learned schedule: few parameters, on the scale of log SNR
 
     config.model = ConfigDict()
     config.model.prediction = "eps"  # eps, x0, v, mean

@@ -71,14 +71,14 @@ def bound_of(experiment: Experiment) -> Callable[[PyTree, ImageSet, np.ndarray],
     Every image is scored exactly once: the last batch is padded and the padding dropped. An image's noise belongs to
     its number in its split, whichever others are scored. x̂_0 is clipped.
     """
-    schedule, num_levels = experiment.schedule, experiment.num_levels
+    num_levels = experiment.num_levels
     seed_key = randomness.stream(experiment.config.seed, "eval")
     decoder = likelihood.PROTOCOLS[experiment.config.eval.protocol].decoder
 
     def one_batch(params, images, image_numbers, split_number):
         x0 = to_unit(images, num_levels)
         keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), image_numbers)
-        denoise = experiment.denoiser(params)
+        denoise, schedule = experiment.denoiser(params), experiment.schedule_of(params)
         terms = likelihood.vlb_terms_bpd(denoise, experiment.p, schedule, x0, keys, num_levels, decoder=decoder)
         return *terms, jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
 
@@ -104,15 +104,15 @@ def estimated_bound_of(experiment: Experiment) -> Callable[[PyTree, ImageSet, np
     A term is the number that the full evaluation would compute, with the same ε, so that what is estimated is
     that evaluation's result. One compiled program scores batches of (image, t).
     """
-    schedule, num_levels, config = experiment.schedule, experiment.num_levels, experiment.config
+    num_levels, config = experiment.num_levels, experiment.config
     seed_key = randomness.stream(config.seed, "eval")
     decoder = likelihood.PROTOCOLS[config.eval.protocol].decoder
 
     def one_batch(params, images, image_numbers, split_number, t):
         x0 = to_unit(images, num_levels)
         keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), image_numbers)
-        denoise, row = experiment.denoiser(params), schedule[t]
-        scores = likelihood.vlb_batch_bpd(denoise, experiment.p, row, x0, keys, num_levels, decoder=decoder)
+        denoise, schedule = experiment.denoiser(params), experiment.schedule_of(params)
+        scores = likelihood.vlb_batch_bpd(denoise, experiment.p, schedule[t], x0, keys, num_levels, decoder=decoder)
         return *scores, jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
 
     compiled = parallel.over_devices(one_batch)
@@ -129,7 +129,7 @@ def estimated_bound_of(experiment: Experiment) -> Callable[[PyTree, ImageSet, np
         return [array.reshape(t.shape) for array in flat]
 
     def bound(replicated_params: PyTree, image_set: ImageSet, numbers: Int[np.ndarray, " n"]) -> Bound:
-        every_t = np.arange(1, schedule.num_steps + 1)
+        every_t = np.arange(1, config.schedule.num_steps + 1)
         pilot = numbers[np.linspace(0, len(numbers) - 1, min(PILOT_IMAGES, len(numbers))).astype(int)]
         pilot_t = np.tile(every_t, (len(pilot), 1))
         pilot_terms, _, _ = at(replicated_params, image_set, pilot, pilot_t, f"{image_set.split}, pilot")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from diffusion import likelihood, objectives, reverse, schedules, timesteps
+from diffusion import learned_schedule, likelihood, objectives, reverse, schedules, timesteps
 
 
 class Allowed(NamedTuple):
@@ -51,8 +51,11 @@ KEYS: dict[str, Allowed] = {
     "data.name": TEXT,
     "data.data_dir": TEXT,
     "data.flip": FLAG,
-    "schedule.name": choice(*schedules.SCHEDULES),
+    "schedule.name": choice(*schedules.SCHEDULES, learned_schedule.NAME),
     "schedule.num_steps": whole(1, at_most=1_000_000),
+    "schedule.start": choice(*schedules.SCHEDULES),
+    "schedule.inner": choice(*learned_schedule.INNER),
+    "schedule.learning_rate": number(1e-12, 10, "a number in (0, 10]"),
     "model.prediction": choice(*reverse.PREDICTIONS),
     # The optimal variance follows from a trained mean, so nothing is trained with it.
     "model.variance": choice(*(name for name in reverse.VARIANCES if name != "optimal")),
@@ -105,6 +108,9 @@ FREE = ("data.data_dir", "train.check_replicas_every", "eval.", "sample.")
 
 # Keys that earlier versions did not have, and the value by which their runs were made.
 ADDED = {
+    "schedule.start": "linear",
+    "schedule.inner": "bound",
+    "schedule.learning_rate": 5e-3,
     "eval.variance": "model",
     "train.skip_nonfinite": 0,
     "train.check_replicas_every": 0,
@@ -162,6 +168,19 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             "schedule.name='harmonic' ends with ᾱ_T = 0, where x_0 cannot be told from ε; "
             "model.prediction must be x0, v or mean"
+        )
+    if config.schedule.name == learned_schedule.NAME and config.objective.name != "vlb":
+        raise ValueError(
+            f"objective.name={config.objective.name!r} is no bound, so its best schedule is the one that is easiest "
+            "to predict; schedule.name='learned' needs objective.name='vlb'"
+        )
+    if config.schedule.name == learned_schedule.NAME and (config.schedule.inner, config.objective.timesteps) == (
+        "variance",
+        "loss_aware",
+    ):
+        raise ValueError(
+            "schedule.inner='variance' minimises the variance over uniform t, which objective.timesteps='loss_aware' "
+            "does not draw; use uniform or low_discrepancy, or schedule.inner='bound'"
         )
     if config.eval.terms_per_image >= config.schedule.num_steps:
         raise ValueError(

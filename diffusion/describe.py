@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import build, config, data, likelihood, memory, parallel
+from diffusion import build, config, data, learned_schedule, likelihood, memory, parallel
 from diffusion.build import Experiment
 
 
@@ -50,13 +50,16 @@ def network(experiment: Experiment) -> dict[str, str]:
 
 def schedule_figures(experiment: Experiment) -> dict[str, str]:
     """How much signal is left at both ends, and what the two fixed variances cost whatever the network learns."""
-    schedule = experiment.schedule
+    schedule = experiment.initial_schedule
+    name = experiment.config.schedule.name
+    if name == learned_schedule.NAME:
+        name = f"learned; before training it is {experiment.config.schedule.start}"
     last = schedule[schedule.num_steps]
     ratio = np.asarray(schedule.log_beta_large - schedule.log_beta_tilde, np.float64)[2:]
     mismatch = np.sum(0.5 * (ratio + np.expm1(-ratio))) / np.log(2)
     prior = likelihood.prior_bpd(schedule, jnp.ones(experiment.image_shape))
     return {
-        "schedule": f"{experiment.config.schedule.name}, T = {schedule.num_steps}",
+        "schedule": f"{name}, T = {schedule.num_steps}",
         "  β_1, β_T": f"{schedule.beta[1]:.3g}, {last.beta:.3g}",
         "  log signal-to-noise at 1, T": f"{schedule.log_snr[1]:.2f}, {last.log_snr:.2f}",
         "  prior L_T if x_0² = 1": f"{prior:.3g} bits/dim",

@@ -58,7 +58,7 @@ def discretized_log_prob(
     upper_tail = x > g.mean
     near, far = jnp.where(upper_tail, -low, high), jnp.where(upper_tail, -high, low)
     log_near = log_ndtr(near)
-    inside = log_near + _log1mexp(log_near - log_ndtr(far))
+    inside = log_near + log1mexp(log_near - log_ndtr(far))
     lowest, highest = x < -1 + half_bin, x > 1 - half_bin
     return jnp.where(lowest, log_ndtr(high), jnp.where(highest, log_ndtr(-low), inside))
 
@@ -88,7 +88,7 @@ def _tanh_cdf(z: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
     return 0.5 * (1.0 + jnp.sign(y) * (1.0 - below_one))
 
 
-def _log1mexp(d: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
+def log1mexp(d: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
     """log(1 − exp(−d)) for d > 0, accurate at both ends (Mächler 2012)."""
     d = jnp.maximum(d, jnp.finfo(d.dtype).tiny)
     is_small = d < math.log(2)

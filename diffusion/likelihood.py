@@ -72,7 +72,7 @@ def vlb_term_bpd(
 
 
 def prior_bpd(schedule: Schedule, x0: Float[ArrayLike, "h w c"]) -> Float[ArrayLike, ""]:
-    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) of one image, in bits/dim; nothing in it is learned."""
+    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) of one image, in bits/dim; only a learned schedule can change it."""
     standard_normal = gaussian.Gaussian(jnp.zeros_like(x0), jnp.zeros_like(x0))
     return bits_per_dim(gaussian.kl(process.q_marginal(schedule[schedule.num_steps], x0), standard_normal))
 

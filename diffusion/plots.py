@@ -58,6 +58,25 @@ def plot_bpd(path: str | Path, terms_bpd: Float[np.ndarray, " t"], prior_bpd: Su
     figure.savefig(path, dpi=120)
 
 
+def plot_schedules(path: str | Path, log_snr: dict[str, Float[np.ndarray, " t"]], title: str = "") -> None:
+    """log SNR_t of several schedules against t/T: the first is drawn on top of the others.
+
+    Args:
+        path: of the picture.
+        log_snr: by the schedule's name: entry t - 1 is that of t, of any T each.
+        title: which run this is.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="t / T", ylabel="log SNR", title=title)
+    for i, (name, values) in enumerate(log_snr.items()):
+        t = np.arange(1, len(values) + 1) / len(values)
+        style = {"color": "tab:red", "linewidth": 2, "zorder": 3} if i == 0 else {"linestyle": "--", "linewidth": 1.2}
+        axes.plot(t, values, label=name, **style)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def plot_rate_distortion(
     path: str | Path,
     rate_bpd: Float[np.ndarray, " t"],

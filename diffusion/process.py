@@ -3,6 +3,7 @@
 Shapes are unbatched, usually [H, W, C]; for a batch write `jax.vmap(process.q_sample)(schedule[t], x0, eps)`.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -35,3 +36,15 @@ def q_posterior(row: Schedule, x0: Float[ArrayLike, "*shape"], x_t: Float[ArrayL
     """
     mean = row.posterior_x0 * x0 + row.posterior_x_t * x_t
     return Gaussian(mean, jnp.full_like(x0, row.log_beta_tilde))
+
+
+def gamma_step(row: Schedule) -> Float[ArrayLike, ""]:
+    """γ_t − γ_{t−1} with γ_t = −log SNR_t: how much noisier a step makes; ∞ at t = 1, which starts at clean data.
+
+    The forward process depends on the schedule through γ alone (Kingma et al. 2021, VDM, section 3). Here it comes
+    from expm1(γ_t − γ_{t−1}) = SNR_{t−1}/SNR_t − 1 = β_t/(α_t (1 − ᾱ_{t−1})), whose logarithms are tables; in float32
+    a difference of the γ themselves would cancel where steps are small.
+    """
+    log_one_minus_alpha_bar_prev = row.log_beta_tilde - row.log_beta + row.log_one_minus_alpha_bar
+    log_expm1 = row.log_beta - row.log_alpha - log_one_minus_alpha_bar_prev
+    return jnp.where(row.t > 1, jax.nn.softplus(log_expm1), jnp.inf)

@@ -93,6 +93,17 @@ VARIANCES: dict[str, Variance] = {
 }
 
 
+def eps_kl(
+    row: Schedule, eps: Float[ArrayLike, "*shape"], eps_hat: Float[ArrayLike, "*shape"]
+) -> Float[ArrayLike, "*shape"]:
+    """½ expm1(γ_t − γ_{t−1}) (ε − ε̂)²: the bound's term of t > 1 in nats, elementwise, if σ_t² = β̃_t.
+
+    It is KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)) for the mean μ̃_t(x_t, x̂_0) with the x̂_0 that ε̂ stands for:
+    of the schedule only γ = −log SNR remains. Kingma et al. (2021, VDM), section 4.
+    """
+    return 0.5 * jnp.expm1(process.gamma_step(row)) * (eps - eps_hat) ** 2
+
+
 @dataclasses.dataclass(frozen=True)
 class Reverse:
     """p_θ(x_{t−1} | x_t) as a function of a row, x_t and the network's output."""

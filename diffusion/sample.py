@@ -40,16 +40,14 @@ def sampler(
     """
     config = experiment.config.sample
     experiment = experiment.with_variance(config.variance, x0_variance)
-    schedule = experiment.schedule
-    if config.num_steps:
-        schedule = schedules.evenly_spaced(schedule, config.num_steps)
-    options = {"shape": experiment.image_shape, "num_frames": min(FILM_FRAMES, schedule.num_steps)}
+    num_steps = config.num_steps or experiment.config.schedule.num_steps
+    options = {"shape": experiment.image_shape, "num_frames": min(FILM_FRAMES, num_steps)}
     if config.method == "ddim":
         options["eta"] = config.eta
     method = {"ancestral": samplers.ancestral, "ddim": samplers.ddim}[config.method]
     seed_key = randomness.stream(experiment.config.seed, "sample")
 
-    def one_batch(params, image_numbers):
+    def one_batch(params, schedule, image_numbers):
         keys = randomness.per_item(seed_key, image_numbers)
         x0, film = method(experiment.denoiser(params), experiment.p, schedule, keys, **options)
         film = jnp.swapaxes(film, 0, 1)  # the images first, as everywhere in a batch
@@ -58,10 +56,12 @@ def sampler(
     compiled = parallel.over_devices(one_batch)
 
     def draw(replicated_params: PyTree) -> tuple[np.ndarray, np.ndarray]:
+        schedule = experiment.schedule_of(parallel.unreplicate(replicated_params))
+        schedule = parallel.replicate(schedules.evenly_spaced(schedule, num_steps) if config.num_steps else schedule)
         images, films = [], None
         with report.Progress(config.num_images, desc="sample", unit="image") as progress:
             for numbers, num_real in parallel.padded_batches(config.num_images, config.batch_size):
-                x0, film = compiled(replicated_params, numbers)
+                x0, film = compiled(replicated_params, schedule, numbers)
                 images.append(parallel.gather(x0, num_real))
                 films = parallel.gather(film, min(num_real, FILM_IMAGES)) if films is None else films
                 progress.update(num_real)

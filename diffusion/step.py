@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
-from diffusion import process, randomness
+from diffusion import learned_schedule, likelihood, process, randomness
 from diffusion.objectives import Problem
 from diffusion.schedules import Schedule
 from diffusion.state import TrainState
@@ -34,7 +34,8 @@ class Training:
         apply: (params, x_t [B, H, W, C], network_t [B], dropout keys [B] or None) -> output.
         objective, problem: see `objectives`.
         timesteps: how t is drawn; see `timesteps`.
-        schedule: the forward process.
+        schedule_of: params -> the forward process, which depends on them if it is learned.
+        inner_schedule: None for a fixed schedule; how a learned one is trained: see `learned_schedule.losses`.
         optimizer: from Optax.
         ema_decay: of the parameters' moving average.
         seed: of all randomness.
@@ -50,7 +51,8 @@ class Training:
     objective: Callable[..., Any]
     problem: Problem
     timesteps: TimestepSampler
-    schedule: Schedule
+    schedule_of: Callable[[PyTree], Schedule]
+    inner_schedule: str | None
     optimizer: optax.GradientTransformation
     ema_decay: float
     seed: int
@@ -65,14 +67,25 @@ class Training:
 def losses(
     training: Training, params: PyTree, t: Int[Array, " b"], keys: Key[Array, " b"], x0: Array, dropout: bool
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """Each example's loss and its parts, for given t; ε and dropout come from each example's own key."""
+    """Each example's loss and its parts, for given t; ε and dropout come from each example's own key.
+
+    A learned schedule answers for the prior's term of the bound, too, which no network can change.
+    """
     noise_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    row = training.schedule[t]
     eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_keys)
-    x_t = jax.vmap(process.q_sample)(row, x0, eps)
-    output = training.apply(params, x_t, row.network_t, dropout_keys if dropout else None)
-    one = lambda *example: training.objective(training.problem, *example)  # noqa: E731
-    return jax.vmap(one)(row, x0, x_t, eps, output)
+
+    def at(params: PyTree, row: Schedule):
+        x_t = jax.vmap(process.q_sample)(row, x0, eps)
+        output = training.apply(params, x_t, row.network_t, dropout_keys if dropout else None)
+        one = lambda *example: training.objective(training.problem, *example)  # noqa: E731
+        return jax.vmap(one)(row, x0, x_t, eps, output)
+
+    schedule = training.schedule_of(params)
+    if training.inner_schedule is None:
+        return at(params, schedule[t])
+    loss, parts = learned_schedule.losses(at, params, t, training.inner_schedule)
+    prior = jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
+    return loss + prior, parts | {"prior_bpd": prior}
 
 
 def gradients(
@@ -137,7 +150,7 @@ def train_step(
     step_key = jax.random.fold_in(randomness.stream(training.seed, "train"), state.step)
     t_key, examples_key, flip_key = jax.random.split(step_key, 3)
     batch_t, batch_weight = training.timesteps.draw(
-        state.timesteps, t_key, training.batch_size, training.schedule.num_steps
+        state.timesteps, t_key, training.batch_size, training.problem.num_steps
     )
     t, weight = batch_t[position], batch_weight[position]
     keys = randomness.per_item(examples_key, position)

@@ -26,6 +26,7 @@ from diffusion import (
     randomness,
     report,
     sample,
+    schedules,
     timesteps,
     workdir,
 )
@@ -71,6 +72,8 @@ def run(config: ConfigDict, directory: Path) -> None:
 
         plots.plot_loss(report.read_metrics(directory), directory / "loss.png")
         sample.save(experiment, directory, *draw_samples(parallel.replicate(state.ema_params)))
+        if experiment.schedule_params:
+            _plot_schedule(experiment, directory, state)
         summary = evaluate.score(evaluated, directory, state, train_set, test_set)
         summary["seconds"] = time.monotonic() - started
         report.write_json(
@@ -160,6 +163,20 @@ def train(
     return parallel.unreplicate(state)
 
 
+def _plot_schedule(experiment: Experiment, directory: Path, state: TrainState) -> None:
+    """schedule.png: the learned schedule, that of the EMA parameters, beside where it started and a fixed one."""
+    config = experiment.config.schedule
+    title = f"{experiment.config.data.name}, T = {config.num_steps}, step {state.step}"
+    curves = {
+        "learned": experiment.schedule_of(state.ema_params),
+        f"start: {config.start}": experiment.initial_schedule,
+    }
+    curves |= {"cosine": schedules.cosine(config.num_steps)} if config.start != "cosine" else {}
+    plots.plot_schedules(
+        directory / "schedule.png", {name: np.asarray(s.log_snr)[1:] for name, s in curves.items()}, title
+    )
+
+
 def _calls(config: ConfigDict, begin: int, num_examples: int) -> Iterator[tuple[range, np.ndarray]]:
     """The compiled calls still to make: the steps each one completes, and the examples it takes.
 
@@ -197,7 +214,7 @@ def _test_loss(experiment: Experiment, test_set: ImageSet) -> Callable[[PyTree],
     scored = experiment.config.eval.num_images or len(test_set.images)
     images = test_set.images[evaluate.subset(len(test_set.images), min(MONITORED_IMAGES, scored))]
     t_key, examples_key = jax.random.split(randomness.stream(experiment.config.seed, "monitor"))
-    t = timesteps.low_discrepancy(t_key, len(images), experiment.schedule.num_steps)
+    t = timesteps.low_discrepancy(t_key, len(images), experiment.config.schedule.num_steps)
     t = np.random.RandomState(0).permutation(np.asarray(t))  # images sorted by class must not meet t in order
 
     def one_batch(params, images, t, image_numbers):

@@ -24,6 +24,7 @@ from diffusion import build, data, evaluate, likelihood, parallel, randomness, r
 from diffusion.build import Experiment
 from diffusion.data import ImageSet
 from diffusion.reverse import VARIANCES, Variance
+from diffusion.schedules import Schedule
 from diffusion.step import to_unit
 from diffusion.variances import Split, X0Terms, X0Variance
 
@@ -92,15 +93,16 @@ def run(directory: Path, num_images: int) -> None:
     with (directory / f"{FILE}.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *rows])
     optimal = {OPTIMAL: analytic, OPTIMAL_FOR_MEAN: error}
-    plot(directory / f"{FILE}.png", splits, optimal, experiment, title)
+    schedule = experiment.schedule_of(state.ema_params)
+    plot(directory / f"{FILE}.png", splits, optimal, config.model.variance, schedule, title)
     print(text)
 
 
 def x0_terms(experiment: Experiment, params: PyTree, image_set: ImageSet, numbers: Int[np.ndarray, " n"]) -> X0Terms:
     """Each training image's two estimates of Var(x_0 | x_t): leaves [N, T]."""
 
-    def one_batch(denoise, x0, keys):
-        return variances.x0_terms(denoise, experiment.p, experiment.schedule, x0, keys)
+    def one_batch(denoise, schedule, x0, keys):
+        return variances.x0_terms(denoise, experiment.p, schedule, x0, keys)
 
     return _over_images(experiment, params, image_set, numbers, one_batch, "variance", "estimate σ*")
 
@@ -127,11 +129,9 @@ def account(
         own: VARIANCES[own],
     }
 
-    def one_batch(denoise, x0, keys):
-        splits = variances.split_terms_bpd(
-            denoise, experiment.p, candidates, experiment.schedule, x0, keys, experiment.num_levels
-        )
-        return splits, jax.vmap(lambda image: likelihood.prior_bpd(experiment.schedule, image))(x0)
+    def one_batch(denoise, schedule, x0, keys):
+        splits = variances.split_terms_bpd(denoise, experiment.p, candidates, schedule, x0, keys, experiment.num_levels)
+        return splits, jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
 
     return _over_images(experiment, params, image_set, numbers, one_batch, "eval", "score")
 
@@ -151,12 +151,13 @@ def _over_images(
     stream: str,
     name: str,
 ) -> PyTree:
-    """one_batch(denoise, x0 [B, H, W, C], keys [B]) over all images: float64 leaves [N, ...]."""
+    """one_batch(denoise, schedule, x0 [B, H, W, C], keys [B]) over all images: float64 leaves [N, ...]."""
     seed_key = randomness.stream(experiment.config.seed, stream)
 
     def on_device(params, images, image_numbers, split_number):
         keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), image_numbers)
-        return one_batch(experiment.denoiser(params), to_unit(images, experiment.num_levels), keys)
+        x0 = to_unit(images, experiment.num_levels)
+        return one_batch(experiment.denoiser(params), experiment.schedule_of(params), x0, keys)
 
     compiled, results = parallel.over_devices(on_device), []
     with report.Progress(len(numbers), desc=name, unit="image") as progress:
@@ -214,10 +215,14 @@ def markdown(rows: list[Row], own: str, title: str, num_train: int, prior_bpd: f
 
 
 def plot(
-    path: Path, splits: dict[str, Split], optimal: dict[str, X0Variance], experiment: Experiment, title: str
+    path: Path,
+    splits: dict[str, Split],
+    optimal: dict[str, X0Variance],
+    own: str,
+    schedule: Schedule,
+    title: str,
 ) -> None:
     """Per t: each variance's KL term, what it has cost up to t beside the model's own, and σ*² in units of β̃."""
-    own, schedule = experiment.config.model.variance, experiment.schedule
     t = np.arange(2, schedule.num_steps + 1)
     terms = {name: (split.mismatch + split.mean_error).mean(axis=0)[1:] for name, split in splits.items()}
     figure = Figure(figsize=(8, 10), layout="constrained")

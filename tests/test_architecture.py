@@ -17,6 +17,7 @@ FLOORS = {
     "unet": 0,
     "process": 1,
     "reverse": 1,
+    "learned_schedule": 1,
     "interop": 1,
     "objectives": 2,
     "timesteps": 2,

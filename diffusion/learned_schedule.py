@@ -1,0 +1,160 @@
+"""A noise schedule that is trained with the network: the discrete-time form of Kingma et al. (2021, VDM).
+
+Its parameters are γ_1, log(γ_T − γ_1) and T − 1 logits, with γ_t = −log SNR_t: the logits' softmax says how the way
+from γ_1 to γ_T is divided into steps, so γ increases whatever the parameters are. From them come, inside jit and in
+float32, the tables that any other schedule has.
+
+The bound says what the ends should be: a larger γ_1 costs in the decoder's term, a smaller γ_T in the prior's. For
+T → ∞ it does not depend on the way between them (VDM, section 5.1), but for a finite T it does.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from diffusion import process
+from diffusion.gaussian import log1mexp
+from diffusion.schedules import Schedule
+
+NAME = "learned"  # as schedule.name, next to the fixed ones of `schedules.SCHEDULES`
+SUBTREE = "schedule"  # where the parameters lie, next to the modules of the network
+# How the logits are trained: by the bound's gradient, or by that of the loss's second moment.
+INNER = ("bound", "variance")
+# The part of γ_T − γ_1 that is divided evenly: no step vanishes, whatever the logits are.
+EVEN_SHARE = 0.01
+
+
+def init(start: Schedule) -> dict[str, Array]:
+    """The parameters with which `schedule` is `start`.
+
+    Raises:
+        ValueError: `start` has fewer than two steps, ends without any signal (γ_T = ∞), or has a step of less than
+            a hundredth of their mean length.
+    """
+    if start.num_steps < 2:
+        raise ValueError(
+            f"schedule.name='learned' divides the way from γ_1 to γ_T, so schedule.num_steps={start.num_steps} "
+            "must be at least 2"
+        )
+    if not jnp.isfinite(start.log_snr[1:]).all():
+        raise ValueError(
+            "schedule.name='learned' cannot start where log SNR_T = −∞ (schedule.start); choose another start"
+        )
+    steps = jax.vmap(process.gamma_step)(start[2:])
+    share = steps / steps.sum() - EVEN_SHARE / len(steps)
+    if not (share > 0).all():
+        raise ValueError(
+            f"schedule.name='learned' has no step below {EVEN_SHARE} of the mean, but its schedule.start has one"
+        )
+    return {"gamma_1": -start.log_snr[1], "log_range": jnp.log(steps.sum()), "logits": jnp.log(share)}
+
+
+def schedule(params: PyTree) -> Schedule:
+    """The schedule that the parameters stand for; differentiable, and γ_1 < … < γ_T for any parameters.
+
+    `network_t` is t − 1, as in every schedule: what the network has learned of t stays valid while γ_t moves.
+    """
+    num_steps = params["logits"].size
+    share = (1 - EVEN_SHARE) * jax.nn.softmax(params["logits"]) + EVEN_SHARE / num_steps
+    return from_gamma(params["gamma_1"], jnp.exp(params["log_range"]) * share)
+
+
+def of_params(params: PyTree) -> Schedule:
+    """`schedule` of the parameters under SUBTREE."""
+    return schedule(params[SUBTREE])
+
+
+def from_gamma(gamma_1: Float[Array, ""], steps: Float[Array, " steps"]) -> Schedule:
+    """The schedule with γ_1 and γ_t − γ_{t−1} = `steps`[t − 2] > 0, for t = 2…T.
+
+    With Δ_t = γ_t − γ_{t−1}, Δ_1 = ∞ and σ the logistic function,
+
+        ᾱ_t = σ(−γ_t),  1 − ᾱ_t = σ(γ_t),  α_t = ᾱ_t + (1 − ᾱ_t) e^{−Δ_t},
+        β_t = (1 − ᾱ_t)(1 − e^{−Δ_t}),  β̃_t = (1 − ᾱ_{t−1})(1 − e^{−Δ_t}),
+        μ̃_t = √ᾱ_{t−1} (1 − e^{−Δ_t}) x_0 + e^{−Δ_t}/√α_t x_t:
+
+    nothing is a difference of numbers that are nearly equal, so float32 is enough. (VDM, appendix A, has the same
+    quantities in terms of γ.)
+    """
+    gamma = jnp.concatenate([jnp.array([-jnp.inf]), gamma_1 + jnp.pad(jnp.cumsum(steps), (1, 0))])
+    step = jnp.concatenate([jnp.array([jnp.inf, jnp.inf]), steps])  # from clean data, the first step is infinite
+    log_alpha_bar, log_one_minus_alpha_bar = -jax.nn.softplus(gamma), -jax.nn.softplus(-gamma)
+    alpha_bar = jax.nn.sigmoid(-gamma)
+    alpha_bar_prev = jnp.concatenate([jnp.ones(1), alpha_bar[:-1]])
+    log_fraction = log1mexp(step)  # log(1 − e^{−Δ})
+    log_beta = log_one_minus_alpha_bar + log_fraction
+    beta = jnp.exp(log_beta)
+    # log α is about −β for a small β, where the sum would round to 1.
+    by_sum = jnp.logaddexp(log_alpha_bar, log_one_minus_alpha_bar - step)
+    log_alpha = jnp.where(beta < 0.5, jnp.log1p(-jnp.minimum(beta, 0.5)), by_sum)
+    log_beta_tilde = jnp.concatenate([jnp.full(1, -jnp.inf), log_one_minus_alpha_bar[:-1]]) + log_fraction
+    beta_tilde = jnp.exp(log_beta_tilde)
+    # The conventions of `schedules`: x_0 given x_1 is decoded with the width of the step before.
+    log_beta_tilde = log_beta_tilde.at[:2].set(log_beta_tilde[2])
+    return Schedule(
+        t=jnp.arange(len(gamma), dtype=jnp.int32),
+        network_t=jnp.arange(len(gamma), dtype=jnp.float32) - 1.0,
+        beta=beta,
+        log_beta=log_beta,
+        log_alpha=log_alpha,
+        alpha_bar=alpha_bar,
+        alpha_bar_prev=alpha_bar_prev,
+        sqrt_alpha_bar=jnp.exp(0.5 * log_alpha_bar),
+        sqrt_one_minus_alpha_bar=jnp.exp(0.5 * log_one_minus_alpha_bar),
+        log_one_minus_alpha_bar=log_one_minus_alpha_bar,
+        log_snr=-gamma,
+        beta_tilde=beta_tilde,
+        log_beta_tilde=log_beta_tilde,
+        log_beta_large=log_beta.at[:2].set(log_beta_tilde[:2]),
+        posterior_x0=jnp.sqrt(alpha_bar_prev) * jnp.exp(log_fraction),
+        posterior_x_t=jnp.exp(-step - 0.5 * log_alpha),
+    )
+
+
+def losses(
+    losses_of: Callable[[PyTree, Schedule], tuple[Float[Array, " b"], PyTree]],
+    params: PyTree,
+    t: Array,
+    inner: str,
+) -> tuple[Float[Array, " b"], PyTree]:
+    """losses_of(params, rows of t), with the gradient that `inner` asks for.
+
+    "bound": all gradients are those of the losses. "variance": the logits get the gradient of the squared losses of
+    t > 1 instead, which are the KL terms. Where the bound hardly depends on the logits, as for a large T, that
+    minimises these losses' variance over t and ε, since E[L²] = Var L + (E L)². One backward pass serves both,
+    because ∂L²/∂row = 2L ∂L/∂row for each example. VDM, appendix H.
+
+    Args:
+        losses_of: (params, rows with leaves [B]) -> each example's loss, and further results without a gradient.
+        params: the network's, with the schedule's under SUBTREE.
+        t: [B].
+        inner: one of INNER.
+    """
+    own = params[SUBTREE]
+    if inner == "bound":
+        return losses_of(params, schedule(own)[t])
+    ends = schedule(own | {"logits": jax.lax.stop_gradient(own["logits"])})
+    between = schedule(jax.lax.stop_gradient(own) | {"logits": own["logits"]})
+    return _with_squared_gradient(losses_of)(params, ends[t], between[t])
+
+
+def _with_squared_gradient(losses_of: Callable) -> Callable:
+    """losses_of as a function of (params, row, the same row): to the latter goes the gradient of squared KL terms."""
+
+    def forward(params, row, _):
+        values, pull, further = jax.vjp(losses_of, params, row, has_aux=True)
+        return (values, further), (pull, jnp.where(row.t > 1, 2 * values, 0.0))
+
+    def backward(residuals, cotangents):
+        pull, factor = residuals
+        params_bar, row_bar = pull(cotangents[0])
+        # The cotangent of whole numbers has no values.
+        is_float = lambda leaf: leaf.dtype != jax.dtypes.float0  # noqa: E731
+        squared = jax.tree.map(lambda leaf: factor * leaf if is_float(leaf) else leaf, row_bar)
+        return params_bar, row_bar, squared
+
+    wrapped = jax.custom_vjp(lambda params, row, _: losses_of(params, row))
+    wrapped.defvjp(forward, backward)
+    return wrapped

@@ -1,0 +1,186 @@
+"""A learned noise schedule against the fixed one it starts from: the bound, and the variance of the training loss.
+
+    python -m experiments.learned_schedule --workdir=runs/learned_schedule [--T=20] [--seeds=0,1,2] [--steps=600]
+
+For each seed it trains three small networks on the digits, for equally many steps of equally many images: with the
+cosine schedule as it is, with a schedule that starts there and is trained by the bound, and with one whose inner part
+is trained to minimise the variance of the loss. Leaves learned_schedule.json, .md and .png in the working directory.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from ml_collections import ConfigDict
+
+from configs import digits
+from diffusion import build, data, evaluate, parallel, report
+from diffusion.bound import bound_of
+from diffusion.build import Experiment
+from diffusion.data import ImageSet
+from diffusion.state import TrainState
+from diffusion.step import train_step
+
+FILE = "learned_schedule"
+START = "cosine"
+FIXED = "fixed"
+ARMS = {
+    FIXED: {"schedule.name": START},
+    "learned by the bound": {"schedule.name": "learned", "schedule.start": START, "schedule.inner": "bound"},
+    "learned by the variance": {"schedule.name": "learned", "schedule.start": START, "schedule.inner": "variance"},
+}
+
+
+def main() -> None:
+    """The command; what is wrong with its input is one sentence and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="gets the numbers, the table and the figure")
+    parser.add_argument("--T", type=int, default=20, help="the number of latents")
+    parser.add_argument("--steps", type=int, default=600, help="of training, of 32 images each")
+    parser.add_argument("--seeds", default="0,1,2", help="with commas between them")
+    arguments = parser.parse_args()
+    try:
+        run(arguments.workdir, arguments.T, arguments.steps, [int(seed) for seed in arguments.seeds.split(",")])
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def run(directory: Path, num_steps: int, train_steps: int, seeds: list[int]) -> None:
+    """Trains and scores every arm and seed; prints and saves what came out."""
+    train_set, test_set = (data.load("digits", split, "") for split in ("train", "test"))
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for arm in ARMS:
+        config = arm_config(arm, num_steps, train_steps)
+        experiment = build.experiment(config, test_set.images.shape[1:], test_set.num_levels)
+        train, score = trainer(experiment, train_set), scorer(experiment, train_set, test_set)
+        for seed in seeds:
+            rows.append({"arm": arm, "seed": seed, **score(train(seed))})
+            print(f"{arm}, seed {seed}: {rows[-1]['test_bpd']:.4f} bits/dim", flush=True)
+    setting = {"T": num_steps, "train_steps": train_steps, "test_images": len(test_set.images), "start": START}
+    report.write_json(directory / f"{FILE}.json", setting | {"device": report.device_name(), "runs": rows})
+    text = markdown(rows, setting)
+    (directory / f"{FILE}.md").write_text(text)
+    plot(directory / f"{FILE}.png", rows, f"digits, T = {num_steps}, {train_steps} steps, {len(seeds)} seeds")
+    print(text)
+
+
+def arm_config(arm: str, num_steps: int, train_steps: int) -> ConfigDict:
+    """The digits' config with a network of one resolution and few channels, and the arm's schedule."""
+    config = digits.get_config()
+    small = {
+        "unet.channels": 16, "unet.multipliers": (1,), "unet.attention_resolutions": (),
+        "train.num_steps": train_steps, "schedule.num_steps": num_steps,
+    }  # fmt: skip
+    with config.unlocked():
+        config.update_from_flattened_dict(small | ARMS[arm])
+    return config
+
+
+def trainer(experiment: Experiment, train_set: ImageSet) -> Callable[[int], TrainState]:
+    """seed -> the state after training. The seed is an argument of the compiled step, which serves all of them."""
+    config = experiment.config
+
+    def one_step(seed, state, images, indices):
+        training = dataclasses.replace(experiment.training, seed=seed)
+        return train_step(training, state, images, indices, parallel.AXIS)
+
+    compiled, images = parallel.over_devices(one_step), parallel.replicate(train_set.images)
+
+    def train(seed: int) -> TrainState:
+        seeded = ConfigDict(config.to_dict() | {"seed": seed})
+        state = parallel.replicate(jax.device_get(dataclasses.replace(experiment, config=seeded).initial_state()))
+        seeds = parallel.replicate(np.asarray(seed, np.int32))
+        with report.Progress(config.train.num_steps, desc=f"{config.schedule.name}, seed {seed}") as progress:
+            for step in range(config.train.num_steps):
+                indices = data.batch_indices(seed, step, config.train.batch_size, len(train_set.images))
+                state, metrics = compiled(seeds, state, images, parallel.shard_steps(indices[None])[:, 0])
+                progress.update(1)
+                if not np.isfinite(parallel.unreplicate(metrics)["loss"]):
+                    raise FloatingPointError(f"the loss of seed {seed} at step {step + 1} is not finite")
+        return parallel.unreplicate(state)
+
+    return train
+
+
+def scorer(experiment: Experiment, train_set: ImageSet, test_set: ImageSet) -> Callable[[TrainState], dict[str, Any]]:
+    """state -> its numbers: the test bound, and how the training loss of the EMA parameters varies."""
+    bound, num_steps = bound_of(experiment), experiment.config.schedule.num_steps
+    train_numbers = evaluate.subset(len(train_set.images), len(test_set.images))
+
+    def score(state: TrainState) -> dict[str, Any]:
+        params = parallel.replicate(state.ema_params)
+        test = bound(params, test_set, np.arange(len(test_set.images)))
+        train = bound(params, train_set, train_numbers)
+        # With t uniform an image's loss is T times its term of t (and its prior's term, which hardly varies).
+        losses = num_steps * train.terms_bpd
+        return {
+            "test_bpd": test.image_bpd.mean(),
+            "decoder_bpd": test.decoder_bpd.mean(),
+            "prior_bpd": test.prior_bpd.mean(),
+            "train_bpd": train.image_bpd.mean(),
+            "loss_variance": losses.var(),
+            "kl_loss_variance": losses[:, 1:].var(),
+            "loss_per_t": losses.mean(axis=0).tolist(),
+            "log_snr": np.asarray(experiment.schedule_of(state.ema_params).log_snr)[1:].tolist(),
+        }
+
+    return score
+
+
+def markdown(rows: list[dict[str, Any]], setting: dict[str, Any]) -> str:
+    """Mean and standard error over seeds; differences to the fixed schedule are paired by seed."""
+    lines = [
+        f"# A learned schedule against {START}: digits, T = {setting['T']}, {setting['train_steps']} steps",
+        "",
+        f"Mean ± standard error over {len(rows) // len(ARMS)} seeds, on {setting['test_images']} test images; "
+        "differences to the fixed schedule are paired by seed. The variance is that of one training image's loss at one "
+        "uniform t: over all t, and over t > 1, the KL terms.",
+        "",
+        "| schedule | bits/dim | less fixed | variance of the loss, t ≥ 1 | less fixed | variance, t > 1 | less fixed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        cells = []
+        for name, digits_shown in (("test_bpd", 4), ("loss_variance", 2), ("kl_loss_variance", 3)):
+            values, fixed = (np.array([row[name] for row in rows if row["arm"] == a]) for a in (arm, FIXED))
+            cells += [_with_stderr(values, digits_shown)]
+            cells += ["–" if arm == FIXED else _with_stderr(values - fixed, digits_shown)]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_stderr(values: np.ndarray, shown: int) -> str:
+    stderr = f" ± {values.std(ddof=1) / len(values) ** 0.5:.{shown}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{shown}f}{stderr}"
+
+
+def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """What was learned, as log SNR against t, and each t's share of the loss; a line for each seed."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    curves, losses = figure.subplots(1, 2)
+    for i, arm in enumerate(ARMS):
+        for k, row in enumerate(row for row in rows if row["arm"] == arm):
+            t = np.arange(1, len(row["log_snr"]) + 1)
+            style = {"color": f"C{i}", "label": arm if k == 0 else None, "linewidth": 1.2}
+            curves.plot(t, row["log_snr"], **style)
+            losses.semilogy(t, row["loss_per_t"], **style)
+    curves.set(xlabel="t", ylabel="log SNR")
+    curves.set_ylim(bottom=-12)  # below, x_t shows nothing of x_0
+    losses.set(xlabel="t", ylabel="T × the bound's term of t (bits/dim)")
+    curves.legend(fontsize="small")
+    for axes in (curves, losses):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
