@@ -70,16 +70,20 @@ def hutchinson(probe: Float[Array, "*shape"]) -> Divergence:
     return divergence
 
 
-def eps_predictor(denoise: Callable[[Array, Array], Array], p: Reverse, schedule: Schedule) -> PredictEps:
+def eps_predictor(
+    denoise: Callable[[Array, Array], Array], p: Reverse, schedule: Schedule, clip_x0: bool = True
+) -> PredictEps:
     """A trained network as ε̂(x, λ): at the schedule's own λ_t it is what the network says at t.
 
     Between them the network is conditioned on a fraction, network_t interpolated linearly in λ. It was never trained
-    there: whether it may be asked is for a measurement to say. x̂_0 is not clipped, or the field would have kinks.
+    there: whether it may be asked is for a measurement to say.
 
     Args:
         denoise: (x_t [B, H, W, C], network_t [B]) -> output.
         p: what the output means; its variance plays no part.
         schedule: concrete (not traced).
+        clip_x0: clip x̂_0 to [-1, 1], as the bound does; with outermost bins that are open, nothing in the bound
+            teaches a network at t = 1 to stay inside.
 
     Raises:
         ValueError: prediction="mean", which means nothing between two steps.
@@ -95,7 +99,8 @@ def eps_predictor(denoise: Callable[[Array, Array], Array], p: Reverse, schedule
         # The two numbers by which a prediction other than the mean becomes x̂_0; a row of no step has no others.
         row = dataclasses.replace(schedule[1], sqrt_alpha_bar=signal, sqrt_one_minus_alpha_bar=noise)
         predicted, _ = p.split(denoise(x[None], jnp.interp(log_snr, knots, numbers)[None])[0])
-        return (x - signal * PREDICTIONS[p.prediction].to_x0(row, x, predicted)) / noise
+        x0_hat = PREDICTIONS[p.prediction].to_x0(row, x, predicted)
+        return (x - signal * (jnp.clip(x0_hat, -1.0, 1.0) if clip_x0 else x0_hat)) / noise
 
     return predict_eps
 

@@ -11,7 +11,7 @@ LINE = oracles.Mixture(
     jnp.asarray([0.3, 0.7]), jnp.asarray([-1.0, 0.7]).reshape(2, 1, 1, 1), jnp.asarray([0.1, 0.04]).reshape(2, 1, 1, 1)
 )
 P = reverse.make("x0", "fixed_large")
-S = schedules.evenly_spaced(schedules.linear(1000), 3)
+S = schedules.evenly_spaced(schedules.linear(1000), 5)
 
 
 def model_log_prob(x0):
@@ -68,7 +68,7 @@ def test_it_rises_with_k_from_the_bound_to_the_likelihood(log_weights):
         assert np.all(mean < exact + 3 * stderr), (k, mean, exact, stderr)
         before = mean
     # What K = 1,000 leaves is a small part of the bound's own looseness.
-    assert np.all(np.abs(mean - exact) < 0.1 * (exact - mean_and_stderr(weights)[0]))
+    assert np.all(np.abs(mean - exact) < 0.2 * (exact - mean_and_stderr(weights)[0]))
 
 
 def test_one_sample_is_the_bound(log_weights):

@@ -66,7 +66,7 @@ def test_divergences_of_a_linear_map():
 def test_a_network_is_the_oracle_at_its_own_steps(prediction, make):
     """eps_predictor undoes every prediction, at log-SNRs of the schedule; harmonic's last is −∞ and left out."""
     s, p = make(20), reverse.make(prediction, "learned")
-    predict = ode.eps_predictor(PLANE.denoiser(p, s), p, s)
+    predict = ode.eps_predictor(PLANE.denoiser(p, s), p, s, clip_x0=False)
     for t in (1, 19):
         x = PLANE.diffused(s.log_snr[t]).sample(jax.random.key(t))
         np.testing.assert_allclose(jax.jit(predict)(x, s.log_snr[t]), PLANE.eps(x, s.log_snr[t]), rtol=2e-3, atol=2e-4)
@@ -75,9 +75,12 @@ def test_a_network_is_the_oracle_at_its_own_steps(prediction, make):
 def test_between_steps_the_network_is_asked_for_a_fraction():
     s, p = schedules.cosine(20), reverse.make("eps", "fixed_small")
     echo = lambda x, network_t: jnp.broadcast_to(network_t[:, None, None, None], x.shape)  # noqa: E731
-    predict, x = ode.eps_predictor(echo, p, s), jnp.zeros((1, 1, 1))
+    predict, x = ode.eps_predictor(echo, p, s, clip_x0=False), jnp.zeros((1, 1, 1))
     between = 0.25 * s.log_snr[8] + 0.75 * s.log_snr[7]
     np.testing.assert_allclose(predict(x, between), 6.25, rtol=1e-3)
+    # ε̂ = 6.25 at x = 0 means x̂_0 < −1; clipped, it is the ε that leads from −1 to 0.
+    clipped = ode.eps_predictor(echo, p, s)(x, between)
+    np.testing.assert_allclose(clipped, jnp.exp(0.5 * between), rtol=1e-4)
     with pytest.raises(ValueError, match="model.prediction='mean'"):
         ode.eps_predictor(echo, reverse.make("mean", "fixed_small"), s)
 
@@ -87,7 +90,7 @@ def test_dequantized_bits_of_a_known_density():
     std, num_levels = 0.8, 17
     data = oracles.normal(jnp.zeros((1, 1, 1)), jnp.full((1, 1, 1), std))
     s, p = schedules.linear(1000), reverse.make("eps", "fixed_small")
-    predict = ode.eps_predictor(between_rows(data, s), p, s)
+    predict = ode.eps_predictor(between_rows(data, s), p, s, clip_x0=False)
     x0 = jnp.full((1, 1, 1), 0.25)
     uniform = (jnp.arange(32.0) + 0.5).reshape(32, 1, 1, 1) / 32
     bpd = jax.jit(jax.vmap(lambda u: ode.dequantized_bpd(predict, s, x0, u, num_levels)))(uniform)
