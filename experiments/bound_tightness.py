@@ -54,10 +54,10 @@ def run(directory: Path, trained: Path | None) -> None:
 def gaussian_table(rows: list[dict[str, Any]]) -> str:
     """Closed form beside measurement."""
     lines = [
-        "Gaussian data (2-D), exact mean, nats: bound − NLL with the exact variance, and what a fixed one adds. ± is one",
-        "standard error of what was measured.",
+        "Gaussian data (2-D), exact mean, nats: bound − NLL with the exact variance, and what a fixed one adds; each",
+        "in closed form and measured ± one standard error.",
         "",
-        "| schedule | T | exact: KL(q(x_T) ‖ N(0, I)) | measured | β̃: closed form | measured | β: closed form | measured |",
+        "| schedule | T | exact: KL(q(x_T) ‖ N(0, I)) | measured | β̃: closed | measured | β: closed | measured |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

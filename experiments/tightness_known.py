@@ -19,7 +19,7 @@ from diffusion.schedules import Schedule
 GAUSSIAN = oracles.normal(jnp.asarray([[[0.3, -1.0]]]), jnp.asarray([[[0.2, 1.3]]]))
 # Weights, means and variances [3, 1], in float64 for the quadratures.
 LINE = tuple(np.asarray([numbers]).T for numbers in ([0.2, 0.5, 0.3], [-1.5, 0.0, 1.0], [0.16, 0.04, 0.01]))
-GRID = np.linspace(-7.0, 7.0, 2801)  # of x_t, for the quadratures
+GRID = np.linspace(-7.0, 7.0, 1401)  # of x_t, for the quadratures
 
 SCHEDULES = {
     "cosine": schedules.cosine,
@@ -35,6 +35,7 @@ ANY_T = {
     "linear, respaced": lambda num_steps: schedules.evenly_spaced(schedules.linear(1000), num_steps),
 }
 FIXED = ("fixed_small", "fixed_large")
+VARIANCES = {"fixed_small": "β̃", "fixed_large": "β", "optimal": "optimal σ*", "exact": "exact for each $x_t$"}
 
 
 def gaussian_rows(num_images: int = 2048) -> list[dict[str, Any]]:
@@ -134,28 +135,31 @@ def line_entropy() -> float:
     return float(-np.trapezoid(density * np.log(np.maximum(density, 1e-300)), GRID))
 
 
-def line_gap(schedule: Schedule, variance: str) -> tuple[float, float]:
-    """KL(q(x_{1:T}, x_0) ‖ p) of the 1-D mixture with the exact mean: (all steps, the prior's part).
+def line_gaps(schedule: Schedule) -> dict[str, tuple[float, float]]:
+    """KL(q(x_{0:T}) ‖ p(x_{0:T})) of the 1-D mixture with the exact mean, by variance: (all steps, the prior's part).
 
-    Of every step the expected cross entropy is ½ E[log 2πv + Var(x_{t−1} | x_t)/v], and what q(x_{t−1} | x_t, x_0)
-    would pay is ½(log 2πβ̃ + 1); the sum is the bound, from which H(q(x_0)) is taken.
+    The expected cross entropy of a step is ½ E[log 2πv + Var(x_{t−1} | x_t)/v], and the entropy of
+    q(x_{t−1} | x_t, x_0) is ½(log 2πβ̃ + 1); with the prior's term their differences add up to the bound, from which
+    H(q(x_0)) is taken.
     """
     steps = line_steps(schedule)
-    bound = 0.0
-    for step in steps:
-        v = step.variance(variance)
-        cross = 0.5 * (np.log(2 * np.pi * v) + step.var / v)
-        posterior = 0.5 * (math.log(2 * math.pi * step.beta_tilde) + 1) if step.beta_tilde else 0.0
-        bound += np.trapezoid(step.density * cross, GRID) - posterior
-    alpha_bar = np.exp(np.sum(np.asarray(schedule.log_alpha, np.float64)))
     weight, m, v = LINE
-    second_moment = float(np.sum(weight * (v + m**2)))
-    noise = 1 - alpha_bar
-    bound += 0.5 * (alpha_bar * second_moment + noise - 1 - math.log(noise))
+    alpha_bar = np.exp(np.sum(np.asarray(schedule.log_alpha, np.float64)))
+    # L_T, the mean over x_0 of KL(q(x_T | x_0) ‖ N(0, 1)).
+    prior_term = 0.5 * (alpha_bar * np.sum(weight * (v + m**2)) - alpha_bar - np.log1p(-alpha_bar))
     last = steps[-1].density
     log_ratio = np.log(np.maximum(last, 1e-300)) + 0.5 * GRID**2 + 0.5 * math.log(2 * math.pi)
     prior = float(np.trapezoid(last * log_ratio, GRID))
-    return float(bound) - line_entropy() - prior, prior
+    gaps = {}
+    for variance in VARIANCES:
+        bound = prior_term
+        for step in steps:
+            chosen = step.variance(variance)
+            cross_entropy = 0.5 * (np.log(2 * np.pi * chosen) + step.var / chosen)
+            entropy = 0.5 * (math.log(2 * math.pi * step.beta_tilde) + 1) if step.beta_tilde else 0.0
+            bound += np.trapezoid(step.density * cross_entropy, GRID) - entropy
+        gaps[variance] = float(bound) - line_entropy() - prior, prior
+    return gaps
 
 
 def line_rows() -> list[dict[str, Any]]:
@@ -166,8 +170,7 @@ def line_rows() -> list[dict[str, Any]]:
             if num_steps < 20 and name in ("linear", "quadratic", "constant"):
                 continue
             schedule = make(num_steps)
-            for variance in ("fixed_small", "fixed_large", "optimal", "exact"):
-                steps, prior = line_gap(schedule, variance)
+            for variance, (steps, prior) in line_gaps(schedule).items():
                 rows.append(
                     {"schedule": name, "num_steps": num_steps, "variance": variance, "steps": steps, "prior": prior}
                 )
@@ -178,30 +181,30 @@ def slopes(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """d log(gap)/d log T by least squares over T ≥ 100, without the prior's part: [schedule][variance]."""
     result: dict[str, dict[str, float]] = {}
     for name in SCHEDULES:
-        for variance in ("fixed_small", "fixed_large", "optimal", "exact"):
+        for variance in VARIANCES:
             chosen = [r for r in rows if (r["schedule"], r["variance"]) == (name, variance) and r["num_steps"] >= 100]
             log_t, log_gap = np.log([(r["num_steps"], r["steps"]) for r in chosen]).T
             result.setdefault(name, {})[variance] = float(np.polyfit(log_t, log_gap, 1)[0])
     return result
 
 
-def looseness_rows() -> list[dict[str, Any]]:
+def looseness_rows(num_steps: tuple[int, ...] = (5, 10, 20, 50)) -> list[dict[str, Any]]:
     """What part of the 1-D gap is the model's, KL(q(x_0) ‖ p(x_0)), with p(x_0) by quadrature over the whole chain."""
     weight, m, v = LINE
     data = (weight * np.exp(-((GRID - m) ** 2) / (2 * v)) / np.sqrt(2 * np.pi * v)).sum(axis=0)
     rows = []
-    for num_steps in (5, 10, 20, 50):
-        schedule = schedules.cosine(num_steps)
-        steps = line_steps(schedule)
-        for variance in ("fixed_small", "fixed_large", "optimal", "exact"):
+    for t in num_steps:
+        schedule = schedules.cosine(t)
+        steps, gaps = line_steps(schedule), line_gaps(schedule)
+        for variance in VARIANCES:
             density = np.exp(-(GRID**2) / 2) / math.sqrt(2 * math.pi)
             for step in reversed(steps):
                 std = np.sqrt(step.variance(variance))
                 kernel = np.exp(-0.5 * ((GRID[:, None] - step.mean) / std) ** 2)
                 density = kernel @ (density / std) * ((GRID[1] - GRID[0]) / math.sqrt(2 * math.pi))
             model = np.trapezoid(data * np.log(np.maximum(data, 1e-300) / np.maximum(density, 1e-300)), GRID)
-            gap = sum(line_gap(schedule, variance))
-            rows.append({"num_steps": num_steps, "variance": variance, "gap": gap, "model": float(model)})
+            gap = sum(gaps[variance])
+            rows.append({"num_steps": t, "variance": variance, "gap": gap, "model": float(model)})
     return rows
 
 
@@ -210,8 +213,7 @@ def plot_line(path: Path, rows: list[dict[str, Any]], looseness: list[dict[str, 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     by_variance, by_schedule, split = figure.subplots(1, 3)
     fitted = slopes(rows)
-    labels = {"fixed_small": "β̃", "fixed_large": "β", "optimal": "optimal σ*", "exact": "exact for each $x_t$"}
-    for variance, label in labels.items():
+    for variance, label in VARIANCES.items():
         chosen = [r for r in rows if (r["schedule"], r["variance"]) == ("cosine", variance)]
         by_variance.loglog(
             *np.array([(r["num_steps"], r["steps"]) for r in chosen]).T, "o-", markersize=3,
@@ -229,7 +231,7 @@ def plot_line(path: Path, rows: list[dict[str, Any]], looseness: list[dict[str, 
     for axes in (by_variance, by_schedule):
         axes.set(xlabel="T", ylabel="gap of the steps, bound − NLL (nats)")
         axes.legend(fontsize="small", title="slope over T ≥ 100", title_fontsize="small")
-    for k, (variance, label) in enumerate(labels.items()):
+    for k, (variance, label) in enumerate(VARIANCES.items()):
         chosen = [r for r in looseness if r["variance"] == variance]
         t, gap, model = np.array([(r["num_steps"], r["gap"], r["model"]) for r in chosen]).T
         split.loglog(t, gap, "o-", markersize=3, color=f"C{k}", label=label)
