@@ -222,12 +222,9 @@ def plot_line(path: Path, rows: list[dict[str, Any]], looseness: list[dict[str, 
     by_variance.set_title("cosine schedule", fontsize="medium")
     for name in SCHEDULES:
         chosen = [r for r in rows if (r["schedule"], r["variance"]) == (name, "optimal")]
-        t, steps, prior = np.array([(r["num_steps"], r["steps"], r["prior"]) for r in chosen]).T
-        (line,) = by_schedule.loglog(t, steps, "o-", markersize=3, label=f"{name}: {fitted[name]['optimal']:.2f}")
-        if np.all(prior > 1e-12):
-            by_schedule.loglog(t, prior, ":", color=line.get_color())
-    by_schedule.set_title("optimal σ*; dotted: the prior's part", fontsize="medium")
-    by_schedule.set_ylim(bottom=1e-7)
+        t, steps = np.array([(r["num_steps"], r["steps"]) for r in chosen]).T
+        by_schedule.loglog(t, steps, "o-", markersize=3, label=f"{name}: {fitted[name]['optimal']:.2f}")
+    by_schedule.set_title("optimal σ*", fontsize="medium")
     for axes in (by_variance, by_schedule):
         axes.set(xlabel="T", ylabel="gap of the steps, bound − NLL (nats)")
         axes.legend(fontsize="small", title="slope over T ≥ 100", title_fontsize="small")
@@ -237,7 +234,9 @@ def plot_line(path: Path, rows: list[dict[str, Any]], looseness: list[dict[str, 
         split.loglog(t, gap, "o-", markersize=3, color=f"C{k}", label=label)
         split.loglog(t, model, "x--", markersize=4, color=f"C{k}")
     split.set(xlabel="T", ylabel="nats")
-    split.set_title("solid: gap of the bound; dashed: KL(q(x₀) ‖ p(x₀)) of the model", fontsize="medium")
+    split.set_xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
+    split.set_xticks([], minor=True)
+    split.set_title("cosine; solid: gap of the bound,\ndashed: the model's KL(q(x₀) ‖ p(x₀))", fontsize="medium")
     split.legend(fontsize="small")
     for axes in (by_variance, by_schedule, split):
         axes.grid(alpha=0.3, which="both")
