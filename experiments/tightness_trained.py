@@ -39,9 +39,21 @@ def measure(directory: Path) -> dict[str, Any]:
     state = workdir.restore(experiment, directory)
     numbers = evaluate.subset(len(test_set.images), NUM_IMAGES)
     x0 = to_unit(jnp.asarray(test_set.images[numbers]), test_set.num_levels)
-    keys = randomness.per_item(randomness.stream(config.seed, "eval"), jnp.asarray(numbers))
-    denoise = experiment.denoiser(state.ema_params)
+    # The keys of the evaluation, so that the bound here is the bound there.
+    key = jax.random.fold_in(randomness.stream(config.seed, "eval"), test_set.split_number)
+    keys = randomness.per_item(key, jnp.asarray(numbers))
+    found = compare(experiment, experiment.denoiser(state.ema_params), x0, keys)
+    return {
+        "run": str(directory),
+        "step": int(state.step),
+        "num_steps": experiment.schedule.num_steps,
+        "image_numbers": numbers.tolist(),
+        **found,
+    }
 
+
+def compare(experiment: Experiment, denoise, x0: Float[Array, "b h w c"], keys: Array) -> dict[str, Any]:
+    """What `measure` returns of one network, for images on their grey levels with a key each."""
     per_image = {
         "bound": bound_bpd(experiment, denoise, x0, keys, gaussian.discretized_log_prob),
         "ode_behind_decoder": jax.jit(partial(ode_behind_decoder_bpd, experiment, denoise))(x0, keys),
@@ -50,10 +62,6 @@ def measure(directory: Path) -> dict[str, Any]:
     }
     exact_trace = jax.jit(partial(ode_dequantized_bpd, experiment, denoise, exact=True))(x0[:NUM_FEW], keys[:NUM_FEW])
     return {
-        "run": str(directory),
-        "step": int(state.step),
-        "num_steps": experiment.schedule.num_steps,
-        "image_numbers": numbers.tolist(),
         "per_image_bpd": {name: np.asarray(values, np.float64).tolist() for name, values in per_image.items()},
         "exact_trace_bpd": np.asarray(exact_trace, np.float64).tolist(),
         "importance_weighted": importance_weighted(experiment, denoise, x0[:NUM_FEW], keys[:NUM_FEW]),

@@ -1,13 +1,15 @@
 """The study's own quadratures against closed forms, and its commands on what is small."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
-from diffusion import oracles, schedules
+from diffusion import oracles, reverse, schedules
 from experiments import bound_tightness, tightness_capacity, tightness_known
 
 
@@ -65,33 +67,42 @@ def test_a_folder_without_a_run_is_refused(tmp_path, monkeypatch, capsys):
     assert "holds no run (no config.json)" in capsys.readouterr().err
 
 
-def test_one_checkpoint_side_by_side(tmp_path, monkeypatch):
-    """An untrained network: the first of the IW bounds is the bound, and both traces see the same ODE."""
-    from configs import digits
-    from diffusion import build, workdir
-    from diffusion.checkpoint import Checkpoints
+def test_every_likelihood_of_one_network(tmp_path, monkeypatch):
+    """A network that is exact for N(0, 0.3²) on 2×2 pixels: the ODE's density is known, and the rest lies around it."""
     from experiments import tightness_trained
 
-    settings = digits.get_config()
-    small = {
-        "schedule.num_steps": 4, "unet.channels": 8, "unet.multipliers": (1,), "unet.blocks": 1, "unet.groups": 4,
-        "unet.attention_resolutions": (), "unet.fourier_features": (), "data.data_dir": str(tmp_path / "data"),
-    }  # fmt: skip
-    with settings.unlocked():
-        settings.update_from_flattened_dict(small)
-    workdir.claim(settings, tmp_path / "run")
-    experiment = build.experiment(settings, (8, 8, 1), 17)
-    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        checkpoints.save(0, jax.device_get(experiment.initial_state()), {"test_loss": 1.0})
-    for name, value in {"NUM_IMAGES": 3, "NUM_FEW": 1, "NUM_TRAJECTORIES": 20, "TRAJECTORIES_AT_ONCE": 20}.items():
+    std, num_levels, schedule = 0.3, 17, schedules.cosine(50)
+    data = oracles.normal(jnp.zeros((2, 2, 1)), jnp.full((2, 2, 1), std))
+
+    def denoise(x_t, network_t):
+        return jax.vmap(data.eps)(x_t, jnp.interp(network_t, schedule.network_t[1:], schedule.log_snr[1:]))
+
+    experiment = types.SimpleNamespace(p=reverse.make("eps", "fixed_large"), schedule=schedule, num_levels=num_levels)
+    sizes = {"NUM_IMAGES": 64, "NUM_FEW": 2, "NUM_TRAJECTORIES": 200, "TRAJECTORIES_AT_ONCE": 200}
+    for name, value in sizes.items():
         monkeypatch.setattr(tightness_trained, name, value)
-    result = json.loads(json.dumps(tightness_trained.measure(tmp_path / "run")))
-    assert result["per_image_bpd"].keys() == tightness_trained.ROWS.keys()
-    weighted = np.asarray(result["importance_weighted"]["bpd"])[:, 0]
-    assert result["importance_weighted"]["k"] == [1, 2, 5, 10, 20] and np.all(np.diff(weighted) < 0)
-    error = result["importance_weighted"]["stderr"][0][0]
-    assert abs(weighted[0] - result["per_image_bpd"]["bound"][0]) < 6 * 20**0.5 * error
-    # Nearly linear at its initialisation, the field has a divergence that signs see without error.
-    np.testing.assert_allclose(result["exact_trace_bpd"][0], result["per_image_bpd"]["ode_dequantized"][0], rtol=0.02)
+    keys = jax.random.split(jax.random.key(0), 64)
+    x0 = jnp.clip(jnp.round(jax.vmap(data.sample)(keys) * 8), -8, 8) / 8
+    found = tightness_trained.compare(experiment, denoise, x0, keys)
+
+    bpd = {name: np.asarray(values) for name, values in found["per_image_bpd"].items()}
+    y = np.asarray(tightness_trained.dequantized(experiment, x0, keys), np.float64)
+    log_density = -0.5 * (np.log(2 * np.pi * std**2) + y**2 / std**2) + np.log(2 / 16)
+    # The solver's tolerance, and λ_1 in the place of clean data.
+    np.testing.assert_allclose(bpd["ode_dequantized"], -log_density.mean(axis=(1, 2, 3)) / np.log(2), atol=0.03)
+    np.testing.assert_allclose(found["exact_trace_bpd"], bpd["ode_dequantized"][:2], atol=0.01)  # no off-diagonal
+    edges = np.arange(-8.5, 9) / 8 / std
+    edges[[0, -1]] = -np.inf, np.inf
+    mass = np.diff(scipy.stats.norm.cdf(edges))[np.asarray(x0 * 8, int) + 8]
+    exact = -np.log2(mass).mean(axis=(1, 2, 3))
+    for name in ("bound", "ode_behind_decoder"):
+        excess = bpd[name] - exact
+        assert 0 < excess.mean() < 0.3 and excess.mean() > 3 * excess.std() / 8, name
+    weighted = np.asarray(found["importance_weighted"]["bpd"])
+    assert found["importance_weighted"]["k"][-1] == 200 and np.all(np.diff(weighted, axis=0) < 0)
+    errors = found["fraction_eps_mse"]
+    np.testing.assert_allclose(errors["middle"], errors["neighbours"], rtol=0.2, atol=1e-3)
+
+    result = {"run": "a run", "step": 7, "image_numbers": list(range(64)), **json.loads(json.dumps(found))}
     tightness_trained.plot(tmp_path / "trained.png", result)
     assert "| bound_dequantized | uniformly dequantized" in bound_tightness.trained_table(result)

@@ -67,8 +67,10 @@ def test_it_rises_with_k_from_the_bound_to_the_likelihood(log_weights):
         assert np.all(mean > before), k
         assert np.all(mean < exact + 3 * stderr), (k, mean, exact, stderr)
         before = mean
-    # What K = 1,000 leaves is a small part of the bound's own looseness.
-    assert np.all(np.abs(mean - exact) < 0.2 * (exact - mean_and_stderr(weights)[0]))
+    # Eight groups of 1,000 are at the likelihood within their error; the bound itself is clearly below it.
+    assert np.all(np.abs(mean - exact) < 4 * stderr + 1e-3), (mean, exact, stderr)
+    bound, bound_stderr = mean_and_stderr(weights)
+    assert np.all(bound + 3 * bound_stderr < exact)
 
 
 def test_one_sample_is_the_bound(log_weights):
