@@ -43,8 +43,10 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "peers": ["diffusers", "torch"],  # to compare with; the programs do not need them
+        "ode": ["diffrax>=0.7"],  # diffusion/ode.py alone needs it
         "dev": [
             "beartype",
+            "diffrax>=0.7",
             "hypothesis",
             "pytest",
             "pytest-timeout",

@@ -168,3 +168,63 @@ def over_all_t(
 
     _, terms = jax.lax.scan(of_one_t, None, schedule[1:])
     return jax.tree.map(jnp.transpose, terms)
+
+
+def log_weights_nats(
+    denoise: Callable[[Array, Array], Array],
+    p: Reverse,
+    schedule: Schedule,
+    x0: Float[ArrayLike, "b h w c"],
+    keys: Key[Array, " b"],
+    num_levels: int = 256,
+    clip_x0: bool = True,
+    decoder: Callable[..., Array] = gaussian.discretized_log_prob,
+) -> Float[ArrayLike, " b"]:
+    """log p_θ(x_{0:T})/q(x_{1:T} | x_0) of one trajectory x_{1:T} ~ q(x_{1:T} | x_0) for each image, in nats.
+
+    Its mean is minus the bound, and the mean of its exponential is p_θ(x_0): `importance_weighted_nats`. The
+    trajectory is drawn from its end, x_T ~ q(x_T | x_0) and then x_{t−1} ~ q(x_{t−1} | x_t, x_0), so that every
+    factor is a ratio of two Gaussians that are close to each other.
+
+    Args: those of `vlb_terms_bpd`.
+    """
+    last = schedule[schedule.num_steps]
+    noise = lambda t: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), x0.shape[1:]))(keys)  # noqa: E731
+    log_ratio = lambda x, p, q: jnp.sum(gaussian.log_prob(p, x) - gaussian.log_prob(q, x))  # noqa: E731
+
+    def prior(x0: Array, eps: Array) -> tuple[Array, Array]:
+        marginal = process.q_marginal(last, x0)
+        x_t = marginal.sample(eps)
+        return x_t, log_ratio(x_t, gaussian.Gaussian(jnp.zeros_like(x0), jnp.zeros_like(x0)), marginal)
+
+    def step(row: Schedule, x0: Array, x_t: Array, output: Array, eps: Array) -> tuple[Array, Array]:
+        p_prev, _ = p(row, x_t, output, clip_x0)
+        posterior = process.q_posterior(row, x0, x_t)
+        x_prev = posterior.sample(eps)
+        decoded = jnp.sum(decoder(p_prev, x0, num_levels))
+        return x_prev, jnp.where(row.t == 1, decoded, log_ratio(x_prev, p_prev, posterior))
+
+    def body(carry: tuple[Array, Array], row: Schedule):
+        x_t, log_weights = carry
+        output = denoise(x_t, jnp.full(len(x0), row.network_t))
+        x_prev, added = jax.vmap(step, in_axes=(None, 0, 0, 0, 0))(row, x0, x_t, output, noise(row.t - 1))
+        return (x_prev, log_weights + added), None
+
+    start = jax.vmap(prior)(x0, noise(schedule.num_steps))
+    (_, log_weights), _ = jax.lax.scan(body, start, schedule[1:], reverse=True)
+    return log_weights
+
+
+def importance_weighted_nats(log_weights: Float[ArrayLike, "n samples"], k: int) -> Float[ArrayLike, "n groups"]:
+    """log 1/K Σ of K weights, for each of the samples/K groups of independent ones: E of it is ≤ log p_θ(x_0).
+
+    It grows with K, from minus the bound at K = 1 to log p_θ(x_0). Burda, Grosse & Salakhutdinov (2016), theorem 1.
+
+    Raises:
+        ValueError: the samples do not make whole groups of K.
+    """
+    num_samples = log_weights.shape[-1]
+    if not 1 <= k <= num_samples or num_samples % k:
+        raise ValueError(f"{num_samples} samples do not make whole groups of K={k}")
+    groups = log_weights.reshape(len(log_weights), -1, k)
+    return jax.nn.logsumexp(groups, axis=-1) - math.log(k)

@@ -25,6 +25,8 @@ FLOORS = {
     "estimators": 2,
     "variances": 2,
     "samplers": 2,
+    "oracles": 2,
+    "ode": 2,
     "data": 3,
     "optim": 3,
     "state": 3,

@@ -1,0 +1,108 @@
+"""The study's own quadratures against closed forms, and its commands on what is small."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from diffusion import oracles, reverse, schedules
+from experiments import bound_tightness, tightness_capacity, tightness_known
+
+
+@pytest.fixture
+def one_gaussian(monkeypatch):
+    """The 1-D mixture replaced by N(0.3, 0.5²), whose gap has a closed form."""
+    monkeypatch.setattr(tightness_known, "LINE", tuple(np.asarray([[value]]) for value in (1.0, 0.3, 0.25)))
+    return oracles.normal(jnp.asarray([0.3]), jnp.asarray([0.5]))
+
+
+@pytest.mark.parametrize("make", [schedules.cosine, schedules.harmonic])
+def test_quadrature_equals_the_closed_form(one_gaussian, make):
+    schedule = make(12)
+    gaps = tightness_known.line_gaps(schedule)
+    for variance in ("fixed_small", "fixed_large"):
+        steps, prior = gaps[variance]
+        closed = oracles.gaussian_gap_nats(one_gaussian, variance, schedule)
+        np.testing.assert_allclose(steps, closed.mismatch[1:].sum(), rtol=1e-4)  # its decoder is the best one
+        np.testing.assert_allclose(prior, closed.prior, rtol=1e-3, atol=1e-6)
+    for variance in ("optimal", "exact"):
+        np.testing.assert_allclose(gaps[variance][0], 0.0, atol=1e-9)
+
+
+def test_the_model_s_error_is_part_of_the_gap():
+    """KL(q(x_0) ‖ p(x_0)) ≤ KL(q(x_{0:T}) ‖ p(x_{0:T})), and a smaller variance error makes a smaller gap."""
+    rows = tightness_known.looseness_rows(num_steps=(5,))
+    gap = {row["variance"]: row["gap"] for row in rows}
+    assert all(0 < row["model"] < row["gap"] for row in rows)
+    assert gap["exact"] < gap["optimal"] < gap["fixed_large"] < gap["fixed_small"]
+
+
+def test_gap_halves_when_t_doubles():
+    """The 1/T of a constant variance, and the 1/T² of the one that is exact for each x_t."""
+    short, long = (tightness_known.line_gaps(schedules.linear(num_steps)) for num_steps in (1000, 2000))
+    for variance, factor in (("optimal", 2.0), ("exact", 4.0)):
+        np.testing.assert_allclose(short[variance][0] / long[variance][0], factor, rtol=0.1)
+
+
+def test_a_wider_network_has_a_smaller_gap(monkeypatch):
+    monkeypatch.setattr(tightness_capacity, "WIDTHS", (2, 16))
+    monkeypatch.setattr(tightness_capacity, "SCHEDULE", schedules.cosine(10))
+    monkeypatch.setattr(tightness_capacity, "NUM_STEPS", 300)
+    monkeypatch.setattr(tightness_capacity, "NUM_SCORED", 1024)
+    exact, narrow, wide = tightness_capacity.rows()
+    assert exact["gap"][0] < wide["gap"][0] < narrow["gap"][0]
+    assert wide["mean_error"][0] > 3 * wide["mean_error"][1] > 0
+    table = bound_tightness.capacity_table([exact, narrow, wide])
+    assert "| exact score | – |" in table and "| 3 layers of 16 | " in table
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bound_tightness", f"--workdir={tmp_path / 'out'}", f"--run={tmp_path}"])
+    with pytest.raises(SystemExit, match="2"):
+        bound_tightness.main()
+    assert "holds no run (no config.json)" in capsys.readouterr().err
+
+
+def test_every_likelihood_of_one_network(tmp_path, monkeypatch):
+    """A network that is exact for N(0, 0.3²) on 2×2 pixels: the ODE's density is known, and the rest lies around it."""
+    from experiments import tightness_trained
+
+    std, num_levels, schedule = 0.3, 17, schedules.cosine(50)
+    data = oracles.normal(jnp.zeros((2, 2, 1)), jnp.full((2, 2, 1), std))
+
+    def denoise(x_t, network_t):
+        return jax.vmap(data.eps)(x_t, jnp.interp(network_t, schedule.network_t[1:], schedule.log_snr[1:]))
+
+    experiment = types.SimpleNamespace(p=reverse.make("eps", "fixed_large"), schedule=schedule, num_levels=num_levels)
+    sizes = {"NUM_IMAGES": 64, "NUM_FEW": 2, "NUM_TRAJECTORIES": 200, "TRAJECTORIES_AT_ONCE": 200}
+    for name, value in sizes.items():
+        monkeypatch.setattr(tightness_trained, name, value)
+    keys = jax.random.split(jax.random.key(0), 64)
+    x0 = jnp.clip(jnp.round(jax.vmap(data.sample)(keys) * 8), -8, 8) / 8
+    found = tightness_trained.compare(experiment, denoise, x0, keys)
+
+    bpd = {name: np.asarray(values) for name, values in found["per_image_bpd"].items()}
+    y = np.asarray(tightness_trained.dequantized(experiment, x0, keys), np.float64)
+    log_density = -0.5 * (np.log(2 * np.pi * std**2) + y**2 / std**2) + np.log(2 / 16)
+    # The solver's tolerance, and λ_1 in the place of clean data.
+    np.testing.assert_allclose(bpd["ode_dequantized"], -log_density.mean(axis=(1, 2, 3)) / np.log(2), atol=0.03)
+    np.testing.assert_allclose(found["exact_trace_bpd"], bpd["ode_dequantized"][:2], atol=0.01)  # no off-diagonal
+    edges = np.arange(-8.5, 9) / 8 / std
+    edges[[0, -1]] = -np.inf, np.inf
+    mass = np.diff(scipy.stats.norm.cdf(edges))[np.asarray(x0 * 8, int) + 8]
+    exact = -np.log2(mass).mean(axis=(1, 2, 3))
+    for name in ("bound", "ode_behind_decoder"):
+        excess = bpd[name] - exact
+        assert 0 < excess.mean() < 0.3 and excess.mean() > 3 * excess.std() / 8, name
+    weighted = np.asarray(found["importance_weighted"]["bpd"])
+    assert found["importance_weighted"]["k"][-1] == 200 and np.all(np.diff(weighted, axis=0) < 0)
+    errors = found["fraction_eps_mse"]
+    np.testing.assert_allclose(errors["middle"], errors["neighbours"], rtol=0.2, atol=1e-3)
+
+    result = {"run": "a run", "step": 7, "image_numbers": list(range(64)), **json.loads(json.dumps(found))}
+    tightness_trained.plot(tmp_path / "trained.png", result)
+    assert "| bound_dequantized | uniformly dequantized" in bound_tightness.trained_table(result)
