@@ -22,6 +22,7 @@ FLOORS = {
     "timesteps": 2,
     "likelihood": 2,
     "estimators": 2,
+    "parameterizations": 2,
     "variances": 2,
     "samplers": 2,
     "data": 3,
