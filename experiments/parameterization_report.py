@@ -18,6 +18,7 @@ def markdown(
     title: str,
     deviation: float,
     parts: dict[str, Float[np.ndarray, " t"]],
+    of_zero: dict[str, float],
     trained: list[dict[str, Any]],
 ) -> str:
     """The three tables, with what they were measured on."""
@@ -46,7 +47,9 @@ def markdown(
         by_seed = ", ".join(f"{value:.3f}" for value in row["test_bpd_by_seed"])
         objective = "L" if row["objective"] == "vlb" else "L_simple"
         parts_bpd = [f"{row[key]:.3f}" for key in ("decoder_bpd", "kl_bpd")]
-        rows.append([row["prediction"], objective, bpd, by_seed, *parts_bpd, difference])
+        rows.append(
+            [row["prediction"], objective, f"{of_zero[row['prediction']]:,.1f}", bpd, by_seed, *parts_bpd, difference]
+        )
     steps, images = (sorted({row[key] for row in trained}) for key in ("steps", "images"))
     return "\n".join(
         [
@@ -56,9 +59,10 @@ def markdown(
             f"What each range of t contributes, for the errors of one network ({title}; unclipped, σ_t² = β̃_t; "
             f"its terms are the weight times the error to {deviation:.1e}):\n",
             _table(["", *ranges], contributions),
-            f"Trained for {steps} steps and scored on {images} test images (± one standard error over images; x̂_0 "
-            "clipped except where the mean is predicted; bits/dim less v's with its 95% interval, paired by image):\n",
-            _table(["prediction", "loss", "bits/dim", "by seed", "L_0", "KL", "less v"], rows),
+            f"Trained for {steps} steps and scored on {images} test images: ± one standard error over images; x̂_0 "
+            "clipped except where the mean is predicted; bits/dim less v's with its 95% interval, paired by image. "
+            "Output 0: the bound, unclipped, of a network that outputs 0.\n",
+            _table(["prediction", "loss", "output 0", "bits/dim", "by seed", "L_0", "KL", "less v"], rows),
         ]
     )
 
@@ -84,6 +88,9 @@ def plot_weights(path: Path, weights: dict[str, dict[str, Float[np.ndarray, " t"
             factor_axes.loglog(t, (1 / weight[1:]) / (1 / weight[1:]).mean(), **style)
         weight_axes.set_title(name)
         factor_axes.set_xlabel("t")
+        ticks = [tick for tick in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= len(weight)]
+        factor_axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        factor_axes.minorticks_off()
         factor_axes.axhline(1, color="black", linewidth=0.8)
         for axes in (weight_axes, factor_axes):
             axes.grid(alpha=0.3)

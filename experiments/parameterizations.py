@@ -90,6 +90,7 @@ def write(directory: Path, network: Path) -> None:
     parts = shares(errors)
     runs, _ = results.read(directory)
     trained = training(runs)
+    of_zero = output_of_zero()
     numbers = {
         "weights": {
             name: {f"t={t}": {k: float(w[t - 1]) for k, w in of.items()} for t in MARKS if t <= len(of["eps"])}
@@ -101,10 +102,11 @@ def write(directory: Path, network: Path) -> None:
         "terms_nats": errors.terms_nats.tolist(),
         "weight_times_error_deviation": errors.deviation,
         "shares": {name: share.tolist() for name, share in parts.items()},
+        "output_of_zero_bpd": of_zero,
         "training": trained,
     }
     report.write_json(directory / "parameterizations.json", numbers)
-    text = markdown(checks, errors.title, errors.deviation, parts, trained)
+    text = markdown(checks, errors.title, errors.deviation, parts, of_zero, trained)
     (directory / "parameterizations.md").write_text(text)
     plot_weights(directory / "weights.png", weights)
     plot_shares(directory / "shares.png", errors.title, parts)
@@ -186,12 +188,13 @@ def network_errors(directory: Path, num_images: int) -> Errors:
     p, schedule = reverse.make(config.model.prediction, "fixed_small"), experiment.schedule
 
     @jax.jit
-    def score(params, x0):
+    def score(params, images):
+        x0 = to_unit(images, experiment.num_levels)
         network = experiment.denoiser(params)
         denoise = lambda x_t, network_t: experiment.p.split(network(x_t, network_t))[0]  # noqa: E731
         return likelihood.vlb_terms_bpd(denoise, p, schedule, x0, keys, experiment.num_levels, clip_x0=False)
 
-    terms, x0_mse = score(state.ema_params, to_unit(test_set.images[numbers], test_set.num_levels))
+    terms, x0_mse = score(state.ema_params, test_set.images[numbers])
     terms, x0_mse = (np.asarray(array, np.float64).mean(axis=0) for array in (terms, x0_mse))
     terms *= np.log(2)
     title = (
@@ -212,6 +215,30 @@ def shares(errors: Errors) -> dict[str, Float[np.ndarray, " t"]]:
 
     parts = {"L": errors.terms_nats} | {prediction: of_output(prediction) for prediction in SYMBOLS}
     return {name: part / part.sum() for name, part in parts.items()}
+
+
+def output_of_zero() -> dict[str, float]:
+    """The bound, in bits/dim, of a network that outputs 0, as about every new one does, by prediction.
+
+    For the test images, the schedule and the variance of the trainings; unclipped, as L is in training.
+    """
+    config = sweep.Cell("base", BASE, {}).config()
+    test_set = data.load(config.data.name, "test", config.data.data_dir)
+    schedule = schedules.SCHEDULES[AXES["schedule"][0]](int(AXES["T"][0]))
+    keys = jax.random.split(jax.random.key(0), len(test_set.images))
+
+    def bpd(prediction):
+        p = reverse.make(prediction, "fixed_small")
+
+        @jax.jit
+        def terms(images):
+            zero = lambda x_t, network_t: jnp.zeros_like(x_t)  # noqa: E731
+            x0 = to_unit(images, test_set.num_levels)
+            return likelihood.vlb_terms_bpd(zero, p, schedule, x0, keys, test_set.num_levels, clip_x0=False)[0]
+
+        return float(terms(test_set.images).sum(axis=1).mean())
+
+    return {prediction: bpd(prediction) for prediction in SYMBOLS}
 
 
 def training(runs: list[results.Run]) -> list[dict[str, Any]]:
