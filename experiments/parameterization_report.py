@@ -50,7 +50,7 @@ def markdown(
         rows.append(
             [row["prediction"], objective, f"{of_zero[row['prediction']]:,.1f}", bpd, by_seed, *parts_bpd, difference]
         )
-    steps, images = (sorted({row[key] for row in trained}) for key in ("steps", "images"))
+    steps, images = (", ".join(sorted({str(row[key]) for row in trained})) for key in ("steps", "images"))
     return "\n".join(
         [
             "# Parameterizations",
@@ -140,11 +140,12 @@ def plot_training(path: Path, trained: list[dict[str, Any]]) -> None:
             style = {"marker": marker, "color": COLOURS[row["prediction"]], "capsize": 3}
             filled = "full" if objective == "vlb" else "none"
             totals.errorbar(x, row["test_bpd"], 1.96 * row["test_bpd_stderr"], fillstyle=filled, **style)
-            totals.annotate(f"{row['test_bpd']:.2f}", (x, row["test_bpd"]), (6, 4), textcoords="offset points")
+            side = {"xytext": (-7, -4), "ha": "right"} if objective == "vlb" else {"xytext": (7, -4), "ha": "left"}
+            totals.annotate(f"{row['test_bpd']:.2f}", (x, row["test_bpd"]), textcoords="offset points", **side)
         fill = "black" if objective == "vlb" else "none"
         totals.scatter([], [], marker=marker, edgecolors="black", facecolors=fill, label=f"trained with {label}")
     totals.set_xticks(range(len(SYMBOLS)), SYMBOLS.values())
-    totals.set(xlabel="prediction", ylabel="bits/dim (test)", yscale="log", xlim=(-0.5, len(SYMBOLS) - 0.3))
+    totals.set(xlabel="prediction", ylabel="bits/dim (test)", yscale="log", xlim=(-0.7, len(SYMBOLS) - 0.3))
     totals.set_yticks(ticks := [2, 3, 4, 6, 10, 20, 50], [str(tick) for tick in ticks])
     totals.minorticks_off()
     totals.legend(fontsize="small", loc="upper left")
