@@ -23,6 +23,7 @@ FLOORS = {
     "timesteps": 2,
     "likelihood": 2,
     "estimators": 2,
+    "parameterizations": 2,
     "variances": 2,
     "samplers": 2,
     "oracles": 2,

@@ -1,0 +1,81 @@
+"""How the bound becomes "predict x_0" or "predict ε": the weight per t of each prediction's squared error.
+
+Between Gaussians of one variance σ_t² the KL is a distance of means, ‖μ̃_t − μ_θ‖²/(2σ_t²): Ho et al. (2020), eq. 8.
+Given x_t, each prediction is an affine function of each other, so this distance is a weight per t times the squared
+error of whatever the network predicts. With its weight every prediction has the same loss; without it (L_simple), none.
+"""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from diffusion.reverse import PREDICTIONS, VARIANCES, Reverse
+from diffusion.schedules import Schedule
+
+
+def x0_per_output(p: Reverse, row: Schedule) -> Float[ArrayLike, ""]:
+    """∂x̂_0/∂output at fixed x_t: −1/√SNR_t for ε, 1 for x_0, −1/√(1 + SNR_t) for v, 1/(coefficient of x_0 in μ̃_t).
+
+    Its square is what a squared error of the output means as a squared error of x̂_0.
+    """
+    zero = jnp.zeros_like(row.beta)
+    return PREDICTIONS[p.prediction].to_x0(row, zero, zero + 1)
+
+
+def bound_weight(p: Reverse, row: Schedule) -> Float[ArrayLike, ""]:
+    """w_t in L_{t−1} = w_t ‖target − output‖² + what differing variances cost, in nats, for t > 1 and an unclipped x̂_0.
+
+    w_t = (coefficient of x_0 in μ̃_t · ∂x̂_0/∂output)² / (2σ_t²). For σ_t² = β̃_t this is
+
+        x_0   ½ (SNR_{t−1} − SNR_t)                   Kingma et al. (2021), section 4
+        ε     ½ (SNR_{t−1}/SNR_t − 1)                 the same; Ho et al. (2020), eq. 12
+        v     ½ (SNR_{t−1} − SNR_t)/(1 + SNR_t)
+        μ̃    1/(2β̃_t)                                Ho et al. (2020), eq. 8
+
+    but without their subtractions, which would cost float32 most of its digits where SNR_t falls slowly.
+    At t = 1, where SNR_0 = ∞, it is the weight for the width that the decoder has; the bound's term there is L_0.
+
+    Args:
+        p: a reverse process with a fixed variance.
+        row: the schedule's row of t.
+
+    Raises:
+        ValueError: the variance is learned, so that the weight is the network's and not the schedule's.
+    """
+    if p.learns_variance:
+        fixed = ", ".join(name for name, variance in VARIANCES.items() if not variance.is_learned)
+        raise ValueError(f"variance={p.variance!r} depends on the network, and so does the weight; take one of {fixed}")
+    log_var = VARIANCES[p.variance].log_var(row, jnp.zeros_like(row.beta))
+    return 0.5 * (row.posterior_x0 * x0_per_output(p, row)) ** 2 * jnp.exp(-log_var)
+
+
+def simple_weight(p: Reverse, row: Schedule) -> Float[ArrayLike, ""]:
+    """By how much L_simple multiplies the bound's term of t: 1/w_t, up to a factor that is the same for every t.
+
+    Where it is small, L_simple gives less than the bound: for ε that is small t (Ho et al. (2020), section 3.4).
+    """
+    return 1 / bound_weight(p, row)
+
+
+def weighted_error(
+    p: Reverse,
+    row: Schedule,
+    x0: Float[ArrayLike, "*shape"],
+    x_t: Float[ArrayLike, "*shape"],
+    eps: Float[ArrayLike, "*shape"],
+    output: Float[ArrayLike, "*shape"],
+) -> Float[ArrayLike, "*shape"]:
+    """w_t (target − output)² of each element, in nats: Ho et al. (2020), eq. 12, for any prediction.
+
+    With σ_t² = β̃_t this is the KL from q(x_{t−1} | x_t, x_0) to p_θ(x_{t−1} | x_t). It subtracts no two means, which
+    agree to most of their digits where one step changes little.
+
+    Args:
+        p: a reverse process with a fixed variance.
+        row: the schedule's row of t.
+        x0: the image.
+        x_t: q_sample(row, x0, eps).
+        eps: the noise in x_t.
+        output: the network's output for x_t.
+    """
+    return bound_weight(p, row) * (p.target(row, x0, x_t, eps) - output) ** 2

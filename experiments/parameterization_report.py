@@ -1,0 +1,164 @@
+"""The tables and figures of `experiments.parameterizations`."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+SYMBOLS = {"eps": "ε", "x0": r"$x_0$", "v": "v", "mean": r"$\tilde\mu$"}
+OBJECTIVES = {"vlb": "L, the bound", "simple": r"$L_{simple}$"}
+COLOURS = {"L": "black", **{prediction: f"C{i}" for i, prediction in enumerate(SYMBOLS)}}
+
+
+def markdown(
+    checks: dict[str, dict[str, dict[str, float]]],
+    title: str,
+    deviation: float,
+    parts: dict[str, Float[np.ndarray, " t"]],
+    of_zero: dict[str, float],
+    trained: list[dict[str, Any]],
+) -> str:
+    """The three tables, with what they were measured on."""
+    names = list(next(iter(next(iter(checks.values())).values())))
+    deviations = [
+        [schedule, prediction, *(f"{of_one[name]:.1e}" for name in names)]
+        for schedule, by_prediction in checks.items()
+        for prediction, of_one in by_prediction.items()
+    ]
+    num_steps = len(parts["L"])
+    ends = sorted({0, 1, num_steps // 10, num_steps // 3, num_steps})
+    ranges = [f"t = {low + 1}…{high}" if high > low + 1 else f"t = {high}" for low, high in itertools.pairwise(ends)]
+    contributions = [
+        [
+            "L" if name == "L" else f"L_simple of {name}",
+            *(f"{100 * share[low:high].sum():.2f}%" for low, high in itertools.pairwise(ends)),
+        ]
+        for name, share in parts.items()
+    ]
+    rows = []
+    for row in trained:
+        difference = "–"
+        if row["less_v_bpd"] and row["prediction"] != "v":
+            difference = "{:+.3f} ({:+.3f} … {:+.3f})".format(*row["less_v_bpd"])
+        bpd = f"{row['test_bpd']:.3f} ± {row['test_bpd_stderr']:.3f}"
+        by_seed = ", ".join(f"{value:.3f}" for value in row["test_bpd_by_seed"])
+        objective = "L" if row["objective"] == "vlb" else "L_simple"
+        parts_bpd = [f"{row[key]:.3f}" for key in ("decoder_bpd", "kl_bpd")]
+        rows.append(
+            [row["prediction"], objective, f"{of_zero[row['prediction']]:,.1f}", bpd, by_seed, *parts_bpd, difference]
+        )
+    steps, images = (", ".join(sorted({str(row[key]) for row in trained})) for key in ("steps", "images"))
+    return "\n".join(
+        [
+            "# Parameterizations",
+            "\nLargest relative deviations over t > 1, σ_t² = β̃_t:\n",
+            _table(["schedule", "prediction", *names], deviations),
+            f"What each range of t contributes, for the errors of one network ({title}; unclipped, σ_t² = β̃_t; "
+            f"its terms are the weight times the error to {deviation:.1e}):\n",
+            _table(["", *ranges], contributions),
+            f"Trained for {steps} steps and scored on {images} test images: ± one standard error over images; x̂_0 "
+            "clipped except where the mean is predicted; bits/dim less v's with its 95% interval, paired by image. "
+            "Output 0: the bound, unclipped, of a network that outputs 0.\n",
+            _table(["prediction", "loss", "output 0", "bits/dim", "by seed", "L_0", "KL", "less v"], rows),
+        ]
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+
+
+def plot_weights(path: Path, weights: dict[str, dict[str, Float[np.ndarray, " t"]]]) -> None:
+    """A column per schedule: the weight w_t of each prediction's squared error, and what L_simple multiplies L by.
+
+    Args:
+        path: of the picture.
+        weights: schedule -> prediction -> w_1…w_T.
+    """
+    figure = Figure(figsize=(4.2 * len(weights), 7), layout="constrained")
+    grid = figure.subplots(2, len(weights), sharex="col", sharey="row", squeeze=False)
+    for (weight_axes, factor_axes), (name, by_prediction) in zip(grid.T, weights.items(), strict=True):
+        for prediction, weight in by_prediction.items():
+            t = np.arange(2, len(weight) + 1)  # the bound's term of t = 1 is the decoder's, and no squared error
+            style = {"color": COLOURS[prediction], "label": SYMBOLS[prediction]}
+            weight_axes.loglog(t, weight[1:], **style)
+            factor_axes.loglog(t, (1 / weight[1:]) / (1 / weight[1:]).mean(), **style)
+        weight_axes.set_title(name)
+        factor_axes.set_xlabel("t")
+        ticks = [tick for tick in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= len(weight)]
+        factor_axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        factor_axes.minorticks_off()
+        factor_axes.axhline(1, color="black", linewidth=0.8)
+        for axes in (weight_axes, factor_axes):
+            axes.grid(alpha=0.3)
+    grid[0, 0].set_ylabel(r"weight $w_t$ of the squared error in L (nats)")
+    grid[1, 0].set_ylabel(r"factor of the bound's term of t in $L_{simple}$" + "\n(1/$w_t$; its mean over t is 1)")
+    grid[0, 0].legend(title="squared error of")
+    figure.savefig(path, dpi=120)
+
+
+def plot_shares(path: Path, title: str, shares: dict[str, Float[np.ndarray, " t"]]) -> None:
+    """What each t contributes to L and to every L_simple for the same x̂_0, and the contributions up to t.
+
+    Args:
+        path: of the picture.
+        title: whose errors these are.
+        shares: "L" or a prediction -> fractions of t = 1…T, which add up to 1.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    per_t, cumulative = figure.subplots(1, 2)
+    for name, share in shares.items():
+        t = np.arange(1, len(share) + 1)
+        label = "L, the bound" if name == "L" else rf"$L_{{simple}}$ of {SYMBOLS[name]}"
+        style = {"color": COLOURS[name], "linewidth": 2.5 if name == "L" else 1.5}
+        per_t.semilogy(t, share, label=label, **style)
+        cumulative.plot(t, np.cumsum(share), label=label, **style)
+    per_t.set(xlabel="t", ylabel="share of t")
+    cumulative.set(xlabel="t", ylabel="share of all terms up to t", ylim=(0, 1.02))
+    per_t.legend(fontsize="small")
+    for axes in (per_t, cumulative):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def plot_training(path: Path, trained: list[dict[str, Any]]) -> None:
+    """Bits/dim of every prediction under both losses, and the bound per t of each.
+
+    Args:
+        path: of the picture.
+        trained: the rows that `parameterizations.training` makes.
+    """
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    totals, *per_t = figure.subplots(1, 1 + len(OBJECTIVES))
+    for marker, offset, (objective, label) in zip("os", (-0.1, 0.1), OBJECTIVES.items(), strict=True):
+        for row in (row for row in trained if row["objective"] == objective):
+            x = list(SYMBOLS).index(row["prediction"]) + offset
+            style = {"marker": marker, "color": COLOURS[row["prediction"]], "capsize": 3}
+            filled = "full" if objective == "vlb" else "none"
+            totals.errorbar(x, row["test_bpd"], 1.96 * row["test_bpd_stderr"], fillstyle=filled, **style)
+            side = {"xytext": (-7, -4), "ha": "right"} if objective == "vlb" else {"xytext": (7, -4), "ha": "left"}
+            totals.annotate(f"{row['test_bpd']:.2f}", (x, row["test_bpd"]), textcoords="offset points", **side)
+        fill = "black" if objective == "vlb" else "none"
+        totals.scatter([], [], marker=marker, edgecolors="black", facecolors=fill, label=f"trained with {label}")
+    totals.set_xticks(range(len(SYMBOLS)), SYMBOLS.values())
+    totals.set(xlabel="prediction", ylabel="bits/dim (test)", yscale="log", xlim=(-0.7, len(SYMBOLS) - 0.3))
+    totals.set_yticks(ticks := [2, 3, 4, 6, 10, 20, 50], [str(tick) for tick in ticks])
+    totals.minorticks_off()
+    totals.legend(fontsize="small", loc="upper left")
+    bounds = [row["test_bpd"] for row in trained]
+    totals.set_ylim(0.8 * min(bounds), 2.0 * max(bounds))
+    for axes, (objective, label) in zip(per_t, OBJECTIVES.items(), strict=True):
+        for row in (row for row in trained if row["objective"] == objective):
+            t, colour = np.arange(1, len(row["terms_bpd"]) + 1), COLOURS[row["prediction"]]
+            axes.semilogy(t[1:], row["terms_bpd"][1:], color=colour, label=SYMBOLS[row["prediction"]])
+            axes.semilogy(1, row["terms_bpd"][0], "o", color=colour, markersize=4)
+        axes.set(title=f"trained with {label}", xlabel="t (the dot: the decoder, t = 1)", ylabel="term of t (bits/dim)")
+        axes.grid(alpha=0.3)
+        axes.sharey(per_t[0])
+        axes.legend(fontsize="small")
+    totals.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

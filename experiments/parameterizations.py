@@ -1,0 +1,273 @@
+r"""How the bound becomes "predict x_0" or "predict ε": the weight per t, what L_simple drops, and the four trained.
+
+    python -m experiments.parameterizations --workdir=runs/parameterizations
+    python -m experiments.parameterizations --workdir=runs/parameterizations --network=runs/digits --report
+
+Three parts, told in docs/parameterizations.md. Each prediction's weight per t, against its closed form in SNR and
+against the KL itself (weights.png). Which t make up L and which make up L_simple, for the errors that a trained network
+makes: that in --network=DIR, a run of main.py, or else the first of those trained here (shares.png). And ε, x_0, v and
+μ̃ trained on digits with L, where all four have the same loss, and with L_simple, where each has its own: a folder per
+run, resumed and skipped as in `sweep` (training.png). The numbers are in parameterizations.json, the tables in
+parameterizations.md.
+
+Cost     8 runs of 163,905 parameters, 400 steps of 32 images: 80 seconds of CPU time each, most of it compilation.
+         --seed=0,1 repeats them; --set train.num_steps=2000 eval.num_images=0 trains longer and scores every image.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from diffusion import (
+    build,
+    data,
+    evaluate,
+    gaussian,
+    likelihood,
+    parameterizations,
+    process,
+    randomness,
+    report,
+    reverse,
+    schedules,
+    workdir,
+)
+from diffusion.schedules import Schedule
+from diffusion.step import to_unit
+from experiments import results, sweep
+from experiments.parameterization_report import OBJECTIVES, SYMBOLS, markdown, plot_shares, plot_training, plot_weights
+
+AXES = {
+    "prediction": list(SYMBOLS),
+    "objective": list(OBJECTIVES),
+    "variance": ["fixed_small"],
+    "schedule": ["cosine"],
+    "T": ["50"],
+}
+BASE = "configs/digits.py"
+# A network of one resolution, so that compiling takes about as long as training.
+SMALL = {
+    "unet.multipliers": "(1,)",
+    "unet.attention_resolutions": "()",
+    "optim.warmup_steps": "50",
+    "train.num_steps": "400",
+    "train.sample_every": "0",
+    "eval.num_images": "100",
+    "sample.num_images": "16",
+}
+NETWORK_IMAGES = 256
+MARKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)  # t whose weights are written out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line."""
+    parser = sweep.argument_parser(__doc__)
+    parser.add_argument("--seed", default="0", metavar="A,B,...", help="values of seed")
+    parser.add_argument("--network", type=Path, help="the run whose errors per t are shown")
+    arguments = parser.parse_args(argv)
+    axes = AXES | {"seed": arguments.seed.split(",")}
+    cells = sweep.grid(BASE, axes, SMALL | sweep.overrides(arguments.set))
+    code = sweep.execute(arguments, cells, lambda run: None)
+    if not arguments.list and arguments.index is None:
+        write(arguments.workdir, arguments.network or arguments.workdir / cells[0].name)
+    return code
+
+
+def write(directory: Path, network: Path) -> None:
+    """Computes the weights and the shares, reads the finished runs, and writes the numbers, tables and figures."""
+    shown = {
+        "linear, T = 1000": schedules.linear(1000),
+        "cosine, T = 1000": schedules.cosine(1000),
+        "cosine, T = 50": schedules.cosine(50),
+    }
+    weights = {name: bound_weights(schedule) for name, schedule in shown.items()}
+    checks = {name: check(schedule) for name, schedule in shown.items()}
+    errors = network_errors(network, NETWORK_IMAGES)
+    parts = shares(errors)
+    runs, _ = results.read(directory)
+    trained = training(runs)
+    of_zero = output_of_zero()
+    numbers = {
+        "weights": {
+            name: {f"t={t}": {k: float(w[t - 1]) for k, w in of.items()} for t in MARKS if t <= len(of["eps"])}
+            for name, of in weights.items()
+        },
+        "largest_relative_deviation": checks,
+        "network": errors.title,
+        "x0_mse": errors.x0_mse.tolist(),
+        "terms_nats": errors.terms_nats.tolist(),
+        "weight_times_error_deviation": errors.deviation,
+        "shares": {name: share.tolist() for name, share in parts.items()},
+        "output_of_zero_bpd": of_zero,
+        "training": trained,
+    }
+    report.write_json(directory / "parameterizations.json", numbers)
+    text = markdown(checks, errors.title, errors.deviation, parts, of_zero, trained)
+    (directory / "parameterizations.md").write_text(text)
+    plot_weights(directory / "weights.png", weights)
+    plot_shares(directory / "shares.png", errors.title, parts)
+    plot_training(directory / "training.png", trained)
+    print(text)
+
+
+def bound_weights(schedule: Schedule) -> dict[str, Float[np.ndarray, " t"]]:
+    """w_1…w_T of each prediction for σ_t² = β̃_t, in nats per squared error."""
+
+    def of(prediction):
+        p = reverse.make(prediction, "fixed_small")
+        return np.asarray(jax.vmap(lambda row: parameterizations.bound_weight(p, row))(schedule[1:]), np.float64)
+
+    return {prediction: of(prediction) for prediction in SYMBOLS}
+
+
+def check(schedule: Schedule) -> dict[str, dict[str, float]]:
+    """The largest relative deviation over t > 1 of each weight from its closed form, and of losses from the KL.
+
+    The closed forms are float64 sums of log α_t. The losses are sums over 64 elements of random x_0, ε and outputs,
+    and the KL is between q(x_{t−1} | x_t, x_0) and p_θ(x_{t−1} | x_t): in float64 arithmetic, then both in float32.
+    """
+    log_alpha_bar = np.cumsum(np.float64(schedule.log_alpha))
+    with np.errstate(divide="ignore"):
+        snr = 1 / np.expm1(-log_alpha_bar)
+    drop, beta_tilde = snr[1:-1] - snr[2:], np.float64(schedule.beta_tilde[2:])
+    closed = {
+        "eps": drop / snr[2:] / 2, "x0": drop / 2, "v": drop / (1 + snr[2:]) / 2, "mean": 1 / (2 * beta_tilde)
+    }  # fmt: skip
+    draws = np.random.default_rng(0).normal(size=(3, schedule.num_steps - 1, 64))
+
+    def losses(prediction, dtype):
+        p = reverse.make(prediction, "fixed_small")
+
+        def one(row, x0, eps, output):
+            x_t = process.q_sample(row, x0, eps)
+            kl = gaussian.kl(process.q_posterior(row, x0, x_t), p(row, x_t, output, clip_x0=False)[0])
+            return parameterizations.weighted_error(p, row, x0, x_t, eps, output).sum(), kl.sum()
+
+        rows = jax.tree.map(lambda table: table.astype(dtype), schedule[2:])
+        return (np.asarray(loss, np.float64) for loss in jax.vmap(one)(rows, *jnp.asarray(draws, dtype)))
+
+    def largest(a, b):
+        return float(np.abs(a / b - 1).max())
+
+    deviations = {}
+    for prediction, weight in bound_weights(schedule).items():
+        with jax.enable_x64(True):
+            exact, kl = losses(prediction, jnp.float64)
+        exact32, kl32 = losses(prediction, jnp.float32)
+        deviations[prediction] = {
+            "weight from closed form": largest(weight[1:], closed[prediction]),
+            "weighted error from KL, float64": largest(exact, kl),
+            "weighted error, float32 from float64": largest(exact32, exact),
+            "KL, float32 from float64": largest(kl32, kl),
+        }
+    return deviations
+
+
+class Errors(NamedTuple):
+    """What a network gets wrong at each t: entry t − 1 is the mean over images of that of t."""
+
+    title: str
+    schedule: Schedule
+    x0_mse: Float[np.ndarray, " t"]  # of the unclipped x̂_0, per element, for data in [-1, 1]
+    terms_nats: Float[np.ndarray, " t"]  # the bound's terms under β̃_t, per element; the decoder's first
+    deviation: float  # the largest relative one of terms_nats from weight × x0_mse over t > 1
+
+
+def network_errors(directory: Path, num_images: int) -> Errors:
+    """The errors of a run's latest EMA parameters on test images, one ε per image and t."""
+    config = workdir.read_config(directory)
+    test_set = data.load(config.data.name, "test", config.data.data_dir)
+    experiment = build.experiment(config, test_set.images.shape[1:], test_set.num_levels)
+    state = workdir.restore(experiment, directory)
+    numbers = evaluate.subset(len(test_set.images), min(num_images, len(test_set.images)))
+    keys = randomness.per_item(randomness.stream(config.seed, "eval"), jnp.asarray(numbers))
+    p, schedule = reverse.make(config.model.prediction, "fixed_small"), experiment.schedule
+
+    @jax.jit
+    def score(params, images):
+        x0 = to_unit(images, experiment.num_levels)
+        network = experiment.denoiser(params)
+        denoise = lambda x_t, network_t: experiment.p.split(network(x_t, network_t))[0]  # noqa: E731
+        return likelihood.vlb_terms_bpd(denoise, p, schedule, x0, keys, experiment.num_levels, clip_x0=False)
+
+    terms, x0_mse = score(state.ema_params, test_set.images[numbers])
+    terms, x0_mse = (np.asarray(array, np.float64).mean(axis=0) for array in (terms, x0_mse))
+    terms *= np.log(2)
+    title = (
+        f"{config.data.name}, {config.model.prediction}-prediction trained with {config.objective.name} for "
+        f"{int(state.step):,} steps, {len(numbers)} test images"
+    )
+    deviation = np.abs(bound_weights(schedule)["x0"] * x0_mse / terms - 1)[1:].max()
+    return Errors(title, schedule, x0_mse, terms, float(deviation))
+
+
+def shares(errors: Errors) -> dict[str, Float[np.ndarray, " t"]]:
+    """The fraction of L, and of each prediction's L_simple, that each t contributes for the same x̂_0."""
+
+    def of_output(prediction):
+        p = reverse.make(prediction, "fixed_small")
+        slope = jax.vmap(lambda row: parameterizations.x0_per_output(p, row))(errors.schedule[1:])
+        return errors.x0_mse / np.float64(slope) ** 2
+
+    parts = {"L": errors.terms_nats} | {prediction: of_output(prediction) for prediction in SYMBOLS}
+    return {name: part / part.sum() for name, part in parts.items()}
+
+
+def output_of_zero() -> dict[str, float]:
+    """The bound, in bits/dim, of a network that outputs 0, as about every new one does, by prediction.
+
+    For the test images, the schedule and the variance of the trainings; unclipped, as L is in training.
+    """
+    config = sweep.Cell("base", BASE, {}).config()
+    test_set = data.load(config.data.name, "test", config.data.data_dir)
+    schedule = schedules.SCHEDULES[AXES["schedule"][0]](int(AXES["T"][0]))
+    keys = jax.random.split(jax.random.key(0), len(test_set.images))
+
+    def bpd(prediction):
+        p = reverse.make(prediction, "fixed_small")
+
+        @jax.jit
+        def terms(images):
+            zero = lambda x_t, network_t: jnp.zeros_like(x_t)  # noqa: E731
+            x0 = to_unit(images, test_set.num_levels)
+            return likelihood.vlb_terms_bpd(zero, p, schedule, x0, keys, test_set.num_levels, clip_x0=False)[0]
+
+        return float(terms(test_set.images).sum(axis=1).mean())
+
+    return {prediction: bpd(prediction) for prediction in SYMBOLS}
+
+
+def training(runs: list[results.Run]) -> list[dict[str, Any]]:
+    """A row per prediction and objective: bits/dim over seeds and its parts, and what v needs less, paired by image."""
+    by_pair = {(row.setting["prediction"], row.setting["objective"]): row for row in results.rows(runs)[0]}
+    table = []
+    for (prediction, objective), row in by_pair.items():
+        v = by_pair.get(("v", objective))
+        paired = v and len(v.runs) == len(row.runs)
+        differences = [a.image_bpd - b.image_bpd for a, b in zip(row.runs, v.runs, strict=True)] if paired else None
+        table.append(
+            {
+                "prediction": prediction,
+                "objective": objective,
+                "seeds": len(row.runs),
+                "test_bpd": row.mean("test_bpd"),
+                "test_bpd_stderr": row.stderr_bpd,
+                "test_bpd_by_seed": [run.summary["test_bpd"] for run in row.runs],
+                "decoder_bpd": row.mean("test_decoder_bpd"),
+                "kl_bpd": row.mean("test_kl_bpd"),
+                "less_v_bpd": results.confidence_interval(np.mean(differences, axis=0)) if paired else None,
+                "terms_bpd": np.mean([run.terms_bpd for run in row.runs], axis=0).tolist(),
+                "steps": row.runs[0].config["train.num_steps"],
+                "images": len(row.runs[0].image_bpd),
+            }
+        )
+    order = list(SYMBOLS)
+    return sorted(table, key=lambda entry: (entry["objective"] != "vlb", order.index(entry["prediction"])))
+
+
+if __name__ == "__main__":
+    sweep.exit_with(main)

@@ -1,0 +1,118 @@
+"""The study of the four predictions: what it checks agrees, shares add up, and its report is made from folders."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from diffusion import build, config, parameterizations, reverse, schedules, workdir
+from diffusion.checkpoint import Checkpoints
+from experiments import parameterizations as study
+from experiments import sweep
+
+NUM_STEPS = 6
+
+
+def settings_of(prediction="v", variance="learned_range", objective="vlb"):
+    settings = digits.get_config()
+    changes = {
+        "schedule.num_steps": NUM_STEPS, "unet.channels": 8, "unet.multipliers": (1,), "unet.blocks": 1,
+        "unet.groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (), "objective.name": objective,
+        "model.prediction": prediction, "model.variance": variance,
+    }  # fmt: skip
+    with settings.unlocked():
+        settings.update_from_flattened_dict(changes)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A run with a checkpoint of its initial state."""
+    directory = tmp_path_factory.mktemp("network") / "run"
+    settings = settings_of()
+    workdir.claim(settings, directory)
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(
+            0, jax.device_get(build.experiment(settings, (8, 8, 1), 17).initial_state()), {"test_loss": 1.0}
+        )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def errors(network):
+    return study.network_errors(network, num_images=8)
+
+
+def test_every_check_agrees_to_float_precision():
+    for deviation in study.check(schedules.linear(60)).values():
+        kl_in_float32 = deviation.pop("KL, float32 from float64")
+        assert max(deviation.values()) < 2e-6 and kl_in_float32 < 1e-3
+
+
+def test_a_networks_terms_are_its_weighted_errors(errors):
+    assert errors.deviation < 1e-4
+    # An untrained network outputs about 0, as v the guess x̂_0 = √ᾱ_t x_t: its error is (1 − ᾱ_t)² x_0² + ᾱ_t (1 − ᾱ_t).
+    alpha_bar = np.float64(errors.schedule.alpha_bar[1:])
+    noise = alpha_bar * (1 - alpha_bar)
+    assert np.all((noise * 0.8 < errors.x0_mse) & (errors.x0_mse < noise * 1.2 + (1 - alpha_bar) ** 2))
+
+
+def test_shares_are_of_the_same_guess(errors):
+    shares = study.shares(errors)
+    for share in shares.values():
+        np.testing.assert_allclose(share.sum(), 1)
+    for prediction in reverse.PREDICTIONS:
+        p = reverse.make(prediction, "fixed_small")
+        factor = [parameterizations.simple_weight(p, errors.schedule[t]) for t in range(2, NUM_STEPS + 1)]
+        by_factor = shares["L"][1:] * np.float64(factor)  # L_simple is the bound's terms times simple_weight
+        np.testing.assert_allclose(shares[prediction][1:] / shares[prediction][1], by_factor / by_factor[0], rtol=1e-4)
+
+
+def write_run(directory, prediction, objective, image_bpd):
+    folder = directory / f"{prediction}-{objective}"
+    folder.mkdir()
+    settings = settings_of(prediction, "fixed_small", objective)
+    (folder / "config.json").write_text(config.to_json(settings))
+    terms = image_bpd.mean() * np.array([0.4, 0.2, 0.1, 0.1, 0.1, 0.1])
+    np.savez(folder / "bpd.npz", test_image_bpd=image_bpd, test_terms_bpd=terms)
+    numbers = {
+        "test_bpd": image_bpd.mean(), "test_decoder_bpd": terms[0], "test_kl_bpd": terms[1:].sum(), "prior_bpd": 1e-5,
+        "train_bpd": image_bpd.mean(), "device": "cpu ×1", "versions": {"jax": "0"},
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(numbers))
+
+
+def test_the_report_is_made_from_folders(network, tmp_path, capsys, monkeypatch):
+    checked = study.check(schedules.linear(60))
+    monkeypatch.setattr(study, "check", lambda schedule: checked)  # the long schedules take seconds
+    generator = np.random.default_rng(0)
+    hardness = generator.normal(3.0, 0.5, 30)
+    for i, prediction in enumerate(reverse.PREDICTIONS):
+        for j, objective in enumerate(("vlb", "simple")):
+            write_run(tmp_path, prediction, objective, hardness + i + 10 * j + generator.normal(0, 0.01, 30))
+    assert study.main([f"--workdir={tmp_path}", f"--network={network}", "--report"]) == 0
+    text = (tmp_path / "parameterizations.md").read_text()
+    assert text in capsys.readouterr().out and "| x0 | L_simple | " in text and "trained with vlb" in text
+    numbers = json.loads((tmp_path / "parameterizations.json").read_text())
+    rows = numbers["training"]
+    assert [row["prediction"] for row in rows] == [*reverse.PREDICTIONS] * 2
+    mean, low, high = next(row for row in rows if (row["prediction"], row["objective"]) == ("eps", "simple"))[
+        "less_v_bpd"
+    ]
+    assert (
+        -2.01 < low < mean < high < -1.99 and high - low < 0.02
+    )  # v is the third; paired, what makes images hard drops out
+    # An output of 0 says x̂_0 = √ᾱ_t x_t as v; as x_0 it says 0 even where x_t shows every grey level.
+    assert 100 * numbers["output_of_zero_bpd"]["v"] < numbers["output_of_zero_bpd"]["x0"]
+    for name in ("weights", "shares", "training"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_every_cell_can_be_trained(capsys):
+    assert study.main(["--workdir=none", "--list", "--seed=0,1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 16 and lines[0].endswith(" eps-vlb-fixed_small-cosine-T50-seed0")
+    with pytest.raises(ValueError, match="is an axis of the grid"):
+        sweep.grid(study.BASE, study.AXES | {"seed": ["0"]}, {"model.prediction": "v"})
