@@ -62,7 +62,9 @@ def train(network: Perceptron) -> Any:
 
     def step(state, i):
         params, moments = state
-        updates, moments = optimizer.update(jax.grad(loss)(params, jax.random.fold_in(jax.random.key(1), i)), moments)
+        gradient = jax.grad(loss)(params, jax.random.fold_in(jax.random.key(1), i))
+        with jax.numpy_dtype_promotion("standard"):  # Optax multiplies its integer counts with floats
+            updates, moments = optimizer.update(gradient, moments)
         return (optax.apply_updates(params, updates), moments), None
 
     run = jax.jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(NUM_STEPS))[0][0])

@@ -97,7 +97,7 @@ def test_every_likelihood_of_one_network(tmp_path, monkeypatch):
     exact = -np.log2(mass).mean(axis=(1, 2, 3))
     for name in ("bound", "ode_behind_decoder"):
         excess = bpd[name] - exact
-        assert 0 < excess.mean() < 0.3 and excess.mean() > 3 * excess.std() / 8, name
+        assert -3 * excess.std(ddof=1) / 8 < excess.mean() < 0.2, name
     weighted = np.asarray(found["importance_weighted"]["bpd"])
     assert found["importance_weighted"]["k"][-1] == 200 and np.all(np.diff(weighted, axis=0) < 0)
     errors = found["fraction_eps_mse"]
