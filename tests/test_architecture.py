@@ -24,6 +24,7 @@ FLOORS = {
     "estimators": 2,
     "variances": 2,
     "samplers": 2,
+    "empirical": 2,
     "data": 3,
     "optim": 3,
     "state": 3,
