@@ -13,12 +13,12 @@ in whole numbers: see `_Query`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from diffusion.reverse import Reverse
 from diffusion.schedules import Schedule
@@ -31,8 +31,8 @@ FRACTION = 8  # an x_t is split into grey levels, eighths of a grey level, and t
 class Blocks:
     """A data set in blocks of equal size, the last of them filled up. With shards, their axis comes first."""
 
-    levels: UInt8[Array | np.ndarray, "*blocks block h w c"]
-    is_real: Bool[Array | np.ndarray, "*blocks block"]  # False for what fills up
+    levels: Any  # uint8 [blocks, block, H, W, C]: arrays of JAX or of NumPy, or their shapes
+    is_real: Any  # bool [blocks, block]; False for what fills up
     num_levels: int = dataclasses.field(metadata={"static": True})
 
 

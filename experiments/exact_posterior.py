@@ -88,10 +88,8 @@ def run(directory: Path, num_images: int, num_samples: int) -> None:
 
     models = denoisers(experiment)
     on_devices = _on_devices(experiment, state.ema_params, train_set.images)
-    per_t = {
-        image_set.split: score(experiment, on_devices, models, image_set, num_images)
-        for image_set in (train_set, test_set)
-    }
+    score = scorer(experiment, on_devices, models)
+    per_t = {image_set.split: score(image_set, num_images) for image_set in (train_set, test_set)}
     plots.plot_gap(directory / f"{NAME}_gap.png", per_t, len(train_set.images), title)
 
     images = sample(experiment, on_devices, models, num_samples)
@@ -164,34 +162,27 @@ def _on_devices(experiment: Experiment, params: PyTree, images: UInt8[np.ndarray
     return on_devices
 
 
-def score(
-    experiment: Experiment, on_devices: Callable, models: dict, image_set: ImageSet, num_images: int
-) -> dict[str, dict[str, Any]]:
-    """For each model the error of ε̂ per t and its bound, and for the exact one how many images are in play.
+def scorer(experiment: Experiment, on_devices: Callable, models: dict) -> Callable[[ImageSet, int], dict[str, Any]]:
+    """(image set, number of images) -> for each model the error of ε̂ per t and its bound, compiled once.
 
-    The noise is that of the evaluation, the same for both. x̂_0 is clipped, as there: it only helps the network.
+    For the exact posterior also how many training images are in play. The noise is that of the evaluation, the same
+    for both; x̂_0 is clipped, as there: it only helps the network.
     """
-    schedule = experiment.schedule
-    seed_key = jax.random.fold_in(randomness.stream(experiment.config.seed, "eval"), image_set.split_number)
-    numbers = evaluate.subset(len(image_set.images), num_images)
+    schedule, num_levels = experiment.schedule, experiment.num_levels
+    seed_key = randomness.stream(experiment.config.seed, "eval")
     snr = np.exp(np.asarray(schedule.log_snr, np.float64)[1:])
-    scored = {}
-    for name, (p, make) in models.items():
 
-        def terms(params, blocks: Blocks, x, p=p, make=make):
-            x0, keys = to_unit(x["images"], experiment.num_levels), randomness.per_item(seed_key, x["numbers"])
-            return likelihood.vlb_terms_bpd(make(params, blocks), p, schedule, x0, keys, experiment.num_levels)
+    def batch(x):
+        keys = randomness.per_item(jax.random.fold_in(seed_key, x["split"]), x["numbers"])
+        return to_unit(x["images"], num_levels), keys
 
-        bpd, x0_mse = on_devices(terms)({"images": image_set.images[numbers], "numbers": numbers})
-        bpd = bpd.astype(np.float64).sum(axis=1)
-        eps_mse = x0_mse.astype(np.float64) * snr
-        scored[name] = {"eps_mse": _mean(eps_mse), "bpd": _mean(bpd), "_eps_mse": eps_mse}
-
-    difference = scored[NETWORK].pop("_eps_mse") - scored[EXACT].pop("_eps_mse")
-    scored[NETWORK]["eps_mse_less_exact"] = _mean(difference)
+    def terms_of(p, make):
+        return lambda params, blocks, x: likelihood.vlb_terms_bpd(
+            make(params, blocks), p, schedule, *batch(x), num_levels
+        )
 
     def entropy(params, blocks: Blocks, x):
-        x0, keys = to_unit(x["images"], experiment.num_levels), randomness.per_item(seed_key, x["numbers"])
+        x0, keys = batch(x)
 
         def at(row):
             eps = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, row.t), x0.shape[1:]))(keys)
@@ -201,10 +192,23 @@ def score(
 
         return jax.lax.map(at, schedule[1:])
 
-    entropy_nats = on_devices(entropy)({"images": image_set.images[numbers], "numbers": numbers})
-    quantiles = np.quantile(np.exp(entropy_nats.astype(np.float64)), (0.1, 0.5, 0.9), axis=1)
-    scored[EXACT]["effective_images"] = dict(zip(("p10", "median", "p90"), quantiles.tolist(), strict=True))
-    return scored
+    terms = {name: on_devices(terms_of(*model)) for name, model in models.items()}
+    entropies = on_devices(entropy)
+
+    def score(image_set: ImageSet, num_images: int) -> dict[str, Any]:
+        numbers = evaluate.subset(len(image_set.images), num_images)
+        x = {"images": image_set.images[numbers], "numbers": numbers, "split": np.asarray(image_set.split_number)}
+        scored, eps_mse = {}, {}
+        for name, of_model in terms.items():
+            bpd, x0_mse = (array.astype(np.float64) for array in of_model(x))
+            eps_mse[name] = x0_mse * snr
+            scored[name] = {"eps_mse": _mean(eps_mse[name]), "bpd": _mean(bpd.sum(axis=1))}
+        scored[NETWORK]["eps_mse_less_exact"] = _mean(eps_mse[NETWORK] - eps_mse[EXACT])
+        quantiles = np.quantile(np.exp(entropies(x).astype(np.float64)), (0.1, 0.5, 0.9), axis=1)
+        scored[EXACT]["effective_images"] = dict(zip(("p10", "median", "p90"), quantiles.tolist(), strict=True))
+        return scored
+
+    return score
 
 
 def _mean(per_image: np.ndarray) -> dict[str, Any]:
