@@ -28,6 +28,7 @@ FLOORS = {
     "samplers": 2,
     "oracles": 2,
     "ode": 2,
+    "empirical": 2,
     "data": 3,
     "optim": 3,
     "state": 3,

@@ -1,0 +1,91 @@
+"""The comparison of a network with the exact posterior, on a network that was never trained."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from diffusion import build, data, evaluate, parallel, workdir
+from diffusion.checkpoint import Checkpoints
+from experiments import exact_posterior
+from experiments.exact_posterior_plots import EXACT, NETWORK, SHOWN
+
+NUM_IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A run with a checkpoint of its initial state, and what the command leaves in it."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    settings = digits.get_config()
+    small = {
+        "schedule.num_steps": 20, "unet.channels": 8, "unet.multipliers": (1,), "unet.blocks": 1, "unet.groups": 4,
+        "unet.attention_resolutions": (), "unet.fourier_features": (), "eval.batch_size": 32,
+    }  # fmt: skip
+    with settings.unlocked():
+        settings.update_from_flattened_dict(small | {"data.data_dir": str(tmp_path_factory.mktemp("data"))})
+    workdir.claim(settings, directory)
+    experiment = build.experiment(settings, (8, 8, 1), 17)
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(0, jax.device_get(experiment.initial_state()), {"test_loss": 1.0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact_posterior, "TIMED_RUNS", 1)
+        exact_posterior.run(directory, NUM_IMAGES, SHOWN)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def results(directory):
+    return json.loads((directory / "exact_posterior.json").read_text())
+
+
+def test_the_network_is_scored_as_the_evaluation_scores_it(directory, results):
+    experiment = build.experiment(workdir.read_config(directory), (8, 8, 1), 17)
+    params = parallel.replicate(workdir.restore(experiment, directory).ema_params)
+    for split in ("train", "test"):
+        image_set = data.load("digits", split, experiment.config.data.data_dir)
+        bound = evaluate.bound_of(experiment)(params, image_set, evaluate.subset(len(image_set.images), NUM_IMAGES))
+        expected = bound.terms_bpd.sum(axis=1).mean()
+        np.testing.assert_allclose(results["bpd"][split][NETWORK]["mean"], expected, rtol=1e-5)
+
+
+def test_the_exact_posterior_wins_on_training_images_and_pays_on_others(results):
+    train, test = results["per_t"]["train"], results["per_t"]["test"]
+    assert np.all(np.array(train[EXACT]["eps_mse"]["mean"]) <= train[NETWORK]["eps_mse"]["mean"])
+    assert test[EXACT]["eps_mse"]["mean"][0] > 10 * test[NETWORK]["eps_mse"]["mean"][0]
+    # Nothing codes a uniform choice among N images in less than log N.
+    assert np.log2(1498) / 64 < train[EXACT]["bpd"]["mean"] < 1 < 10 < test[EXACT]["bpd"]["mean"]
+    effective = np.array(train[EXACT]["effective_images"]["median"])
+    np.testing.assert_allclose(effective[[0, -1]], [1, 1498], rtol=1e-2)
+    assert np.all(np.diff(effective) > -1e-3)
+
+
+def test_its_samples_are_training_images(results):
+    neighbours = results["nearest_training_image"]
+    assert neighbours[EXACT]["identical"] == SHOWN and neighbours[EXACT]["different_neighbours"] > SHOWN // 2
+    assert neighbours[NETWORK]["identical"] == neighbours["test images"]["identical"] == 0
+
+
+def test_the_nearest_neighbour_is_exact():
+    rng = np.random.default_rng(0)
+    train_images, moved = rng.integers(0, 256, (9, 4, 4, 3), np.uint8), np.array([5, 2])
+    index, rmse = exact_posterior.nearest(train_images[moved] ^ 1, train_images)  # every number off by one
+    assert index.tolist() == [5, 2] and rmse.tolist() == [1.0, 1.0]
+
+
+def test_the_pictures_are_written(directory):
+    for name in ("gap", "samples", "nearest", "cost"):
+        assert (directory / f"exact_posterior_{name}.png").stat().st_size > 10_000
+
+
+def test_mistakes_are_one_sentence(directory, monkeypatch, capsys):
+    def fails(*arguments):
+        monkeypatch.setattr("sys.argv", ["exact_posterior", f"--workdir={directory}", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            exact_posterior.main()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "--num_images=1 must be in 2…299" in fails("--num_images=1")
+    assert "--num_samples=3 must be at least 14" in fails("--num_samples=3")
