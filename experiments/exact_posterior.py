@@ -3,8 +3,8 @@
     python -m experiments.exact_posterior --workdir=runs/digits [--num_images=299] [--num_samples=128]
     python -m experiments.exact_posterior --workdir=runs/cost --base=configs/cifar10.py
 
-Nothing is trained; 80 seconds of CPU time for the run that `make demo` leaves, five minutes with --base. Writes
-into the working directory exact_posterior.json and
+Nothing is trained; either takes 80 seconds of CPU time, the first for the run that `make demo` leaves. Writes into the
+working directory exact_posterior.json and
 
     exact_posterior_gap.png      the error of ε̂ per t on training and on test images, and how many images are in play
     exact_posterior_samples.png  samples of both models beside their nearest training images
