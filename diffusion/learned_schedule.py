@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from diffusion import process
@@ -54,7 +55,8 @@ def init(start: Schedule) -> dict[str, Array]:
 def schedule(params: PyTree) -> Schedule:
     """The schedule that the parameters stand for; differentiable, and γ_1 < … < γ_T for any parameters.
 
-    `network_t` is t − 1, as in every schedule: what the network has learned of t stays valid while γ_t moves.
+    `network_t` is t − 1, as in the fixed schedules: before training this is the fixed one to the last table, and the
+    network, which also sees how noisy x_t is, follows γ_t as it moves.
     """
     num_steps = params["logits"].size
     share = (1 - EVEN_SHARE) * jax.nn.softmax(params["logits"]) + EVEN_SHARE / num_steps
@@ -66,7 +68,7 @@ def of_params(params: PyTree) -> Schedule:
     return schedule(params[SUBTREE])
 
 
-def from_gamma(gamma_1: Float[Array, ""], steps: Float[Array, " steps"]) -> Schedule:
+def from_gamma(gamma_1: Float[ArrayLike, ""], steps: Float[ArrayLike, " steps"]) -> Schedule:
     """The schedule with γ_1 and γ_t − γ_{t−1} = `steps`[t − 2] > 0, for t = 2…T.
 
     With Δ_t = γ_t − γ_{t−1}, Δ_1 = ∞ and σ the logistic function,
