@@ -174,7 +174,7 @@ def _walk(step: Step, denoise, p, schedule, keys, shape, clip_x0, num_frames):
         x_prev = jnp.where(row.t > 1, x_prev.sample(noise(row.t - 1)), x_prev.mean)
         return (x_prev, x0_hat, row.log_snr, film), None
 
-    x_T = noise(num_steps)
+    x_T = noise(0)  # a number that no step takes: the same start for any number of steps
     start = (x_T, jnp.zeros_like(x_T), jnp.float32(-jnp.inf), jnp.zeros((num_frames, *x_T.shape)))
     (x0, _, _, film), _ = jax.lax.scan(body, start, (schedule[1:], schedule[:-1]), reverse=True)
     return x0, film
