@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     config.sample = ConfigDict()
     config.sample.num_images = 64
     config.sample.batch_size = 256
-    config.sample.method = "ancestral"  # ancestral, ddim
+    config.sample.method = "ancestral"  # ancestral, ddim; dpm_solver_pp and heun: second order, for few steps
     config.sample.num_steps = 0  # 0: all; fewer: evenly spaced
     config.sample.variance = "model"  # of ancestral: model (its own), fixed_small, fixed_large, optimal
     config.sample.eta = 0.0  # of ddim

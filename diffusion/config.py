@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from diffusion import learned_schedule, likelihood, objectives, reverse, schedules, timesteps
+from diffusion import learned_schedule, likelihood, objectives, reverse, samplers, schedules, timesteps
 
 
 class Allowed(NamedTuple):
@@ -97,7 +97,7 @@ KEYS: dict[str, Allowed] = {
     ),
     "sample.num_images": whole(1),
     "sample.batch_size": whole(1),
-    "sample.method": choice("ancestral", "ddim"),
+    "sample.method": choice(*samplers.SAMPLERS),
     "sample.num_steps": whole(0),
     "sample.variance": FOR_A_TRAINED_MEAN,
     "sample.eta": number(0, 1, "a number in [0, 1]"),
@@ -187,9 +187,10 @@ def check(config: ConfigDict) -> None:
             f"eval.terms_per_image={config.eval.terms_per_image} must be below "
             f"schedule.num_steps={config.schedule.num_steps}; 0 takes every term"
         )
-    if config.sample.method == "ddim" and config.sample.variance != "model":
+    if config.sample.method != "ancestral" and config.sample.variance != "model":
         raise ValueError(
-            f"sample.variance={config.sample.variance!r} has no part in sample.method='ddim', whose noise is sample.eta"
+            f"sample.variance={config.sample.variance!r} has no part in sample.method={config.sample.method!r}, which "
+            "draws nothing from the model's variance (the noise of ddim is sample.eta)"
         )
     if config.sample.num_steps > config.schedule.num_steps:
         raise ValueError(

@@ -44,7 +44,7 @@ def sampler(
     options = {"shape": experiment.image_shape, "num_frames": min(FILM_FRAMES, num_steps)}
     if config.method == "ddim":
         options["eta"] = config.eta
-    method = {"ancestral": samplers.ancestral, "ddim": samplers.ddim}[config.method]
+    method = samplers.SAMPLERS[config.method]
     seed_key = randomness.stream(experiment.config.seed, "sample")
 
     def one_batch(params, schedule, image_numbers):

@@ -6,6 +6,7 @@ the pictures do not depend on the batching.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,22 @@ from diffusion.reverse import Reverse
 from diffusion.schedules import Schedule
 
 Denoise = Callable[[Array, Array], Array]
-# (row, x_t, p(x_{t−1} | x_t), x̂_0) -> the Gaussian from which x_{t−1} is drawn
-Step = Callable[[Schedule, Array, Gaussian, Array], Gaussian]
+
+
+class Moment(NamedTuple):
+    """What is known at x_t: all that a step to x_{t−1} may use."""
+
+    row: Schedule  # of t
+    next_row: Schedule  # of t − 1
+    x_t: Array
+    p_prev: Gaussian  # p_θ(x_{t−1} | x_t)
+    x0_hat: Array
+    last_x0_hat: Array  # x̂_0 as the step before saw it, from x_{t+1}
+    last_log_snr: Array  # of that step; −∞ before the first
+
+
+# -> the Gaussian from which x_{t−1} is drawn
+Step = Callable[[Moment], Gaussian]
 
 
 def ancestral(
@@ -45,7 +60,7 @@ def ancestral(
         The samples, and the film of x̂_0 from noise to data; the samples are the mean of the last step, which adds
         no noise.
     """
-    return _walk(lambda row, x_t, p_prev, x0_hat: p_prev, denoise, p, schedule, keys, shape, clip_x0, num_frames)
+    return _walk(lambda now: now.p_prev, denoise, p, schedule, keys, shape, clip_x0, num_frames)
 
 
 def ddim_step(
@@ -75,10 +90,71 @@ def ddim(
     Source: Song, Meng & Ermon (2021), eqs. 12 and 16. Arguments and results are those of `ancestral`.
     """
 
-    def step(row: Schedule, x_t: Array, p_prev: Gaussian, x0_hat: Array) -> Gaussian:
-        return ddim_step(row, x_t, x0_hat, eta)
+    def step(now: Moment) -> Gaussian:
+        return ddim_step(now.row, now.x_t, now.x0_hat, eta)
 
     return _walk(step, denoise, p, schedule, keys, shape, clip_x0, num_frames)
+
+
+def dpm_solver_pp(
+    denoise: Denoise,
+    p: Reverse,
+    schedule: Schedule,
+    keys: Key[Array, " b"],
+    shape: tuple[int, int, int],
+    clip_x0: bool = True,
+    num_frames: int = 1,
+) -> tuple[Float[Array, "b h w c"], Float[Array, "frames b h w c"]]:
+    """DPM-Solver++(2M): DDIM's ODE to second order, with one network evaluation per step.
+
+    A DDIM step (η = 0) solves the probability-flow ODE exactly for an x̂_0 that stays what it is during the step. Here
+    it gets x̂_0 at the middle of the step, in log SNR, extrapolated from this step and the one before; the first step
+    is plain DDIM, and so is the last one, which ends at infinite SNR.
+
+    Source: Lu et al. (2022, arXiv 2211.01095), algorithm 2. Arguments and results are those of `ancestral`.
+    """
+
+    def step(now: Moment) -> Gaussian:
+        ratio = (now.next_row.log_snr - now.row.log_snr) / (now.row.log_snr - now.last_log_snr)
+        has_middle = jnp.isfinite(now.next_row.log_snr) & jnp.isfinite(now.last_log_snr)
+        halfway = jnp.where(has_middle, ratio / 2, 0.0)
+        return ddim_step(now.row, now.x_t, now.x0_hat + halfway * (now.x0_hat - now.last_x0_hat))
+
+    return _walk(step, denoise, p, schedule, keys, shape, clip_x0, num_frames)
+
+
+def heun(
+    denoise: Denoise,
+    p: Reverse,
+    schedule: Schedule,
+    keys: Key[Array, " b"],
+    shape: tuple[int, int, int],
+    clip_x0: bool = True,
+    num_frames: int = 1,
+) -> tuple[Float[Array, "b h w c"], Float[Array, "frames b h w c"]]:
+    """Heun's rule for DDIM's ODE: second order, with two network evaluations per step but one in the last.
+
+    With σ_t = √(1 − ᾱ_t) the ODE is d(x/σ) = x̂_0 d(√ᾱ/σ), for which a DDIM step (η = 0) is Euler's rule. The step is
+    taken twice: the second time with the mean of x̂_0 at its beginning and x̂_0 where the first one ended. These
+    variables have no singularity where ᾱ_T is almost 0.
+
+    Source: Karras et al. (2022, arXiv 2206.00364), algorithm 1 with S_churn = 0, there for d(x/√ᾱ) = ε̂ d(σ/√ᾱ).
+    Arguments and results are those of `ancestral`.
+    """
+
+    def step(now: Moment) -> Gaussian:
+        end = ddim_step(now.row, now.x_t, now.x0_hat).mean
+        look = lambda x: _predict(denoise, p, now.next_row, x, clip_x0)[1]  # noqa: E731
+        end_x0_hat = jax.lax.cond(now.row.t > 1, look, lambda x: x, end)  # x_0 itself needs no prediction
+        return ddim_step(now.row, now.x_t, (now.x0_hat + end_x0_hat) / 2)
+
+    return _walk(step, denoise, p, schedule, keys, shape, clip_x0, num_frames)
+
+
+def _predict(denoise: Denoise, p: Reverse, row: Schedule, x_t: Array, clip_x0: bool) -> tuple[Gaussian, Array]:
+    """p_θ(x_{t−1} | x_t) and x̂_0 of a batch at one t."""
+    output = denoise(x_t, jnp.full(len(x_t), row.network_t))
+    return jax.vmap(lambda x, out: p(row, x, out, clip_x0))(x_t, output)
 
 
 def _walk(step: Step, denoise, p, schedule, keys, shape, clip_x0, num_frames):
@@ -89,15 +165,19 @@ def _walk(step: Step, denoise, p, schedule, keys, shape, clip_x0, num_frames):
     def noise(t):
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape))(keys)
 
-    def body(carry, row: Schedule):
-        x_t, film = carry
-        output = denoise(x_t, jnp.full(len(keys), row.network_t))
-        p_prev, x0_hat = jax.vmap(lambda x, out: p(row, x, out, clip_x0))(x_t, output)
-        x_prev = step(row, x_t, p_prev, x0_hat)
+    def body(carry, rows: tuple[Schedule, Schedule]):
+        (x_t, last_x0_hat, last_log_snr, film), (row, next_row) = carry, rows
+        p_prev, x0_hat = _predict(denoise, p, row, x_t, clip_x0)
+        x_prev = step(Moment(row, next_row, x_t, p_prev, x0_hat, last_x0_hat, last_log_snr))
         # A frame is overwritten until its last step: the film needs no memory for the steps it leaves out.
         film = film.at[(num_steps - row.t) * num_frames // num_steps].set(x0_hat)
-        return (jnp.where(row.t > 1, x_prev.sample(noise(row.t - 1)), x_prev.mean), film), None
+        x_prev = jnp.where(row.t > 1, x_prev.sample(noise(row.t - 1)), x_prev.mean)
+        return (x_prev, x0_hat, row.log_snr, film), None
 
-    start = (noise(num_steps), jnp.zeros((num_frames, len(keys), *shape)))
-    (x0, film), _ = jax.lax.scan(body, start, schedule[1:], reverse=True)
+    x_T = noise(0)  # a number that no step takes: the same start for any number of steps
+    start = (x_T, jnp.zeros_like(x_T), jnp.float32(-jnp.inf), jnp.zeros((num_frames, *x_T.shape)))
+    (x0, _, _, film), _ = jax.lax.scan(body, start, (schedule[1:], schedule[:-1]), reverse=True)
     return x0, film
+
+
+SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpm_solver_pp": dpm_solver_pp, "heun": heun}

@@ -12,6 +12,7 @@ from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Real
 
@@ -21,8 +22,6 @@ near_zero = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
 
 Dense = partial(nn.Dense, kernel_init=fan_avg)
 Conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=fan_avg)
-# Statistics in two passes, because E[h^2] - E[h]^2 cancels; inputs are cast to float32 by the caller.
-GroupNorm = partial(nn.GroupNorm, epsilon=1e-6, use_fast_variance=False)
 # Accelerators multiply float32 in bfloat16 or TF32 unless they are told not to.
 EXACT = {"precision": "highest"}
 
@@ -49,6 +48,31 @@ def fourier_features(
     return jnp.concatenate([x] + [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)], axis=-1)
 
 
+class GroupNorm(nn.Module):
+    """scale * (h - mean) / sqrt(variance + 1e-6) + bias, with statistics over the map and a group's channels.
+
+    Wu & He (2018), in float32. The variance takes a second pass, because E[h^2] - E[h]^2 cancels.
+    """
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        features = h.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (features,))
+        bias = self.param("bias", nn.initializers.zeros, (features,))
+
+        def mean(h: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 c"]:
+            # First over the map and then over the group: together they are 2.5 times slower on CPUs.
+            of_groups = h.mean(axis=(1, 2)).reshape(len(h), self.groups, -1).mean(axis=-1)
+            return jnp.repeat(of_groups, features // self.groups, axis=-1)[:, None, None, :]
+
+        h = h.astype(jnp.float32)
+        centred = h - mean(h)
+        factor = lax.rsqrt(mean(centred**2) + 1e-6) * scale[None, None, None]
+        return centred * factor + bias[None, None, None]
+
+
 class ResidualBlock(nn.Module):
     """h + conv(dropout(swish(norm(conv(swish(norm(h))) + embedding)))), h projected if its width changes.
 
@@ -72,11 +96,11 @@ class ResidualBlock(nn.Module):
         time_features = 2 * self.features if self.scale_shift else self.features
         time = Dense(time_features, dtype=self.dtype, name="time")(nn.swish(embedding))[:, None, None, :]
 
-        h = nn.swish(GroupNorm(self.groups, name="norm_1")(h.astype(jnp.float32)))
+        h = nn.swish(GroupNorm(self.groups, name="norm_1")(h))
         h = Conv(self.features, dtype=self.dtype, name="conv_1")(h)
         if not self.scale_shift:
             h = h + time
-        h = GroupNorm(self.groups, name="norm_2")(h.astype(jnp.float32))
+        h = GroupNorm(self.groups, name="norm_2")(h)
         if self.scale_shift:
             scale, shift = jnp.split(time.astype(jnp.float32), 2, axis=-1)
             h = h * (1.0 + scale) + shift
@@ -96,7 +120,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         batch, height, width, channels = h.shape
-        normed = GroupNorm(self.groups, name="norm")(h.astype(jnp.float32))
+        normed = GroupNorm(self.groups, name="norm")(h)
         query, key, value = (
             Dense(channels, dtype=self.dtype, name=name)(normed).reshape(
                 batch, height * width, self.heads, channels // self.heads
@@ -215,5 +239,5 @@ class UNet(nn.Module):
                 h = h.repeat(2, axis=1).repeat(2, axis=2)
                 h = Conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(h)
 
-        h = nn.swish(GroupNorm(self.groups, name="norm_out")(h.astype(jnp.float32)))
+        h = nn.swish(GroupNorm(self.groups, name="norm_out")(h))
         return Conv(self.out_channels, kernel_init=near_zero, **EXACT, name="conv_out")(h)

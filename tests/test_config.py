@@ -74,6 +74,7 @@ def test_every_key_is_read_by_the_program():
         ),
         ({"model__variance": "optimal"}, "model.variance must be one of fixed_small, fixed_large, learned"),
         ({"sample__method": "ddim", "sample__variance": "optimal"}, "has no part in sample.method='ddim'"),
+        ({"sample__method": "heun", "sample__variance": "fixed_small"}, "has no part in sample.method='heun'"),
         ({"schedule__name": "harmonic"}, "model.prediction must be x0, v or mean"),
     ],
 )

@@ -41,7 +41,7 @@ def test_that_variance_is_the_recursion_of_the_reverse_process(variance, end):
     np.testing.assert_allclose(v, end, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", [samplers.ancestral, samplers.ddim])
+@pytest.mark.parametrize("method", samplers.SAMPLERS.values(), ids=samplers.SAMPLERS.keys())
 def test_the_last_step_adds_no_noise(method):
     """At t = 1 the mean is x̂_0 itself, so the samples are the film's last frame, exactly."""
     s, p = schedules.cosine(10), reverse.make("v", "fixed_large")
@@ -85,8 +85,69 @@ def test_ddim_with_eta_0_is_deterministic_and_keeps_the_variance():
     s, p = schedules.cosine(100), reverse.make("eps", "fixed_small")
     x, _ = samplers.ddim(exact_eps(s), p, s, KEYS, SHAPE, clip_x0=False)
     # For x_0 ~ N(0, I) the probability flow does not move any point.
-    start = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 100), SHAPE))(KEYS)
+    start = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), SHAPE))(KEYS)
     np.testing.assert_allclose(x, start, rtol=0.02, atol=0.02)  # first-order discretization of 100 steps
+
+
+# x_0 ~ N(0.3, 0.5²), with ᾱ's log SNR falling evenly from 8 to -8 in 320 steps.
+MEAN, VARIANCE = 0.3, 0.25
+LOG_SNR = np.linspace(8, -8, 321)
+ALPHA_BAR = 1 / (1 + np.exp(-LOG_SNR))
+EVEN_IN_LOG_SNR = schedules.from_betas(1 - ALPHA_BAR / np.concatenate([[1.0], ALPHA_BAR[:-1]]))
+
+
+def exact_x0(alpha_bar, x_t):
+    """E[x_0 | x_t] of that Gaussian."""
+    gain = alpha_bar**0.5 * VARIANCE / (alpha_bar * VARIANCE + 1 - alpha_bar)
+    return MEAN + gain * (x_t - alpha_bar**0.5 * MEAN)
+
+
+def exact_output(prediction):
+    """That x̂_0 as a network with this prediction would say it."""
+    p = reverse.make(prediction, "fixed_small")
+
+    def one(row, x_t):
+        x0 = exact_x0(row.alpha_bar, x_t)
+        return p.target(row, x0, x_t, (x_t - row.sqrt_alpha_bar * x0) / row.sqrt_one_minus_alpha_bar)
+
+    return p, lambda x_t, network_t: jax.vmap(one)(EVEN_IN_LOG_SNR[network_t.astype(int) + 1], x_t)
+
+
+def error_to_the_exact_ode(method, prediction, num_steps):
+    """Of `num_steps` + 1 steps, spread over the schedule, as a root mean square."""
+    p, denoise = exact_output(prediction)
+    short = schedules.respace(EVEN_IN_LOG_SNR, np.arange(1, 322, 320 // num_steps))
+    x, _ = jax.jit(lambda keys: method(denoise, p, short, keys, (8, 8, 1), clip_x0=False))(KEYS)
+    start = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (8, 8, 1)))(KEYS)
+    # The probability flow keeps the distance from √ᾱ_t m in units of x_t's standard deviation; x_0 is x̂_0(x_1).
+    std = np.sqrt(ALPHA_BAR * VARIANCE + 1 - ALPHA_BAR)
+    x_1 = ALPHA_BAR[0] ** 0.5 * MEAN + std[0] / std[-1] * (np.float64(start) - ALPHA_BAR[-1] ** 0.5 * MEAN)
+    return np.sqrt(np.mean((x - exact_x0(ALPHA_BAR[0], x_1)) ** 2))
+
+
+@pytest.mark.parametrize(
+    ("method", "order", "prediction"),
+    [(samplers.ddim, 1, "eps"), (samplers.dpm_solver_pp, 2, "v"), (samplers.heun, 2, "x0")],
+)
+def test_halved_steps_halve_or_quarter_the_error(method, order, prediction):
+    errors = [error_to_the_exact_ode(method, prediction, num_steps) for num_steps in (20, 40, 80)]
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    np.testing.assert_allclose(orders, order, atol=0.25)
+
+
+def test_second_order_pays_at_equal_network_evaluations():
+    """41 of each: Heun's steps but the last take two."""
+    ddim = error_to_the_exact_ode(samplers.ddim, "eps", 40)
+    assert error_to_the_exact_ode(samplers.dpm_solver_pp, "eps", 40) < ddim / 5
+    assert error_to_the_exact_ode(samplers.heun, "eps", 20) < ddim / 2
+
+
+def test_dpm_solver_pp_begins_and_ends_with_ddim():
+    s, p = schedules.harmonic(2), reverse.make("x0", "fixed_small")  # also where the SNR begins at 0
+    runs = [
+        method(lambda x, t: 0.3 * x, p, s, KEYS, (4, 4, 1))[0] for method in (samplers.ddim, samplers.dpm_solver_pp)
+    ]
+    np.testing.assert_array_equal(*runs)
 
 
 def test_a_respaced_process_is_sampled_with_its_own_rows():
