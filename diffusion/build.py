@@ -16,6 +16,7 @@ from diffusion.schedules import Schedule
 from diffusion.state import TrainState
 from diffusion.step import Training, losses
 from diffusion.unet import UNet
+from diffusion.variances import X0Variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,29 @@ class Experiment:
     published: PyTree | None  # the parameters in config.init_from, where training starts
 
     def denoiser(self, params: PyTree) -> Callable[[Array, Array], Array]:
-        """The network as the math wants it: (x_t [B, H, W, C], network_t [B]) -> output."""
-        return lambda x_t, network_t: self.unet.apply({"params": params}, x_t, network_t)
+        """The network as the math wants it: (x_t [B, H, W, C], network_t [B]) -> output, as `p` reads it."""
+        channels = self.p.output_channels(self.image_shape[-1])
+        return lambda x_t, network_t: self.unet.apply({"params": params}, x_t, network_t)[..., :channels]
+
+    def with_variance(self, variance: str, x0_variance: X0Variance | None = None) -> "Experiment":
+        """The same network under another variance, for scoring and sampling; "model" is the one it was trained with.
+
+        Where the network has a second half and the variance is not learned, that half is not read.
+
+        Raises:
+            ValueError: the optimal variance is wanted, and nothing is known of it.
+        """
+        if variance == "model":
+            return self
+        schedule = self.schedule
+        if variance == "optimal":
+            if x0_variance is None:
+                raise ValueError(
+                    "the optimal variance needs a trained mean; train first with eval.variance and sample.variance "
+                    "something else, then use it in --mode=eval or --mode=sample"
+                )
+            schedule = dataclasses.replace(schedule, x0_variance=jnp.asarray(x0_variance.mean))
+        return dataclasses.replace(self, p=reverse.make(self.p.prediction, variance), schedule=schedule)
 
     def initial_state(self) -> TrainState:
         """The state before the first step: the weights of config.init_from, or random ones from config.seed."""

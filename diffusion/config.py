@@ -42,6 +42,8 @@ def wholes(at_least: int, empty: bool) -> Allowed:
 
 TEXT = Allowed(lambda v: isinstance(v, str), "a string")
 FLAG = Allowed(lambda v: isinstance(v, bool), "True or False")
+# The variance that the network was trained with, or one that needs nothing more than its mean.
+FOR_A_TRAINED_MEAN = choice("model", *(name for name, v in reverse.VARIANCES.items() if not v.is_learned))
 
 KEYS: dict[str, Allowed] = {
     "seed": whole(0),
@@ -86,6 +88,7 @@ KEYS: dict[str, Allowed] = {
     "eval.num_images": whole(0),
     "eval.batch_size": whole(1),
     "eval.protocol": choice(*likelihood.PROTOCOLS),
+    "eval.variance": FOR_A_TRAINED_MEAN,
     "eval.terms_per_image": Allowed(
         lambda v: _is_int(v) and (v == 0 or v >= 3 and v % 2 == 1), "0 (all) or an odd number ≥ 3"
     ),
@@ -93,7 +96,7 @@ KEYS: dict[str, Allowed] = {
     "sample.batch_size": whole(1),
     "sample.method": choice("ancestral", "ddim"),
     "sample.num_steps": whole(0),
-    "sample.variance": choice("model", *(name for name, v in reverse.VARIANCES.items() if not v.is_learned)),
+    "sample.variance": FOR_A_TRAINED_MEAN,
     "sample.eta": number(0, 1, "a number in [0, 1]"),
 }
 
@@ -102,6 +105,7 @@ FREE = ("data.data_dir", "train.check_replicas_every", "eval.", "sample.")
 
 # Keys that earlier versions did not have, and the value by which their runs were made.
 ADDED = {
+    "eval.variance": "model",
     "train.skip_nonfinite": 0,
     "train.check_replicas_every": 0,
 }

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from diffusion import build, data, likelihood, parallel, plots, report, workdir
+from diffusion import build, data, likelihood, parallel, plots, report, variances, workdir
 from diffusion.bound import Bound, bound_of, estimated_bound_of
 from diffusion.build import Experiment
 from diffusion.data import ImageSet
@@ -24,6 +24,8 @@ def run(config: ConfigDict, directory: Path) -> None:
     num_scored(config, described.num_test)
     state = workdir.restore(experiment, directory)
     train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
+    estimate = variances.load(directory, int(state.step)) if config.eval.variance == "optimal" else None
+    experiment = experiment.with_variance(config.eval.variance, estimate)
     summary = score(experiment, directory, state, train_set, test_set, prefix="eval_")
     report.write_json(directory / "eval.json", summary)
     print(json.dumps(summary, indent=2))
@@ -100,6 +102,7 @@ def protocol_of(experiment: Experiment) -> dict[str, Any]:
         "decoder_cdf": likelihood.PROTOCOLS[config.eval.protocol].decoder_cdf,
         "x0_clipped": True,
         "parameters": f"EMA, decay {config.ema.decay:g}",
+        "variance": experiment.p.variance,
         "schedule": config.schedule.name,
         "num_steps": config.schedule.num_steps,
         "estimator": f"{few} terms per image: t = 1 and two samples of {few // 2}" if few else "every term",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion import gaussian, process
 from diffusion.reverse import Reverse
@@ -105,15 +105,7 @@ def vlb_batch_bpd(
         The terms [B] in bits/dim, and the mean squared errors [B] of x̂_0, the guess of x_0 that x_t allows, for
         data in [-1, 1].
     """
-
-    def one(row, x0, x_t, output):
-        _, x0_hat = p(row, x_t, output, clip_x0)
-        term = vlb_term_bpd(p, row, x0, x_t, output, num_levels, clip_x0, decoder)
-        return term, jnp.mean((x0 - x0_hat) ** 2)
-
-    eps = jax.vmap(lambda key, t: jax.random.normal(jax.random.fold_in(key, t), x0.shape[1:]))(keys, row.t)
-    x_t = jax.vmap(process.q_sample)(row, x0, eps)
-    return jax.vmap(one)(row, x0, x_t, denoise(x_t, row.network_t))
+    return at_one_t(denoise, row, x0, keys, _term_and_mse(p, num_levels, clip_x0, decoder))
 
 
 def vlb_terms_bpd(
@@ -126,7 +118,7 @@ def vlb_terms_bpd(
     clip_x0: bool = True,
     decoder: Callable[..., Array] = gaussian.discretized_log_prob,
 ) -> tuple[Float[ArrayLike, "b steps"], Float[ArrayLike, "b steps"]]:
-    """Every term of every image's bound, and the error of every x̂_0: `vlb_batch_bpd` for t = 1…T, one after another.
+    """Every term of every image's bound, and the error of every x̂_0: `vlb_batch_bpd` for t = 1…T.
 
     The sum of the terms over t plus `prior_bpd` is an unbiased estimate of the bound.
 
@@ -136,10 +128,43 @@ def vlb_terms_bpd(
     Returns:
         The terms [B, T] and the mean squared errors [B, T]; entry t − 1 is that of t.
     """
+    return over_all_t(denoise, schedule, x0, keys, _term_and_mse(p, num_levels, clip_x0, decoder))
+
+
+def _term_and_mse(p: Reverse, num_levels: int, clip_x0: bool, decoder: Callable[..., Array]) -> Callable:
+    def one(row, x0, x_t, eps, output):
+        _, x0_hat = p(row, x_t, output, clip_x0)
+        term = vlb_term_bpd(p, row, x0, x_t, output, num_levels, clip_x0, decoder)
+        return term, jnp.mean((x0 - x0_hat) ** 2)
+
+    return one
+
+
+def at_one_t(
+    denoise: Callable[[Array, Array], Array],
+    row: Schedule,
+    x0: Float[ArrayLike, "b h w c"],
+    keys: Key[Array, " b"],
+    one: Callable[[Schedule, Array, Array, Array, Array], PyTree],
+) -> PyTree:
+    """one(row, x0, x_t, ε, output) of each image, each with a t of its own; ε is drawn from the image's key and t."""
+    eps = jax.vmap(lambda key, t: jax.random.normal(jax.random.fold_in(key, t), x0.shape[1:]))(keys, row.t)
+    x_t = jax.vmap(process.q_sample)(row, x0, eps)
+    return jax.vmap(one)(row, x0, x_t, eps, denoise(x_t, row.network_t))
+
+
+def over_all_t(
+    denoise: Callable[[Array, Array], Array],
+    schedule: Schedule,
+    x0: Float[ArrayLike, "b h w c"],
+    keys: Key[Array, " b"],
+    one: Callable[[Schedule, Array, Array, Array, Array], PyTree],
+) -> PyTree:
+    """`at_one_t` for t = 1…T, one after another: leaves [B, T], entry t − 1 is that of t."""
 
     def of_one_t(_, row: Schedule):
         rows = jax.tree.map(lambda leaf: jnp.full(len(x0), leaf), row)
-        return None, vlb_batch_bpd(denoise, p, rows, x0, keys, num_levels, clip_x0, decoder)
+        return None, at_one_t(denoise, rows, x0, keys, one)
 
-    _, (terms, x0_mse) = jax.lax.scan(of_one_t, None, schedule[1:])
-    return terms.T, x0_mse.T
+    _, terms = jax.lax.scan(of_one_t, None, schedule[1:])
+    return jax.tree.map(jnp.transpose, terms)

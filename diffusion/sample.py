@@ -1,6 +1,5 @@
 """Sampling from a trained model: a grid, a film of x̂_0, and the images themselves."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +8,8 @@ import numpy as np
 from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
-from diffusion import build, data, parallel, randomness, report, reverse, samplers, schedules, variances, workdir
+from diffusion import build, data, parallel, randomness, report, samplers, schedules, variances, workdir
 from diffusion.build import Experiment
-from diffusion.reverse import Reverse
-from diffusion.schedules import Schedule
 from diffusion.step import to_levels
 from diffusion.variances import X0Variance
 
@@ -42,7 +39,10 @@ def sampler(
         ValueError: the optimal variance is wanted, and nothing is known of it.
     """
     config = experiment.config.sample
-    p, schedule = _process(experiment, x0_variance)
+    experiment = experiment.with_variance(config.variance, x0_variance)
+    schedule = experiment.schedule
+    if config.num_steps:
+        schedule = schedules.evenly_spaced(schedule, config.num_steps)
     options = {"shape": experiment.image_shape, "num_frames": min(FILM_FRAMES, schedule.num_steps)}
     if config.method == "ddim":
         options["eta"] = config.eta
@@ -51,13 +51,7 @@ def sampler(
 
     def one_batch(params, image_numbers):
         keys = randomness.per_item(seed_key, image_numbers)
-        network = experiment.denoiser(params)
-
-        def denoise(x_t, network_t):
-            output = network(x_t, network_t)
-            return output if p.learns_variance else experiment.p.split(output)[0]
-
-        x0, film = method(denoise, p, schedule, keys, **options)
+        x0, film = method(experiment.denoiser(params), experiment.p, schedule, keys, **options)
         film = jnp.swapaxes(film, 0, 1)  # the images first, as everywhere in a batch
         return to_levels(x0, experiment.num_levels), to_levels(film, experiment.num_levels)
 
@@ -74,22 +68,6 @@ def sampler(
         return np.concatenate(images), films
 
     return draw
-
-
-def _process(experiment: Experiment, x0_variance: X0Variance | None) -> tuple[Reverse, Schedule]:
-    """The reverse process to draw from: the model's, with the variance and the number of steps that are wanted."""
-    config, p, schedule = experiment.config.sample, experiment.p, experiment.schedule
-    if config.variance == "optimal":
-        if x0_variance is None:
-            raise ValueError(
-                "sample.variance='optimal' needs a trained mean; train first, then use it in --mode=sample"
-            )
-        schedule = dataclasses.replace(schedule, x0_variance=jnp.asarray(x0_variance.mean))
-    if config.variance != "model":
-        p = reverse.make(p.prediction, config.variance)
-    if config.num_steps:
-        schedule = schedules.evenly_spaced(schedule, config.num_steps)
-    return p, schedule
 
 
 def save(

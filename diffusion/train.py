@@ -62,7 +62,7 @@ def run(config: ConfigDict, directory: Path) -> None:
         print(f"{directory} holds this run, finished: see {directory / 'summary.json'}")
         return
     train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
-    draw_samples = sample.sampler(experiment)
+    draw_samples, evaluated = sample.sampler(experiment), experiment.with_variance(config.eval.variance)
 
     with Preemption() as preemption, workdir.owned(config, directory) as directory, memory.explained(experiment):
         with Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
@@ -71,7 +71,7 @@ def run(config: ConfigDict, directory: Path) -> None:
 
         plots.plot_loss(report.read_metrics(directory), directory / "loss.png")
         sample.save(experiment, directory, *draw_samples(parallel.replicate(state.ema_params)))
-        summary = evaluate.score(experiment, directory, state, train_set, test_set)
+        summary = evaluate.score(evaluated, directory, state, train_set, test_set)
         summary["seconds"] = time.monotonic() - started
         report.write_json(
             directory / "summary.json", summary | {"device": report.device_name(), "versions": report.versions()}

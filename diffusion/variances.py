@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from diffusion import gaussian, process
 from diffusion.gaussian import Gaussian
-from diffusion.likelihood import bits_per_dim
+from diffusion.likelihood import bits_per_dim, over_all_t
 from diffusion.reverse import Reverse, Variance
 from diffusion.schedules import Schedule
 
@@ -144,7 +144,7 @@ def x0_terms(
         analytic = jnp.where(row.alpha_bar > 0, jnp.exp(-row.log_snr) * unexplained, error)
         return X0Terms(analytic, error)
 
-    return _over_terms(denoise, schedule, x0, keys, one)
+    return over_all_t(denoise, schedule, x0, keys, one)
 
 
 def split_terms_bpd(
@@ -195,17 +195,4 @@ def split_terms_bpd(
         splits = jax.vmap(split)(jnp.stack([variance.log_var(row, raw) for variance in candidates.values()]))
         return {name: jax.tree.map(lambda leaf, k=k: leaf[k], splits) for k, name in enumerate(candidates)}
 
-    return _over_terms(denoise, schedule, x0, keys, one)
-
-
-def _over_terms(denoise: Denoise, schedule: Schedule, x0: Array, keys: Array, one: Callable):
-    """one(row, x0, x_t, eps, output) of every image and t, leaves [B, T], with the noise of `vlb_terms_bpd`."""
-
-    def term(_, row: Schedule):
-        eps = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, row.t), x0.shape[1:]))(keys)
-        x_t = process.q_sample(row, x0, eps)
-        output = denoise(x_t, jnp.full(len(x0), row.network_t))
-        return None, jax.vmap(one, in_axes=(None, 0, 0, 0, 0))(row, x0, x_t, eps, output)
-
-    _, terms = jax.lax.scan(term, None, schedule[1:])
-    return jax.tree.map(jnp.transpose, terms)
+    return over_all_t(denoise, schedule, x0, keys, one)

@@ -1,6 +1,7 @@
 """The command that prices variances, on a network that was never trained: prices need none."""
 
 import csv
+import json
 
 import jax
 import numpy as np
@@ -77,6 +78,18 @@ def test_the_report_is_written(directory):
         variances.load(directory, step=5)
 
 
+@pytest.mark.parametrize("variance", ["fixed_large", "optimal"])
+def test_a_checkpoint_is_scored_under_another_variance(directory, rows, variance):
+    """Without retraining, whatever it was trained with: --mode=eval finds what the accounting found."""
+    settings = workdir.read_config(directory)
+    with settings.unlocked():
+        settings.update_from_flattened_dict({"eval.num_images": NUM_IMAGES, "eval.variance": variance})
+    evaluate.run(settings, directory)
+    found = json.loads((directory / "eval.json").read_text())
+    assert found["protocol"]["variance"] == variance
+    np.testing.assert_allclose(found["test_bpd"], rows[variance]["bpd"], rtol=1e-5)
+
+
 def test_a_checkpoint_is_sampled_with_the_optimal_variance(directory, tmp_path):
     settings = workdir.read_config(directory)
     drawn = {}
@@ -87,7 +100,7 @@ def test_a_checkpoint_is_sampled_with_the_optimal_variance(directory, tmp_path):
         sample.run(settings, directory)
         drawn[variance] = np.load(directory / "samples.npz")["images"]
     assert np.any(drawn["model"] != drawn["optimal"])
-    with pytest.raises(ValueError, match="sample.variance='optimal' needs a trained mean"):
+    with pytest.raises(ValueError, match="the optimal variance needs a trained mean"):
         sample.sampler(build.experiment(settings, (8, 8, 1), 17))
     with pytest.raises(FileNotFoundError, match="x0_variance.npz, which python -m experiments.variance_accounting"):
         variances.load(tmp_path, step=0)
