@@ -47,6 +47,8 @@ class Preemption:
             yield
         finally:
             self._deferring = False
+        if self.signal_name:  # it came with the last step
+            raise self._stop()
 
     def is_due(self, step: int) -> bool:
         """Whether to save and stop after `step`, which every process is told at the same one."""
@@ -55,7 +57,10 @@ class Preemption:
         return bool(self.signal_name)
 
     def _receive(self, number: int, _frame) -> None:
-        self.signal_name = signal.Signals(number).name
+        is_first, self.signal_name = not self.signal_name, signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if not self._deferring:
-            raise Preempted(f"stopped by {self.signal_name}; the same command goes on")
+        if is_first and not self._deferring:  # a later one must not break off the save that the first one asked for
+            raise self._stop()
+
+    def _stop(self) -> Preempted:
+        return Preempted(f"stopped by {self.signal_name}; the same command goes on")

@@ -149,15 +149,15 @@ def train(
             if row:
                 log.write(step, **row)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
+            if draws and not is_last:
+                grid = report.image_grid(draw_samples(state.ema_params)[0], experiment.num_levels)
+                report.save_png(directory / f"samples_{step}.png", grid)
+                log.images(step, "samples", grid)
             if (saves or stops) and processes.is_first():
                 scores = {"test_loss": row["test_loss"]} if saves else {}
                 checkpoints.save(step, parallel.unreplicate(state), scores)
             if stops:
                 raise Preempted(f"stopped by a signal at step {step}, which is saved; the same command goes on")
-            if draws and not is_last:
-                grid = report.image_grid(draw_samples(state.ema_params)[0], experiment.num_levels)
-                report.save_png(directory / f"samples_{step}.png", grid)
-                log.images(step, "samples", grid)
             if logs:  # images_per_second is that of training: not of scoring, saving and drawing
                 since, steps_since = time.monotonic(), 0
     return parallel.unreplicate(state)

@@ -204,7 +204,7 @@ def test_every_published_row_can_be_run_at_both_scales(capsys):
 def test_one_failure_leaves_the_others_alone(tmp_path, monkeypatch):
     """The first cell names a data set that does not exist, the second lies in a foreign folder."""
     (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
+    (tmp_path / "foreign" / "samples.png").write_text("mine")
     cells = [Cell("nowhere", BASE, {"data.name": "nowhere"}), Cell("foreign", BASE, {}), Cell("third", BASE, {})]
     run_cell = sweep.run_cell
     ran = []
@@ -215,8 +215,8 @@ def test_one_failure_leaves_the_others_alone(tmp_path, monkeypatch):
     assert list(failures) == ["nowhere", "foreign"] and ran == ["third"]
     assert "data.name='nowhere'" in failures["nowhere"] and "exit code 2" in failures["nowhere"]
     assert "data.name='nowhere'" in (tmp_path / "nowhere" / "log.txt").read_text()
-    assert "is not empty and holds no run" in failures["foreign"]
-    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
+    assert "samples.png, which a run would overwrite" in failures["foreign"]
+    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["samples.png"]
 
 
 STAND_IN = """

@@ -74,13 +74,21 @@ def test_a_signal_outside_the_loop_stops_at_once_and_the_old_handlers_come_back(
 
 
 def test_a_second_interrupt_from_the_keyboard_does_not_wait():
-    with Preemption() as preemption, preemption.deferred():
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.is_due(1)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(10)
+    with Preemption() as preemption, pytest.raises(Preempted):
+        with preemption.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert preemption.is_due(1)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10)
+
+
+def test_a_signal_that_comes_with_the_last_step_is_heeded_after_it(tmp_path, monkeypatch, straight):
+    interrupt(monkeypatch, (29,), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted):
+        toy.run(toy.experiment(), tmp_path)
+    assert tree_sha256(toy.run(toy.experiment(), tmp_path)) == tree_sha256(straight[1])
 
 
 def poisoned_steps(num_steps):

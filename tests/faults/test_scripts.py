@@ -1,0 +1,27 @@
+"""The scripts of this folder at a small size; each prints its figure."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("kills.py 3", "3 bit-identical ends"),
+        ("kills.py 2 --signal=TERM --load=2", "2 bit-identical ends"),
+        ("kills.py 5 --toy", "5 bit-identical ends"),
+        ("several_processes.py", "both refused it"),
+        ("disk_full.py", "then, without the limit: the end is bit-identical"),
+    ],
+)
+def test_script(command, words):
+    name, *flags = command.split()
+    result = subprocess.run([sys.executable, str(HERE / name), *flags], capture_output=True, text=True)
+    assert result.returncode == 0 and words in result.stdout, result.stdout + result.stderr
