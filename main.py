@@ -1,6 +1,7 @@
 """python main.py --config=configs/cifar10.py [--workdir=runs/cifar10] [--mode=train|eval|sample|describe]"""
 
 import importlib
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -25,8 +26,12 @@ def main(argv: list[str]) -> None:
         if _CONFIG.value is None:
             raise ValueError("no --config is given; for example --config=configs/digits.py")
         # Imported here because JAX takes seconds that --help should not cost.
+        import jax
+
         from diffusion import config
 
+        if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/diffusion/compiled"))
         config.check(_CONFIG.value)
         name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         mode = importlib.import_module(f"diffusion.{_MODES[_MODE.value]}")

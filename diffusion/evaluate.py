@@ -1,6 +1,8 @@
 """Scoring a trained model: which images, by which protocol, and the numbers and curves that come of it."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from diffusion.build import Experiment
 from diffusion.checkpoint import tree_sha256
 from diffusion.data import ImageSet
 from diffusion.state import TrainState
+
+UNFINISHED = "unfinished_eval"  # in the workdir: the terms that are done, one file per split
 
 
 def run(config: ConfigDict, directory: Path) -> None:
@@ -57,7 +61,8 @@ def score(
 ) -> dict[str, Any]:
     """Scores the EMA parameters on the test split and on as many training images.
 
-    Where every term is computed, writes bpd.npz, bpd.png and rate_distortion.png too, with `prefix` before the names.
+    Where every term is computed, writes bpd.npz, bpd.png and rate_distortion.png too, with `prefix` before the names,
+    and a call that was cut goes on where it ended.
 
     Returns:
         The entries of summary.json that say what was scored, how, and how well.
@@ -70,8 +75,16 @@ def score(
     # Of a whole split it is the last images that a protocol drops.
     is_whole = config.eval.num_images == 0
     test_numbers = np.arange(num_images) if is_whole else subset(len(test_set.images), num_images)
-    test = bound(params, test_set, test_numbers)
-    train = bound(params, train_set, subset(len(train_set.images), num_train))
+    train_numbers = subset(len(train_set.images), num_train)
+    ema_sha256, kept = tree_sha256(state.ema_params), directory / UNFINISHED
+    if config.eval.terms_per_image:
+        test, train = bound(params, test_set, test_numbers), bound(params, train_set, train_numbers)
+    else:
+        # What a term depends on names the file, so that other parameters or images never find it.
+        key = json.dumps([ema_sha256, config.seed, config.eval.protocol, test_numbers.tolist(), train_numbers.tolist()])
+        key = hashlib.sha256(key.encode()).hexdigest()[:16]
+        test = bound(params, test_set, test_numbers, kept / f"test-{key}.npy")
+        train = bound(params, train_set, train_numbers, kept / f"train-{key}.npy")
     protocol = protocol_of(experiment) | {
         "test_images": f"{num_images} of {len(test_set.images)}",
         "train_images": f"{num_train} of {len(train_set.images)}",
@@ -79,6 +92,7 @@ def score(
     if not config.eval.terms_per_image:
         title = f"{test_set.name}, {num_images} test images, protocol {config.eval.protocol}"
         _save_curves(directory, prefix, test, train, protocol, title, test_set.num_levels)
+        shutil.rmtree(kept)
     return {
         "step": int(state.step),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -87,7 +101,7 @@ def score(
         **train.summary("train"),
         "prior_bpd": test.prior_bpd.mean(),
         "params_sha256": tree_sha256(state.params),
-        "ema_sha256": tree_sha256(state.ema_params),
+        "ema_sha256": ema_sha256,
     }
 
 

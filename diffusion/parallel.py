@@ -56,10 +56,11 @@ def train_steps(training: Training) -> Callable:
     return jax.pmap(call, axis_name=AXIS, donate_argnums=0)
 
 
-def shard_steps(indices: np.ndarray) -> np.ndarray:
-    """[steps, B] -> [devices, steps, B/devices]."""
-    steps = len(indices)
-    return np.swapaxes(indices.reshape(steps, jax.local_device_count(), -1), 0, 1)
+def shard_steps(indices: np.ndarray) -> jax.Array:
+    """[steps, B] -> [devices, steps, B/devices], each device's part on that device."""
+    pieces = np.swapaxes(indices.reshape(len(indices), jax.local_device_count(), -1), 0, 1)
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+    return jax.device_put(pieces, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)))
 
 
 def padded_batches(num_items: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
