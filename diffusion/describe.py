@@ -35,13 +35,10 @@ def network(experiment: Experiment) -> dict[str, str]:
     state = experiment.abstract_state()
     batch_size = experiment.training.batch_size
     local_size = batch_size // jax.local_device_count() // experiment.training.grad_accum
-    forward = jax.jit(lambda params, x, t: experiment.denoiser(params)(x, t))
-    image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
-    with jax.default_device(jax.devices("cpu")[0]):  # accelerators do not count FLOPs before they compile
-        flops = forward.lower(state.params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).cost_analysis()["flops"]
+    flops = forward_flops(experiment, state.params)
     giga = {
-        "parameters, EMA, Adam, gradients": _num_bytes((state, state.params)) / 2**30,
-        "kept for the backward pass": _residual_bytes(experiment, state.params, local_size) / 2**30,
+        "parameters, EMA, Adam, gradients": num_bytes((state, state.params)) / 2**30,
+        "kept for the backward pass": residual_bytes(experiment, state.params, local_size) / 2**30,
     }
     return {
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,}",
@@ -51,7 +48,15 @@ def network(experiment: Experiment) -> dict[str, str]:
     } | {f"  {name}": f"{size:.2f} GiB" for name, size in giga.items()}
 
 
-def _residual_bytes(experiment: Experiment, params: PyTree, local_size: int) -> int:
+def forward_flops(experiment: Experiment, params: PyTree) -> float:
+    """Of one image through the network, as XLA counts them."""
+    forward = jax.jit(lambda params, x, t: experiment.denoiser(params)(x, t))
+    image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
+    with jax.default_device(jax.devices("cpu")[0]):  # accelerators do not count FLOPs before they compile
+        return forward.lower(params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).cost_analysis()["flops"]
+
+
+def residual_bytes(experiment: Experiment, params: PyTree, local_size: int) -> int:
     """What JAX would keep for the backward pass if XLA fused nothing away: an upper estimate."""
 
     def backward(params, t, keys, x0):
@@ -61,10 +66,11 @@ def _residual_bytes(experiment: Experiment, params: PyTree, local_size: int) -> 
     x0 = jax.ShapeDtypeStruct((local_size, *experiment.image_shape), jnp.float32)
     t = jax.ShapeDtypeStruct((local_size,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), local_size))
-    return _num_bytes(jax.eval_shape(backward, params, t, keys, x0)) - _num_bytes(params)
+    return num_bytes(jax.eval_shape(backward, params, t, keys, x0)) - num_bytes(params)
 
 
-def _num_bytes(tree: PyTree) -> int:
+def num_bytes(tree: PyTree) -> int:
+    """Of a tree's arrays."""
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
