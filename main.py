@@ -1,6 +1,7 @@
 """python main.py --config=configs/cifar10.py [--workdir=runs/cifar10] [--mode=train|eval|sample|describe]"""
 
 import importlib
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -33,10 +34,15 @@ def main(argv: list[str]) -> None:
         if _CONFIG.value is None:
             raise ValueError("no --config is given; for example --config=configs/digits.py")
         # Imported here because JAX takes seconds that --help should not cost.
+        import jax
+
         from diffusion import config, preemption, processes
 
         config.check(_CONFIG.value)
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        # On CPUs a program that was compiled for one processor may not run on the next one that reads the same folder.
+        if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/diffusion/compiled"))
         name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         mode = importlib.import_module(f"diffusion.{_MODES[_MODE.value]}")
         try:

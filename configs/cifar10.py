@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.num_images = 0  # of the test set, and as many of the training set; 0: all of the test set
-    config.eval.batch_size = 256  # images, or pairs of image and t where terms_per_image is not 0
+    config.eval.batch_size = 256  # pairs of image and t at a time, over all devices
     config.eval.protocol = "exact"  # ho2020: the decoder's CDF and the number of images of the original program
     config.eval.variance = "model"  # model (its own), fixed_small, fixed_large, optimal
     config.eval.terms_per_image = 0  # 0: all; fewer: an odd number, for an estimate with its standard error

@@ -1,7 +1,9 @@
 """The variational bound of every image of a split, in bits/dim: all terms, or an estimate from a few."""
 
 import dataclasses
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -65,34 +67,75 @@ class Bound:
         return self.prior_bpd.mean() + still_to_come[-1] - still_to_come, self.x0_mse.mean(axis=0) ** 0.5
 
 
-def bound_of(experiment: Experiment) -> Callable[[PyTree, ImageSet, np.ndarray], Bound]:
+class _PairScores:
+    """Scores (image, t) pairs of any images and any t in batches of eval.batch_size, by one compiled program.
+
+    A term's ε belongs to the number of the image in its split and to t, whatever is scored beside it. x̂_0 is clipped.
+    """
+
+    def __init__(self, experiment: Experiment):
+        num_levels, config = experiment.num_levels, experiment.config
+        seed_key = randomness.stream(config.seed, "eval")
+        decoder = likelihood.PROTOCOLS[config.eval.protocol].decoder
+
+        def one_batch(params, images, numbers, split_number, image, t):
+            x0 = to_unit(images[image], num_levels)
+            keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), numbers[image])
+            denoise, row = experiment.denoiser(params), experiment.schedule_of(params)[t]
+            return likelihood.vlb_batch_bpd(denoise, experiment.p, row, x0, keys, num_levels, decoder=decoder)
+
+        self._compiled = parallel.over_devices(one_batch)
+        self._batch_size = config.eval.batch_size
+        self._grey_levels = (num_levels - 1) / 2  # per unit of x
+
+    def __call__(
+        self, params: PyTree, image_set: ImageSet, numbers: np.ndarray, t: np.ndarray, name: str, scores: np.ndarray
+    ) -> None:
+        """Fills `scores` [2, N, terms] where it is NaN: image numbers[n] at t[n], the term and the error of x̂_0.
+
+        The terms are bits/dim, the errors mean squares in grey levels. The array may live on disk: it is filled batch
+        by batch.
+        """
+        terms, mse = scores.reshape(2, -1)
+        missing = np.flatnonzero(np.isnan(terms))
+        data = parallel.replicate((image_set.images[numbers], numbers, np.int32(image_set.split_number)))
+
+        def store(pairs, term, x0_mse):
+            # The term last: it is what says that a pair is done.
+            mse[pairs] = parallel.gather(x0_mse, len(pairs)) * self._grey_levels**2
+            terms[pairs] = parallel.gather(term, len(pairs))
+
+        running = None
+        with report.Progress(t.size, initial=t.size - len(missing), desc=f"score {name}", unit="term") as progress:
+            for items, num_real in parallel.padded_batches(len(missing), self._batch_size) if len(missing) else ():
+                pairs = missing[items]
+                started = self._compiled(params, *data, pairs // t.shape[1], t.ravel()[pairs])
+                if running:  # one batch is computed while the one before is fetched
+                    store(*running)
+                    progress.update(len(running[0]))
+                running = (pairs.ravel()[:num_real], *started)
+            if running:
+                store(*running)
+                progress.update(len(running[0]))
+
+
+def bound_of(experiment: Experiment) -> Callable[..., Bound]:
     """The bound as a function of (replicated parameters, image set, numbers of the images to score), compiled once.
 
-    Every image is scored exactly once: the last batch is padded and the padding dropped. An image's noise belongs to
-    its number in its split, whichever others are scored. x̂_0 is clipped.
+    Every term of every image is computed exactly once: the last batch is padded and the padding dropped. With a fourth
+    argument, the path of a file, finished terms are kept there, and a call that finds some computes the others.
     """
-    num_levels = experiment.num_levels
-    seed_key = randomness.stream(experiment.config.seed, "eval")
-    decoder = likelihood.PROTOCOLS[experiment.config.eval.protocol].decoder
+    score, every_t = _PairScores(experiment), np.arange(1, experiment.config.schedule.num_steps + 1)
 
-    def one_batch(params, images, image_numbers, split_number):
-        x0 = to_unit(images, num_levels)
-        keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), image_numbers)
-        denoise, schedule = experiment.denoiser(params), experiment.schedule_of(params)
-        terms = likelihood.vlb_terms_bpd(denoise, experiment.p, schedule, x0, keys, num_levels, decoder=decoder)
-        return *terms, jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
-
-    compiled = parallel.over_devices(one_batch)
-
-    def bound(replicated_params: PyTree, image_set: ImageSet, numbers: Int[np.ndarray, " n"]) -> Bound:
-        def score(items):
-            split = np.full(len(items), image_set.split_number)
-            return compiled(replicated_params, image_set.images[numbers[items]], numbers[items], split)
-
-        batch_size = experiment.config.eval.batch_size
-        terms, x0_mse, prior = _in_batches(score, len(numbers), batch_size, f"score {image_set.split}", "image")
-        x0_mse *= ((num_levels - 1) / 2) ** 2
+    def bound(
+        replicated_params: PyTree, image_set: ImageSet, numbers: Int[np.ndarray, " n"], kept: Path | None = None
+    ) -> Bound:
+        shape = (2, len(numbers), len(every_t))
+        scores = np.full(shape, np.nan, np.float32) if kept is None else _on_disk(kept, shape)
+        score(replicated_params, image_set, numbers, np.tile(every_t, (len(numbers), 1)), image_set.split, scores)
+        terms, x0_mse = np.asarray(scores, np.float64)  # for the sums to come
         kl = terms[:, 1:].sum(axis=1)
+        prior = _prior(experiment, replicated_params, image_set, numbers)
         return Bound(terms[:, 0], kl, prior, x0_mse[:, 0], terms_bpd=terms, x0_mse=x0_mse)
 
     return bound
@@ -102,57 +145,52 @@ def estimated_bound_of(experiment: Experiment) -> Callable[[PyTree, ImageSet, np
     """`bound_of` from eval.terms_per_image terms of each image: see `estimators`.
 
     A term is the number that the full evaluation would compute, with the same ε, so that what is estimated is
-    that evaluation's result. One compiled program scores batches of (image, t).
+    that evaluation's result.
     """
-    num_levels, config = experiment.num_levels, experiment.config
+    score, config = _PairScores(experiment), experiment.config
     seed_key = randomness.stream(config.seed, "eval")
-    decoder = likelihood.PROTOCOLS[config.eval.protocol].decoder
-
-    def one_batch(params, images, image_numbers, split_number, t):
-        x0 = to_unit(images, num_levels)
-        keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), image_numbers)
-        denoise, schedule = experiment.denoiser(params), experiment.schedule_of(params)
-        scores = likelihood.vlb_batch_bpd(denoise, experiment.p, schedule[t], x0, keys, num_levels, decoder=decoder)
-        return *scores, jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
-
-    compiled = parallel.over_devices(one_batch)
 
     def at(replicated_params, image_set, numbers, t, name):
-        """The terms, the squared errors of x̂_0 and the priors of images [N] at t [N, terms], each [N, terms]."""
-
-        def score(items):
-            image_numbers = numbers[items // t.shape[1]]
-            split = np.full(len(items), image_set.split_number)
-            return compiled(replicated_params, image_set.images[image_numbers], image_numbers, split, t.ravel()[items])
-
-        flat = _in_batches(score, t.size, config.eval.batch_size, f"score {name}", "term")
-        return [array.reshape(t.shape) for array in flat]
+        """The terms and the squared errors of x̂_0 of images [N] at t [N, terms], each [N, terms]."""
+        scores = np.full((2, *t.shape), np.nan)
+        score(replicated_params, image_set, numbers, t, name, scores)
+        return scores
 
     def bound(replicated_params: PyTree, image_set: ImageSet, numbers: Int[np.ndarray, " n"]) -> Bound:
         every_t = np.arange(1, config.schedule.num_steps + 1)
         pilot = numbers[np.linspace(0, len(numbers) - 1, min(PILOT_IMAGES, len(numbers))).astype(int)]
         pilot_t = np.tile(every_t, (len(pilot), 1))
-        pilot_terms, _, _ = at(replicated_params, image_set, pilot, pilot_t, f"{image_set.split}, pilot")
+        pilot_terms, _ = at(replicated_params, image_set, pilot, pilot_t, f"{image_set.split}, pilot")
         q = estimators.proposal(pilot_terms)
         keys = randomness.per_item(jax.random.fold_in(seed_key, image_set.split_number), jnp.asarray(numbers))
         # t = 0 has no ε, so its number is free to mean the choice of t.
         offsets = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (2,)))(keys)
         t = estimators.draw_t(q, np.asarray(offsets, np.float64), config.eval.terms_per_image)
-        terms, x0_mse, prior = at(replicated_params, image_set, numbers, t, image_set.split)
+        terms, x0_mse = at(replicated_params, image_set, numbers, t, image_set.split)
         estimate = estimators.estimate(terms, t, q)
-        decoded_mse = x0_mse[:, 0] * ((num_levels - 1) / 2) ** 2
-        return Bound(estimate.decoder_bpd, estimate.kl_bpd, prior[:, 0], decoded_mse, estimate.sampling_stderr)
+        prior = _prior(experiment, replicated_params, image_set, numbers)
+        return Bound(estimate.decoder_bpd, estimate.kl_bpd, prior, x0_mse[:, 0], estimate.sampling_stderr)
 
     return bound
 
 
-def _in_batches(
-    score: Callable[[np.ndarray], tuple[jax.Array, ...]], num_items: int, batch_size: int, desc: str, unit: str
-) -> list[Float[np.ndarray, "n ..."]]:
-    """score's results for the items 0…num_items − 1, each item once, in float64 for the sums to come."""
-    results = []
-    with report.Progress(num_items, desc=desc, unit=unit) as progress:
-        for numbers, num_real in parallel.padded_batches(num_items, batch_size):
-            results.append([parallel.gather(array, num_real) for array in score(numbers)])
-            progress.update(num_real)
-    return [np.concatenate(parts).astype(np.float64) for parts in zip(*results, strict=True)]
+def _prior(
+    experiment: Experiment, replicated_params: PyTree, image_set: ImageSet, numbers: np.ndarray
+) -> Float[np.ndarray, " n"]:
+    """L_T of every image, which needs no network."""
+    schedule = experiment.schedule_of(parallel.unreplicate(replicated_params))
+    prior = jax.vmap(lambda image: likelihood.prior_bpd(schedule, to_unit(image, experiment.num_levels)))
+    return np.asarray(jax.jit(prior)(image_set.images[numbers]), np.float64)
+
+
+def _on_disk(path: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+    """An array of float32 that lives in a file and outlives the process; NaN at first."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.save(file, np.full(shape, np.nan, np.float32))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)  # a file under its own name is whole
+    return np.load(path, mmap_mode="r+")

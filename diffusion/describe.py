@@ -32,13 +32,10 @@ def network(experiment: Experiment) -> dict[str, str]:
     """Parameters, work and memory of training on one device."""
     state = experiment.abstract_state()
     batch_size, local_size = experiment.training.batch_size, memory.local_batch(experiment)
-    forward = jax.jit(lambda params, x, t: experiment.denoiser(params)(x, t))
-    image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
-    with jax.default_device(jax.devices("cpu")[0]):  # accelerators do not count FLOPs before they compile
-        flops = forward.lower(state.params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).cost_analysis()["flops"]
+    flops = forward_flops(experiment)
     giga = {
         "parameters, EMA, Adam, gradients": memory.state_bytes(experiment) / 2**30,
-        "kept for the backward pass": memory.residual_bytes(experiment) / 2**30,
+        "kept for the backward pass": memory.residual_bytes(experiment, local_size) / 2**30,
     }
     return {
         "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,}",
@@ -46,6 +43,15 @@ def network(experiment: Experiment) -> dict[str, str]:
         "train step": f"{3 * flops * batch_size / 1e12:.2f} TFLOP for {batch_size} images (3 × forward)",
         "memory per device": f"at most {sum(giga.values()):.2f} GiB, for {local_size} images at a time",
     } | {f"  {name}": f"{size:.2f} GiB" for name, size in giga.items()}
+
+
+def forward_flops(experiment: Experiment) -> float:
+    """Of one image through the network, as XLA counts them."""
+    forward = jax.jit(lambda params, x, t: experiment.denoiser(params)(x, t))
+    image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
+    params = experiment.abstract_state().params
+    with jax.default_device(jax.devices("cpu")[0]):  # accelerators do not count FLOPs before they compile
+        return forward.lower(params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).cost_analysis()["flops"]
 
 
 def schedule_figures(experiment: Experiment) -> dict[str, str]:

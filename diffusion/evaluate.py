@@ -1,6 +1,8 @@
 """Scoring a trained model: which images, by which protocol, and the numbers and curves that come of it."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from diffusion.build import Experiment
 from diffusion.data import ImageSet
 from diffusion.digests import tree_sha256
 from diffusion.state import TrainState
+
+UNFINISHED = "unfinished_eval"  # in the workdir: the terms that are done
 
 
 def run(config: ConfigDict, directory: Path) -> None:
@@ -59,7 +63,8 @@ def score(
 ) -> dict[str, Any]:
     """Scores the EMA parameters on the test split and on as many training images.
 
-    Where every term is computed, writes bpd.npz, bpd.png and rate_distortion.png too, with `prefix` before the names.
+    Where every term is computed, writes bpd.npz, bpd.png and rate_distortion.png too, with `prefix` before the names,
+    and a call that was cut goes on where it ended.
 
     Returns:
         The entries of summary.json that say what was scored, how, and how well.
@@ -72,8 +77,15 @@ def score(
     # Of a whole split it is the last images that a protocol drops.
     is_whole = config.eval.num_images == 0
     test_numbers = np.arange(num_images) if is_whole else subset(len(test_set.images), num_images)
-    test = bound(params, test_set, test_numbers)
-    train = bound(params, train_set, subset(len(train_set.images), num_train))
+    train_numbers = subset(len(train_set.images), num_train)
+    ema_sha256 = tree_sha256(state.ema_params)
+    kept = _kept(directory, experiment, ema_sha256, test_numbers, train_numbers)
+    # Several processes would have to agree on what is missing; they start over.
+    if config.eval.terms_per_image or jax.process_count() > 1:
+        test, train = bound(params, test_set, test_numbers), bound(params, train_set, train_numbers)
+    else:
+        test = bound(params, test_set, test_numbers, kept / "test.npy")
+        train = bound(params, train_set, train_numbers, kept / "train.npy")
     protocol = protocol_of(experiment) | {
         "test_images": f"{num_images} of {len(test_set.images)}",
         "train_images": f"{num_train} of {len(train_set.images)}",
@@ -81,6 +93,7 @@ def score(
     if not config.eval.terms_per_image:
         title = f"{test_set.name}, {num_images} test images, protocol {config.eval.protocol}"
         _save_curves(directory, prefix, test, train, protocol, title, test_set.num_levels)
+        shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
     return {
         "step": int(state.step),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -89,8 +102,15 @@ def score(
         **train.summary("train"),
         "prior_bpd": test.prior_bpd.mean(),
         "params_sha256": tree_sha256(state.params),
-        "ema_sha256": tree_sha256(state.ema_params),
+        "ema_sha256": ema_sha256,
     }
+
+
+def _kept(directory: Path, experiment: Experiment, ema_sha256: str, *numbers: np.ndarray) -> Path:
+    """Where finished terms are kept. All that a term depends on names the folder, so that nothing else finds it."""
+    config, variance = experiment.config, (experiment.p.variance, tree_sha256(experiment.x0_variance))
+    key = json.dumps([ema_sha256, config.seed, config.eval.protocol, variance, *(n.tolist() for n in numbers)])
+    return directory / UNFINISHED / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def protocol_of(experiment: Experiment) -> dict[str, Any]:

@@ -22,17 +22,17 @@ def local_batch(experiment: Experiment) -> int:
     return experiment.training.batch_size // jax.device_count() // experiment.training.grad_accum
 
 
-def residual_bytes(experiment: Experiment) -> int:
-    """What JAX would keep of `local_batch` images for the backward pass if XLA fused nothing: an upper estimate."""
+def residual_bytes(experiment: Experiment, num_images: int) -> int:
+    """What JAX would keep of so many images for the backward pass if XLA fused nothing: an upper estimate."""
 
     def backward(params, t, keys, x0):
         loss = lambda params: losses(experiment.training, params, t, keys, x0, dropout=True)[0].mean()  # noqa: E731
         return jax.vjp(loss, params)[1]  # a pytree whose leaves are the kept arrays
 
-    params, batch = experiment.abstract_state().params, local_batch(experiment)
-    x0 = jax.ShapeDtypeStruct((batch, *experiment.image_shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    params = experiment.abstract_state().params
+    x0 = jax.ShapeDtypeStruct((num_images, *experiment.image_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((num_images,), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_images))
     return num_bytes(jax.eval_shape(backward, params, t, keys, x0)) - num_bytes(params)
 
 
@@ -56,10 +56,11 @@ def explained(experiment: Experiment) -> Iterator[None]:
         keys = ["train.grad_accum higher", "train.batch_size lower"]
         if not experiment.config.unet.remat:
             keys.insert(0, "unet.remat=True")
+        num_images = local_batch(experiment)
         raise MemoryError(
             f"a device is out of memory: train.batch_size={experiment.training.batch_size} is "
-            f"{local_batch(experiment)} images per device at a time, which keep about "
-            f"{residual_bytes(experiment) / 2**30:.2f} GiB for the backward pass, beside "
+            f"{num_images} images per device at a time, which keep about "
+            f"{residual_bytes(experiment, num_images) / 2**30:.2f} GiB for the backward pass, beside "
             f"{state_bytes(experiment) / 2**30:.2f} GiB of parameters, EMA, optimizer and gradients; set "
             f"{', or '.join(keys)} (evaluation and samples: eval.batch_size and sample.batch_size lower)"
         ) from error

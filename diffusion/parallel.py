@@ -70,10 +70,11 @@ def train_steps(training: Training) -> Callable:
     return jax.pmap(call, axis_name=AXIS, donate_argnums=0)
 
 
-def shard_steps(indices: np.ndarray) -> np.ndarray:
-    """[steps, B] -> [devices, steps, B/devices], the rows of this process's devices."""
-    steps = len(indices)
-    return _local_rows(np.swapaxes(indices.reshape(steps, jax.device_count(), -1), 0, 1))
+def shard_steps(indices: np.ndarray) -> jax.Array:
+    """[steps, B] -> [devices, steps, B/devices], the parts of this process's devices on each of them."""
+    parts = _local_rows(np.swapaxes(indices.reshape(len(indices), jax.device_count(), -1), 0, 1))
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+    return jax.device_put(parts, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)))
 
 
 def padded_batches(num_items: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:

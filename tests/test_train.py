@@ -130,6 +130,7 @@ def test_another_config_is_refused_and_nothing_changes(straight, tmp_path):
 def test_evaluation_and_sampling_of_a_checkpoint_repeat_the_run(straight, tmp_path, capsys):
     shutil.copytree(straight, tmp_path / "run")
     scored = (tmp_path / "run" / "bpd.npz").read_bytes()
+    assert not (tmp_path / "run" / evaluate.UNFINISHED).exists()
     evaluate.run(tiny(eval__batch_size=7), tmp_path / "run")  # another batch size, the same images and noise
     printed = json.loads(capsys.readouterr().out)
     summary = json.loads((straight / "summary.json").read_text())
@@ -225,7 +226,7 @@ def test_several_steps_in_one_call_are_the_same_steps(steps):
     assert_same_parameters(parallel.unreplicate(single), parallel.unreplicate(both))
 
 
-def test_the_step_compiles_once(steps):
+def test_the_step_compiles_once_moves_nothing_and_reuses_the_state(steps):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **kw: compiled.append(seconds) if "backend_compile" in event else None
@@ -233,8 +234,12 @@ def test_the_step_compiles_once(steps):
     state, images = parallel.replicate(steps.start), parallel.replicate(steps.images)
     step_fn, counts = parallel.train_steps(steps.experiment.training), []
     for step in range(4):
-        state, _ = step_fn(state, images, parallel.shard_steps(steps.indices(step)[None]))
+        # What a call moves between host and devices, or between devices, must be asked for: the indices alone are.
+        indices, before = parallel.shard_steps(steps.indices(step)[None]), state
+        with jax.transfer_guard("disallow" if step else "allow"):
+            state, _ = step_fn(state, images, indices)
         counts.append(len(compiled))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before)), "the state's memory was not donated"
     assert counts[0] > 0, "the listener heard nothing"
     assert counts[1:] == [counts[0]] * 3
 
@@ -310,6 +315,21 @@ def test_the_bound_counts_every_image_once(straight):
     assert not np.allclose(evaluate.bound_of(one)(params, other_split, numbers[3:]).image_bpd, again.image_bpd)
     summary = whole.summary("test")
     np.testing.assert_allclose(summary["test_bpd"], whole.image_bpd.mean())
+
+
+def test_a_bound_that_was_cut_computes_what_is_missing(tmp_path):
+    """Finished terms are read from the file and not computed again; the others come out as without a file."""
+    experiment = build.experiment(tiny(eval__batch_size=16), (8, 8, 1), 17)
+    params = parallel.replicate(jax.device_get(experiment.initial_state().params))
+    score, test_set, numbers = bound.bound_of(experiment), data.load("digits", "test"), np.arange(5)
+    whole, kept = score(params, test_set, numbers), tmp_path / "kept" / "test.npy"
+    np.testing.assert_array_equal(score(params, test_set, numbers, kept).terms_bpd, whole.terms_bpd)
+    terms = np.load(kept, mmap_mode="r+")
+    terms[0, :3], terms[0, 3:] = 7.0, np.nan
+    terms.flush()
+    again = score(params, test_set, numbers, kept).terms_bpd
+    np.testing.assert_array_equal(again[:3], 7.0)
+    np.testing.assert_allclose(again[3:], whole.terms_bpd[3:], rtol=1e-5)
 
 
 def test_the_estimate_is_of_the_full_evaluation():

@@ -1,0 +1,90 @@
+"""What feeding costs: choosing a batch, moving it to the device, and making [-1, 1] of it, beside PyTorch's DataLoader.
+
+    python -m benchmarks.input
+    python -m benchmarks.input --data=cifar10 --batch-size=128
+
+The whole split lies on the device, so that a step moves its indices only. The DataLoader collates the same images,
+flips half of each batch and maps it to [-1, 1], in this process and in two workers.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import networks, timing
+from benchmarks.networks import torch
+from diffusion import data, parallel
+from diffusion.step import to_unit
+
+BATCHES = 100
+
+
+def main() -> None:
+    parser = timing.arguments(__doc__, "input")
+    parser.add_argument("--data", default="digits", help="data.name")
+    parser.add_argument("--data-dir", default="")
+    parser.add_argument("--batch-size", type=int, default=128)
+    args = parser.parse_args()
+    images = data.load(args.data, "train", args.data_dir).images
+    arms: dict[str, Callable[[], Any]] = {
+        "ours: choose indices": lambda: [index for index in indices(args, images)],
+        "ours: choose, move, gather, flip": our_batches(args, images),
+    }
+    if torch is not None:
+        arms |= {f"DataLoader, {workers} workers": peer_batches(args, images, workers) for workers in (0, 2)}
+    seconds = timing.alternate(arms, args.rounds)
+    rows = [
+        {
+            "arm": name,
+            "milliseconds per batch": timing.quartiles(1e3 * values / BATCHES),
+            "images/s": timing.quartiles(args.batch_size * BATCHES / values),
+        }
+        for name, values in seconds.items()
+    ]
+    timing.finish(args.out, vars(args), rows)
+
+
+def indices(args, images: np.ndarray) -> Iterator[np.ndarray]:
+    for step in range(BATCHES):
+        yield data.batch_indices(0, step, args.batch_size, len(images))
+
+
+def our_batches(args, images: np.ndarray) -> Callable[[], None]:
+    """What a train step does before the network, in a compiled call of its own."""
+
+    def batch(images, indices):
+        x0 = to_unit(images[indices], 256)
+        mirrored = jax.random.bernoulli(jax.random.key(0), shape=(len(x0),))
+        return jnp.where(mirrored[:, None, None, None], x0[:, :, ::-1], x0)
+
+    compiled, on_device = parallel.over_devices(batch), parallel.replicate(images)
+
+    def run() -> None:
+        for chosen in indices(args, images):
+            x0 = compiled(on_device, chosen.reshape(jax.local_device_count(), -1))
+        jax.block_until_ready(x0)
+
+    return run
+
+
+def peer_batches(args, images: np.ndarray, workers: int) -> Callable[[], None]:
+    dataset = torch.utils.data.TensorDataset(torch.tensor(images.transpose(0, 3, 1, 2).copy()))
+    loader = torch.utils.data.DataLoader(
+        dataset, args.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
+    )
+
+    def run() -> None:
+        epochs = itertools.chain.from_iterable(itertools.repeat(loader))
+        for (batch,) in itertools.islice(epochs, BATCHES):
+            x0 = batch.to(networks.device()).float() / 127.5 - 1
+            x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0.flip(3), x0)
+
+    return networks.synchronized(run)
+
+
+if __name__ == "__main__":
+    main()

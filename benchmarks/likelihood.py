@@ -1,0 +1,75 @@
+"""The bound: (image, t) terms per second, and what that makes of 10,000 images × 1,000 terms.
+
+    python -m benchmarks.likelihood                                                 # on a GPU
+    python -m benchmarks.likelihood --size=small --batch-sizes 8 32 --batches=2     # the same on a CPU
+
+One program scores batches of (image, t), each pair with a t of its own. The peer is the PyTorch network alone, with
+channels_last: what a PyTorch program for the same bound could reach at best, since it has the terms to compute as well.
+"""
+
+import jax
+import numpy as np
+
+from benchmarks import networks, timing
+from benchmarks.networks import torch
+from diffusion import bound, build, parallel
+from diffusion.data import ImageSet
+
+PAIRS = 10_000 * 1_000
+
+
+def main() -> None:
+    parser = timing.arguments(__doc__, "likelihood")
+    on_cpu = jax.default_backend() == "cpu"
+    parser.add_argument("--size", choices=networks.SIZES, default="full")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8] if on_cpu else [256, 1024, 4096])
+    parser.add_argument("--batches", type=int, default=2 if on_cpu else 10, help="in a timed call")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args()
+    params, module = networks.peer(args.size) if networks.diffusers else (None, None)
+    arms, pairs = {}, {}
+    for batch_size in args.batch_sizes:
+        new = {f"ours, {batch_size} pairs": our_arm(args, batch_size, params)}
+        if module is not None:
+            new[f"PyTorch, forward alone, {batch_size}"] = peer_arm(args, batch_size, module)
+        arms |= new
+        pairs |= dict.fromkeys(new, batch_size * args.batches)
+    seconds = timing.alternate(arms, args.rounds)
+    rows = [
+        {
+            "arm": name,
+            "terms/s": timing.quartiles(pairs[name] / values),
+            "10,000 × 1,000 terms, hours": timing.quartiles(PAIRS / pairs[name] * values / 3600),
+        }
+        for name, values in seconds.items()
+    ]
+    timing.finish(args.out, vars(args), rows)
+
+
+def our_arm(args, batch_size: int, params):
+    """The bound of `batch_size` images on a schedule of `args.batches` steps: so many batches of pairs."""
+    config = networks.config_of(args.size, dtype=args.dtype)
+    config.schedule.name, config.schedule.num_steps, config.eval.batch_size = "cosine", args.batches, batch_size
+    experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
+    params = experiment.initial_state().params if params is None else params
+    replicated, score = parallel.replicate(jax.device_get(params)), bound.bound_of(experiment)
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, *networks.IMAGE_SHAPE), np.uint8)
+    image_set = ImageSet("random", "test", images, 256)
+    return lambda: score(replicated, image_set, np.arange(batch_size))
+
+
+def peer_arm(args, batch_size: int, module):
+    module = module.eval().to(memory_format=torch.channels_last)
+    x = torch.randn(batch_size, 3, 32, 32, device=networks.device()).to(memory_format=torch.channels_last)
+    t = torch.arange(batch_size, device=networks.device())
+
+    def forward() -> None:
+        with torch.no_grad(), torch.autocast(networks.device(), torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            for _ in range(args.batches):
+                module(x, t)
+
+    return networks.synchronized(forward)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Sampling: its speed beside the diffusers pipeline, and what each sampler's steps buy.
+
+    python -m benchmarks.sampling                                        # 256 images, T = 1000 (on a GPU)
+    python -m benchmarks.sampling --size=small --num-images=4 --num-steps=5     # the same on a CPU
+    python -m benchmarks.sampling --quality=runs/digits                  # steps against error, of a trained model
+
+Speed: the whole chain of our ancestral sampler is one compiled program; the peer is diffusers' DDPMPipeline with the
+same weights, as it comes. Quality: DDIM, DPM-Solver++ and Heun solve one ODE, so that from the same noise they all end
+at the same image if the steps are small enough. The error is the distance to Heun's result with all of the schedule's
+steps, as a root mean square in grey levels, and in bits: how many binary digits of the range [-1, 1] are right.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import networks, timing
+from diffusion import build, data, parallel, randomness, samplers, schedules, workdir
+
+ODE_SAMPLERS = ("ddim", "dpm_solver_pp", "heun")
+
+
+def main() -> None:
+    parser = timing.arguments(__doc__, "sampling")
+    parser.set_defaults(rounds=3)
+    parser.add_argument("--quality", type=Path, help="the workdir of a trained model, which is only read")
+    parser.add_argument("--size", choices=networks.SIZES, default="full")
+    parser.add_argument("--num-images", type=int, default=256)
+    parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args()
+    rows, ratios = (quality(args), {}) if args.quality else speed(args)
+    timing.finish(args.out, vars(args) | {"quality": str(args.quality or "")}, rows, **ratios)
+
+
+def speed(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Seconds for all images, of ours and of diffusers' pipeline."""
+    has_peer = networks.diffusers is not None
+    params, module = networks.peer(args.size) if has_peer else (None, None)
+    config = networks.config_of(args.size, dtype=args.dtype)
+    config.schedule.num_steps = args.num_steps
+    experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
+    params = experiment.initial_state().params if params is None else params
+    draw = sampler(experiment, "ancestral", args.num_steps)
+    replicated, numbers = parallel.replicate(jax.device_get(params)), np.arange(args.num_images)
+    arms: dict[str, Callable[[], Any]] = {"ours": lambda: draw(replicated, numbers)}
+    if has_peer:
+        scheduler = networks.diffusers.DDPMScheduler(
+            args.num_steps, beta_schedule="linear", variance_type="fixed_large"
+        )
+        if args.dtype == "bfloat16":
+            module = module.to(networks.torch.bfloat16)
+        pipeline = networks.diffusers.DDPMPipeline(module, scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        arms["diffusers DDPMPipeline"] = networks.synchronized(
+            lambda: pipeline(args.num_images, num_inference_steps=args.num_steps, output_type="np")
+        )
+    seconds = timing.alternate(arms, args.rounds)
+    rows = [
+        {
+            "arm": name,
+            "seconds": timing.quartiles(values),
+            "network evaluations/s": timing.quartiles(args.num_images * args.num_steps / values),
+        }
+        for name, values in seconds.items()
+    ]
+    ratios = {"pipeline / ours": timing.best_ratio(seconds, ["ours"], ["diffusers DDPMPipeline"])} if has_peer else {}
+    return rows, ratios
+
+
+def quality(args) -> list[dict[str, Any]]:
+    """The error of every ODE sampler at fewer and fewer steps, with the seconds that they take."""
+    config = workdir.read_config(args.quality)
+    described = data.describe(config.data.name, config.data.data_dir)
+    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    replicated = parallel.replicate(workdir.restore(experiment, args.quality).ema_params)
+    numbers, all_steps = np.arange(args.num_images), experiment.schedule.num_steps
+    reference = sampler(experiment, "heun", all_steps)(replicated, numbers)
+    rows = []
+    for num_steps in sorted({max(2, all_steps // divisor) for divisor in (1, 2, 5, 10, 20, 50, 100)}, reverse=True):
+        for method in ODE_SAMPLERS:
+            draw = sampler(experiment, method, num_steps)
+            images = draw(replicated, numbers)
+            seconds = timing.alternate({"": lambda draw=draw: draw(replicated, numbers)}, args.rounds)[""]
+            rms = float(np.sqrt(np.mean((images - reference) ** 2)))
+            rows.append(
+                {
+                    "sampler": method,
+                    "steps": num_steps,
+                    "network evaluations": 2 * num_steps - 1 if method == "heun" else num_steps,
+                    "error, grey levels": rms * (described.num_levels - 1) / 2,
+                    "bits right": float(-np.log2(rms / 2)) if rms else "reference",
+                    "seconds": timing.quartiles(seconds),
+                }
+            )
+    return rows
+
+
+def sampler(experiment, method: str, num_steps: int) -> Callable[..., np.ndarray]:
+    """(replicated parameters, image numbers [N]) -> images [N, H, W, C] in [-1, 1]; N is a multiple of the devices."""
+    schedule = schedules.evenly_spaced(experiment.schedule, num_steps)
+    seed_key = randomness.stream(experiment.config.seed, "sample")
+
+    def one_batch(params, numbers):
+        keys = randomness.per_item(seed_key, numbers)
+        denoise = experiment.denoiser(params)
+        return samplers.SAMPLERS[method](denoise, experiment.p, schedule, keys, experiment.image_shape)[0]
+
+    compiled = parallel.over_devices(one_batch)
+
+    def draw(params, numbers: np.ndarray) -> np.ndarray:
+        return parallel.gather(compiled(params, numbers.reshape(jax.local_device_count(), -1)), len(numbers))
+
+    return draw
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""A train step and a forward pass of Ho et al.'s network, beside the same weights in PyTorch.
+
+    python -m benchmarks.train_step                                        # 35.7M parameters
+    python -m benchmarks.train_step --size=small --batch-size=32
+    python -m benchmarks.train_step --dtypes bfloat16 --batch-size=128     # on a GPU
+
+Both sides do the whole step: take images from the device, draw t and ε, noise, forward, backward, clip, Adam, EMA. The
+PyTorch arms are eager, eager with channels_last, and torch.compile with channels_last; bfloat16 is autocast there. The
+arms take turns in one process, so that a ratio holds on a busy machine.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import networks, timing
+from benchmarks.networks import torch
+from diffusion import build, parallel
+
+
+def main() -> None:
+    parser = timing.arguments(__doc__, "train_step")
+    on_cpu = jax.default_backend() == "cpu"
+    parser.add_argument("--size", choices=networks.SIZES, default="full")
+    parser.add_argument("--batch-size", type=int, default=8 if on_cpu else 128, help="on one device")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    dtypes = ["float32"] if on_cpu else ["float32", "bfloat16"]
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=dtypes)
+    parser.add_argument("--steps-per-call", type=int, default=1 if on_cpu else 10, help="of ours")
+    parser.add_argument("--no-peer", action="store_true", help="time ours alone")
+    args = parser.parse_args()
+
+    has_peer = networks.diffusers is not None and not args.no_peer
+    params, module = networks.peer(args.size, args.dropout) if has_peer else (None, None)
+    arms: dict[str, tuple[str, Callable[[], Any], int, float | None]] = {}
+    for dtype in args.dtypes:
+        arms |= our_arms(args, dtype, params)
+        if has_peer:
+            arms |= peer_arms(args, dtype, module)
+    seconds = timing.alternate({name: arm for name, (_, arm, _, _) in arms.items()}, args.rounds)
+
+    rows = []
+    for name, (what, _, steps, gigabytes) in arms.items():
+        per_step = seconds[name] / steps
+        seconds[name] = per_step
+        rate = timing.quartiles(args.batch_size / per_step)
+        rows.append(
+            {"arm": name, "what": what, "seconds": timing.quartiles(per_step), "images/s": rate, "GiB": gigabytes}
+        )
+    ratios = {}
+    for what in ("train step", "forward") if has_peer else ():
+        names = [name for name, arm in arms.items() if arm[0] == what]
+        ours = [name for name in names if name.startswith("ours")]
+        ratios[what] = timing.best_ratio(seconds, ours, [name for name in names if name not in ours])
+    timing.finish(args.out, vars(args), rows, **ratios)
+
+
+def our_arms(args, dtype: str, params) -> dict[str, tuple]:
+    """name -> (what, call, steps in a call, GiB of temporaries): the step, the same with remat, the forward pass."""
+    arms = {}
+    for remat in (False, True):
+        config = networks.config_of(args.size, dtype=dtype, dropout=args.dropout, remat=remat)
+        config.train.batch_size = args.batch_size * jax.local_device_count()
+        experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
+        state = experiment.initial_state() if params is None else experiment.initial_state().replace(params=params)
+        images = parallel.replicate(random_images(50_000 if jax.default_backend() != "cpu" else 256))
+        indices = np.random.default_rng(0).integers(0, images.shape[1], (args.steps_per_call, config.train.batch_size))
+        arms[f"ours, {dtype}{', remat' if remat else ''}"] = (
+            "train step",
+            *stepper(experiment, parallel.replicate(jax.device_get(state)), images, parallel.shard_steps(indices)),
+        )
+    forward = jax.jit(lambda params, x, t: experiment.denoiser(params)(x, t))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((args.batch_size, *networks.IMAGE_SHAPE), np.float32))
+    compiled = forward.lower(state.params, x, jnp.zeros(len(x))).compile()
+    call = lambda: jax.block_until_ready(compiled(state.params, x, jnp.zeros(len(x))))  # noqa: E731
+    arms[f"ours, forward, {dtype}"] = ("forward", call, 1, gibibytes(compiled))
+    return arms
+
+
+def stepper(experiment, state, images, indices) -> tuple[Callable[[], None], int, float]:
+    """One compiled call of the train loop, which takes up where the last one ended."""
+    compiled = parallel.train_steps(experiment.training).lower(state, images, indices).compile()
+    held = [state]
+
+    def call() -> None:
+        held[0], metrics = compiled(held[0], images, indices)
+        jax.block_until_ready((held[0], metrics))
+
+    return call, indices.shape[1], gibibytes(compiled)
+
+
+def gibibytes(compiled) -> float:
+    """Temporary memory of a compiled program, beside its arguments and results."""
+    return compiled.memory_analysis().temp_size_in_bytes / 2**30
+
+
+def random_images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, *networks.IMAGE_SHAPE), np.uint8)
+
+
+def peer_arms(args, dtype: str, module) -> dict[str, tuple]:
+    """The same for PyTorch: eager, channels_last, torch.compile."""
+    arms = {}
+    for name in ("eager", "channels_last", "compile, channels_last"):
+        network = copy_of(module, args.dropout)
+        if "channels_last" in name:
+            network = network.to(memory_format=torch.channels_last)
+        if "compile" in name:
+            network = torch.compile(network)
+        step = networks.synchronized(peer_step(args, dtype, network))
+        forward = networks.synchronized(peer_forward(args, dtype, network, "channels_last" in name))
+        arms[f"PyTorch {name}, {dtype}"] = ("train step", step, 1, None)
+        arms[f"PyTorch {name}, forward, {dtype}"] = ("forward", forward, 1, None)
+    return arms
+
+
+def copy_of(module, dropout: float):
+    copy = networks.diffusers.UNet2DModel.from_config(module.config, dropout=dropout)
+    copy.load_state_dict(module.state_dict())
+    return copy.to(networks.device())
+
+
+def autocast(dtype: str):
+    return torch.autocast(networks.device(), torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def peer_forward(args, dtype: str, network, channels_last: bool) -> Callable[[], Any]:
+    x = torch.randn(args.batch_size, 3, 32, 32, device=networks.device())
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    t = torch.zeros(args.batch_size, device=networks.device())
+
+    def forward() -> None:
+        network.eval()
+        with torch.no_grad(), autocast(dtype):
+            network(x, t)
+
+    return forward
+
+
+def peer_step(args, dtype: str, network) -> Callable[[], Any]:
+    """Ho et al.'s step as PyTorch writes it, with the fused Adam and the EMA in one call over all tensors."""
+    place = networks.device()
+    images = torch.tensor(random_images(256).transpose(0, 3, 1, 2).copy(), device=place)
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, device=place), 0)
+    params = list(network.parameters())
+    ema = [param.detach().clone() for param in params]
+    adam = torch.optim.Adam(params, lr=2e-4, fused=True)
+
+    def step() -> None:
+        network.train()
+        x0 = images[torch.randint(len(images), (args.batch_size,), device=place)].float() / 127.5 - 1
+        x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=place) < 0.5, x0.flip(3), x0)
+        t = torch.randint(1000, (len(x0),), device=place)
+        eps = torch.randn_like(x0)
+        row = alpha_bar[t][:, None, None, None]
+        x_t = row.sqrt() * x0 + (1 - row).sqrt() * eps
+        with autocast(dtype):
+            output = network(x_t, t).sample
+        torch.nn.functional.mse_loss(output.float(), eps).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, params, 1e-4)
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
