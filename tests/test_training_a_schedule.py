@@ -41,7 +41,7 @@ def test_a_run_trains_its_schedule_and_the_checkpoint_holds_it(run):
     for params in (state.params, state.ema_params):
         for name, start in experiment.schedule_params["schedule"].items():
             assert np.all(params["schedule"][name] != start), name
-    log_snr = np.asarray(experiment.schedule_of(state.ema_params).log_snr)[1:]
+    log_snr = np.asarray(experiment.schedule_of(state.params).log_snr)[1:]
     assert (np.diff(log_snr) < 0).all()
     assert not np.allclose(log_snr, experiment.initial_schedule.log_snr[1:], atol=1e-3)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
