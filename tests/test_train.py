@@ -71,7 +71,8 @@ def test_a_run_leaves_everything_it_promises(straight):
         assert json.loads(str(saved["protocol"])) == summary["protocol"]
     assert summary["protocol"] == {
         "name": "exact", "decoder_cdf": "exact", "x0_clipped": True, "parameters": "EMA, decay 0.99",
-        "variance": "learned_range", "schedule": "cosine", "num_steps": 6, "estimator": "every term", "draws_per_term": 1, "seed": 0,
+        "variance": "learned_range", "schedule": "cosine", "num_steps": 6,
+        "estimator": "every term", "draws_per_term": 1, "seed": 0,
         "test_images": "20 of 299", "train_images": "20 of 1498",
     }  # fmt: skip
     images = np.load(straight / "samples.npz")["images"]
