@@ -76,7 +76,8 @@ def quality(args) -> list[dict[str, Any]]:
     config = workdir.read_config(args.quality)
     described = data.describe(config.data.name, config.data.data_dir)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
-    replicated = parallel.replicate(workdir.restore(experiment, args.quality).ema_params)
+    params = workdir.restore(experiment, args.quality).ema_params
+    experiment, replicated = experiment.with_fixed_schedule(params), parallel.replicate(params)
     numbers, all_steps = np.arange(args.num_images), experiment.schedule.num_steps
     reference = sampler(experiment, "heun", all_steps)(replicated, numbers)
     rows = []

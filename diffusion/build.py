@@ -53,6 +53,12 @@ class Experiment:
             return schedule
         return dataclasses.replace(schedule, x0_variance=jnp.asarray(self.x0_variance.mean))
 
+    def with_fixed_schedule(self, params: PyTree) -> "Experiment":
+        """The schedule that the parameters have learned, held fixed: for studies of a checkpoint, not for training."""
+        schedule = self.training.schedule_of(params)
+        training = dataclasses.replace(self.training, schedule_of=lambda _: schedule, inner_schedule=None)
+        return dataclasses.replace(self, initial_schedule=schedule, schedule_params={}, training=training)
+
     def denoiser(self, params: PyTree) -> Callable[[Array, Array], Array]:
         """The network as the math wants it: (x_t [B, H, W, C], network_t [B]) -> output, as `p` reads it."""
         channels = self.p.output_channels(self.image_shape[-1])

@@ -84,6 +84,7 @@ def run(directory: Path, num_images: int, num_samples: int) -> None:
         raise ValueError(f"--num_samples={num_samples} must be at least {plots.SHOWN}, which are shown")
     experiment = build.experiment(config, test_set.images.shape[1:], test_set.num_levels)
     state = workdir.restore(experiment, directory)
+    experiment = experiment.with_fixed_schedule(state.ema_params)
     title = _title(experiment, len(train_set.images))
 
     models = denoisers(experiment)

@@ -183,6 +183,7 @@ def network_errors(directory: Path, num_images: int) -> Errors:
     test_set = data.load(config.data.name, "test", config.data.data_dir)
     experiment = build.experiment(config, test_set.images.shape[1:], test_set.num_levels)
     state = workdir.restore(experiment, directory)
+    experiment = experiment.with_fixed_schedule(state.ema_params)
     numbers = evaluate.subset(len(test_set.images), min(num_images, len(test_set.images)))
     keys = randomness.per_item(randomness.stream(config.seed, "eval"), jnp.asarray(numbers))
     p, schedule = reverse.make(config.model.prediction, "fixed_small"), experiment.schedule

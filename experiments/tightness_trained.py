@@ -37,6 +37,7 @@ def measure(directory: Path) -> dict[str, Any]:
     test_set = data.load(config.data.name, "test", config.data.data_dir)
     experiment = build.experiment(config, test_set.images.shape[1:], test_set.num_levels)
     state = workdir.restore(experiment, directory)
+    experiment = experiment.with_fixed_schedule(state.ema_params)
     numbers = evaluate.subset(len(test_set.images), NUM_IMAGES)
     x0 = to_unit(jnp.asarray(test_set.images[numbers]), test_set.num_levels)
     # The keys of the evaluation, so that the bound here is the bound there.

@@ -64,6 +64,10 @@ def test_scores_and_samples_are_those_of_the_checkpoint_s_schedule(run, capsys):
     for params, is_same in ((ema, True), (ema | experiment.schedule_params, False)):
         bpd = score(parallel.replicate(jax.device_get(params)), test_set, numbers).image_bpd.mean()
         assert np.isclose(bpd, summary["test_bpd"], rtol=1e-6) == is_same
+    fixed = experiment.with_fixed_schedule(ema)
+    np.testing.assert_array_equal(fixed.schedule.log_snr, experiment.schedule_of(ema).log_snr)
+    again = bound.bound_of(fixed)(parallel.replicate(jax.device_get(ema)), test_set, numbers)
+    np.testing.assert_allclose(again.image_bpd.mean(), summary["test_bpd"], rtol=1e-6)
     prior = score(parallel.replicate(ema), test_set, numbers).prior_bpd.mean()
     last = np.asarray(experiment.schedule_of(ema).alpha_bar, np.float64)[-1]
     x0 = test_set.images[numbers] / 8 - 1.0
