@@ -263,7 +263,7 @@ def test_a_sweep_end_to_end(tmp_path, monkeypatch):
     settings = [f"{key}={value}" for key, value in TINY.items()]
     command = [sys.executable, "-m", "experiments.variance", f"--workdir={tmp_path / 'sweep'}", "--set", *settings]
     command += ["--objective=vlb", "--variance=fixed_small,learned", "--T=3", "--seed=0"]
-    first = tmp_path / "sweep" / "eps-vlb-fixed_small-cosine-T3-seed0"
+    first = tmp_path / "sweep" / "v-vlb-fixed_small-cosine-T3-seed0"
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(first / "metrics.jsonl")
     killed.send_signal(signal.SIGTERM)
