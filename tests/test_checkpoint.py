@@ -227,7 +227,8 @@ def test_damage_is_noticed_named_and_moved_aside_and_the_newest_sound_step_is_us
         caplog.clear()
         assert_identical(checkpoints.resume(make_state()), make_state(2))
         assert checkpoints.latest_step() == 2
-    (message,) = [record.getMessage() for record in caplog.records]
+    # asyncio logs the failed tasks of an earlier reading whenever they happen to be collected.
+    (message,) = [record.getMessage() for record in caplog.records if record.name != "asyncio"]
     assert str(run / "3") in message and "moved to" in message
     assert sorted(path.name for path in run.iterdir()) == ["1", "2", "damaged"]
     assert len(list((run / "damaged").glob("3*/3*"))) == 1
