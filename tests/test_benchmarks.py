@@ -1,0 +1,33 @@
+"""What the benchmarks rest on: arms that take turns, ratios within a round, and a count of work that adds up."""
+
+import numpy as np
+
+from benchmarks import scaling, timing
+
+
+def test_arms_take_turns():
+    calls = []
+    arms = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = timing.alternate(arms, rounds=3)
+    assert calls == list("aabb" + "ab" * 3)
+    assert all(len(values) == 3 and np.all(values > 0) for values in seconds.values())
+
+
+def test_a_ratio_compares_the_best_of_each_side_round_by_round():
+    """A machine that slows down eightfold between the rounds leaves it as it is."""
+    speed = np.array([1.0, 8.0, 2.0])
+    seconds = {"ours": speed, "ours, slower": 3 * speed, "theirs": 2 * speed, "theirs, slower": 5 * speed}
+    ratio = timing.best_ratio(seconds, ["ours", "ours, slower"], ["theirs", "theirs, slower"])
+    assert (ratio["ours"], ratio["theirs"]) == ("ours", "theirs")
+    assert ratio["theirs / ours"] == {"median": 2.0, "quartile_1": 2.0, "quartile_3": 2.0}
+
+
+def test_the_work_of_ho_et_al_on_paper():
+    """35.7M parameters, 11.67 GFLOP per image forward; twice the devices halve each one's work."""
+    one = scaling.row("devices", 32, 128, 128, devices=1, remat=False)
+    two = scaling.row("devices", 32, 128, 128, devices=2, remat=False)
+    np.testing.assert_allclose(one["parameters, million"], 35.746307)
+    np.testing.assert_allclose(one["TFLOP per step and device"], 3 * 128 * 11.67e-3, rtol=0.01)
+    np.testing.assert_allclose(two["TFLOP per step and device"], one["TFLOP per step and device"] / 2)
+    # Parameters, EMA and Adam's two moments, and little else.
+    np.testing.assert_allclose(one["checkpoint, GiB"], 4 * 35.746307e6 * 4 / 2**30, rtol=1e-3)
