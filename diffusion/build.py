@@ -122,14 +122,8 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
     unet.check(image_shape)
     published = _published(config, unet, image_shape) if config.init_from else None
 
-    def apply_one(params: PyTree, x_t: Array, network_t: Array, key: Array) -> Array:
-        rngs = {"dropout": key}
-        return unet.apply({"params": params}, x_t[None], network_t[None], train=True, rngs=rngs)[0]
-
     def apply(params: PyTree, x_t: Array, network_t: Array, dropout_keys: Array | None) -> Array:
-        if dropout_keys is None or not config.unet.dropout:
-            return unet.apply({"params": params}, x_t, network_t)
-        return jax.vmap(apply_one, in_axes=(None, 0, 0, 0))(params, x_t, network_t, dropout_keys)
+        return unet.apply({"params": params}, x_t, network_t, dropout_keys is not None, dropout_keys)
 
     training = Training(
         apply=apply,

@@ -8,20 +8,24 @@ blocks going down and one more going up; each block going up also reads one of t
 """
 
 import math
+import zlib
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, Key, Real
+
+from diffusion import convolution
 
 fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 # Residual branches and the output start near zero; at exactly zero no gradient would pass behind them.
 near_zero = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
 
 Dense = partial(nn.Dense, kernel_init=fan_avg)
-Conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=fan_avg)
+Conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=fan_avg, conv_general_dilated=convolution.conv_general_dilated)
 # Accelerators multiply float32 in bfloat16 or TF32 unless they are told not to.
 EXACT = {"precision": "highest"}
 
@@ -73,6 +77,16 @@ class GroupNorm(nn.Module):
         return centred * factor + bias[None, None, None]
 
 
+def dropout(h: Float[Array, "b h w c"], rate: float, keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
+    """h with each number set to zero at this rate, the others scaled so that the mean stays; a key for each example.
+
+    16 bits decide on a number: half the work of deciding by 32, which on CPUs is a tenth of a train step.
+    """
+    dropped = round(rate * 2**16)
+    kept = jax.vmap(lambda key: jax.random.bits(key, h.shape[1:], "uint16"))(keys) >= dropped
+    return jnp.where(kept, h / (1 - dropped / 2**16), 0).astype(h.dtype)
+
+
 class ResidualBlock(nn.Module):
     """h + conv(dropout(swish(norm(conv(swish(norm(h))) + embedding)))), h projected if its width changes.
 
@@ -88,7 +102,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: Float[Array, "b h w c"], embedding: Float[Array, "b e"], train: bool
+        self, h: Float[Array, "b h w c"], embedding: Float[Array, "b e"], dropout_keys: Key[Array, " b"] | None
     ) -> Float[Array, "b h w {self.features}"]:
         shortcut = h
         if h.shape[-1] != self.features:
@@ -105,7 +119,9 @@ class ResidualBlock(nn.Module):
             scale, shift = jnp.split(time.astype(jnp.float32), 2, axis=-1)
             h = h * (1.0 + scale) + shift
         h = nn.swish(h).astype(self.dtype)
-        h = nn.Dropout(self.dropout)(h, deterministic=not train)
+        if dropout_keys is not None:
+            own = zlib.crc32(self.name.encode())
+            h = dropout(h, self.dropout, jax.vmap(lambda key: jax.random.fold_in(key, own))(dropout_keys))
         h = Conv(self.features, kernel_init=near_zero, dtype=self.dtype, name="conv_2")(h)
         return shortcut + h
 
@@ -136,7 +152,7 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """The network; the default fields are Ho et al.'s for CIFAR-10: 35,746,307 parameters.
 
-    unet.apply({"params": params}, x, network_t, train=False, rngs={"dropout": key})
+    unet.apply({"params": params}, x, network_t, train=False, dropout_keys=None, rngs={"dropout": key})
 
     Attributes:
       channels: width of the first level; the time embedding is made of `channels` sines and cosines.
@@ -146,7 +162,8 @@ class UNet(nn.Module):
         between the two blocks in the middle is always there.
       groups: groups of every group normalization.
       heads: heads of every attention; they share the channels out between them.
-      dropout: probability with which `train=True` drops an activation; that needs the "dropout" key.
+      dropout: probability with which `train=True` drops an activation; that needs dropout_keys, one for each
+        example, or the "dropout" key, from which they are then split.
       scale_shift: the time embedding scales and shifts a block's second norm instead of being added before.
       fourier_features: exponents n for which sin and cos of 2^n pi x join the input; () for none.
       out_channels: channels of the output.
@@ -196,11 +213,19 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], network_t: Real[Array, " b"], train: bool = False
+        self,
+        x: Float[Array, "b h w c"],
+        network_t: Real[Array, " b"],
+        train: bool = False,
+        dropout_keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b h w {self.out_channels}"]:
         """The network's output for noisy images x and the number each is conditioned on (0 ... T - 1)."""
         self.check(x.shape[1:])
-        residual_block = nn.remat(ResidualBlock, static_argnums=(3,)) if self.remat else ResidualBlock
+        if not train or not self.dropout:
+            dropout_keys = None
+        elif dropout_keys is None:
+            dropout_keys = jax.random.split(self.make_rng("dropout"), len(x))
+        residual_block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         settings = {"groups": self.groups, "dropout": self.dropout, "scale_shift": self.scale_shift}
         block = partial(residual_block, dtype=self.dtype, **settings)
         attention = partial(Attention, self.groups, self.heads, self.dtype)
@@ -214,7 +239,7 @@ class UNet(nn.Module):
         skips = [h]
         for level, multiplier in enumerate(self.multipliers):
             for i in range(self.blocks):
-                h = block(self.channels * multiplier, name=f"down_{level}_block_{i}")(h, embedding, train)
+                h = block(self.channels * multiplier, name=f"down_{level}_block_{i}")(h, embedding, dropout_keys)
                 if h.shape[1] in self.attention_resolutions:
                     h = attention(name=f"down_{level}_attention_{i}")(h)
                 skips.append(h)
@@ -225,14 +250,14 @@ class UNet(nn.Module):
                 h = Conv(h.shape[-1], strides=2, padding=padding, dtype=self.dtype, name=name)(h)
                 skips.append(h)
 
-        h = block(h.shape[-1], name="mid_block_0")(h, embedding, train)
+        h = block(h.shape[-1], name="mid_block_0")(h, embedding, dropout_keys)
         h = attention(name="mid_attention")(h)
-        h = block(h.shape[-1], name="mid_block_1")(h, embedding, train)
+        h = block(h.shape[-1], name="mid_block_1")(h, embedding, dropout_keys)
 
         for level, multiplier in reversed(list(enumerate(self.multipliers))):
             for i in range(self.blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = block(self.channels * multiplier, name=f"up_{level}_block_{i}")(h, embedding, train)
+                h = block(self.channels * multiplier, name=f"up_{level}_block_{i}")(h, embedding, dropout_keys)
                 if h.shape[1] in self.attention_resolutions:
                     h = attention(name=f"up_{level}_attention_{i}")(h)
             if level > 0:

@@ -14,6 +14,7 @@ FLOORS = {
     "schedules": 0,
     "gaussian": 0,
     "randomness": 0,
+    "convolution": 0,
     "unet": 0,
     "process": 1,
     "reverse": 1,

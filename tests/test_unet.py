@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from diffusion.unet import Attention, GroupNorm, ResidualBlock, UNet, fourier_features, time_embedding
+from diffusion.unet import Attention, GroupNorm, ResidualBlock, UNet, dropout, fourier_features, time_embedding
 
 TINY = UNet(channels=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), groups=4, out_channels=1)
 ONE_LEVEL = TINY.copy(multipliers=(1,), attention_resolutions=())  # compiles faster where levels do not matter
@@ -164,7 +164,7 @@ def test_time_acts_on_a_block_as_an_addition_or_as_a_scale_and_shift(scale_shift
     h = jax.random.normal(jax.random.key(4), (1, 4, 4, 8))
     embedding = jax.random.normal(jax.random.key(5), (1, 6))
     block = ResidualBlock(features=8, groups=4, dropout=0.0, scale_shift=scale_shift, dtype="float32")
-    params = random_params(block, h, embedding, False)
+    params = random_params(block, h, embedding, None)
     norm = GroupNorm(4)
     conv = nn.Conv(8, (3, 3))
     time = np.asarray(nn.swish(embedding)) @ params["time"]["kernel"] + params["time"]["bias"]
@@ -175,7 +175,7 @@ def test_time_acts_on_a_block_as_an_addition_or_as_a_scale_and_shift(scale_shift
     else:
         expected = norm.apply({"params": params["norm_2"]}, expected + time[:, None, None])
     expected = h + conv.apply({"params": params["conv_2"]}, nn.swish(expected))
-    np.testing.assert_allclose(block.apply({"params": params}, h, embedding, False), expected, atol=1e-5)
+    np.testing.assert_allclose(block.apply({"params": params}, h, embedding, None), expected, atol=1e-5)
 
 
 def test_examples_do_not_see_one_another_and_vmap_is_the_batch():
@@ -233,6 +233,42 @@ def test_dropout_acts_in_training_only_and_follows_its_key():
     without = apply(ONE_LEVEL, params, x, network_t)
     np.testing.assert_array_equal(without, apply(ONE_LEVEL.copy(dropout=0.5), params, x, network_t))
     assert np.abs(first - without).max() > 1e-3
+
+
+def test_an_example_keeps_its_dropout_wherever_it_stands_in_the_batch():
+    x, network_t = inputs(batch=3, height=4, width=4)
+    params = random_params(ONE_LEVEL, x, network_t)
+    forward = jax.jit(lambda *batch: ONE_LEVEL.apply({"params": params}, *batch[:2], True, batch[2]))
+    keys = jax.random.split(jax.random.key(9), 3)
+    order = np.array([2, 0, 1])
+    np.testing.assert_allclose(
+        forward(x[order], network_t[order], keys[order]), forward(x, network_t, keys)[order], rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
+    h = jnp.ones((4, 64, 64, 16))
+    dropped = np.asarray(dropout(h, rate, jax.random.split(jax.random.key(10), 4)))
+    standard_error = np.sqrt(rate * (1 - rate) / h.size)
+    assert abs((dropped == 0).mean() - rate) < 4 * standard_error
+    # What is kept is worth 1 / (1 - rate), up to the 2^-17 by which 16 bits miss the rate.
+    np.testing.assert_allclose(dropped[dropped > 0], 1 / (1 - rate), rtol=2**-16)
+    patterns = (dropped == 0).reshape(4, -1)
+    assert abs(np.corrcoef(patterns)[np.triu_indices(4, 1)]).max() < 5 / np.sqrt(patterns.shape[1])
+
+
+def test_every_block_drops_for_itself():
+    h, embedding = jax.random.normal(jax.random.key(4), (1, 4, 4, 8)), jax.random.normal(jax.random.key(5), (1, 6))
+    fields = {"features": 8, "groups": 4, "dropout": 0.5, "scale_shift": False, "dtype": "float32"}
+    params = random_params(ResidualBlock(**fields), h, embedding, None)
+    keys = jax.random.split(jax.random.key(11), 1)
+    first, again, other = (
+        np.asarray(ResidualBlock(**fields, name=name).apply({"params": params}, h, embedding, keys))
+        for name in ("down_0_block_0", "down_0_block_0", "down_0_block_1")
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
 
 
 @pytest.mark.parametrize("image_shape", [(8, 8, 1), (64, 64, 3), (16, 24, 2)])
