@@ -49,7 +49,13 @@ def main(argv: list[str]) -> None:
             mode.run(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
         except preemption.Preempted as stop:
             print(stop.reason, file=sys.stderr)
-            raise
+            if jax.process_count() > 1:
+                raise
+            # All is closed and saved by now, but XLA's threads may still be at work, and where Python is taken down
+            # around them they can crash, which would cost the exit code.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(stop.code)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         # An error that this project raised is a sentence for the user; any other keeps its traceback.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
