@@ -38,7 +38,7 @@ def residual_bytes(experiment: Experiment, num_images: int) -> int:
 
 def num_bytes(tree: PyTree) -> int:
     """Of all leaves together."""
-    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @contextlib.contextmanager

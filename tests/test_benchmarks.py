@@ -23,11 +23,13 @@ def test_a_ratio_compares_the_best_of_each_side_round_by_round():
 
 
 def test_the_work_of_ho_et_al_on_paper():
-    """35.7M parameters, 11.67 GFLOP per image forward; twice the devices halve each one's work."""
+    """35.7M parameters, 11.67 GFLOP per image forward; with remat and two devices each does 4/3 of half."""
     one = scaling.row("devices", 32, 128, 128, devices=1, remat=False)
-    two = scaling.row("devices", 32, 128, 128, devices=2, remat=False)
+    remat = scaling.row("remat", 32, 128, 128, devices=2, remat=True)
     np.testing.assert_allclose(one["parameters, million"], 35.746307)
     np.testing.assert_allclose(one["TFLOP per step and device"], 3 * 128 * 11.67e-3, rtol=0.01)
-    np.testing.assert_allclose(two["TFLOP per step and device"], one["TFLOP per step and device"] / 2)
+    np.testing.assert_allclose(remat["TFLOP per step and device"], one["TFLOP per step and device"] * 4 / 3 / 2)
     # Parameters, EMA and Adam's two moments, and little else.
     np.testing.assert_allclose(one["checkpoint, GiB"], 4 * 35.746307e6 * 4 / 2**30, rtol=1e-3)
+    state = one["checkpoint, GiB"] * 5 / 4  # and the gradient
+    assert 0 < remat["memory, GiB, at most"] - state < 0.5 * (one["memory, GiB, at most"] - state) / 2
