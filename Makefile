@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python main.py --config=configs/digits.py --workdir=runs/digits
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile --durations=15
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check .

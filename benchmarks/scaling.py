@@ -3,10 +3,10 @@
     python -m benchmarks.scaling
 
 Nothing is computed and nothing compiled. FLOPs are XLA's count for the traced program. Memory is exact for what a
-step must hold (parameters, EMA, Adam, gradients) and for what JAX keeps for the backward pass, which is an upper
-bound on what XLA keeps. A step moves at least those arrays: what is kept is written once and read once, the state is
-read and written once. The roofline's time is the larger of FLOPs over the device's peak and bytes over its memory
-bandwidth: a bound from below, that no real step reaches; what the devices tell each other is not in it.
+step must hold (parameters, EMA, Adam, gradients) and for what JAX keeps for the backward pass before XLA fuses, which
+is more than XLA keeps. The traffic is those arrays: what is kept is written once and read once, the state is read and
+written once. The roofline's time is the larger of FLOPs over the device's peak and this traffic over its memory
+bandwidth: what a step could take if nothing else took time. What devices tell each other is not in it.
 """
 
 from typing import Any, NamedTuple
