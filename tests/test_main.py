@@ -55,6 +55,40 @@ def test_an_error_of_a_library_keeps_its_traceback(tmp_path):
     assert result.returncode == 1 and "Traceback" in result.stderr and "cannot reshape" in result.stderr
 
 
+INTERRUPTED = """
+import os, signal, threading, time
+import jax, jax.numpy as jnp
+import diffusion.train
+from configs import digits
+from diffusion.preemption import Preemption
+
+def many(x):
+    for i in range(300):
+        x = jnp.sin(x @ x) + i
+    return x.sum()
+
+def run(config, directory):
+    x = jnp.ones((600, 600))
+    with Preemption():
+        threading.Thread(target=lambda: jax.jit(jax.grad(many)).lower(x).compile(), daemon=True).start()
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+def get_config():
+    diffusion.train.run = run
+    return digits.get_config()
+"""
+
+
+def test_a_signal_while_xla_compiles_ends_with_the_code_to_requeue_on(tmp_path):
+    """Taking Python down around XLA's threads would end with a segmentation fault."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    result = main(f"--config={tmp_path / 'interrupted.py'}", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 75, result.stderr
+    assert "stopped by SIGTERM; the same command goes on" in result.stderr
+
+
 def test_describe_knows_ho_et_al(tmp_path):
     result = main("--config=configs/cifar10.py", "--mode=describe", f"--workdir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
