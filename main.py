@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -48,21 +49,14 @@ def main(argv: list[str]) -> None:
         try:
             mode.run(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
         except preemption.Preempted as stop:
-            print(stop.reason, file=sys.stderr)
-            if jax.process_count() > 1:
-                raise
-            # All is closed and saved by now, but XLA's threads may still be at work, and where Python is taken down
-            # around them they can crash, which would cost the exit code.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(stop.code)
+            _stop(stop.reason, stop.code)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         # An error that this project raised is a sentence for the user; any other keeps its traceback.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         ours = Path(__file__), *(Path(__file__).parent / "diffusion").rglob("*.py")
         if not isinstance(error, OSError) and raised_in not in ours:
             raise
-        _fail(error)
+        _stop(_sentence(error), 2)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -78,9 +72,30 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(error)
 
 
-def _fail(reason: Exception | str) -> None:
-    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+def _sentence(reason: Exception | str) -> str:
+    return f"error: {' '.join(str(reason).split())}"
+
+
+def _fail(reason: Exception | str) -> NoReturn:
+    print(_sentence(reason), file=sys.stderr)
     sys.exit(2)
+
+
+def _stop(reason: str, code: int) -> NoReturn:
+    """Ends the process with `code`, and with `reason` as the last line that it prints.
+
+    All is closed and saved by then, but threads of XLA and Orbax may still be at work. Where Python is taken down around
+    them they can crash, which would cost the exit code, or complain after the sentence. So it is not taken down, except
+    among several processes, which take leave of each other at their exits.
+    """
+    from jax import distributed
+
+    print(reason, file=sys.stderr)
+    if distributed.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
