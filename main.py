@@ -84,9 +84,9 @@ def _fail(reason: Exception | str) -> NoReturn:
 def _stop(reason: str, code: int) -> NoReturn:
     """Ends the process with `code`, and with `reason` as the last line that it prints.
 
-    All is closed and saved by then, but threads of XLA and Orbax may still be at work. Where Python is taken down around
-    them they can crash, which would cost the exit code, or complain after the sentence. So it is not taken down, except
-    among several processes, which take leave of each other at their exits.
+    All is closed and saved by then, but threads of XLA and Orbax may still be at work. Where Python is taken down
+    around them they can crash, which would cost the exit code, or complain after the sentence. So it is not taken
+    down, except among several processes, which take leave of each other at their exits.
     """
     from jax import distributed
 

@@ -30,8 +30,9 @@ FLAGS = [key for key, value in DEFAULTS.items() if type(value) is bool]
 CHOICES = [key for key, allowed in config_lib.KEYS.items() if allowed.words.startswith("one of ")]
 CONTRADICTIONS = [
     {"sample.num_steps": "51"}, {"eval.terms_per_image": "51"}, {"eval.num_images": "300"}, {"unet.groups": "5"},
-    {"unet.channels": "31"}, {"unet.heads": "7"}, {"unet.attention_resolutions": "(3,)"}, {"train.batch_size": "7", "train.grad_accum": "2"},
-    {"unet.multipliers": "(1, 1, 1, 1, 1)"}, {"objective.name": "simple"}, {"schedule.num_steps": "0"},
+    {"unet.channels": "31"}, {"unet.heads": "7"}, {"unet.attention_resolutions": "(3,)"},
+    {"unet.multipliers": "(1, 1, 1, 1, 1)"}, {"train.batch_size": "7", "train.grad_accum": "2"},
+    {"objective.name": "simple"}, {"schedule.num_steps": "0"},
     {"eval.protocol": "ho2020", "eval.num_images": "20"}, {"objective.name": "hybrid", "model.variance": "fixed_small"},
     {"schedule.name": "harmonic", "model.prediction": "eps"}, {"objective.weighting": "p2"}, {"train.grad_accum": "64"},
     {"sample.method": "ddim", "sample.variance": "fixed_small"}, {"init_from": "nowhere"}, {"seed": "1", "sead": "1"},
