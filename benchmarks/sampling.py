@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--quality", type=Path, help="the workdir of a trained model, which is only read")
     parser.add_argument("--size", choices=networks.SIZES, default="full")
     parser.add_argument("--num-images", type=int, default=256)
-    parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--num-steps", type=int, default=1000, help="of the schedule's 1,000")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     rows, ratios = (quality(args), {}) if args.quality else speed(args)
@@ -40,17 +40,13 @@ def speed(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Seconds for all images, of ours and of diffusers' pipeline."""
     has_peer = networks.diffusers is not None
     params, module = networks.peer(args.size) if has_peer else (None, None)
-    config = networks.config_of(args.size, dtype=args.dtype)
-    config.schedule.num_steps = args.num_steps
-    experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
+    experiment = build.experiment(networks.config_of(args.size, dtype=args.dtype), networks.IMAGE_SHAPE, 256)
     params = experiment.initial_state().params if params is None else params
     draw = sampler(experiment, "ancestral", args.num_steps)
     replicated, numbers = parallel.replicate(jax.device_get(params)), np.arange(args.num_images)
     arms: dict[str, Callable[[], Any]] = {"ours": lambda: draw(replicated, numbers)}
     if has_peer:
-        scheduler = networks.diffusers.DDPMScheduler(
-            args.num_steps, beta_schedule="linear", variance_type="fixed_large"
-        )
+        scheduler = networks.diffusers.DDPMScheduler(1000, beta_schedule="linear", variance_type="fixed_large")
         if args.dtype == "bfloat16":
             module = module.to(networks.torch.bfloat16)
         pipeline = networks.diffusers.DDPMPipeline(module, scheduler)
