@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +22,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+_LEAVE_SECONDS = 30  # how long a process that stops waits for the others
 
 
 def main(argv: list[str]) -> None:
@@ -86,12 +88,16 @@ def _stop(reason: str, code: int) -> NoReturn:
 
     All is closed and saved by then, but threads of XLA and Orbax may still be at work. Where Python is taken down
     around them they can crash, which would cost the exit code, or complain after the sentence. So it is not taken
-    down, except among several processes, which take leave of each other at their exits.
+    down, except among several processes, which take leave of each other at their exits. If the others do not come to
+    theirs, because only this one failed, it goes without them: JAX would wait for minutes and then lose the code.
     """
     from jax import distributed
 
     print(reason, file=sys.stderr)
     if distributed.is_initialized():
+        impatience = threading.Timer(_LEAVE_SECONDS, os._exit, (code,))
+        impatience.daemon = True
+        impatience.start()
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,5 +1,6 @@
 """Scoring a trained model: which images, by which protocol, and the numbers and curves that come of it."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -93,7 +94,9 @@ def score(
     if not config.eval.terms_per_image:
         title = f"{test_set.name}, {num_images} test images, protocol {config.eval.protocol}"
         _save_curves(directory, prefix, test, train, protocol, title, test_set.num_levels)
-        shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+        shutil.rmtree(kept, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another evaluation, which was cut, has its terms there
+            kept.parent.rmdir()
     return {
         "step": int(state.step),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),

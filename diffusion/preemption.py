@@ -23,12 +23,13 @@ class Preemption:
     """While entered, SIGTERM and SIGINT raise `Preempted` at once, or set `signal_name` inside `deferred`.
 
     A second SIGINT always interrupts at once: a person at the keyboard means it. With several processes JAX's
-    coordination service receives SIGTERM and tells all of them the step to stop at; SIGINT keeps its usual meaning.
+    coordination service receives SIGTERM and tells all of them where to stop; SIGINT keeps its usual meaning.
     """
 
     def __init__(self):
         self.signal_name = ""
         self._deferring = False
+        self._asked = 0
 
     def __enter__(self) -> "Preemption":
         heeded = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
@@ -50,10 +51,12 @@ class Preemption:
         if self.signal_name:  # it came with the last step
             raise self._stop()
 
-    def is_due(self, step: int) -> bool:
-        """Whether to save and stop after `step`, which every process is told at the same one."""
+    def is_due(self) -> bool:
+        """Whether to save and stop now. Every process asks after each call; all are told at the same one."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            # JAX stops one past the furthest process, so this has to count by ones, which steps need not.
+            self._asked += 1
+            return multihost_utils.reached_preemption_sync_point(self._asked)
         return bool(self.signal_name)
 
     def _receive(self, number: int, _frame) -> None:

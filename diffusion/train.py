@@ -129,7 +129,7 @@ def train(
                 is_last or every and step % every == 0
                 for every in (config.train.log_every, config.train.checkpoint_every, config.train.sample_every)
             )
-            stops = preemption.is_due(step) and not is_last
+            stops = preemption.is_due() and not is_last
             row = {}
             if logs or saves or stops:
                 window = parallel.unreplicate(state.window)
@@ -160,6 +160,7 @@ def train(
                 raise Preempted(f"stopped by a signal at step {step}, which is saved; the same command goes on")
             if logs:  # images_per_second is that of training: not of scoring, saving and drawing
                 since, steps_since = time.monotonic(), 0
+        checkpoints.wait()  # or a signal would break off the last save
     return parallel.unreplicate(state)
 
 

@@ -132,6 +132,9 @@ def test_evaluation_and_sampling_of_a_checkpoint_repeat_the_run(straight, tmp_pa
     shutil.copytree(straight, tmp_path / "run")
     scored = (tmp_path / "run" / "bpd.npz").read_bytes()
     assert not (tmp_path / "run" / evaluate.UNFINISHED).exists()
+    unfinished = tmp_path / "run" / evaluate.UNFINISHED / "of another evaluation" / "test.npy"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.touch()
     evaluate.run(tiny(eval__batch_size=7), tmp_path / "run")  # another batch size, the same images and noise
     printed = json.loads(capsys.readouterr().out)
     summary = json.loads((straight / "summary.json").read_text())
@@ -139,6 +142,7 @@ def test_evaluation_and_sampling_of_a_checkpoint_repeat_the_run(straight, tmp_pa
     np.testing.assert_allclose(printed["test_bpd"], summary["test_bpd"], rtol=1e-5)
     assert printed == json.loads((tmp_path / "run" / "eval.json").read_text())
     assert (tmp_path / "run" / "bpd.npz").read_bytes() == scored  # what summary.json speaks of
+    assert list(unfinished.parent.parent.rglob("*")) == [unfinished.parent, unfinished]
     sample.run(tiny(sample__batch_size=5), tmp_path / "run")
     again, before = (np.load(run / "samples.npz")["images"] for run in (tmp_path / "run", straight))
     # A grey level may round the other way where the batch size changed the order of sums.

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 import toy
+from jax.experimental import multihost_utils
 
 from diffusion import data, memory, parallel, randomness, report, timesteps
 from diffusion import preemption as preemption_lib
+from diffusion.checkpoint import Checkpoints
 from diffusion.digests import tree_sha256
 from diffusion.preemption import Preempted, Preemption
 from diffusion.watchdog import Watchdog
@@ -78,7 +80,7 @@ def test_a_second_interrupt_from_the_keyboard_does_not_wait():
         with preemption.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-            assert preemption.is_due(1)
+            assert preemption.is_due()
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(10)
@@ -89,6 +91,28 @@ def test_a_signal_that_comes_with_the_last_step_is_heeded_after_it(tmp_path, mon
     with pytest.raises(Preempted):
         toy.run(toy.experiment(), tmp_path)
     assert tree_sha256(toy.run(toy.experiment(), tmp_path)) == tree_sha256(straight[1])
+
+
+def test_the_last_save_is_done_before_a_signal_can_break_it_off(tmp_path, monkeypatch):
+    saving, close = [], Checkpoints.close
+
+    def closed(checkpoints):
+        saving.append(checkpoints._manager.is_saving_in_progress())
+        close(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "close", closed)
+    toy.run(toy.experiment(), tmp_path)
+    assert saving == [False]
+
+
+def test_several_processes_ask_for_the_signal_with_a_count_that_goes_up_by_one(monkeypatch):
+    # JAX answers true where the count equals one past the furthest process's: a count that skips never gets there.
+    counts = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda count: counts.append(count) or False)
+    preemption = Preemption()
+    assert not any(preemption.is_due() for _ in range(3))
+    assert np.diff(counts).tolist() == [1, 1]
 
 
 def poisoned_steps(num_steps):
