@@ -1,5 +1,6 @@
 """python main.py --config=configs/cifar10.py [--workdir=runs/cifar10] [--mode=train|eval|sample|describe]"""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -93,14 +94,16 @@ def _stop(reason: str, code: int) -> NoReturn:
     """
     from jax import distributed
 
-    print(reason, file=sys.stderr)
-    if distributed.is_initialized():
+    is_one_of_several = distributed.is_initialized()
+    if is_one_of_several:
         impatience = threading.Timer(_LEAVE_SECONDS, os._exit, (code,))
         impatience.daemon = True
         impatience.start()
+    with contextlib.suppress(OSError):  # the disk that is full may hold the log as well
+        print(reason, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    if is_one_of_several:
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 

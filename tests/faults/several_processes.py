@@ -7,6 +7,7 @@ Prints the largest difference of a parameter, relative to the largest parameter:
 """
 
 import argparse
+import resource
 import shutil
 import signal
 import tempfile
@@ -55,6 +56,20 @@ def processes(root: Path, **options) -> None:
     pair = launch.start_two(root / "two", 2, **options | {"seed": 1})
     launch.wait(*pair, code=2 if "toy" not in options else 1)
     print("a workdir that the first process refuses: both refused it", flush=True)
+    if "toy" not in options:
+        failing_alone(root / "full", **options)
+
+
+def failing_alone(workdir: Path, **options) -> None:
+    """The first of two processes cannot write its second checkpoint, of which the other knows nothing."""
+    first, second = launch.start_two(workdir, 1, **options | {"train.num_steps": 100_000})
+    launch.until_saved(workdir, 4)
+    largest = max(path.stat().st_size for path in (workdir / "checkpoints").rglob("*") if path.is_file())
+    resource.prlimit(first.pid, resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+    launch.wait(first, code=2, seconds=120)
+    second.wait(120)
+    assert "error: the checkpoint of step 8 could not be written" in workdir.with_suffix(".log").read_text()
+    print("a first process that fails alone: it said so and ended with 2, and the other ended too", flush=True)
 
 
 def cut(source: Path, target: Path, step: int) -> None:
