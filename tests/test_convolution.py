@@ -64,10 +64,17 @@ def test_other_convolutions_are_left_to_xla(strides, padding, kernel_size):
     assert [equation.primitive.name for equation in made.eqns] == ["conv_general_dilated"]
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the gradient is for CPUs")
-def test_the_weight_gradient_is_one_product_and_no_convolution():
+def test_on_cpus_the_weight_gradient_is_one_product_and_no_convolution(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     x, kernel, g, *_ = inputs(16, 16)
     conv = lambda kernel: convolution.conv_general_dilated(x, kernel, *SAME, **DIMENSIONS)  # noqa: E731
     hlo = jax.jit(lambda kernel, g: jax.vjp(conv, kernel)[1](g)).lower(kernel, g).as_text()
     assert hlo.count("stablehlo.dot_general") == 1
     assert "stablehlo.convolution" not in hlo
+
+
+def test_accelerators_keep_their_own_gradient(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x, kernel, *_ = inputs(16, 16)
+    made = jax.make_jaxpr(lambda x: convolution.conv_general_dilated(x, kernel, *SAME, **DIMENSIONS))(x)
+    assert [equation.primitive.name for equation in made.eqns] == ["conv_general_dilated"]
