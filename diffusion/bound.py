@@ -1,7 +1,6 @@
 """The variational bound of every image of a split, in bits/dim: all terms, or an estimate from a few."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
-from diffusion import estimators, likelihood, parallel, randomness, report
+from diffusion import estimators, files, likelihood, parallel, randomness, report
 from diffusion.build import Experiment
 from diffusion.data import ImageSet
 from diffusion.step import to_unit
@@ -187,10 +186,6 @@ def _on_disk(path: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
     """An array of float32 that lives in a file and outlives the process; NaN at first."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
+        with files.replacing(path) as file:
             np.save(file, np.full(shape, np.nan, np.float32))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)  # a file under its own name is whole
     return np.load(path, mmap_mode="r+")

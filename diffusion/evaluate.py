@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from diffusion import build, data, likelihood, parallel, plots, report, variances, workdir
+from diffusion import build, data, files, likelihood, parallel, plots, report, variances, workdir
 from diffusion.bound import Bound, bound_of, estimated_bound_of
 from diffusion.build import Experiment
 from diffusion.data import ImageSet
@@ -140,16 +140,17 @@ def _save_curves(
     """Writes bpd.npz with every curve's numbers and how they were measured, bpd.png and rate_distortion.png."""
     test_terms = test.terms_bpd.mean(axis=0)
     rate_bpd, rmse = test.progressive_coding()
-    np.savez_compressed(
-        directory / f"{prefix}bpd.npz",
-        protocol=json.dumps(protocol),
-        test_terms_bpd=test_terms,
-        train_terms_bpd=train.terms_bpd.mean(axis=0),
-        test_image_bpd=test.image_bpd,
-        train_image_bpd=train.image_bpd,
-        test_rate_bpd=rate_bpd,
-        test_distortion_rmse=rmse,
-    )
+    with files.replacing(directory / f"{prefix}bpd.npz") as file:
+        np.savez_compressed(
+            file,
+            protocol=json.dumps(protocol),
+            test_terms_bpd=test_terms,
+            train_terms_bpd=train.terms_bpd.mean(axis=0),
+            test_image_bpd=test.image_bpd,
+            train_image_bpd=train.image_bpd,
+            test_rate_bpd=rate_bpd,
+            test_distortion_rmse=rmse,
+        )
     plots.plot_bpd(directory / f"{prefix}bpd.png", test_terms, test.prior_bpd.mean(), title)
     plots.plot_rate_distortion(directory / f"{prefix}rate_distortion.png", rate_bpd, rmse, num_levels, title)
 

@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from diffusion import files
+
 
 def plot_loss(metrics: list[dict[str, Any]], path: str | Path) -> None:
     """The training loss per step, its running mean, and the test loss where it was measured."""
@@ -26,7 +28,7 @@ def plot_loss(metrics: list[dict[str, Any]], path: str | Path) -> None:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def plot_bpd(path: str | Path, terms_bpd: Float[np.ndarray, " t"], prior_bpd: SupportsFloat, title: str = "") -> None:
@@ -55,7 +57,7 @@ def plot_bpd(path: str | Path, terms_bpd: Float[np.ndarray, " t"], prior_bpd: Su
     cumulative.set(xlabel="t", ylabel="sum of terms up to t\n(bits/dim)")
     for axes in (per_t, cumulative):
         axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def plot_schedules(path: str | Path, log_snr: dict[str, Float[np.ndarray, " t"]], title: str = "") -> None:
@@ -74,7 +76,7 @@ def plot_schedules(path: str | Path, log_snr: dict[str, Float[np.ndarray, " t"]]
         axes.plot(t, values, label=name, **style)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def plot_rate_distortion(
@@ -109,4 +111,9 @@ def plot_rate_distortion(
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    with files.replacing(Path(path)) as file:
+        figure.savefig(file, format="png", dpi=120)

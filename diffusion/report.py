@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from diffusion import __version__
+from diffusion import __version__, files
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -39,7 +39,7 @@ class MetricsLog:
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = path.open("a")
         # Its thread ends where the disk is full; a short queue would then block the run for ever.
         self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), max_queue=10_000, purge_step=step + 1)
@@ -49,7 +49,7 @@ class MetricsLog:
 
         Raises:
             ValueError: a number is not finite, or the step is not beyond the last one.
-        OSError: the disk is full.
+            OSError: the disk is full.
         """
         if step <= self._last_step:
             raise ValueError(f"metrics of step {step} come after those of step {self._last_step}")
@@ -105,7 +105,7 @@ def write_json(path: Path, summary: dict[str, Any]) -> None:
         ValueError: a number is not finite; the message names it.
     """
     plain = {name: value.item() if hasattr(value, "item") else value for name, value in summary.items()}
-    write_atomically(path, json.dumps(_finite(plain), indent=2) + "\n")
+    files.write_text(path, json.dumps(_finite(plain), indent=2) + "\n")
 
 
 def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
@@ -113,16 +113,6 @@ def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value}, not a finite number")
     return numbers
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # or a power failure could leave the new name and no text
-    os.replace(temporary, path)
 
 
 def versions() -> dict[str, str]:
@@ -192,5 +182,6 @@ def film(films: UInt8[np.ndarray, "n f h w c"], num_levels: int = 256) -> UInt8[
 
 
 def save_png(path: str | Path, picture: UInt8[np.ndarray, "h w c"]) -> None:
-    """Writes a picture of one (grey) or three (RGB) channels."""
-    Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(path)
+    """Writes a picture of one (grey) or three (RGB) channels, whole or not at all."""
+    with files.replacing(Path(path)) as file:
+        Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(file, format="png")

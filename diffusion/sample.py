@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
-from diffusion import build, data, parallel, randomness, report, samplers, schedules, variances, workdir
+from diffusion import build, data, files, parallel, randomness, report, samplers, schedules, variances, workdir
 from diffusion.build import Experiment
 from diffusion.step import to_levels
 from diffusion.variances import X0Variance
@@ -77,4 +77,5 @@ def save(
     levels = experiment.num_levels
     report.save_png(directory / "samples.png", report.image_grid(images, levels))
     report.save_png(directory / "progressive.png", report.film(films, levels))
-    np.savez_compressed(directory / "samples.npz", images=images, num_levels=levels)
+    with files.replacing(directory / "samples.npz") as file:
+        np.savez_compressed(file, images=images, num_levels=levels)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
-from diffusion import gaussian, process
+from diffusion import files, gaussian, process
 from diffusion.gaussian import Gaussian
 from diffusion.likelihood import bits_per_dim, over_all_t
 from diffusion.reverse import Reverse, Variance
@@ -77,14 +77,15 @@ class Split(NamedTuple):
 
 def save(directory: Path, analytic: X0Variance, error: X0Variance, step: int) -> None:
     """Writes x0_variance.npz: float32 [T + 1] tables of both estimates, and the checkpoint's step they belong to."""
-    np.savez(
-        directory / FILE,
-        analytic=analytic.mean,
-        analytic_stderr=analytic.stderr,
-        error=error.mean,
-        error_stderr=error.stderr,
-        step=step,
-    )
+    with files.replacing(directory / FILE) as file:
+        np.savez(
+            file,
+            analytic=analytic.mean,
+            analytic_stderr=analytic.stderr,
+            error=error.mean,
+            error_stderr=error.stderr,
+            step=step,
+        )
 
 
 def load(directory: Path, step: int) -> X0Variance:

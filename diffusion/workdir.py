@@ -15,7 +15,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from diffusion import config as config_lib
-from diffusion import processes, report
+from diffusion import files, processes
 from diffusion.build import Experiment
 from diffusion.checkpoint import Checkpoints
 from diffusion.state import TrainState
@@ -56,7 +56,7 @@ def claim(config: ConfigDict, directory: Path) -> None:
     """Makes `directory` this run's by writing config.json. Raises what `check` raises."""
     check(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
-    report.write_atomically(directory / "config.json", config_lib.to_json(config))
+    files.write_text(directory / "config.json", config_lib.to_json(config))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ FLOORS = {
     "gaussian": 0,
     "randomness": 0,
     "convolution": 0,
+    "files": 0,
     "unet": 0,
     "process": 1,
     "reverse": 1,

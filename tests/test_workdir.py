@@ -21,7 +21,7 @@ def config(**keys):
 
 
 def test_a_stranger_file_is_no_obstacle_unless_a_run_would_overwrite_it(tmp_path):
-    for name in ("slurm-4711.out", "thesis.txt", f"config.json.{os.getpid()}.tmp"):
+    for name in ("slurm-4711.out", "thesis.txt", "config.json.4f1c.tmp"):
         (tmp_path / name).write_text("mine")
     workdir.check(config(), tmp_path)
     (tmp_path / "samples.png").write_text("mine, too")

@@ -1,9 +1,9 @@
 """Decoding a prepared split to uint8 once, and keeping the result beside the prepared data."""
 
+import contextlib
 import hashlib
 import io
 import os
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,8 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
+
+from diffusion import files
 
 RECORDS_PER_READ = 1000
 
@@ -36,10 +38,9 @@ def cached(name: str, builder: tfds.core.DatasetBuilder, split: str) -> UInt8[np
             f"cannot decode the {split} pictures of data.name={name!r} ({error}): "
             f"copy or prepare {builder.data_dir} again"
         ) from error
-    try:
-        _save(path, images)
-    except OSError:
-        pass  # a read-only or full disk costs the next run some seconds, nothing else
+    # A read-only or full disk costs the next run some seconds, nothing else.
+    with contextlib.suppress(OSError), files.replacing(path) as file:
+        np.save(file, images)
     return images
 
 
@@ -73,14 +74,3 @@ def _fingerprint(builder: tfds.core.DatasetBuilder, split: str) -> str:
         stat = os.stat(path)
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _save(path: Path, images: UInt8[np.ndarray, "n h w c"]) -> None:
-    """Renames a complete file into place: two processes may do it at once, with the same result."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.save(file, images)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,0 +1,62 @@
+"""Files are whole or stay what they were."""
+
+import resource
+
+import numpy as np
+import pytest
+
+from diffusion import files, plots, report
+
+
+def test_a_file_appears_under_its_name_once_it_is_whole(tmp_path):
+    path = tmp_path / "numbers"
+    with files.replacing(path) as file:
+        file.write(b"one ")
+        file.flush()
+        assert not path.exists()
+        file.write(b"two")
+    assert path.read_bytes() == b"one two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_breaks_off_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "numbers"
+    files.write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as file:
+        file.write(b"new")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def little_room():
+    """No file of this process grows beyond 1,000 bytes; what is written then fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def noise(path):
+    with files.replacing(path) as file:
+        np.savez_compressed(file, noise=np.random.RandomState(0).bytes(10_000))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        noise,
+        lambda path: files.write_text(path, "x" * 10_000),
+        lambda path: report.save_png(path, np.random.RandomState(0).randint(256, size=(99, 99, 1)).astype(np.uint8)),
+        lambda path: plots.plot_loss([{"step": 1, "loss": 1.0}], path),
+    ],
+    ids=["npz", "text", "picture", "plot"],
+)
+def test_without_room_one_sentence_names_the_file_and_the_old_one_stays(tmp_path, little_room, write):
+    path = tmp_path / "result"
+    path.write_text("old")
+    with pytest.raises(OSError, match=r"^/.*result could not be written \(File too large\)$"):
+        write(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
