@@ -1,15 +1,11 @@
-"""Data sets: the bundled digits, CIFAR-10 from its archive, directories TFDS prepared, and their faults."""
+"""Data sets: the bundled digits, directories that TFDS prepared, and their faults."""
 
-import hashlib
-import http.server
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
-import threading
 
 import numpy as np
 import pytest
@@ -18,7 +14,7 @@ from PIL import Image
 from sklearn import datasets
 
 from diffusion import data
-from diffusion.data import cifar10, decode, images, prepared
+from diffusion.data import decode, images, prepared
 
 
 @pytest.fixture(scope="module")
@@ -33,41 +29,6 @@ def digits_dir(tmp_path_factory):
 def digits_copy(digits_dir, tmp_path):
     shutil.copytree(digits_dir, tmp_path / "data", ignore=shutil.ignore_patterns("decoded-*"))
     return tmp_path / "data"
-
-
-@pytest.fixture
-def archive(tmp_path, monkeypatch):
-    """A CIFAR-10 archive of 5 x 2 + 3 random pictures, served over HTTP: (path, pictures by split)."""
-    rng = np.random.default_rng(0)
-    sizes = {"train": 10, "test": 3}
-    pictures = {split: rng.integers(0, 256, (n, 32, 32, 3), np.uint8) for split, n in sizes.items()}
-    batches = {f"data_batch_{i + 1}.bin": pictures["train"][2 * i : 2 * i + 2] for i in range(5)}
-    batches["test_batch.bin"] = pictures["test"]
-    path = tmp_path / "server" / "cifar-10-binary.tar.gz"
-    path.parent.mkdir()
-    with tarfile.open(path, "w:gz") as tar:
-        for name, batch in batches.items():
-            planes = batch.transpose(0, 3, 1, 2).reshape(len(batch), 3072)
-            labels = np.full((len(batch), 1), 7, np.uint8)
-            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            content = np.concatenate([labels, planes], axis=1).tobytes()
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=path.parent)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(cifar10, "URL", f"http://127.0.0.1:{server.server_port}/{path.name}")
-    monkeypatch.setattr(cifar10, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    yield path, pictures
-    server.shutdown()
-    server.server_close()
 
 
 def write_foreign(root, shape, key="image"):
@@ -100,39 +61,6 @@ def load_train(name, data_dir):
 
 
 BOTH_USES = [data.describe, load_train]  # they refuse the same things in the same words
-
-
-# --- which examples make up a step
-
-
-@pytest.mark.parametrize("batch_size, num_examples", [(4, 10), (10, 10), (7, 10), (25, 10), (1, 1)])
-def test_every_epoch_is_a_permutation(batch_size, num_examples):
-    steps = 4 * num_examples
-    stream = np.concatenate([data.batch_indices(3, step, batch_size, num_examples) for step in range(steps)])
-    assert stream.dtype == np.int32 and len(stream) == steps * batch_size
-    epochs = np.sort(stream.reshape(-1, num_examples), axis=1)
-    np.testing.assert_array_equal(epochs, np.broadcast_to(np.arange(num_examples), epochs.shape))
-
-
-def test_batches_depend_on_seed_and_step_alone():
-    batch = data.batch_indices(0, 5, 32, 100)
-    batches = [data.batch_indices(seed, step, 32, 100) for seed in range(3) for step in range(9)]
-    np.testing.assert_array_equal(batches[5], batch)
-    assert len({batch.tobytes() for batch in batches}) == 27
-    batch[:] = -1  # the caller owns the result: the cached permutation stays intact
-    assert data.batch_indices(0, 5, 32, 100).min() >= 0
-
-
-def test_epochs_are_shuffled_anew():
-    first, second = (data.batch_indices(0, step, 1000, 1000) for step in (0, 1))
-    assert abs(np.corrcoef(first, second)[0, 1]) < 0.15  # five standard errors of independent orders
-    assert abs(np.corrcoef(first, np.arange(1000))[0, 1]) < 0.15
-
-
-@pytest.mark.parametrize("arguments", [(0, 0, 0, 10), (0, 0, 4, 0), (0, -1, 4, 10), (-1, 0, 4, 10)])
-def test_impossible_batches_are_refused(arguments):
-    with pytest.raises(ValueError, match="at least"):
-        data.batch_indices(*arguments)
 
 
 # --- the bundled digits
@@ -236,62 +164,6 @@ def test_read_only_directory_decodes_in_memory(digits_copy, monkeypatch):
     assert not list(digits_copy.rglob("decoded-*"))
 
 
-# --- CIFAR-10 from the official binary archive
-
-
-def assert_same_pictures(found, expected):
-    """Equal as sets: TFDS shuffles records by a hash of their keys."""
-    assert sorted(image.tobytes() for image in found) == sorted(image.tobytes() for image in expected)
-
-
-def test_cifar10_is_downloaded_and_prepared(archive, tmp_path, capfd):
-    _, pictures = archive
-    root = tmp_path / "data"
-    for split in ("train", "test"):
-        loaded = data.load("cifar10", split, str(root))
-        assert_same_pictures(loaded.images, pictures[split])
-        assert loaded.num_levels == 256
-    assert (root / "downloads" / "cifar-10-binary.tar.gz").exists()
-    assert data.describe("cifar10:3.0.2", str(root)).num_train == 10
-    screen = capfd.readouterr()
-    assert screen.out == "" and "downloading cifar-10-binary.tar.gz: 100%" in screen.err
-    assert "WARNING" not in screen.err
-
-
-@pytest.mark.parametrize("folder", ["", "downloads"])
-def test_cifar10_takes_the_copy_the_user_has(archive, tmp_path, monkeypatch, folder):
-    path, pictures = archive
-    root = tmp_path / "data"
-    (root / folder).mkdir(parents=True)
-    shutil.copy(path, root / folder)
-    monkeypatch.setattr(cifar10, "download", None)
-    assert_same_pictures(data.load("cifar10", "test", str(root)).images, pictures["test"])
-
-
-def test_wrong_checksum_is_refused_and_leaves_nothing(archive, tmp_path, monkeypatch):
-    path, _ = archive
-    root = tmp_path / "data"
-    monkeypatch.setattr(cifar10, "SHA256", "0" * 64)
-    with pytest.raises(ValueError, match="SHA-256 .* not 0000.*nothing was kept"):
-        data.load("cifar10", "train", str(root))
-    assert not [found for found in root.rglob("*") if found.is_file()]
-    shutil.copy(path, root)
-    with pytest.raises(ValueError, match="cifar-10-binary.tar.gz has SHA-256 .*delete it"):
-        data.load("cifar10", "train", str(root))
-    assert (root / path.name).exists() and prepared.find("cifar10", root) is None
-
-
-def test_unreachable_server_says_where_to_put_the_archive(archive, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "URL", cifar10.URL.replace("cifar-10-binary", "gone"))
-    with pytest.raises(ConnectionError, match=r"404.*put a copy at .*gone\.tar\.gz"):
-        data.load("cifar10", "train", str(tmp_path / "data"))
-
-
-def test_pinned_checksum_is_the_one_tfds_ships():
-    line = (tfds.core.tfds_path() / "url_checksums" / "cifar10.txt").read_text().split()
-    assert cifar10.URL == line[0] and cifar10.SHA256 == line[2]
-
-
 # --- directories that somebody else prepared
 
 
@@ -378,14 +250,3 @@ def test_unwritable_data_dir_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"cannot prepare digits in data\.data_dir=.*that can be written"):
         data.load("digits", "train", str(tmp_path / "file" / "data"))
-
-
-@pytest.mark.skipif("DIFFUSION_TFDS_DIR" not in os.environ, reason="needs DIFFUSION_TFDS_DIR with cifar10")
-def test_tfds_prepared_cifar10():
-    root = os.environ["DIFFUSION_TFDS_DIR"]
-    test = data.load("cifar10", "test", root)
-    assert test.images.shape == (10_000, 32, 32, 3)
-    directory = prepared.find("cifar10", prepared.resolve_data_dir(root))
-    source = tfds.builder_from_directory(directory).as_data_source("test")
-    for index in (0, 1234, 9_999):
-        np.testing.assert_array_equal(test.images[index], source[index]["image"])
