@@ -1,7 +1,7 @@
 """Data parallelism with `jax.pmap`: the only file that knows how many devices there are."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.jax_utils
 import jax
@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from diffusion.digests import named_leaves
-from diffusion.step import Training, train_step
+from diffusion.step import Training, group_norms, train_step
 
 AXIS = "devices"
 
@@ -51,23 +51,28 @@ def _local_rows(array: np.ndarray) -> np.ndarray:
     return array[jax.process_index() * devices :][:devices]
 
 
-def train_steps(training: Training) -> Callable:
+def train_steps(training: Training, devices: Sequence[jax.Device] | None = None) -> Callable:
     """Several train steps as one compiled call: (state, images, indices [devices, steps, b]) -> (state, metrics).
 
-    The state is donated; the metrics' leaves are [devices, steps]. A single step is not put into a loop: on the
-    CPU backend gradients of convolutions are many times slower inside one.
+    The state is donated; the metrics' leaves are [devices, steps]. `param_norms`, for `nonfinite`, are those before the
+    call: for every step they would be a twentieth of a GPU's kernels. A single step is not put into a loop: on the CPU
+    backend gradients of convolutions are many times slower inside one. `devices` are all there are, or those to compile
+    for.
     """
 
     def call(state, images, indices):
         def body(state, step_indices):
             return train_step(training, state, images, step_indices, AXIS)
 
+        norms = group_norms(state.params)
         if len(indices) == 1:
             state, metrics = body(state, indices[0])
-            return state, jax.tree.map(lambda metric: metric[None], metrics)
-        return jax.lax.scan(body, state, indices)
+            metrics = jax.tree.map(lambda metric: metric[None], metrics)
+        else:
+            state, metrics = jax.lax.scan(body, state, indices)
+        return state, metrics | {"param_norms": jnp.broadcast_to(norms, (len(indices), *norms.shape))}
 
-    return jax.pmap(call, axis_name=AXIS, donate_argnums=0)
+    return jax.pmap(call, axis_name=AXIS, donate_argnums=0, devices=devices)
 
 
 def shard_steps(indices: np.ndarray) -> jax.Array:

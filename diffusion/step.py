@@ -143,7 +143,7 @@ def train_step(
 
     Returns:
         The next state, and the step's metrics: the loss, its parts and the gradient's norm before the clip. Besides,
-        for `nonfinite`: the batch's t and unweighted losses [B], and the norms of `groups` before the update.
+        for `nonfinite`: the batch's t and unweighted losses [B], and the norms of `groups` of the gradient.
     """
     local_size = len(indices)
     position = jax.lax.axis_index(axis_name) * local_size + jnp.arange(local_size)
@@ -182,8 +182,7 @@ def train_step(
         is_finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
         kept = {name: keep * total for name, total in state.window.items()}
         next_state = _unless_nonfinite(is_finite, state, next_state, kept)
-    norms = {"param_norms": group_norms(state.params), "grad_norms": group_norms(grads)}
-    return next_state, metrics | {"t": batch_t, "losses": batch_loss} | norms
+    return next_state, metrics | {"t": batch_t, "losses": batch_loss, "grad_norms": group_norms(grads)}
 
 
 def groups(params: PyTree) -> list[str]:
