@@ -42,6 +42,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "compilers": ["jax[cuda12,tpu]"],  # benchmarks/compiled.py compiles for devices that are not there
         "peers": ["diffusers", "torch"],  # to compare with; the programs do not need them
         "ode": ["diffrax>=0.7"],  # diffusion/ode.py alone needs it
         "dev": [

@@ -98,6 +98,16 @@ def quality(args) -> list[dict[str, Any]]:
 
 def sampler(experiment, method: str, num_steps: int) -> Callable[..., np.ndarray]:
     """(replicated parameters, image numbers [N]) -> images [N, H, W, C] in [-1, 1]; N is a multiple of the devices."""
+    compiled = parallel.over_devices(chain(experiment, method, num_steps))
+
+    def draw(params, numbers: np.ndarray) -> np.ndarray:
+        return parallel.gather(compiled(params, numbers.reshape(jax.local_device_count(), -1)), len(numbers))
+
+    return draw
+
+
+def chain(experiment, method: str, num_steps: int) -> Callable[..., jax.Array]:
+    """One device's program: (parameters, image numbers [n]) -> images [n, H, W, C] in [-1, 1]."""
     schedule = schedules.evenly_spaced(experiment.schedule, num_steps)
     seed_key = randomness.stream(experiment.config.seed, "sample")
 
@@ -106,12 +116,7 @@ def sampler(experiment, method: str, num_steps: int) -> Callable[..., np.ndarray
         denoise = experiment.denoiser(params)
         return samplers.SAMPLERS[method](denoise, experiment.p, schedule, keys, experiment.image_shape)[0]
 
-    compiled = parallel.over_devices(one_batch)
-
-    def draw(params, numbers: np.ndarray) -> np.ndarray:
-        return parallel.gather(compiled(params, numbers.reshape(jax.local_device_count(), -1)), len(numbers))
-
-    return draw
+    return one_batch
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What the benchmarks rest on: arms that take turns, ratios within a round, and a count of work that adds up."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import scaling, timing
+from benchmarks import compiled, scaling, timing
 
 
 def test_arms_take_turns():
@@ -33,3 +35,15 @@ def test_the_work_of_ho_et_al_on_paper():
     np.testing.assert_allclose(one["checkpoint, GiB"], 4 * 35.746307e6 * 4 / 2**30, rtol=1e-3)
     state = one["checkpoint, GiB"] * 5 / 4  # and the gradient
     assert 0 < remat["memory, GiB, at most"] - state < 0.5 * (one["memory, GiB, at most"] - state) / 2
+
+
+def test_the_work_of_a_compiled_loop_is_that_of_its_kernels_times_its_trips():
+    """One kernel sums a slice of 4 numbers, one reads and writes all 10,000, one counts: 1,000 times."""
+
+    def step(x, _):
+        return jnp.sin(x) * 2 + x[:4].sum(), None
+
+    loop = jax.jit(lambda x: jax.lax.scan(step, x, length=1000)[0])
+    kernels, moved = compiled.work(loop.lower(jnp.zeros(10_000)).compile().as_text())
+    np.testing.assert_allclose(kernels, 3 * 1000, atol=3)
+    np.testing.assert_allclose(moved, 1000 * 2 * 40_000, rtol=2e-3)  # the counter and two copies before the loop

@@ -1,0 +1,224 @@
+"""What XLA makes of our programs for an accelerator that need not be there: memory, kernels and traffic.
+
+    pip install -e '.[compilers]'
+    python -m benchmarks.compiled                        # for an H200; two minutes of compilation a row
+    python -m benchmarks.compiled --target="TPU v4"      # ten minutes a row
+
+XLA's compilers run without the device that they compile for. The programs are those of training and sampling, whole.
+Nothing is run: the figures are counts, and the times follow from the device's data sheet. A kernel takes as long as its
+arithmetic or its traffic, and a microsecond or two to start. A GPU's libraries choose their algorithms on the GPU, so
+that their workspace is not in the memory, and some of the additions behind matrix products are kernels only here.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from benchmarks import networks, sampling, scaling, timing
+from diffusion import build, describe, parallel
+
+# As the compiler describes a card; the data sheet's figures, and the versions of jax[cuda12]'s libraries.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  core_count: 132 fpus_per_core: 128 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150754820096
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H200"
+"""
+STEPS = 10  # of training in a call, of sampling in a chain
+
+
+class Program(NamedTuple):
+    """What is compiled; `batch` is of all devices."""
+
+    name: str
+    batch: int
+    devices: int = 1
+    remat: bool = False
+
+
+PROGRAMS = (
+    Program("train step", 128),
+    Program("train step", 512),
+    Program("train step", 128, remat=True),
+    Program("train step", 128, devices=4),
+    Program("ancestral step", 256),
+)
+
+
+def main() -> None:
+    parser = timing.arguments(__doc__, "compiled")
+    parser.add_argument("--target", choices=[device.name for device in scaling.DEVICES], default="H200")
+    parser.add_argument("--rows", type=int, nargs="+", default=range(len(PROGRAMS)), help="which PROGRAMS")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # a TPU's compiler asks a cloud's server what it runs on
+    rows = [row(PROGRAMS[i], args.target) for i in args.rows]
+    timing.finish(args.out, vars(args) | {"rows": list(args.rows)}, rows)
+
+
+def row(program: Program, target: str) -> dict[str, Any]:
+    """The figures of one program, for each of its devices and each of its steps."""
+    (device,) = (device for device in scaling.DEVICES if device.name == target)
+    devices = topology(target, program.devices)
+    # The network is written another way for CPUs; it asks JAX where it is.
+    with mock.patch.object(jax, "default_backend", return_value=devices[0].platform):
+        config = networks.config_of("full", dtype="bfloat16", remat=program.remat)
+        config.train.batch_size = program.batch
+        experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
+        lower = lower_training if program.name == "train step" else lower_sampling
+        compiled = lower(experiment, program.batch // program.devices, devices).compile()
+    passes = 1 if program.name != "train step" else 4 if program.remat else 3
+    flops = passes * program.batch / program.devices * describe.forward_flops(experiment)
+    memory, counted = compiled.memory_analysis(), (compiled.cost_analysis() or {}).get("bytes accessed")
+    if counted is None:
+        kernels, moved = (total / STEPS for total in work(compiled.as_text()))
+    else:  # XLA's own count, which takes a loop's body once; of kernels a TPU has none
+        kernels, moved = "", counted
+    return {
+        "program": program.name + (", remat" if program.remat else ""),
+        "batch": program.batch,
+        "devices": program.devices,
+        "arguments, GiB": memory.argument_size_in_bytes / 2**30,
+        "beside them, GiB": memory.temp_size_in_bytes / 2**30,
+        "kernels": kernels,
+        "GB read and written": moved / 1e9,
+        "at full bandwidth, ms": 1e3 * moved / device.bandwidth,
+        "TFLOP": flops / 1e12,
+        "at full speed, ms": 1e3 * flops / device.flops,
+    }
+
+
+def topology(target: str, count: int) -> list[jax.Device]:
+    """So many devices to compile for."""
+    if target == "H200":
+        found = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{count}")
+    else:
+        bounds = {"chips_per_host_bounds": (2, 2, 1), "num_slices": 1, "chip_config_name": "megacore"}
+        found = topologies.get_topology_desc(platform="tpu", topology_name="v4:2x2x1", **bounds)
+    return found.devices[:count]
+
+
+def lower_training(experiment, local_batch: int, devices) -> Any:
+    """The call of the train loop, on all of CIFAR-10."""
+    images = jax.ShapeDtypeStruct((50_000, *experiment.image_shape), jnp.uint8)
+    indices = jax.ShapeDtypeStruct((STEPS, local_batch), jnp.int32)
+    arguments = on_all((experiment.abstract_state(), images, indices), len(devices))
+    return parallel.train_steps(experiment.training, devices).lower(*arguments)
+
+
+def lower_sampling(experiment, local_batch: int, devices) -> Any:
+    arguments = (experiment.abstract_state().params, jax.ShapeDtypeStruct((local_batch,), jnp.int32))
+    program = jax.pmap(sampling.chain(experiment, "ancestral", STEPS), axis_name=parallel.AXIS, devices=devices)
+    return program.lower(*on_all(arguments, len(devices)))
+
+
+def on_all(tree, count: int):
+    """The shapes of a copy for each device."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), tree)
+
+
+class Instruction(NamedTuple):
+    """A line of a compiled program: name = shape operation(operands), rest."""
+
+    name: str
+    shape: str
+    operation: str
+    operands: list[str]
+    rest: str
+
+
+LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$")
+BITS = {"pred": 8, "bf16": 16} | {f"{kind}{bits}": bits for kind in "sufc" for bits in (8, 16, 32, 64, 128)}
+# They name arrays and move nothing.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all"}
+
+
+def work(text: str) -> tuple[int, int]:
+    """The kernels of a compiled program, and the bytes that they read and write; a loop's as often as it runs.
+
+    A kernel reads its operands and writes its result; of an operand that is only sliced, the slices.
+    """
+    computations = parse(text)
+
+    def of(name: str) -> tuple[int, int]:
+        instructions = computations[name]
+        shapes = {instruction.name: instruction.shape for instruction in instructions}
+        kernels = moved = 0
+        for instruction in instructions:
+            called = re.search(r"(?:calls|body|to_apply)=%?([\w.-]+)", instruction.rest)
+            if instruction.operation in ("while", "call"):
+                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest)
+                inner_kernels, inner_moved = of(called[1])
+                repeated = int(trips[1]) if trips else 1
+                kernels, moved = kernels + repeated * inner_kernels, moved + repeated * inner_moved
+            elif instruction.operation not in FREE and not instruction.operation.endswith("-done"):
+                kernels, moved = kernels + 1, moved + num_bytes(instruction.shape)
+                if instruction.operation == "fusion":
+                    moved += sum(read_by_fusion(computations[called[1]]))
+                else:
+                    moved += sum(num_bytes(shapes[operand]) for operand in set(instruction.operands))
+        return kernels, moved
+
+    return of("ENTRY")
+
+
+def parse(text: str) -> dict[str, list[Instruction]]:
+    """The computations of a program by name; the one that is called is "ENTRY"."""
+    computations: dict[str, list[Instruction]] = {}
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(("HloModule", " ")):
+            instructions = computations[line.split()[0].lstrip("%")] = []
+        elif found := LINE.match(line):
+            name, shape, operation, operands, rest = found.groups()
+            instructions.append(Instruction(name, shape, operation, re.findall(r"%([\w.-]+)", operands), rest))
+    return computations
+
+
+def read_by_fusion(instructions: list[Instruction]) -> Iterator[int]:
+    """What a kernel reads of each of its operands."""
+
+    def needed(array: Instruction, full: int) -> int:
+        total = 0
+        for user in instructions:
+            if array.name not in user.operands:
+                continue
+            if user.operation in ("slice", "dynamic-slice", "gather"):
+                total += num_bytes(user.shape)
+            elif user.operation in ("bitcast", "convert"):
+                total += needed(user, full)
+            else:
+                return full
+        return min(total, full)
+
+    for parameter in instructions:
+        if parameter.operation == "parameter":
+            yield needed(parameter, num_bytes(parameter.shape))
+
+
+def num_bytes(shape: str) -> int:
+    """Of an array or a tuple of arrays, as XLA prints its shape."""
+    total = 0
+    for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape):
+        size = BITS.get(kind, 0) // 8
+        for length in filter(None, dims.split(",")):
+            size *= int(length)
+        total += size
+    return total
+
+
+if __name__ == "__main__":
+    main()
