@@ -66,6 +66,10 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # a TPU's compiler asks a cloud's server what it runs on
+    try:
+        topology(args.target, 1)
+    except (NotImplementedError, RuntimeError) as error:
+        parser.error(f"there is no compiler for {args.target} here ({error}); pip install -e '.[compilers]'")
     rows = [row(PROGRAMS[i], args.target) for i in args.rows]
     timing.finish(args.out, vars(args) | {"rows": list(args.rows)}, rows)
 
