@@ -2,7 +2,7 @@
 
     pip install -e '.[compilers]'
     python -m benchmarks.compiled                        # for an H200; two minutes of compilation a row
-    python -m benchmarks.compiled --target="TPU v4"      # ten minutes a row
+    python -m benchmarks.compiled --target="TPU v4"      # a quarter of an hour a row
 
 XLA's compilers run without the device that they compile for. The programs are those of training and sampling, whole.
 Nothing is run: the figures are counts, and the times follow from the device's data sheet. A kernel takes as long as its
