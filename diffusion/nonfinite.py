@@ -26,7 +26,7 @@ def check(unchecked: list[tuple[range, Metrics]], groups: list[str], skipped: in
                 budget = f"{skipped} updates were left out, train.skip_nonfinite={allowed}; " if allowed else ""
                 raise FloatingPointError(
                     f"step {step}: {bad}; {_examples(metrics['t'][i], metrics['losses'][i])}; "
-                    f"norms of the parameters: {_norms(groups, metrics['param_norms'][i])}; "
+                    f"norms of the parameters before step {steps[0]}: {_norms(groups, metrics['param_norms'][i])}; "
                     f"norms of the gradient: {_norms(groups, metrics['grad_norms'][i])}; {budget}{LAST_GOOD}"
                 )
 

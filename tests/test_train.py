@@ -13,7 +13,7 @@ import pytest
 from configs import digits
 from diffusion import bound, build, checkpoint, data, evaluate, parallel, report, sample, train
 from diffusion.preemption import Preemption
-from diffusion.step import to_levels, to_unit, train_step
+from diffusion.step import group_norms, to_levels, to_unit, train_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -228,6 +228,8 @@ def test_several_steps_in_one_call_are_the_same_steps(steps):
     state, images = parallel.replicate(steps.start), parallel.replicate(steps.images)
     both, metrics = steps.pmapped(state, images, parallel.shard_steps(indices))
     assert metrics["loss"].shape == (8, 2)
+    norms = group_norms(steps.start.params)  # those before the call, for both of its steps
+    np.testing.assert_allclose(metrics["param_norms"], np.broadcast_to(norms, (8, 2, len(norms))), rtol=1e-5)
     assert_same_parameters(parallel.unreplicate(single), parallel.unreplicate(both))
 
 
