@@ -5,9 +5,8 @@
     python -m benchmarks.compiled --target="TPU v4"      # a quarter of an hour a row
 
 XLA's compilers run without the device that they compile for. The programs are those of training and sampling, whole.
-Nothing is run: the figures are counts, and the times follow from the device's data sheet. A kernel takes as long as its
-arithmetic or its traffic, and a microsecond or two to start. A GPU's libraries choose their algorithms on the GPU, so
-that their workspace is not in the memory, and some of the additions behind matrix products are kernels only here.
+Nothing is run: the figures are counts, and the times follow from the device's data sheet. On a GPU the compiler chooses
+algorithms by timing them: here it cannot, so matrix products and the workspace of libraries may differ.
 """
 
 import os
@@ -62,7 +61,7 @@ PROGRAMS = (
 def main() -> None:
     parser = timing.arguments(__doc__, "compiled")
     parser.add_argument("--target", choices=[device.name for device in scaling.DEVICES], default="H200")
-    parser.add_argument("--rows", type=int, nargs="+", default=range(len(PROGRAMS)), help="which PROGRAMS")
+    parser.add_argument("--rows", type=int, nargs="+", choices=range(len(PROGRAMS)), default=[*range(len(PROGRAMS))])
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # a TPU's compiler asks a cloud's server what it runs on
@@ -71,7 +70,7 @@ def main() -> None:
     except (NotImplementedError, RuntimeError) as error:
         parser.error(f"there is no compiler for {args.target} here ({error}); pip install -e '.[compilers]'")
     rows = [row(PROGRAMS[i], args.target) for i in args.rows]
-    timing.finish(args.out, vars(args) | {"rows": list(args.rows)}, rows)
+    timing.finish(args.out, vars(args), rows)
 
 
 def row(program: Program, target: str) -> dict[str, Any]:

@@ -45,5 +45,6 @@ def test_the_work_of_a_compiled_loop_is_that_of_its_kernels_times_its_trips():
 
     loop = jax.jit(lambda x: jax.lax.scan(step, x, length=1000)[0])
     kernels, moved = compiled.work(loop.lower(jnp.zeros(10_000)).compile().as_text())
-    np.testing.assert_allclose(kernels, 3 * 1000, atol=3)
-    np.testing.assert_allclose(moved, 1000 * 2 * 40_000, rtol=2e-3)  # the counter and two copies before the loop
+    copies = kernels - 3 * 1000  # of what the loop begins with, if XLA makes any
+    assert copies in (0, 1, 2)
+    np.testing.assert_allclose(moved, 1000 * (2 * 40_000 + 16 + 4 + 4 + 12), atol=copies * 2 * 40_000)
