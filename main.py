@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
         # Imported here because JAX takes seconds that --help should not cost.
         import jax
 
-        from diffusion import config, preemption, processes
+        from diffusion.experiment import config
+        from diffusion.runtime import preemption, processes
 
         config.check(_CONFIG.value)
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
         if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/diffusion/compiled"))
         name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-        mode = importlib.import_module(f"diffusion.{_MODES[_MODE.value]}")
+        mode = importlib.import_module(f"diffusion.programs.{_MODES[_MODE.value]}")
         try:
             mode.run(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
         except preemption.Preempted as stop:
@@ -66,11 +67,11 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError, OSError) as error:
-        from diffusion import config
+        from diffusion.experiment import config
 
         for argument in argv[1:]:
             key = argument.partition("=")[0].lstrip("-").removeprefix("config.")
-            if argument.lstrip("-").startswith("config.") and key not in config.KEYS:
+            if argument.lstrip("-").startswith("config.") and key not in config.all_keys():
                 _fail(config.unknown(key))
         _fail(error)
 

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from benchmarks import networks, sampling, scaling, timing
-from diffusion import build, describe, parallel
+from diffusion.experiment import build
+from diffusion.programs import describe
 
 # As the compiler describes a card; the data sheet's figures, and the versions of jax[cuda12]'s libraries.
 H200 = """
@@ -120,12 +121,12 @@ def lower_training(experiment, local_batch: int, devices) -> Any:
     images = jax.ShapeDtypeStruct((50_000, *experiment.image_shape), jnp.uint8)
     indices = jax.ShapeDtypeStruct((STEPS, local_batch), jnp.int32)
     arguments = on_all((experiment.abstract_state(), images, indices), len(devices))
-    return parallel.train_steps(experiment.training, devices).lower(*arguments)
+    return devices.train_steps(experiment.training, devices).lower(*arguments)
 
 
 def lower_sampling(experiment, local_batch: int, devices) -> Any:
     arguments = (experiment.abstract_state().params, jax.ShapeDtypeStruct((local_batch,), jnp.int32))
-    program = jax.pmap(sampling.chain(experiment, "ancestral", STEPS), axis_name=parallel.AXIS, devices=devices)
+    program = jax.pmap(sampling.chain(experiment, "ancestral", STEPS), axis_name=devices.AXIS, devices=devices)
     return program.lower(*on_all(arguments, len(devices)))
 
 

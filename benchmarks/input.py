@@ -17,8 +17,9 @@ import numpy as np
 
 from benchmarks import networks, timing
 from benchmarks.networks import torch
-from diffusion import data, parallel
-from diffusion.step import to_unit
+from diffusion import data
+from diffusion.training import devices
+from diffusion.training.step import to_unit
 
 BATCHES = 100
 
@@ -61,7 +62,7 @@ def our_batches(args, images: np.ndarray) -> Callable[[], None]:
         mirrored = jax.random.bernoulli(jax.random.key(0), shape=(len(x0),))
         return jnp.where(mirrored[:, None, None, None], x0[:, :, ::-1], x0)
 
-    compiled, on_device = parallel.over_devices(batch), parallel.replicate(images)
+    compiled, on_device = devices.over_devices(batch), devices.replicate(images)
 
     def run() -> None:
         for chosen in indices(args, images):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import cifar10
 from diffusion import interop
-from diffusion.unet import UNet
+from diffusion.networks.unet import UNet
 
 try:
     import diffusers

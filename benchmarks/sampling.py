@@ -18,7 +18,10 @@ import jax
 import numpy as np
 
 from benchmarks import networks, timing
-from diffusion import build, data, parallel, randomness, samplers, schedules, workdir
+from diffusion import data, samplers, schedules
+from diffusion.experiment import build, workdir
+from diffusion.runtime import randomness
+from diffusion.training import devices
 
 ODE_SAMPLERS = ("ddim", "dpm_solver_pp", "heun")
 
@@ -43,7 +46,7 @@ def speed(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     experiment = build.experiment(networks.config_of(args.size, dtype=args.dtype), networks.IMAGE_SHAPE, 256)
     params = experiment.initial_state().params if params is None else params
     draw = sampler(experiment, "ancestral", args.num_steps)
-    replicated, numbers = parallel.replicate(jax.device_get(params)), np.arange(args.num_images)
+    replicated, numbers = devices.replicate(jax.device_get(params)), np.arange(args.num_images)
     arms: dict[str, Callable[[], Any]] = {"ours": lambda: draw(replicated, numbers)}
     if has_peer:
         scheduler = networks.diffusers.DDPMScheduler(1000, beta_schedule="linear", variance_type="fixed_large")
@@ -73,7 +76,7 @@ def quality(args) -> list[dict[str, Any]]:
     described = data.describe(config.data.name, config.data.data_dir)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
     params = workdir.restore(experiment, args.quality).ema_params
-    experiment, replicated = experiment.with_fixed_schedule(params), parallel.replicate(params)
+    experiment, replicated = experiment.with_fixed_schedule(params), devices.replicate(params)
     numbers, all_steps = np.arange(args.num_images), experiment.schedule.num_steps
     reference = sampler(experiment, "heun", all_steps)(replicated, numbers)
     rows = []
@@ -98,10 +101,10 @@ def quality(args) -> list[dict[str, Any]]:
 
 def sampler(experiment, method: str, num_steps: int) -> Callable[..., np.ndarray]:
     """(replicated parameters, image numbers [N]) -> images [N, H, W, C] in [-1, 1]; N is a multiple of the devices."""
-    compiled = parallel.over_devices(chain(experiment, method, num_steps))
+    compiled = devices.over_devices(chain(experiment, method, num_steps))
 
     def draw(params, numbers: np.ndarray) -> np.ndarray:
-        return parallel.gather(compiled(params, numbers.reshape(jax.local_device_count(), -1)), len(numbers))
+        return devices.gather(compiled(params, numbers.reshape(jax.local_device_count(), -1)), len(numbers))
 
     return draw
 

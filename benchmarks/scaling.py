@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from benchmarks import networks, timing
-from diffusion import build, describe, memory
+from diffusion.experiment import build, memory
+from diffusion.programs import describe
 
 
 class Device(NamedTuple):
@@ -46,7 +47,7 @@ def row(axis: str, size: int, channels: int, batch: int, devices: int, remat: bo
     """One network on one number of devices, which share the batch."""
     config = networks.config_of("full", channels=channels, dtype="bfloat16", remat=remat)
     # Halved down to 4 × 4, whatever the size of the image.
-    config.unet.multipliers = (1, *(2,) * (int(np.log2(size)) - 2))
+    config.unet.channel_mult = (1, *(2,) * (int(np.log2(size)) - 2))
     experiment = build.experiment(config, (size, size, 3), 256)
     state, local = experiment.abstract_state(), batch // devices
     flops = 3 * local * describe.forward_flops(experiment) * (4 / 3 if remat else 1)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion import report
+from diffusion.reporting import metrics_log
 
 PAUSE_SECONDS = 0.05  # between two arms: OpenMP's and XLA's threads spin for a while before they sleep
 
@@ -72,7 +72,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def finish(out: Path, settings: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
     """Prints the table and writes everything as JSON, with what the numbers depend on."""
-    versions = report.versions()
+    versions = metrics_log.versions()
     for package in ("torch", "diffusers"):
         try:
             versions[package] = importlib.metadata.version(package)
@@ -80,7 +80,7 @@ def finish(out: Path, settings: dict[str, Any], rows: list[dict[str, Any]], **mo
             versions[package] = "not installed"
     facts = {
         "date": datetime.date.today().isoformat(),
-        "device": report.device_name(),
+        "device": metrics_log.device_name(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
         "versions": versions,
@@ -91,5 +91,5 @@ def finish(out: Path, settings: dict[str, Any], rows: list[dict[str, Any]], **mo
     for name, value in more.items():
         print(f"\n{name}: {json.dumps(value, ensure_ascii=False)}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    report.write_json(out, facts | more)
+    metrics_log.write_json(out, facts | more)
     print(f"\n{facts['date']}, {facts['device']}, {facts['cpu_cores']} CPU cores; {out}")

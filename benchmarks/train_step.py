@@ -18,7 +18,8 @@ import numpy as np
 
 from benchmarks import networks, timing
 from benchmarks.networks import torch
-from diffusion import build, parallel
+from diffusion.experiment import build
+from diffusion.training import devices
 
 
 def main() -> None:
@@ -66,11 +67,11 @@ def our_arms(args, dtype: str, params) -> dict[str, tuple]:
         config.train.batch_size = args.batch_size * jax.local_device_count()
         experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
         state = experiment.initial_state() if params is None else experiment.initial_state().replace(params=params)
-        images = parallel.replicate(random_images(50_000 if jax.default_backend() != "cpu" else 256))
+        images = devices.replicate(random_images(50_000 if jax.default_backend() != "cpu" else 256))
         indices = np.random.default_rng(0).integers(0, images.shape[1], (args.steps_per_call, config.train.batch_size))
         arms[f"ours, {dtype}{', remat' if remat else ''}"] = (
             "train step",
-            *stepper(experiment, parallel.replicate(jax.device_get(state)), images, parallel.shard_steps(indices)),
+            *stepper(experiment, devices.replicate(jax.device_get(state)), images, devices.shard_steps(indices)),
         )
     forward = jax.jit(lambda params, x, t: experiment.denoiser(params)(x, t))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((args.batch_size, *networks.IMAGE_SHAPE), np.float32))
@@ -82,7 +83,7 @@ def our_arms(args, dtype: str, params) -> dict[str, tuple]:
 
 def stepper(experiment, state, images, indices) -> tuple[Callable[[], None], int, float]:
     """One compiled call of the train loop, which takes up where the last one ended."""
-    compiled = parallel.train_steps(experiment.training).lower(state, images, indices).compile()
+    compiled = devices.train_steps(experiment.training).lower(state, images, indices).compile()
     held = [state]
 
     def call() -> None:

@@ -6,7 +6,8 @@ Data     official CIFAR-10 (163 MB, downloaded once), or a directory prepared by
 Cost     35,746,307 parameters; 800,000 steps of 128 images; about 35 GFLOP per image and step
 Expect   the paper: 3.75 bits/dim on test (3.72 on train), FID 3.17; not yet reproduced here
 
-Every key that exists is in this file; other configs start from it and change what differs.
+Every key that exists is in this file; other configs start from it and change what differs. A name may carry
+arguments of the function that it names, as in "linear(beta_end=0.03)".
 """
 
 from ml_collections import ConfigDict
@@ -24,38 +25,38 @@ def get_config() -> ConfigDict:
     config.data.flip = True
 
     config.schedule = ConfigDict()
-    config.schedule.name = "linear"  # or another one of schedules.SCHEDULES, or learned
+    # linear(beta_end=0.02), cosine, quadratic, constant, warmup, harmonic, learned(start='cosine', inner='bound')
+    config.schedule.name = "linear"
     config.schedule.num_steps = 1000
-    config.schedule.start = "linear"  # of a learned schedule: the fixed one that it is before training
-    config.schedule.inner = "bound"  # of a learned schedule: what trains it between its ends: bound, variance
-    config.schedule.learning_rate = 5e-3  # of a learned schedule: few parameters, on the scale of log SNR
 
     config.model = ConfigDict()
+    config.model.network = "unet"  # its fields are the keys of the group of its name
     config.model.prediction = "eps"  # eps, x0, v, mean
     config.model.variance = "fixed_large"  # fixed_small, fixed_large, learned, learned_range
 
     config.unet = ConfigDict()
     config.unet.channels = 128
-    config.unet.multipliers = (1, 2, 2, 2)
-    config.unet.blocks = 2
+    config.unet.channel_mult = (1, 2, 2, 2)
+    config.unet.num_res_blocks = 2
     config.unet.attention_resolutions = (16,)
-    config.unet.groups = 32
-    config.unet.heads = 1
+    config.unet.num_groups = 32
+    config.unet.num_heads = 1
     config.unet.dropout = 0.1
-    config.unet.scale_shift = False
+    config.unet.scale_shift_norm = False
     config.unet.fourier_features = ()
     config.unet.dtype = "float32"  # bfloat16: products and maps in bf16, parameters and losses in float32
     config.unet.remat = False
 
     config.objective = ConfigDict()
-    config.objective.name = "simple"  # simple, vlb, hybrid
-    config.objective.weighting = "none"  # of the simple loss: none, p2, min_snr
-    config.objective.timesteps = "uniform"  # uniform, low_discrepancy, loss_aware
+    config.objective.name = "simple"  # simple, vlb, hybrid(vlb_weight=0.001)
+    config.objective.weighting = "none"  # of the simple loss: none, p2(gamma=1), min_snr(gamma=5)
+    config.objective.timesteps = "uniform"  # uniform, low_discrepancy, loss_aware(history_length=10)
 
     config.optim = ConfigDict()
+    config.optim.name = "adam"  # adam(b2=0.999, eps=1e-8), adamw(weight_decay=0.01)
     config.optim.learning_rate = 2e-4
     config.optim.warmup_steps = 5000
-    config.optim.decay = "constant"
+    config.optim.decay = "constant"  # constant, cosine(end=0.0)
     config.optim.grad_clip = 1.0
 
     config.ema = ConfigDict()
@@ -64,27 +65,26 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.num_steps = 800_000
     config.train.batch_size = 128  # over all devices
-    config.train.grad_accum = 1  # pieces in which a device's share goes through the network
+    config.train.grad_accum = 1  # microbatches in which a device's share goes through the network
     config.train.steps_per_call = 10  # steps per compiled call on accelerators; the CPU takes one
     config.train.log_every = 100
     config.train.checkpoint_every = 5000
     config.train.keep_checkpoints = 3
     config.train.sample_every = 50_000  # 0: only at the end
-    config.train.skip_nonfinite = 0  # how many updates with a number that is not finite are left out before it stops
+    config.train.skip_nonfinite = 0  # how many updates with a NaN or Inf are left out before it stops
     config.train.check_replicas_every = 1000  # steps after which all devices must hold the same state; 0: never
 
     config.eval = ConfigDict()
     config.eval.num_images = 0  # of the test set, and as many of the training set; 0: all of the test set
     config.eval.batch_size = 256  # pairs of image and t at a time, over all devices
-    config.eval.protocol = "exact"  # ho2020: the decoder's CDF and the number of images of the original program
+    config.eval.protocol = "exact"  # ho2020: the decoder's CDF and the number of images of the original code
     config.eval.variance = "model"  # model (its own), fixed_small, fixed_large, optimal
     config.eval.terms_per_image = 0  # 0: all; fewer: an odd number, for an estimate with its standard error
 
     config.sample = ConfigDict()
     config.sample.num_images = 64
     config.sample.batch_size = 256
-    config.sample.method = "ancestral"  # ancestral, ddim; dpm_solver_pp and heun: second order, for few steps
+    config.sample.method = "ancestral"  # ancestral, ddim(eta=0.0); for few steps dpm_solver_pp, heun
     config.sample.num_steps = 0  # 0: all; fewer: evenly spaced
     config.sample.variance = "model"  # of ancestral: model (its own), fixed_small, fixed_large, optimal
-    config.sample.eta = 0.0  # of ddim
     return config.lock()

@@ -25,10 +25,10 @@ def get_config() -> ConfigDict:
     config.model.prediction = "v"
     config.model.variance = "learned_range"
     config.unet.channels = 32
-    config.unet.multipliers = (1, 2)
-    config.unet.blocks = 1
+    config.unet.channel_mult = (1, 2)
+    config.unet.num_res_blocks = 1
     config.unet.attention_resolutions = (4,)
-    config.unet.groups = 8
+    config.unet.num_groups = 8
     config.unet.dropout = 0.0
     config.unet.fourier_features = (2, 3, 4)
     config.objective.name = "vlb"

@@ -1,4 +1,4 @@
-"""Diagonal Gaussians: divergence, density, and the mass that falls on one grey level.
+"""Diagonal Gaussians: divergence, density, and the mass that falls on one pixel value.
 
 Everything is elementwise and in nats. `log_var` always has the mean's shape.
 """
@@ -39,7 +39,7 @@ def log_prob(g: Gaussian, x: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*s
 def discretized_log_prob(
     g: Gaussian, x: Float[ArrayLike, "*shape"], num_levels: int = 256
 ) -> Float[ArrayLike, "*shape"]:
-    """log of the Gaussian's mass on the bin around each grey level of x, in nats.
+    """log of the Gaussian's mass on the bin around each pixel value of x, in nats.
 
     The levels are −1, …, 1 in steps of 2/(num_levels − 1); a bin reaches half a step to either side, and the
     outermost bins are open, so the masses sum to one. Source: Ho et al. (2020), eq. 13.
@@ -47,7 +47,7 @@ def discretized_log_prob(
     Args:
         g: the decoder's Gaussian.
         x: data on the levels, in [-1, 1].
-        num_levels: how many grey levels there are (256 for photographs).
+        num_levels: how many pixel values there are (256 for photographs).
     """
     half_bin = 1.0 / (num_levels - 1)
     inv_sigma = jnp.exp(-0.5 * g.log_var)
@@ -66,7 +66,7 @@ def discretized_log_prob(
 def tanh_discretized_log_prob(
     g: Gaussian, x: Float[ArrayLike, "*shape"], num_levels: int = 256
 ) -> Float[ArrayLike, "*shape"]:
-    """`discretized_log_prob` as the program behind Ho et al. (2020) computes it, to compare with its numbers.
+    """`discretized_log_prob` as the original code of Ho et al. (2020) computes it, to compare with its numbers.
 
     Φ(z) is approximated by ½(1 + tanh(√(2/π)(z + 0.044715 z³))), off by up to 2e-4, and masses below 1e-12 count
     as 1e-12: an outlier costs at most 40 bits. In float32 the mass of an inner bin is a difference of numbers near

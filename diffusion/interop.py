@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from diffusion.unet import UNet
+from diffusion.networks.unet import UNet
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -52,7 +52,7 @@ ABSENT_CONFIG = {
     "freq_shift": 0,
     "norm_eps": 1e-5,
 }
-# What it is free to choose: sizes, which are whole numbers or lists of them, ...
+# What it is free to choose: sizes, which are integers or lists of them, ...
 SIZES = {"sample_size", "in_channels", "out_channels"}
 SIZES |= {"block_out_channels", "layers_per_block", "norm_num_groups"}
 BLOCK_TYPES = {"down_block_types", "up_block_types"}
@@ -118,13 +118,13 @@ def save_diffusers(directory: str | Path, unet: UNet, params: PyTree, sample_siz
 
     Raises ValueError if the layout has no place for a field of `unet`, or if `params` are not the network's.
     """
-    for key, value in {"scale_shift": False, "fourier_features": (), "heads": 1}.items():
+    for key, value in {"scale_shift_norm": False, "fourier_features": (), "num_heads": 1}.items():
         if getattr(unet, key) != value:
             raise ValueError(
                 f"unet.{key}={getattr(unet, key)} has no place in the published layout, which needs {value}."
             )
-    if unet.multipliers[0] != 1:
-        raise ValueError(f"unet.multipliers={unet.multipliers} must begin with 1 in the published layout.")
+    if unet.channel_mult[0] != 1:
+        raise ValueError(f"unet.channel_mult={unet.channel_mult} must begin with 1 in the published layout.")
     image_shape = (sample_size, sample_size, params["conv_in"]["kernel"].shape[2])
     _refuse_differences(
         *(
@@ -132,14 +132,14 @@ def save_diffusers(directory: str | Path, unet: UNet, params: PyTree, sample_siz
             for tree in (params, _param_shapes(unet, image_shape))
         )
     )
-    attends = [sample_size >> level in unet.attention_resolutions for level in range(len(unet.multipliers))]
+    attends = [sample_size >> level in unet.attention_resolutions for level in range(len(unet.channel_mult))]
     config = FIXED_CONFIG | {
         "sample_size": sample_size,
         "in_channels": image_shape[2],
         "out_channels": unet.out_channels,
-        "block_out_channels": [unet.channels * multiplier for multiplier in unet.multipliers],
-        "layers_per_block": unet.blocks,
-        "norm_num_groups": unet.groups,
+        "block_out_channels": [unet.channels * factor for factor in unet.channel_mult],
+        "layers_per_block": unet.num_res_blocks,
+        "norm_num_groups": unet.num_groups,
         "dropout": unet.dropout,
         **_block_types(attends),
     }
@@ -161,7 +161,7 @@ def _unet_of(config: dict[str, Any]) -> tuple[UNet, tuple[int, int, int]]:
         raise ValueError(f"{', '.join(sorted(missing))} must be given.")
     for key in sorted(SIZES):
         if not all(type(size) is int and size > 0 for size in np.ravel(np.array(config[key], dtype=object))):
-            raise ValueError(f"{key}={config[key]!r} must consist of positive whole numbers.")
+            raise ValueError(f"{key}={config[key]!r} must consist of positive integers.")
 
     height, width = np.broadcast_to(config["sample_size"], 2).tolist()
     widths = config["block_out_channels"]
@@ -177,10 +177,10 @@ def _unet_of(config: dict[str, Any]) -> tuple[UNet, tuple[int, int, int]]:
             )
     unet = UNet(
         channels=widths[0],
-        multipliers=tuple(features // widths[0] for features in widths),
-        blocks=config["layers_per_block"],
+        channel_mult=tuple(features // widths[0] for features in widths),
+        num_res_blocks=config["layers_per_block"],
         attention_resolutions=tuple(height >> level for level, attend in enumerate(attends) if attend),
-        groups=config["norm_num_groups"],
+        num_groups=config["norm_num_groups"],
         dropout=config.get("dropout", 0.0),
         out_channels=config["out_channels"],
     )
@@ -215,12 +215,12 @@ def _published_name(unet: UNet, path: tuple[str, ...]) -> str:
         "norm_out": "conv_norm_out",
         "conv_out": "conv_out",
     }
-    for level in range(len(unet.multipliers)):
+    for level in range(len(unet.channel_mult)):
         # Published levels are counted in the order in which they run.
-        down, up = f"down_blocks.{level}", f"up_blocks.{len(unet.multipliers) - 1 - level}"
+        down, up = f"down_blocks.{level}", f"up_blocks.{len(unet.channel_mult) - 1 - level}"
         modules[f"down_{level}_downsample"] = f"{down}.downsamplers.0.conv"
         modules[f"up_{level}_upsample"] = f"{up}.upsamplers.0.conv"
-        for i in range(unet.blocks + 1):
+        for i in range(unet.num_res_blocks + 1):
             modules[f"down_{level}_block_{i}"] = f"{down}.resnets.{i}"
             modules[f"up_{level}_block_{i}"] = f"{up}.resnets.{i}"
             modules[f"down_{level}_attention_{i}"] = f"{down}.attentions.{i}"

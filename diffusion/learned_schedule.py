@@ -8,7 +8,9 @@ The bound says what the ends should be: a larger γ_1 costs in the decoder's ter
 T → ∞ it does not depend on the way between them (VDM, section 5.1), but for a finite T it does.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,31 @@ from diffusion.schedules import Schedule
 NAME = "learned"  # as schedule.name, next to the fixed ones of `schedules.SCHEDULES`
 SUBTREE = "schedule"  # where the parameters lie, next to the modules of the network
 # How the logits are trained: by the bound's gradient, or by that of the loss's second moment.
-INNER = ("bound", "variance")
+Inner = Literal["bound", "variance"]
 # The part of γ_T − γ_1 that is divided evenly: no step vanishes, whatever the logits are.
 EVEN_SHARE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """How a schedule is learned.
+
+    Attributes:
+        start: the fixed schedule that it is before training, by its name in `schedules.SCHEDULES`.
+        inner: what trains it between its ends; see `losses`.
+        learning_rate: of its few parameters, which are on the scale of log SNR.
+
+    Raises:
+        ValueError: the learning rate is outside (0, 10].
+    """
+
+    start: str = "linear"
+    inner: Inner = "bound"
+    learning_rate: float = 5e-3
+
+    def __post_init__(self):
+        if not 0 < self.learning_rate <= 10:
+            raise ValueError(f"schedule.name: learning_rate={self.learning_rate} of learned must be in (0, 10]")
 
 
 def init(start: Schedule) -> dict[str, Array]:
@@ -36,18 +60,18 @@ def init(start: Schedule) -> dict[str, Array]:
     """
     if start.num_steps < 2:
         raise ValueError(
-            f"schedule.name='learned' divides the way from γ_1 to γ_T, so schedule.num_steps={start.num_steps} "
+            f"a learned schedule divides the way from γ_1 to γ_T, so schedule.num_steps={start.num_steps} "
             "must be at least 2"
         )
     if not jnp.isfinite(start.log_snr[1:]).all():
         raise ValueError(
-            "schedule.name='learned' cannot start where log SNR_T = −∞ (schedule.start); choose another start"
+            "a learned schedule cannot start where log SNR_T = −∞; choose another start (schedule.name)"
         )
     steps = jax.vmap(process.gamma_step)(start[2:])
     share = steps / steps.sum() - EVEN_SHARE / len(steps)
     if not (share > 0).all():
         raise ValueError(
-            f"schedule.name='learned' has no step below {EVEN_SHARE} of the mean, but its schedule.start has one"
+            f"a learned schedule has no step below {EVEN_SHARE} of the mean, but its start has one (schedule.name)"
         )
     return {"gamma_1": -start.log_snr[1], "log_range": jnp.log(steps.sum()), "logits": jnp.log(share)}
 
@@ -119,7 +143,7 @@ def losses(
     losses_of: Callable[[PyTree, Schedule], tuple[Float[Array, " b"], PyTree]],
     params: PyTree,
     t: Array,
-    inner: str,
+    inner: Inner,
 ) -> tuple[Float[Array, " b"], PyTree]:
     """losses_of(params, rows of t), with the gradient that `inner` asks for.
 
@@ -132,7 +156,7 @@ def losses(
         losses_of: (params, rows with leaves [B]) -> each example's loss, and further results without a gradient.
         params: the network's, with the schedule's under SUBTREE.
         t: [B].
-        inner: one of INNER.
+        inner: "bound" or "variance".
     """
     own = params[SUBTREE]
     if inner == "bound":
@@ -152,10 +176,11 @@ def _with_squared_gradient(losses_of: Callable) -> Callable:
     def backward(residuals, cotangents):
         pull, factor = residuals
         params_bar, row_bar = pull(cotangents[0])
-        # The cotangent of whole numbers has no values.
-        is_float = lambda leaf: leaf.dtype != jax.dtypes.float0  # noqa: E731
-        squared = jax.tree.map(lambda leaf: factor * leaf if is_float(leaf) else leaf, row_bar)
-        return params_bar, row_bar, squared
+
+        def scaled(leaf):  # the cotangent of an integer has no values
+            return leaf if leaf.dtype == jax.dtypes.float0 else factor * leaf
+
+        return params_bar, row_bar, jax.tree.map(scaled, row_bar)
 
     wrapped = jax.custom_vjp(lambda params, row, _: losses_of(params, row))
     wrapped.defvjp(forward, backward)

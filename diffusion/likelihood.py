@@ -14,14 +14,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion import gaussian, process
-from diffusion.reverse import Reverse
+from diffusion.reverse import Denoise, Reverse
 from diffusion.schedules import Schedule
 
 
 class Protocol(NamedTuple):
     """Choices of an evaluation that move its number though the model is the same.
 
-    decoder: (Gaussian, x, num_levels) -> log mass of each element's grey level, in nats.
+    decoder: (Gaussian, x, num_levels) -> log mass of each element's pixel value, in nats.
     decoder_cdf: which normal CDF that is, in words.
     images_multiple: only a multiple of so many images is scored, the remainder dropped.
     """
@@ -33,7 +33,7 @@ class Protocol(NamedTuple):
 
 PROTOCOLS: dict[str, Protocol] = {
     "exact": Protocol(gaussian.discretized_log_prob, "exact", 1),
-    # What the program behind Ho et al. (2020) does: 9,984 of CIFAR-10's 10,000 test images.
+    # What the original code of Ho et al. (2020) does: 9,984 of CIFAR-10's 10,000 test images.
     "ho2020": Protocol(gaussian.tanh_discretized_log_prob, "tanh approximation, masses clamped at 1e-12", 256),
 }
 
@@ -58,10 +58,10 @@ def vlb_term_bpd(
     Args:
         p: the reverse process.
         row: the schedule's row of t.
-        x0: the image in [-1, 1], on its grey levels.
+        x0: the image in [-1, 1], on its pixel values.
         x_t: a sample of q(x_t | x_0).
         output: the network's output for x_t, [h, w, p.output_channels(c)].
-        num_levels: how many grey levels the decoder distinguishes.
+        num_levels: how many pixel values the decoder distinguishes.
         clip_x0: clip x̂_0 to [-1, 1]: on in evaluation, off in training (the clip has no gradient).
         decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats.
     """
@@ -77,39 +77,31 @@ def prior_bpd(schedule: Schedule, x0: Float[ArrayLike, "h w c"]) -> Float[ArrayL
     return bits_per_dim(gaussian.kl(process.q_marginal(schedule[schedule.num_steps], x0), standard_normal))
 
 
-def vlb_batch_bpd(
-    denoise: Callable[[Array, Array], Array],
+# Something to know of one image at one t: (row, x0, x_t, eps, output) -> a tree of numbers.
+Measure = Callable[[Schedule, Array, Array, Array, Array], PyTree]
+
+
+def term_and_x0_mse(
     p: Reverse,
-    row: Schedule,
-    x0: Float[ArrayLike, "b h w c"],
-    keys: Key[Array, " b"],
     num_levels: int = 256,
     clip_x0: bool = True,
     decoder: Callable[..., Array] = gaussian.discretized_log_prob,
-) -> tuple[Float[ArrayLike, " b"], Float[ArrayLike, " b"]]:
-    """The term of one t of each image's bound, each image with a t of its own, and the error of its x̂_0.
+) -> Measure:
+    """The bound's term in bits/dim, and the mean squared error of x̂_0 for data in [-1, 1].
 
-    ε is drawn from the image's key and t, so a term is the same number whatever it is batched with.
-
-    Args:
-        denoise: (x_t [B, H, W, C], network_t [B]) -> output.
-        p: the reverse process.
-        row: `schedule[t]` for t [B].
-        x0: images in [-1, 1], on their grey levels.
-        keys: one per image.
-        num_levels: how many grey levels the decoder distinguishes.
-        clip_x0: clip x̂_0 to [-1, 1].
-        decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats.
-
-    Returns:
-        The terms [B] in bits/dim, and the mean squared errors [B] of x̂_0, the guess of x_0 that x_t allows, for
-        data in [-1, 1].
+    Args: those of `vlb_term_bpd`.
     """
-    return at_one_t(denoise, row, x0, keys, _term_and_mse(p, num_levels, clip_x0, decoder))
+
+    def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> tuple[Array, Array]:
+        _, x0_hat = p(row, x_t, output, clip_x0)
+        term = vlb_term_bpd(p, row, x0, x_t, output, num_levels, clip_x0, decoder)
+        return term, jnp.mean((x0 - x0_hat) ** 2)
+
+    return measure
 
 
 def vlb_terms_bpd(
-    denoise: Callable[[Array, Array], Array],
+    denoise: Denoise,
     p: Reverse,
     schedule: Schedule,
     x0: Float[ArrayLike, "b h w c"],
@@ -118,60 +110,62 @@ def vlb_terms_bpd(
     clip_x0: bool = True,
     decoder: Callable[..., Array] = gaussian.discretized_log_prob,
 ) -> tuple[Float[ArrayLike, "b steps"], Float[ArrayLike, "b steps"]]:
-    """Every term of every image's bound, and the error of every x̂_0: `vlb_batch_bpd` for t = 1…T.
+    """Every term of every image's bound, and the error of every x̂_0, for t = 1…T.
 
     The sum of the terms over t plus `prior_bpd` is an unbiased estimate of the bound.
 
     Args:
-        schedule: its T rows are scanned. The other arguments are those of `vlb_batch_bpd`.
+        denoise: (x_t [B, H, W, C], network_t [B]) -> output.
+        p: the reverse process.
+        schedule: its T rows are scanned.
+        x0: images in [-1, 1], on their pixel values.
+        keys: one per image; ε is drawn from it and t, so a term does not depend on what it is batched with.
+        num_levels: how many pixel values the decoder distinguishes.
+        clip_x0: clip x̂_0 to [-1, 1].
+        decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats.
 
     Returns:
-        The terms [B, T] and the mean squared errors [B, T]; entry t − 1 is that of t.
+        The terms [B, T] in bits/dim and the mean squared errors [B, T] of x̂_0 for data in [-1, 1]; entry t − 1 is
+        that of t.
     """
-    return over_all_t(denoise, schedule, x0, keys, _term_and_mse(p, num_levels, clip_x0, decoder))
-
-
-def _term_and_mse(p: Reverse, num_levels: int, clip_x0: bool, decoder: Callable[..., Array]) -> Callable:
-    def one(row, x0, x_t, eps, output):
-        _, x0_hat = p(row, x_t, output, clip_x0)
-        term = vlb_term_bpd(p, row, x0, x_t, output, num_levels, clip_x0, decoder)
-        return term, jnp.mean((x0 - x0_hat) ** 2)
-
-    return one
+    return over_all_t(denoise, schedule, x0, keys, term_and_x0_mse(p, num_levels, clip_x0, decoder))
 
 
 def at_one_t(
-    denoise: Callable[[Array, Array], Array],
+    denoise: Denoise,
     row: Schedule,
     x0: Float[ArrayLike, "b h w c"],
     keys: Key[Array, " b"],
-    one: Callable[[Schedule, Array, Array, Array, Array], PyTree],
+    measure: Measure,
 ) -> PyTree:
-    """one(row, x0, x_t, ε, output) of each image, each with a t of its own; ε is drawn from the image's key and t."""
-    eps = jax.vmap(lambda key, t: jax.random.normal(jax.random.fold_in(key, t), x0.shape[1:]))(keys, row.t)
+    """The measure of each image, each with a t of its own: row is `schedule[t]` for t [B].
+
+    ε is drawn from the image's key and t.
+    """
+    eps = _noise(jax.vmap(jax.random.fold_in)(keys, row.t), x0.shape[1:])
     x_t = jax.vmap(process.q_sample)(row, x0, eps)
-    return jax.vmap(one)(row, x0, x_t, eps, denoise(x_t, row.network_t))
+    return jax.vmap(measure)(row, x0, x_t, eps, denoise(x_t, row.network_t))
 
 
 def over_all_t(
-    denoise: Callable[[Array, Array], Array],
+    denoise: Denoise,
     schedule: Schedule,
     x0: Float[ArrayLike, "b h w c"],
     keys: Key[Array, " b"],
-    one: Callable[[Schedule, Array, Array, Array, Array], PyTree],
+    measure: Measure,
 ) -> PyTree:
     """`at_one_t` for t = 1…T, one after another: leaves [B, T], entry t − 1 is that of t."""
 
     def of_one_t(_, row: Schedule):
         rows = jax.tree.map(lambda leaf: jnp.full(len(x0), leaf), row)
-        return None, at_one_t(denoise, rows, x0, keys, one)
+        return None, at_one_t(denoise, rows, x0, keys, measure)
 
     _, terms = jax.lax.scan(of_one_t, None, schedule[1:])
     return jax.tree.map(jnp.transpose, terms)
 
 
 def log_weights_nats(
-    denoise: Callable[[Array, Array], Array],
+    denoise: Denoise,
     p: Reverse,
     schedule: Schedule,
     x0: Float[ArrayLike, "b h w c"],
@@ -189,8 +183,12 @@ def log_weights_nats(
     Args: those of `vlb_terms_bpd`.
     """
     last = schedule[schedule.num_steps]
-    noise = lambda t: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), x0.shape[1:]))(keys)  # noqa: E731
-    log_ratio = lambda x, p, q: jnp.sum(gaussian.log_prob(p, x) - gaussian.log_prob(q, x))  # noqa: E731
+
+    def noise(t: int | Array) -> Array:
+        return _noise(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t), x0.shape[1:])
+
+    def log_ratio(x: Array, p: gaussian.Gaussian, q: gaussian.Gaussian) -> Array:
+        return jnp.sum(gaussian.log_prob(p, x) - gaussian.log_prob(q, x))
 
     def prior(x0: Array, eps: Array) -> tuple[Array, Array]:
         marginal = process.q_marginal(last, x0)
@@ -213,6 +211,10 @@ def log_weights_nats(
     start = jax.vmap(prior)(x0, noise(schedule.num_steps))
     (_, log_weights), _ = jax.lax.scan(body, start, schedule[1:], reverse=True)
     return log_weights
+
+
+def _noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def importance_weighted_nats(log_weights: Float[ArrayLike, "n samples"], k: int) -> Float[ArrayLike, "n groups"]:

@@ -49,14 +49,6 @@ def bound_weight(p: Reverse, row: Schedule) -> Float[ArrayLike, ""]:
     return 0.5 * (row.posterior_x0 * x0_per_output(p, row)) ** 2 * jnp.exp(-log_var)
 
 
-def simple_weight(p: Reverse, row: Schedule) -> Float[ArrayLike, ""]:
-    """By how much L_simple multiplies the bound's term of t: 1/w_t, up to a factor that is the same for every t.
-
-    Where it is small, L_simple gives less than the bound: for ε that is small t (Ho et al. (2020), section 3.4).
-    """
-    return 1 / bound_weight(p, row)
-
-
 def weighted_error(
     p: Reverse,
     row: Schedule,

@@ -16,6 +16,9 @@ from diffusion import process
 from diffusion.gaussian import Gaussian
 from diffusion.schedules import Schedule
 
+# A network as the math wants it: (x_t [B, H, W, C], network_t [B]) -> output [B, H, W, Reverse.output_channels(C)].
+Denoise = Callable[[Array, Array], Array]
+
 
 class Prediction(NamedTuple):
     """What the network's output means.
@@ -91,17 +94,6 @@ VARIANCES: dict[str, Variance] = {
     "learned": Variance(lambda row, raw: raw, is_learned=True),
     "learned_range": Variance(_learned_range, is_learned=True),
 }
-
-
-def eps_kl(
-    row: Schedule, eps: Float[ArrayLike, "*shape"], eps_hat: Float[ArrayLike, "*shape"]
-) -> Float[ArrayLike, "*shape"]:
-    """½ expm1(γ_t − γ_{t−1}) (ε − ε̂)²: the bound's term of t > 1 in nats, elementwise, if σ_t² = β̃_t.
-
-    It is KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)) for the mean μ̃_t(x_t, x̂_0) with the x̂_0 that ε̂ stands for:
-    of the schedule only γ = −log SNR remains. Kingma et al. (2021, VDM), section 4.
-    """
-    return 0.5 * jnp.expm1(process.gamma_step(row)) * (eps - eps_hat) ** 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from diffusion.gaussian import Gaussian
-from diffusion.reverse import Reverse
+from diffusion.reverse import Denoise, Reverse
 from diffusion.schedules import Schedule
-
-Denoise = Callable[[Array, Array], Array]
 
 
 class Moment(NamedTuple):
@@ -54,11 +52,11 @@ def ancestral(
         keys: one per image.
         shape: an image's (H, W, C).
         clip_x0: clip x̂_0 to [-1, 1].
-        num_frames: how many x̂_0 along the way to return.
+        num_frames: how many x̂_0 of the denoising trajectory to return.
 
     Returns:
-        The samples, and the film of x̂_0 from noise to data; the samples are the mean of the last step, which adds
-        no noise.
+        The samples, which are the mean of the last step: it adds no noise. And the denoising trajectory: x̂_0 from
+        noise to data.
     """
     return _walk(lambda now: now.p_prev, denoise, p, schedule, keys, shape, clip_x0, num_frames)
 
@@ -132,9 +130,9 @@ def heun(
     clip_x0: bool = True,
     num_frames: int = 1,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "frames b h w c"]]:
-    """Heun's rule for DDIM's ODE: second order, with two network evaluations per step but one in the last.
+    """Heun's method for DDIM's ODE: second order, with two network evaluations per step but one in the last.
 
-    With σ_t = √(1 − ᾱ_t) the ODE is d(x/σ) = x̂_0 d(√ᾱ/σ), for which a DDIM step (η = 0) is Euler's rule. The step is
+    With σ_t = √(1 − ᾱ_t) the ODE is d(x/σ) = x̂_0 d(√ᾱ/σ), for which a DDIM step (η = 0) is Euler's method. The step is
     taken twice: the second time with the mean of x̂_0 at its beginning and x̂_0 where the first one ended. These
     variables have no singularity where ᾱ_T is almost 0.
 
@@ -144,8 +142,11 @@ def heun(
 
     def step(now: Moment) -> Gaussian:
         end = ddim_step(now.row, now.x_t, now.x0_hat).mean
-        look = lambda x: _predict(denoise, p, now.next_row, x, clip_x0)[1]  # noqa: E731
-        end_x0_hat = jax.lax.cond(now.row.t > 1, look, lambda x: x, end)  # x_0 itself needs no prediction
+
+        def predict_x0(x):
+            return _predict(denoise, p, now.next_row, x, clip_x0)[1]
+
+        end_x0_hat = jax.lax.cond(now.row.t > 1, predict_x0, lambda x: x, end)  # x_0 itself needs no prediction
         return ddim_step(now.row, now.x_t, (now.x0_hat + end_x0_hat) / 2)
 
     return _walk(step, denoise, p, schedule, keys, shape, clip_x0, num_frames)
@@ -160,24 +161,27 @@ def _predict(denoise: Denoise, p: Reverse, row: Schedule, x_t: Array, clip_x0: b
 def _walk(step: Step, denoise, p, schedule, keys, shape, clip_x0, num_frames):
     num_steps = schedule.num_steps
     if not 1 <= num_frames <= num_steps:
-        raise ValueError(f"a film of {num_frames} frames cannot be cut from {num_steps} steps")
+        raise ValueError(f"num_frames={num_frames} must be in 1…{num_steps}, the number of steps")
 
     def noise(t):
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape))(keys)
 
     def body(carry, rows: tuple[Schedule, Schedule]):
-        (x_t, last_x0_hat, last_log_snr, film), (row, next_row) = carry, rows
+        x_t, last_x0_hat, last_log_snr, frames = carry
+        row, next_row = rows
         p_prev, x0_hat = _predict(denoise, p, row, x_t, clip_x0)
         x_prev = step(Moment(row, next_row, x_t, p_prev, x0_hat, last_x0_hat, last_log_snr))
-        # A frame is overwritten until its last step: the film needs no memory for the steps it leaves out.
-        film = film.at[(num_steps - row.t) * num_frames // num_steps].set(x0_hat)
+        # A frame is overwritten until its last step, so the steps that are left out need no memory.
+        frames = frames.at[(num_steps - row.t) * num_frames // num_steps].set(x0_hat)
         x_prev = jnp.where(row.t > 1, x_prev.sample(noise(row.t - 1)), x_prev.mean)
-        return (x_prev, x0_hat, row.log_snr, film), None
+        return (x_prev, x0_hat, row.log_snr, frames), None
 
     x_T = noise(0)  # a number that no step takes: the same start for any number of steps
     start = (x_T, jnp.zeros_like(x_T), jnp.float32(-jnp.inf), jnp.zeros((num_frames, *x_T.shape)))
-    (x0, _, _, film), _ = jax.lax.scan(body, start, (schedule[1:], schedule[:-1]), reverse=True)
-    return x0, film
+    (x0, _, _, frames), _ = jax.lax.scan(body, start, (schedule[1:], schedule[:-1]), reverse=True)
+    return x0, frames
 
 
+# Those that draw x_{t−1} with the variance of p; the others take only its x̂_0.
+DRAW_FROM_VARIANCE = ("ancestral",)
 SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpm_solver_pp": dpm_solver_pp, "heun": heun}

@@ -10,7 +10,6 @@ off by 1.7e-4 (relative) in 1 − ᾱ_1.
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -97,7 +96,9 @@ def linear(num_steps: int | np.integer, beta_start: float = 1e-4, beta_end: floa
 
 def quadratic(num_steps: int | np.integer, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """√β linear in t (one of the schedules that Ho et al. tried)."""
-    return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, _checked(num_steps)) ** 2 * 1000 / num_steps)
+    with np.errstate(invalid="ignore"):  # of a negative β: `from_betas` refuses it
+        ends = np.sqrt([beta_start, beta_end])
+    return from_betas(np.linspace(*ends, _checked(num_steps)) ** 2 * 1000 / num_steps)
 
 
 def constant(num_steps: int | np.integer, beta: float = 0.02) -> Schedule:
@@ -133,7 +134,12 @@ def cosine(num_steps: int | np.integer, offset: float = 0.008, max_beta: float =
     """ᾱ_t = f(t/T)/f(0) with f(u) = cos²(π/2 · (u + offset)/(1 + offset)), β clipped at `max_beta`.
 
     Source: Nichol & Dhariwal (2021), eq. 17.
+
+    Raises:
+        ValueError: the offset is negative.
     """
+    if offset < 0:
+        raise ValueError(f"the offset of the cosine schedule must be at least 0, not {offset}")
     u = np.arange(_checked(num_steps) + 1) / num_steps
     f = np.cos(np.pi / 2 * (u + offset) / (1 + offset)) ** 2
     return from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
@@ -144,8 +150,7 @@ SCHEDULES = {
     "cosine": cosine,
     "quadratic": quadratic,
     "constant": constant,
-    "warmup10": partial(warmup, fraction=0.1),
-    "warmup50": partial(warmup, fraction=0.5),
+    "warmup": warmup,
     "harmonic": harmonic,
 }
 
@@ -165,7 +170,7 @@ def respace(schedule: Schedule, keep: Sequence[int] | ArrayLike) -> Schedule:
     """
     keep = np.asarray(keep)
     if keep.ndim != 1 or keep.size == 0 or not np.issubdtype(keep.dtype, np.integer):
-        raise ValueError(f"keep must be a list of whole numbers out of 1…{schedule.num_steps}, not {keep!r}")
+        raise ValueError(f"keep must be a list of integers out of 1…{schedule.num_steps}, not {keep!r}")
     if np.any(np.diff(keep) <= 0) or keep[0] < 1 or keep[-1] > schedule.num_steps:
         raise ValueError(f"keep must increase strictly within 1…{schedule.num_steps}, not {keep.tolist()}")
     # Summed from log α and not read from ᾱ: the float32 table of ᾱ has lost what 1 − ᾱ needs near t = 0.
@@ -194,7 +199,7 @@ def evenly_spaced(schedule: Schedule, num_steps: int | np.integer) -> Schedule:
 
 def _checked(num_steps: int | np.integer) -> int:
     if num_steps < 1 or num_steps != int(num_steps):
-        raise ValueError(f"the number of steps T must be a whole number ≥ 1, not {num_steps} (schedule.num_steps)")
+        raise ValueError(f"the number of steps T must be an integer ≥ 1, not {num_steps} (schedule.num_steps)")
     return int(num_steps)
 
 

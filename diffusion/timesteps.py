@@ -10,23 +10,71 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-HISTORY_LENGTH = 10  # losses per t; Nichol & Dhariwal (2021), section 3.3
-UNIFORM_SHARE = 0.001  # of the draws; their program's
 TICKETS = 2**30
 
 
-def uniform(key: Key[Array, ""], batch_size: int, num_steps: int) -> Int[Array, " b"]:
+class TimestepSampler(NamedTuple):
+    """A way to draw t, as pure functions of what it remembers.
+
+    init: (T) -> the memory before the first step, an empty tuple where there is none.
+    draw: (memory, key, batch size, T) -> t [B] and the weights [B] that make the mean of weight × loss unbiased
+        for the mean over uniform t.
+    update: (memory, t [B], unweighted losses [B]) -> the memory after the step.
+    """
+
+    init: Callable[[int], PyTree]
+    draw: Callable[[PyTree, Key[Array, ""], int, int], tuple[Int[Array, " b"], Float[Array, " b"]]]
+    update: Callable[[PyTree, Int[Array, " b"], Float[Array, " b"]], PyTree]
+
+
+def uniform() -> TimestepSampler:
     """t ~ Uniform{1…T}, independently for each example. Ho et al. (2020), algorithm 1."""
-    return jax.random.randint(key, (batch_size,), 1, num_steps + 1)
+    return _without_memory(lambda key, batch_size, num_steps: jax.random.randint(key, (batch_size,), 1, num_steps + 1))
 
 
-def low_discrepancy(key: Key[Array, ""], batch_size: int, num_steps: int) -> Int[Array, " b"]:
+def low_discrepancy() -> TimestepSampler:
     """Evenly spaced t with one random offset: each t is uniform, and the batch's mean loss varies less.
 
     Source: Kingma et al. (2021, VDM), appendix I.1.
     """
+    return _without_memory(evenly_spaced)
+
+
+def evenly_spaced(key: Key[Array, ""], batch_size: int, num_steps: int) -> Int[Array, " b"]:
+    """What `low_discrepancy` draws."""
     u = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
     return jnp.minimum((u * num_steps).astype(jnp.int32) + 1, num_steps)
+
+
+def _without_memory(draw: Callable[[Key[Array, ""], int, int], Int[Array, " b"]]) -> TimestepSampler:
+    def draw_unweighted(memory, key, batch_size, num_steps):
+        return draw(key, batch_size, num_steps), jnp.ones(batch_size)
+
+    return TimestepSampler(lambda num_steps: (), draw_unweighted, lambda memory, t, losses: memory)
+
+
+def loss_aware(history_length: int = 10, uniform_share: float = 0.001) -> TimestepSampler:
+    """t with probability p_t ∝ √E[L_t²] and the weight 1/(T p_t), which keeps the weighted loss's mean unbiased.
+
+    Nichol & Dhariwal (2021), eq. 18 and section 3.3. The mean is over the last `history_length` losses of t; the draw
+    is uniform until every t has so many, and mixed with `uniform_share` of uniform draws after that, so that no t is
+    forgotten.
+
+    Raises:
+        ValueError: history_length < 1, or uniform_share outside (0, 1].
+    """
+    if history_length < 1:
+        raise ValueError(f"objective.timesteps: history_length={history_length} of loss_aware must be at least 1")
+    if not 0 < uniform_share <= 1:
+        raise ValueError(f"objective.timesteps: uniform_share={uniform_share} of loss_aware must be in (0, 1]")
+
+    def init(num_steps: int) -> History:
+        return empty_history(num_steps, history_length)
+
+    def draw(history, key, batch_size, num_steps):
+        return draw_by_loss(history, key, batch_size, num_steps, uniform_share)
+
+    return TimestepSampler(init, draw, record)
 
 
 class History(NamedTuple):
@@ -36,23 +84,19 @@ class History(NamedTuple):
     counts: Int[Array, " steps"]  # how many losses a t has had so far
 
 
-def empty_history(num_steps: int) -> History:
+def empty_history(num_steps: int, length: int) -> History:
     """No losses yet."""
-    return History(jnp.zeros((num_steps, HISTORY_LENGTH)), jnp.zeros(num_steps, jnp.int32))
+    return History(jnp.zeros((num_steps, length)), jnp.zeros(num_steps, jnp.int32))
 
 
-def loss_aware(
-    history: History, key: Key[Array, ""], batch_size: int, num_steps: int
+def draw_by_loss(
+    history: History, key: Key[Array, ""], batch_size: int, num_steps: int, uniform_share: float
 ) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
-    """t with probability p_t ∝ √E[L_t²] and the weight 1/(T p_t), which keeps the weighted loss's mean unbiased.
-
-    Nichol & Dhariwal (2021), eq. 18. The mean is over the last 10 losses of t; the draw is uniform until every t
-    has 10, and mixed with 0.001 uniform after that, so that no t is forgotten.
-    """
+    """The draw of `loss_aware`: t and its weights."""
     rms = jnp.sqrt(jnp.mean(history.losses**2, axis=1))
-    is_full = jnp.all(history.counts >= HISTORY_LENGTH)
-    p = jnp.where(is_full, (1 - UNIFORM_SHARE) * rms / rms.sum() + UNIFORM_SHARE / num_steps, 1 / num_steps)
-    # A lottery in whole numbers: the probabilities that are drawn from are exactly those that are divided by. A
+    is_full = jnp.all(history.counts >= history.losses.shape[1])
+    p = jnp.where(is_full, (1 - uniform_share) * rms / rms.sum() + uniform_share / num_steps, 1 / num_steps)
+    # A lottery in integers: the probabilities that are drawn from are exactly those that are divided by. A
     # float32 sum of p would be off by as much as the rarest t has.
     tickets = jnp.maximum(jnp.round(p * TICKETS).astype(jnp.int32), 1)
     sums = jnp.cumsum(tickets)
@@ -77,31 +121,4 @@ def record(history: History, t: Int[Array, " b"], losses: Float[Array, " b"]) ->
     return History(written, history.counts + batch_counts)
 
 
-class TimestepSampler(NamedTuple):
-    """A way to draw t, as pure functions of what it remembers.
-
-    init: (T) -> the memory before the first step, an empty tuple where there is none.
-    draw: (memory, key, batch size, T) -> t [B] and the weights [B] that make the mean of weight × loss unbiased
-        for the mean over uniform t.
-    update: (memory, t [B], unweighted losses [B]) -> the memory after the step.
-    """
-
-    init: Callable[[int], PyTree]
-    draw: Callable[[PyTree, Key[Array, ""], int, int], tuple[Int[Array, " b"], Float[Array, " b"]]]
-    update: Callable[[PyTree, Int[Array, " b"], Float[Array, " b"]], PyTree]
-
-
-def _forgetful(draw: Callable[[Key[Array, ""], int, int], Int[Array, " b"]]) -> TimestepSampler:
-    """A sampler of uniform t that remembers nothing."""
-
-    def draw_unweighted(memory, key, batch_size, num_steps):
-        return draw(key, batch_size, num_steps), jnp.ones(batch_size)
-
-    return TimestepSampler(lambda num_steps: (), draw_unweighted, lambda memory, t, losses: memory)
-
-
-SAMPLERS = {
-    "uniform": _forgetful(uniform),
-    "low_discrepancy": _forgetful(low_discrepancy),
-    "loss_aware": TimestepSampler(empty_history, loss_aware, record),
-}
+SAMPLERS = {"uniform": uniform, "low_discrepancy": low_discrepancy, "loss_aware": loss_aware}

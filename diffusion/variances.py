@@ -5,24 +5,20 @@ what x_t leaves open about x_0. E Var(x_0 | x_t) depends on t through q(x_t | x_
 respacing of the schedule: it is the schedule's table `x0_variance`, which `reverse.make(..., "optimal")` reads.
 """
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from diffusion import files, gaussian, process
+from diffusion import gaussian, process
 from diffusion.gaussian import Gaussian
-from diffusion.likelihood import bits_per_dim, over_all_t
+from diffusion.likelihood import Measure, bits_per_dim
 from diffusion.reverse import Reverse, Variance
 from diffusion.schedules import Schedule
-
-FILE = "x0_variance.npz"  # beside a run's checkpoints
-Denoise = Callable[[Array, Array], Array]
 
 
 class X0Variance(NamedTuple):
@@ -75,38 +71,6 @@ class Split(NamedTuple):
     mean_error: Float[Array, "..."]
 
 
-def save(directory: Path, analytic: X0Variance, error: X0Variance, step: int) -> None:
-    """Writes x0_variance.npz: float32 [T + 1] tables of both estimates, and the checkpoint's step they belong to."""
-    with files.replacing(directory / FILE) as file:
-        np.savez(
-            file,
-            analytic=analytic.mean,
-            analytic_stderr=analytic.stderr,
-            error=error.mean,
-            error_stderr=error.stderr,
-            step=step,
-        )
-
-
-def load(directory: Path, step: int) -> X0Variance:
-    """The analytic estimate of the checkpoint of `step`.
-
-    Raises:
-        FileNotFoundError: nothing was estimated yet.
-        ValueError: what was estimated belongs to another checkpoint.
-    """
-    path = directory / FILE
-    if not path.exists():
-        raise FileNotFoundError(
-            f"the optimal variance needs {path}, which python -m experiments.variance_accounting "
-            f"--workdir={directory} writes"
-        )
-    with np.load(path) as saved:
-        if saved["step"] != step:
-            raise ValueError(f"{path} was estimated at step {saved['step']}, but the checkpoint is of step {step}")
-        return X0Variance(saved["analytic"], saved["analytic_stderr"])
-
-
 def interpolated(fraction: float) -> Variance:
     """log σ_t² at `fraction` of the way from log β̃_t (0: fixed_small) to log β_t (1: fixed_large)."""
     return Variance(
@@ -115,26 +79,17 @@ def interpolated(fraction: float) -> Variance:
     )
 
 
-def x0_terms(
-    denoise: Denoise,
-    p: Reverse,
-    schedule: Schedule,
-    x0: Float[Array, "b h w c"],
-    keys: Key[Array, " b"],
-    clip_x0: bool = True,
-) -> X0Terms:
-    """Both estimates for every image and t, from one network pass each: leaves [B, T], entry t − 1 is t.
+def x0_terms(p: Reverse, clip_x0: bool = True) -> Measure:
+    """Both estimates for one image and t: the measure (row, x0, x_t, eps, output) -> X0Terms.
+
+    Take training images: scoring test images with their own variance would flatter.
 
     Args:
-        denoise: (x_t [B, H, W, C], network_t [B]) -> output.
         p: the reverse process; only its prediction matters.
-        schedule: its T rows are scanned.
-        x0: images in [-1, 1], of the training set: scoring test images with their own variance would flatter.
-        keys: one per image.
         clip_x0: whether the reverse process clips x̂_0, which `error` follows.
     """
 
-    def one(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> X0Terms:
+    def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> X0Terms:
         x0_hat = p(row, x_t, output, clip_x0=False)[1]
         eps_hat = (x_t - row.sqrt_alpha_bar * x0_hat) / row.sqrt_one_minus_alpha_bar
         # 1 is E ε², and with this ε² in its place most of the noise cancels for large t, where ε̂ follows ε.
@@ -145,38 +100,27 @@ def x0_terms(
         analytic = jnp.where(row.alpha_bar > 0, jnp.exp(-row.log_snr) * unexplained, error)
         return X0Terms(analytic, error)
 
-    return over_all_t(denoise, schedule, x0, keys, one)
+    return measure
 
 
 def split_terms_bpd(
-    denoise: Denoise,
-    p: Reverse,
-    candidates: Mapping[str, Variance],
-    schedule: Schedule,
-    x0: Float[Array, "b h w c"],
-    keys: Key[Array, " b"],
-    num_levels: int = 256,
-    clip_x0: bool = True,
-) -> dict[str, Split]:
-    """`likelihood.vlb_terms_bpd` under each candidate variance, split, from one network pass per image and t.
+    p: Reverse, candidates: Mapping[str, Variance], num_levels: int = 256, clip_x0: bool = True
+) -> Measure:
+    """`likelihood.term_and_x0_mse` under each candidate variance, split, from one network pass per image and t.
 
     The mean, the noise and x_t are the same for all candidates, so their differences are paired.
 
     Args:
-        denoise: (x_t [B, H, W, C], network_t [B]) -> output.
         p: the reverse process that the network was trained for; its variance is replaced by each candidate.
         candidates: by name; learned ones read the network's second half, so they need a p of their own kind.
-        schedule: its T rows are scanned.
-        x0: images in [-1, 1], on their grey levels.
-        keys: one per image.
-        num_levels: how many grey levels the decoder distinguishes.
+        num_levels: how many pixel values the decoder distinguishes.
         clip_x0: clip x̂_0 to [-1, 1].
 
     Returns:
-        For each candidate its Split with leaves [B, T], entry t − 1 is t; the sum of the three is the term.
+        The measure (row, x0, x_t, eps, output) -> for each candidate its Split; the sum of the three is the term.
     """
 
-    def one(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> dict[str, Split]:
+    def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> dict[str, Split]:
         mean = p(row, x_t, output, clip_x0)[0].mean
         _, raw = p.split(output)
         posterior = process.q_posterior(row, x0, x_t)
@@ -196,4 +140,4 @@ def split_terms_bpd(
         splits = jax.vmap(split)(jnp.stack([variance.log_var(row, raw) for variance in candidates.values()]))
         return {name: jax.tree.map(lambda leaf, k=k: leaf[k], splits) for k, name in enumerate(candidates)}
 
-    return over_all_t(denoise, schedule, x0, keys, one)
+    return measure

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from diffusion import report
+from diffusion.reporting import metrics_log
 from experiments import tightness_capacity, tightness_known
 
 
@@ -31,7 +31,7 @@ def main() -> None:
 def run(directory: Path, trained: Path | None) -> None:
     """All parts, the trained network first: if something is wrong with it, it fails before the rest is computed."""
     directory.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"device": report.device_name(), "versions": report.versions()}
+    results: dict[str, Any] = {"device": metrics_log.device_name(), "versions": metrics_log.versions()}
     text = []
     if trained is not None:
         from experiments import tightness_trained  # needs diffrax, the other parts do not
@@ -46,7 +46,7 @@ def run(directory: Path, trained: Path | None) -> None:
     results["capacity"] = tightness_capacity.rows()
     tightness_capacity.plot(directory / "capacity.png", results["capacity"])
     text = [gaussian_table(results["gaussian"]), capacity_table(results["capacity"]), *text]
-    report.write_json(directory / "bound_tightness.json", results)
+    metrics_log.write_json(directory / "bound_tightness.json", results)
     (directory / "bound_tightness.md").write_text("\n".join(text))
     print("\n".join(text))
 

@@ -27,24 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree, UInt8
 
-from diffusion import (
-    build,
-    data,
-    empirical,
-    evaluate,
-    likelihood,
-    parallel,
-    process,
-    randomness,
-    report,
-    reverse,
-    samplers,
-    workdir,
-)
-from diffusion.build import Experiment
+from diffusion import data, likelihood, process, reverse, samplers
 from diffusion.data import ImageSet
-from diffusion.empirical import Blocks
-from diffusion.step import to_levels, to_unit
+from diffusion.exact import empirical
+from diffusion.exact.empirical import Blocks
+from diffusion.experiment import build, workdir
+from diffusion.experiment.build import Experiment
+from diffusion.programs import evaluate
+from diffusion.reporting import metrics_log
+from diffusion.runtime import randomness
+from diffusion.training import devices
+from diffusion.training.step import to_levels, to_unit
 from experiments import exact_posterior_plots as plots
 from experiments.sweep import Cell
 
@@ -132,8 +125,8 @@ def run_cost(base: str, directory: Path) -> None:
 
 
 def _write(directory: Path, results: dict[str, Any]) -> None:
-    report.write_json(
-        directory / f"{NAME}.json", results | {"device": report.device_name(), "versions": report.versions()}
+    metrics_log.write_json(
+        directory / f"{NAME}.json", results | {"device": metrics_log.device_name(), "versions": metrics_log.versions()}
     )
 
 
@@ -145,7 +138,7 @@ def _title(experiment: Experiment, num_train: int) -> str:
 
 def denoisers(experiment: Experiment) -> dict[str, tuple[reverse.Reverse, Callable]]:
     """Both models by name: their reverse process, and (parameters, data) -> denoise."""
-    exact = lambda params, blocks: empirical.denoiser(blocks, experiment.schedule, P_EXACT, parallel.AXIS)  # noqa: E731
+    exact = lambda params, blocks: empirical.denoiser(blocks, experiment.schedule, P_EXACT, devices.AXIS)  # noqa: E731
     network = lambda params, blocks: experiment.denoiser(params)  # noqa: E731
     return {EXACT: (P_EXACT, exact), NETWORK: (experiment.p, network)}
 
@@ -153,12 +146,12 @@ def denoisers(experiment: Experiment) -> dict[str, tuple[reverse.Reverse, Callab
 def _on_devices(experiment: Experiment, params: PyTree, images: UInt8[np.ndarray, "n h w c"]) -> Callable:
     """Makes fn(params, blocks, x) -> results a function of x that every device computes with its share of the data."""
     devices = jax.local_device_count()
-    replicated = parallel.replicate(params)
+    replicated = devices.replicate(params)
     blocks = empirical.in_blocks(images, experiment.num_levels, BLOCK, num_shards=devices)
 
     def on_devices(fn: Callable[..., PyTree]) -> Callable[[PyTree], PyTree]:
-        compiled = parallel.over_devices(fn)
-        return lambda x: parallel.unreplicate(compiled(replicated, blocks, parallel.replicate(x)))
+        compiled = devices.over_devices(fn)
+        return lambda x: devices.unreplicate(compiled(replicated, blocks, devices.replicate(x)))
 
     return on_devices
 
@@ -189,7 +182,7 @@ def scorer(experiment: Experiment, on_devices: Callable, models: dict) -> Callab
             eps = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, row.t), x0.shape[1:]))(keys)
             rows = jax.tree.map(lambda leaf: jnp.full(len(x0), leaf), row)
             x_t = jax.vmap(process.q_sample)(rows, x0, eps)
-            return empirical.posterior(blocks, rows, x_t, parallel.AXIS).entropy_nats
+            return empirical.posterior(blocks, rows, x_t, devices.AXIS).entropy_nats
 
         return jax.lax.map(at, schedule[1:])
 

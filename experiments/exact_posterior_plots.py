@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
-from diffusion import report
 from diffusion.data import ImageSet
+from diffusion.reporting import metrics_log
 
 EXACT, NETWORK = "exact posterior", "network"
 COLORS = {EXACT: "tab:red", NETWORK: "tab:blue", "test images": "tab:gray"}
@@ -64,7 +64,7 @@ def save_samples(
         axes = panel.subplots(2, SHOWN)
         for k in range(SHOWN):
             for axis, image in zip(axes[:, k], (images[name][k], train_set.images[index[k]]), strict=True):
-                axis.imshow(report.image_grid(image[None], train_set.num_levels), cmap="gray", vmin=0, vmax=255)
+                axis.imshow(metrics_log.image_grid(image[None], train_set.num_levels), cmap="gray", vmin=0, vmax=255)
                 axis.set(xticks=[], yticks=[])
             axes[1, k].set_xlabel(f"{rmse[k]:.2f}")
     figure.savefig(path, dpi=100)

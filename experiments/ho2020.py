@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from diffusion import config as config_lib
+from diffusion.experiment import config as config_lib
 from experiments import sweep
 from experiments.results import AXES, Run, Target
 
@@ -25,10 +25,10 @@ DIGITS_T_DIVISOR = 4
 
 # Nichol & Dhariwal (2021), appendix A: what differs from Ho et al.'s network and training.
 IMPROVED = {
-    "unet.blocks": "3",
-    "unet.heads": "4",
+    "unet.num_res_blocks": "3",
+    "unet.num_heads": "4",
     "unet.attention_resolutions": "(16, 8)",
-    "unet.scale_shift": "True",
+    "unet.scale_shift_norm": "True",
     "unet.dropout": "0.3",
     "optim.learning_rate": "1e-4",
     "optim.warmup_steps": "0",

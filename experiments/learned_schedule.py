@@ -21,12 +21,15 @@ from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
 from configs import digits
-from diffusion import build, data, evaluate, parallel, report
-from diffusion.bound import bound_of
-from diffusion.build import Experiment
+from diffusion import data
 from diffusion.data import ImageSet
-from diffusion.state import TrainState
-from diffusion.step import train_step
+from diffusion.evaluation.bound import bound_of
+from diffusion.experiment import build
+from diffusion.experiment.build import Experiment
+from diffusion.programs import evaluate
+from diffusion.reporting import metrics_log
+from diffusion.training import devices
+from diffusion.training.step import TrainState, train_step
 
 FILE = "learned_schedule"
 START = "cosine"
@@ -65,7 +68,7 @@ def run(directory: Path, num_steps: int, train_steps: int, seeds: list[int]) -> 
             rows.append({"arm": arm, "seed": seed, **score(train(seed))})
             print(f"{arm}, seed {seed}: {rows[-1]['test_bpd']:.4f} bits/dim", flush=True)
     setting = {"T": num_steps, "train_steps": train_steps, "test_images": len(test_set.images), "start": START}
-    report.write_json(directory / f"{FILE}.json", setting | {"device": report.device_name(), "runs": rows})
+    metrics_log.write_json(directory / f"{FILE}.json", setting | {"device": metrics_log.device_name(), "runs": rows})
     text = markdown(rows, setting)
     (directory / f"{FILE}.md").write_text(text)
     plot(directory / f"{FILE}.png", rows, f"digits, T = {num_steps}, {train_steps} steps, {len(seeds)} seeds")
@@ -76,7 +79,7 @@ def arm_config(arm: str, num_steps: int, train_steps: int) -> ConfigDict:
     """The digits' config with a network of one resolution and few channels, and the arm's schedule."""
     config = digits.get_config()
     small = {
-        "unet.channels": 16, "unet.multipliers": (1,), "unet.attention_resolutions": (),
+        "unet.channels": 16, "unet.channel_mult": (1,), "unet.attention_resolutions": (),
         "train.num_steps": train_steps, "schedule.num_steps": num_steps,
     }  # fmt: skip
     with config.unlocked():
@@ -90,22 +93,22 @@ def trainer(experiment: Experiment, train_set: ImageSet) -> Callable[[int], Trai
 
     def one_step(seed, state, images, indices):
         training = dataclasses.replace(experiment.training, seed=seed)
-        return train_step(training, state, images, indices, parallel.AXIS)
+        return train_step(training, state, images, indices, devices.AXIS)
 
-    compiled, images = parallel.over_devices(one_step), parallel.replicate(train_set.images)
+    compiled, images = devices.over_devices(one_step), devices.replicate(train_set.images)
 
     def train(seed: int) -> TrainState:
         seeded = ConfigDict(config.to_dict() | {"seed": seed})
-        state = parallel.replicate(jax.device_get(dataclasses.replace(experiment, config=seeded).initial_state()))
-        seeds = parallel.replicate(np.asarray(seed, np.int32))
-        with report.Progress(config.train.num_steps, desc=f"{config.schedule.name}, seed {seed}") as progress:
+        state = devices.replicate(jax.device_get(dataclasses.replace(experiment, config=seeded).initial_state()))
+        seeds = devices.replicate(np.asarray(seed, np.int32))
+        with metrics_log.Progress(config.train.num_steps, desc=f"{config.schedule.name}, seed {seed}") as progress:
             for step in range(config.train.num_steps):
                 indices = data.batch_indices(seed, step, config.train.batch_size, len(train_set.images))
-                state, metrics = compiled(seeds, state, images, parallel.shard_steps(indices[None])[:, 0])
+                state, metrics = compiled(seeds, state, images, devices.shard_steps(indices[None])[:, 0])
                 progress.update(1)
-                if not np.isfinite(parallel.unreplicate(metrics)["loss"]):
+                if not np.isfinite(devices.unreplicate(metrics)["loss"]):
                     raise FloatingPointError(f"the loss of seed {seed} at step {step + 1} is not finite")
-        return parallel.unreplicate(state)
+        return devices.unreplicate(state)
 
     return train
 
@@ -116,7 +119,7 @@ def scorer(experiment: Experiment, train_set: ImageSet, test_set: ImageSet) -> C
     train_numbers = evaluate.subset(len(train_set.images), len(test_set.images))
 
     def score(state: TrainState) -> dict[str, Any]:
-        params = parallel.replicate(state.ema_params)
+        params = devices.replicate(state.ema_params)
         test = bound(params, test_set, np.arange(len(test_set.images)))
         train = bound(params, train_set, train_numbers)
         # With t uniform an image's loss is T times its term of t (and its prior's term, which hardly varies).

@@ -22,22 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from diffusion import (
-    build,
-    data,
-    evaluate,
-    gaussian,
-    likelihood,
-    parameterizations,
-    process,
-    randomness,
-    report,
-    reverse,
-    schedules,
-    workdir,
-)
+from diffusion import data, gaussian, likelihood, parameterizations, process, reverse, schedules
+from diffusion.experiment import build, workdir
+from diffusion.programs import evaluate
+from diffusion.reporting import metrics_log
+from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
-from diffusion.step import to_unit
+from diffusion.training.step import to_unit
 from experiments import results, sweep
 from experiments.parameterization_report import OBJECTIVES, SYMBOLS, markdown, plot_shares, plot_training, plot_weights
 
@@ -51,7 +42,7 @@ AXES = {
 BASE = "configs/digits.py"
 # A network of one resolution, so that compiling takes about as long as training.
 SMALL = {
-    "unet.multipliers": "(1,)",
+    "unet.channel_mult": "(1,)",
     "unet.attention_resolutions": "()",
     "optim.warmup_steps": "50",
     "train.num_steps": "400",
@@ -105,7 +96,7 @@ def write(directory: Path, network: Path) -> None:
         "output_of_zero_bpd": of_zero,
         "training": trained,
     }
-    report.write_json(directory / "parameterizations.json", numbers)
+    metrics_log.write_json(directory / "parameterizations.json", numbers)
     text = markdown(checks, errors.title, errors.deviation, parts, of_zero, trained)
     (directory / "parameterizations.md").write_text(text)
     plot_weights(directory / "weights.png", weights)

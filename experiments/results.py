@@ -13,7 +13,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 from scipy import stats
 
-from diffusion import config as config_lib
+from diffusion.experiment import config as config_lib
 
 # The axes of a grid, and the config keys behind them.
 AXES = {

@@ -18,8 +18,9 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from diffusion import config as config_lib
-from diffusion import report, workdir
+from diffusion.experiment import config as config_lib
+from diffusion.experiment import workdir
+from diffusion.reporting import metrics_log
 from experiments import table
 from experiments.results import AXES, LOG, Published, last_line
 
@@ -135,7 +136,7 @@ def _wait(process: subprocess.Popen, directory: Path, watch: Callable[[str], Non
             try:
                 return process.wait(timeout=5)
             except subprocess.TimeoutExpired:
-                rows = report.read_metrics(directory)
+                rows = metrics_log.read_metrics(directory)
                 if rows:
                     watch(f"step {rows[-1]['step']}")
     finally:  # no run survives the sweep that was asked to end
@@ -147,7 +148,7 @@ def run_cells(cells: list[Cell], directory: Path) -> dict[str, str]:
     """Runs the cells one after the other; returns the reasons of those that failed by their names."""
     failures = {}
     finished = sum(workdir.is_finished(directory / cell.name) for cell in cells)
-    with report.Progress(len(cells), initial=finished, desc="sweep", unit="cell") as progress:
+    with metrics_log.Progress(len(cells), initial=finished, desc="sweep", unit="cell") as progress:
         for cell in cells:
             was_finished = workdir.is_finished(directory / cell.name)
 

@@ -14,9 +14,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from diffusion import likelihood, oracles, reverse, schedules
-from diffusion.oracles import Mixture
-from diffusion.unet import time_embedding
+from diffusion import likelihood, reverse, schedules
+from diffusion.exact import oracles
+from diffusion.exact.oracles import Mixture
+from diffusion.networks.unet import time_embedding
 from experiments.tightness_known import bound_nats
 
 ANGLES = np.arange(8) * np.pi / 4

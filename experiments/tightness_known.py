@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from diffusion import likelihood, oracles, reverse, schedules
+from diffusion import likelihood, reverse, schedules
+from diffusion.exact import oracles
 from diffusion.schedules import Schedule
 
 GAUSSIAN = oracles.normal(jnp.asarray([[[0.3, -1.0]]]), jnp.asarray([[[0.2, 1.3]]]))

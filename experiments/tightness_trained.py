@@ -11,9 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from diffusion import build, data, evaluate, gaussian, likelihood, ode, process, randomness, workdir
-from diffusion.build import Experiment
-from diffusion.step import to_unit
+from diffusion import data, gaussian, likelihood, process
+from diffusion.exact import ode
+from diffusion.experiment import build, workdir
+from diffusion.experiment.build import Experiment
+from diffusion.programs import evaluate
+from diffusion.runtime import randomness
+from diffusion.training.step import to_unit
 
 NUM_IMAGES = 16  # test images under every likelihood
 NUM_FEW = 2  # of them under those that cost a thousand network passes per t

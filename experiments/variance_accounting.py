@@ -20,12 +20,17 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 from matplotlib.figure import Figure
 
-from diffusion import build, data, evaluate, likelihood, parallel, randomness, report, variances, workdir
-from diffusion.build import Experiment
+from diffusion import data, likelihood, variances
 from diffusion.data import ImageSet
+from diffusion.experiment import build, workdir
+from diffusion.experiment.build import Experiment
+from diffusion.programs import evaluate
+from diffusion.reporting import metrics_log
 from diffusion.reverse import VARIANCES, Variance
+from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
-from diffusion.step import to_unit
+from diffusion.training import devices
+from diffusion.training.step import to_unit
 from diffusion.variances import Split, X0Terms, X0Variance
 
 FILE = "variance_accounting"
@@ -74,7 +79,7 @@ def run(directory: Path, num_images: int) -> None:
         )
     experiment = build.experiment(config, test_set.images.shape[1:], test_set.num_levels)
     state = workdir.restore(experiment, directory)
-    params = parallel.replicate(state.ema_params)
+    params = devices.replicate(state.ema_params)
 
     train_numbers = evaluate.subset(len(train_set.images), min(num_images, len(train_set.images)))
     terms = x0_terms(experiment, params, train_set, train_numbers)
@@ -159,12 +164,12 @@ def _over_images(
         x0 = to_unit(images, experiment.num_levels)
         return one_batch(experiment.denoiser(params), experiment.schedule_of(params), x0, keys)
 
-    compiled, results = parallel.over_devices(on_device), []
-    with report.Progress(len(numbers), desc=name, unit="image") as progress:
-        for items, num_real in parallel.padded_batches(len(numbers), experiment.config.eval.batch_size):
+    compiled, results = devices.over_devices(on_device), []
+    with metrics_log.Progress(len(numbers), desc=name, unit="image") as progress:
+        for items, num_real in devices.padded_batches(len(numbers), experiment.config.eval.batch_size):
             split = np.full(len(items), image_set.split_number)
             batch = compiled(params, image_set.images[numbers[items]], numbers[items], split)
-            results.append(jax.tree.map(lambda array: parallel.gather(array, num_real), batch))  # noqa: B023
+            results.append(jax.tree.map(lambda array: devices.gather(array, num_real), batch))  # noqa: B023
             progress.update(num_real)
     return jax.tree.map(lambda *parts: np.concatenate(parts).astype(np.float64), *results)
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import likelihood, oracles, reverse, schedules
+from diffusion import likelihood, reverse, schedules
+from diffusion.exact import oracles
 
 LINE = oracles.Mixture(
     jnp.asarray([0.3, 0.7]), jnp.asarray([-1.0, 0.7]).reshape(2, 1, 1, 1), jnp.asarray([0.1, 0.04]).reshape(2, 1, 1, 1)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from diffusion import interop
-from diffusion.unet import UNet
+from diffusion.networks.unet import UNet
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import objectives, optim, parallel, randomness, reverse, schedules, state, timesteps
-from diffusion.checkpoint import Checkpoints
-from diffusion.step import Training, losses, to_unit, train_step
+from diffusion import objectives, reverse, schedules, timesteps
+from diffusion.runtime import randomness
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.training import devices
+from diffusion.training.step import Training, losses, to_unit, train_step
 
 T = 10
 LOSSES = np.array([9.0, 0.0, 0.5, 3.0, 1.0, 1.0, 0.2, 0.01, 4.0, 2.0], np.float32)  # of t = 1…T
@@ -133,7 +135,7 @@ class Steps:
         names = ("loss", "mse", "grad_norm")
         self.start = state.create({"scale": jnp.full((), 0.5)}, self.training.optimizer, memory, names)
         self.images = np.random.RandomState(0).randint(0, 17, size=(64, 4, 4, 1)).astype(np.uint8)
-        self.on_eight = parallel.train_steps(self.training)
+        self.on_eight = devices.train_steps(self.training)
         in_pieces = dataclasses.replace(self.training, grad_accum=2)
         one = partial(train_step, in_pieces, axis_name="devices")
         self.on_one = jax.jit(jax.vmap(one, axis_size=1, axis_name="devices", in_axes=(None, None, 0)))
@@ -142,9 +144,9 @@ class Steps:
         return np.arange(32, dtype=np.int32) + 32 * (step % 2)
 
     def eight(self, steps, start=None):
-        now, images = parallel.replicate(jax.device_get(start or self.start)), parallel.replicate(self.images)
+        now, images = devices.replicate(jax.device_get(start or self.start)), devices.replicate(self.images)
         for step in steps:
-            now, metrics = self.on_eight(now, images, parallel.shard_steps(self.indices(step)[None]))
+            now, metrics = self.on_eight(now, images, devices.shard_steps(self.indices(step)[None]))
         return now, metrics
 
     def one(self, steps):
@@ -165,7 +167,7 @@ def test_every_device_remembers_the_losses_of_the_whole_batch(steps):
     for leaf in jax.tree.leaves(many):
         copies = np.asarray(leaf)
         np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))
-    many = parallel.unreplicate(many)
+    many = devices.unreplicate(many)
     assert many.timesteps.counts.sum() == 8 * 32 and many.timesteps.counts.min() >= 10
     other, other_metrics = steps.one(range(8))
     np.testing.assert_array_equal(many.timesteps.counts, other.timesteps.counts)
@@ -195,7 +197,7 @@ def test_a_resumed_run_draws_the_same_t(steps, tmp_path):
     straight, _ = steps.eight(range(9))
     half, _ = steps.eight(range(7))
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(7, parallel.unreplicate(half), {})
+        checkpoints.save(7, devices.unreplicate(half), {})
         restored = checkpoints.restore(None, jax.eval_shape(lambda: steps.start))
     resumed, _ = steps.eight(range(7, 9), start=restored)
     for one, other in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):

@@ -1,10 +1,10 @@
 """Pictures in: data sets through TensorFlow Datasets (TFDS), read without TensorFlow.
 
-`load` gives a whole split as one uint8 array, `describe` says what a set holds without touching a picture,
-and `batch_indices` says which examples make up a training step.
+`load` gives a split as a `Source`, `describe` says what a set holds without touching a picture, and `batch_indices`
+says which examples make up a training step.
 """
 
 from diffusion.data.batches import batch_indices
-from diffusion.data.images import Description, ImageSet, describe, load
+from diffusion.data.source import Description, Source, describe, load
 
-__all__ = ["Description", "ImageSet", "batch_indices", "describe", "load"]
+__all__ = ["Description", "Source", "batch_indices", "describe", "load"]

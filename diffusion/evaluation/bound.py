@@ -8,12 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Float, Int
 
-from diffusion import estimators, files, likelihood, parallel, randomness, report
-from diffusion.build import Experiment
-from diffusion.data import ImageSet
-from diffusion.step import to_unit
+from diffusion import likelihood
+from diffusion.data import Source
+from diffusion.data.levels import to_unit
+from diffusion.evaluation import estimators
+from diffusion.evaluation.pairs import Pairs, every_t
+from diffusion.likelihood import Measure
+from diffusion.model import Model
+from diffusion.runtime import files, randomness
+from diffusion.training.devices import Replicated
 
 PILOT_IMAGES = 8  # every term of so many images is computed to see which t matter
 
@@ -25,10 +30,10 @@ class Bound:
     decoder_bpd: Float[np.ndarray, " n"]  # L_0
     kl_bpd: Float[np.ndarray, " n"]  # the sum over t > 1 of L_{t−1}, or an estimate of it
     prior_bpd: Float[np.ndarray, " n"]  # L_T
-    decoded_mse: Float[np.ndarray, " n"]  # of x̂_0 as x_1 shows it, in squared grey levels
+    decoded_mse: Float[np.ndarray, " n"]  # of x̂_0 as x_1 shows it, in squared pixel values
     sampling_stderr: float = 0.0  # of the mean over these images, because not every term was computed
     terms_bpd: Float[np.ndarray, "n t"] | None = None  # entry [n, t − 1] is image n's term of t
-    x0_mse: Float[np.ndarray, "n t"] | None = None  # of x̂_0 as x_t shows it, in squared grey levels
+    x0_mse: Float[np.ndarray, "n t"] | None = None  # of x̂_0 as x_t shows it, in squared pixel values
 
     @property
     def image_bpd(self) -> Float[np.ndarray, " n"]:
@@ -39,7 +44,7 @@ class Bound:
         """The mean over images with its standard errors, its parts, and rate and distortion.
 
         Ho et al. (2020), section 4.3: the rate L_1 + … + L_T is what x_1 costs, the distortion L_0 what is then
-        missing; its root mean squared error is that of x̂_0, in grey levels (0…255 for photographs).
+        missing; its root mean squared error is that of x̂_0, in pixel values (0…255 for photographs).
         """
         total = self.image_bpd
         return {
@@ -56,7 +61,7 @@ class Bound:
         }
 
     def progressive_coding(self) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
-        """What a receiver of x_t has paid, in bits/dim, and how far its x̂_0 is off: entry t − 1 is that of t.
+        """What a receiver of x_t has paid, in bits/dim, and the error of its x̂_0: entry t − 1 is that of t.
 
         The rate L_T + Σ_{s>t} L_{s−1} has bought x_T, …, x_t; the distortion is a root mean squared error in grey
         levels. Ho et al. (2020), section 4.3 and figure 5.
@@ -66,120 +71,93 @@ class Bound:
         return self.prior_bpd.mean() + still_to_come[-1] - still_to_come, self.x0_mse.mean(axis=0) ** 0.5
 
 
-class _PairScores:
-    """Scores (image, t) pairs of any images and any t in batches of eval.batch_size, by one compiled program.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the bound is measured, apart from the model. See the config group `eval`."""
 
-    A term's ε belongs to the number of the image in its split and to t, whatever is scored beside it. x̂_0 is clipped.
-    """
-
-    def __init__(self, experiment: Experiment):
-        num_levels, config = experiment.num_levels, experiment.config
-        seed_key = randomness.stream(config.seed, "eval")
-        decoder = likelihood.PROTOCOLS[config.eval.protocol].decoder
-
-        def one_batch(params, images, numbers, split_number, image, t):
-            x0 = to_unit(images[image], num_levels)
-            keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), numbers[image])
-            denoise, row = experiment.denoiser(params), experiment.schedule_of(params)[t]
-            return likelihood.vlb_batch_bpd(denoise, experiment.p, row, x0, keys, num_levels, decoder=decoder)
-
-        self._compiled = parallel.over_devices(one_batch)
-        self._batch_size = config.eval.batch_size
-        self._grey_levels = (num_levels - 1) / 2  # per unit of x
-
-    def __call__(
-        self, params: PyTree, image_set: ImageSet, numbers: np.ndarray, t: np.ndarray, name: str, scores: np.ndarray
-    ) -> None:
-        """Fills `scores` [2, N, terms] where it is NaN: image numbers[n] at t[n], the term and the error of x̂_0.
-
-        The terms are bits/dim, the errors mean squares in grey levels. The array may live on disk: it is filled batch
-        by batch.
-        """
-        terms, mse = scores.reshape(2, -1)
-        missing = np.flatnonzero(np.isnan(terms))
-        data = parallel.replicate((image_set.images[numbers], numbers, np.int32(image_set.split_number)))
-
-        def store(pairs, term, x0_mse):
-            # The term last: it is what says that a pair is done.
-            mse[pairs] = parallel.gather(x0_mse, len(pairs)) * self._grey_levels**2
-            terms[pairs] = parallel.gather(term, len(pairs))
-
-        running = None
-        with report.Progress(t.size, initial=t.size - len(missing), desc=f"score {name}", unit="term") as progress:
-            for items, num_real in parallel.padded_batches(len(missing), self._batch_size) if len(missing) else ():
-                pairs = missing[items]
-                started = self._compiled(params, *data, pairs // t.shape[1], t.ravel()[pairs])
-                if running:  # one batch is computed while the one before is fetched
-                    store(*running)
-                    progress.update(len(running[0]))
-                running = (pairs.ravel()[:num_real], *started)
-            if running:
-                store(*running)
-                progress.update(len(running[0]))
+    seed: int
+    batch_size: int  # pairs of image and t at a time, over all devices
+    protocol: str = "exact"  # one of `likelihood.PROTOCOLS`
+    terms_per_image: int = 0  # 0: all; fewer: an odd number, for an estimate
 
 
-def bound_of(experiment: Experiment) -> Callable[..., Bound]:
-    """The bound as a function of (replicated parameters, image set, numbers of the images to score), compiled once.
+def full_bound(settings: Settings) -> Callable[..., Bound]:
+    """The bound as a function of (replicated model, source, numbers of the images to score), compiled once.
 
     Every term of every image is computed exactly once: the last batch is padded and the padding dropped. With a fourth
     argument, the path of a file, finished terms are kept there, and a call that finds some computes the others.
     """
-    score, every_t = _PairScores(experiment), np.arange(1, experiment.config.schedule.num_steps + 1)
+    pairs = _terms(settings)
 
-    def bound(
-        replicated_params: PyTree, image_set: ImageSet, numbers: Int[np.ndarray, " n"], kept: Path | None = None
-    ) -> Bound:
-        shape = (2, len(numbers), len(every_t))
+    def bound(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], kept: Path | None = None) -> Bound:
+        t = every_t(len(numbers), _num_steps(model))
+        shape = (2, *t.shape)
         scores = np.full(shape, np.nan, np.float32) if kept is None else _on_disk(kept, shape)
-        score(replicated_params, image_set, numbers, np.tile(every_t, (len(numbers), 1)), image_set.split, scores)
-        terms, x0_mse = np.asarray(scores, np.float64)  # for the sums to come
-        kl = terms[:, 1:].sum(axis=1)
-        prior = _prior(experiment, replicated_params, image_set, numbers)
-        return Bound(terms[:, 0], kl, prior, x0_mse[:, 0], terms_bpd=terms, x0_mse=x0_mse)
+        terms, mse = scores.reshape(2, -1)
+        for done, (term, x0_mse) in pairs.some(
+            model, source, numbers, t, np.flatnonzero(np.isnan(terms)), f"score {source.split}"
+        ):
+            # The term last: it is what says that a pair is done.
+            mse[done] = _in_levels(x0_mse, source.num_levels)
+            terms[done] = term
+        terms_bpd, x0_mse = np.asarray(scores, np.float64)  # for the sums to come
+        prior = _prior(model, source, numbers)
+        kl = terms_bpd[:, 1:].sum(axis=1)
+        return Bound(terms_bpd[:, 0], kl, prior, x0_mse[:, 0], terms_bpd=terms_bpd, x0_mse=x0_mse)
 
     return bound
 
 
-def estimated_bound_of(experiment: Experiment) -> Callable[[PyTree, ImageSet, np.ndarray], Bound]:
-    """`bound_of` from eval.terms_per_image terms of each image: see `estimators`.
+def estimated_bound(settings: Settings) -> Callable[[Replicated, Source, np.ndarray], Bound]:
+    """`full_bound` from a few terms of each image: see `estimators`.
 
     A term is the number that the full evaluation would compute, with the same ε, so that what is estimated is
     that evaluation's result.
     """
-    score, config = _PairScores(experiment), experiment.config
-    seed_key = randomness.stream(config.seed, "eval")
+    pairs, seed_key = _terms(settings), randomness.stream(settings.seed, "eval")
 
-    def at(replicated_params, image_set, numbers, t, name):
-        """The terms and the squared errors of x̂_0 of images [N] at t [N, terms], each [N, terms]."""
-        scores = np.full((2, *t.shape), np.nan)
-        score(replicated_params, image_set, numbers, t, name, scores)
-        return scores
-
-    def bound(replicated_params: PyTree, image_set: ImageSet, numbers: Int[np.ndarray, " n"]) -> Bound:
-        every_t = np.arange(1, config.schedule.num_steps + 1)
+    def bound(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"]) -> Bound:
         pilot = numbers[np.linspace(0, len(numbers) - 1, min(PILOT_IMAGES, len(numbers))).astype(int)]
-        pilot_t = np.tile(every_t, (len(pilot), 1))
-        pilot_terms, _ = at(replicated_params, image_set, pilot, pilot_t, f"{image_set.split}, pilot")
+        pilot_t = every_t(len(pilot), _num_steps(model))
+        pilot_terms, _ = pairs.all(model, source, pilot, pilot_t, f"score {source.split}, pilot")
         q = estimators.proposal(pilot_terms)
-        keys = randomness.per_item(jax.random.fold_in(seed_key, image_set.split_number), jnp.asarray(numbers))
+        keys = randomness.per_item(jax.random.fold_in(seed_key, source.split_number), jnp.asarray(numbers))
         # t = 0 has no ε, so its number is free to mean the choice of t.
         offsets = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (2,)))(keys)
-        t = estimators.draw_t(q, np.asarray(offsets, np.float64), config.eval.terms_per_image)
-        terms, x0_mse = at(replicated_params, image_set, numbers, t, image_set.split)
+        t = estimators.draw_t(q, np.asarray(offsets, np.float64), settings.terms_per_image)
+        terms, x0_mse = pairs.all(model, source, numbers, t, f"score {source.split}")
         estimate = estimators.estimate(terms, t, q)
-        prior = _prior(experiment, replicated_params, image_set, numbers)
-        return Bound(estimate.decoder_bpd, estimate.kl_bpd, prior, x0_mse[:, 0], estimate.sampling_stderr)
+        decoded_mse = _in_levels(x0_mse[:, 0], source.num_levels)
+        prior = _prior(model, source, numbers)
+        return Bound(estimate.decoder_bpd, estimate.kl_bpd, prior, decoded_mse, estimate.sampling_stderr)
 
     return bound
 
 
-def _prior(
-    experiment: Experiment, replicated_params: PyTree, image_set: ImageSet, numbers: np.ndarray
-) -> Float[np.ndarray, " n"]:
+def _terms(settings: Settings) -> Pairs:
+    """The bound's terms and the errors of x̂_0, clipped, with the protocol's decoder."""
+    decoder = likelihood.PROTOCOLS[settings.protocol].decoder
+
+    def measure_of(model: Model) -> Measure:
+        return likelihood.term_and_x0_mse(model.p, model.num_levels, clip_x0=True, decoder=decoder)
+
+    return Pairs(measure_of, settings.seed, settings.batch_size)
+
+
+def _num_steps(model: Replicated) -> int:
+    return model.part(lambda model: model.schedule.t).host().shape[0] - 1
+
+
+def _in_levels(mse: Float[np.ndarray, "*shape"], num_levels: int) -> Float[np.ndarray, "*shape"]:
+    """A mean squared error of data in [-1, 1] in squared pixel values."""
+    return mse * ((num_levels - 1) / 2) ** 2
+
+
+def _prior(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """L_T of every image, which needs no network."""
-    schedule = experiment.schedule_of(parallel.unreplicate(replicated_params))
-    prior = jax.vmap(lambda image: likelihood.prior_bpd(schedule, to_unit(image, experiment.num_levels)))
-    return np.asarray(jax.jit(prior)(image_set.images[numbers]), np.float64)
+    schedule = model.part(lambda model: model.schedule).host()
+    prior = jax.vmap(lambda image: likelihood.prior_bpd(schedule, to_unit(image, source.num_levels)))
+    return np.asarray(jax.jit(prior)(source.images(numbers)), np.float64)
 
 
 def _on_disk(path: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:

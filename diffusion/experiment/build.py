@@ -1,4 +1,4 @@
-"""From a config to objects: here names become functions, and the network becomes one."""
+"""From a config to objects: the only place where names become functions."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,81 +6,75 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from diffusion import config as config_lib
-from diffusion import interop, learned_schedule, objectives, optim, randomness, reverse, schedules, state, timesteps
+from diffusion import interop, learned_schedule, objectives, reverse
+from diffusion.evaluation import bound
+from diffusion.experiment import config as config_lib
+from diffusion.experiment import names, rules
+from diffusion.experiment.config import KEYS
+from diffusion.learned_schedule import Learned
+from diffusion.model import Model
+from diffusion.networks import NETWORKS
 from diffusion.reverse import Reverse
+from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
-from diffusion.state import TrainState
-from diffusion.step import Training, losses
-from diffusion.unet import UNet
+from diffusion.training import loop, optimizer
+from diffusion.training.step import Training, TrainState, initial_state
 from diffusion.variances import X0Variance
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything that a config and the data's shape determine; nothing here depends on training."""
+    """What a config and the data's shape determine; nothing here depends on training.
+
+    Attributes:
+        config: as given; the programs read their settings from it.
+        image_shape: (H, W, C).
+        p: the reverse process that is trained.
+        start_schedule: the schedule; a learned one as it is before training.
+        training: what a train step needs.
+        published: the parameters in config.init_from, where training starts; None for random ones.
+    """
 
     config: ConfigDict
     image_shape: tuple[int, int, int]
-    num_levels: int
-    initial_schedule: Schedule  # for ever, unless it is learned
-    schedule_params: dict[str, PyTree]  # of a learned schedule, as it starts; {} for a fixed one
     p: Reverse
-    unet: UNet
+    start_schedule: Schedule
     training: Training
-    published: PyTree | None  # the parameters in config.init_from, where training starts
-    x0_variance: X0Variance | None = None  # what the optimal variance needs, if that is p's
+    published: PyTree | None
 
     @property
-    def schedule(self) -> Schedule:
-        """The schedule, where it does not depend on the parameters.
+    def learns_schedule(self) -> bool:
+        """Whether the schedule is trained with the network."""
+        return self.training.inner_schedule is not None
 
-        Raises:
-            ValueError: it is learned.
-        """
-        if self.schedule_params:
-            raise ValueError("a learned schedule belongs to its parameters: use schedule_of(params)")
-        return self.initial_schedule
+    def model(self, params: PyTree, variance: str = "model", x0_variance: X0Variance | None = None) -> Model:
+        """The model of these parameters, for evaluation, sampling and coding.
 
-    def schedule_of(self, params: PyTree) -> Schedule:
-        """The schedule that belongs to the parameters; they matter only if it is learned."""
-        schedule = self.training.schedule_of(params)
-        if self.x0_variance is None:
-            return schedule
-        return dataclasses.replace(schedule, x0_variance=jnp.asarray(self.x0_variance.mean))
-
-    def with_fixed_schedule(self, params: PyTree) -> "Experiment":
-        """The schedule that the parameters have learned, held fixed: for studies of a checkpoint, not for training."""
-        schedule = self.training.schedule_of(params)
-        training = dataclasses.replace(self.training, schedule_of=lambda _: schedule, inner_schedule=None)
-        return dataclasses.replace(self, initial_schedule=schedule, schedule_params={}, training=training)
-
-    def denoiser(self, params: PyTree) -> Callable[[Array, Array], Array]:
-        """The network as the math wants it: (x_t [B, H, W, C], network_t [B]) -> output, as `p` reads it."""
-        channels = self.p.output_channels(self.image_shape[-1])
-        # Flax passes over the parameters of a learned schedule, which are none of the network's modules.
-        return lambda x_t, network_t: self.unet.apply({"params": params}, x_t, network_t)[..., :channels]
-
-    def with_variance(self, variance: str, x0_variance: X0Variance | None = None) -> "Experiment":
-        """The same network under another variance, for scoring and sampling; "model" is the one it was trained with.
-
-        Where the network has a second half and the variance is not learned, that half is not read.
+        Args:
+            params: usually the EMA.
+            variance: "model" is the one it was trained with. Under another, a second half that the network may have
+                is not read.
+            x0_variance: what the optimal variance needs.
 
         Raises:
             ValueError: the optimal variance is wanted, and nothing is known of it.
         """
-        if variance == "model":
-            return self
-        if variance == "optimal" and x0_variance is None:
-            raise ValueError(
-                "the optimal variance needs a trained mean; train first with eval.variance and sample.variance "
-                "something else, then use it in --mode=eval or --mode=sample"
-            )
-        return dataclasses.replace(self, p=reverse.make(self.p.prediction, variance), x0_variance=x0_variance)
+        p = self.p if variance == "model" else reverse.make(self.p.prediction, variance)
+        schedule = self.training.schedule_of(params)
+        if variance == "optimal":
+            if x0_variance is None:
+                raise ValueError(
+                    "the optimal variance needs a trained mean; train first with eval.variance and sample.variance "
+                    "something else, then use it in --mode=eval or --mode=sample"
+                )
+            schedule = dataclasses.replace(schedule, x0_variance=jnp.asarray(x0_variance.mean))
+        denoise = jax.tree_util.Partial(Network(self.training.network, p.output_channels(self.image_shape[-1])), params)
+        return Model(denoise, p, schedule, self.training.num_levels)
 
     def initial_state(self) -> TrainState:
         """The state before the first step: the weights of config.init_from, or random ones from config.seed."""
@@ -88,55 +82,55 @@ class Experiment:
             return self._state(lambda *_: {"params": self.published})
         # It runs once, so on the CPU, where random numbers are slow to compile, it is not optimized.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        return self._state(jax.jit(self.unet.init, compiler_options=options))
+        return self._state(jax.jit(self.training.network.init, compiler_options=options))
 
     def abstract_state(self) -> TrainState:
         """The shapes and dtypes of the state, without computing it."""
-        return jax.eval_shape(lambda: self._state(self.unet.init))
+        return jax.eval_shape(lambda: self._state(self.training.network.init))
 
     def _state(self, init: Callable) -> TrainState:
         image = jnp.zeros((1, *self.image_shape))
-        params = init(randomness.stream(self.config.seed, "init"), image, jnp.zeros(1))["params"] | self.schedule_params
-        keys = jax.random.split(jax.random.key(0), 1)
-        _, parts = jax.eval_shape(
-            lambda: losses(self.training, params, jnp.ones(1, jnp.int32), keys, image, dropout=False)
-        )
-        memory = self.training.timesteps.init(self.training.problem.num_steps)
-        skipped = ("skipped",) if self.training.skip_nonfinite else ()
-        return state.create(params, self.training.optimizer, memory, ("loss", *parts, "grad_norm", *skipped))
+        params = init(randomness.stream(self.config.seed, "init"), image, jnp.zeros(1))["params"]
+        if self.learns_schedule:
+            params = params | {learned_schedule.SUBTREE: learned_schedule.init(self.start_schedule)}
+        return initial_state(self.training, params, self.image_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """(params, x_t [B, H, W, C], network_t [B]) -> the first channels of the output; equal if its fields are."""
+
+    module: nn.Module
+    channels: int
+
+    def __call__(self, params: PyTree, x_t: Array, network_t: Array) -> Array:
+        # Flax passes over the parameters of a learned schedule, which are none of the network's modules.
+        return self.module.apply({"params": params}, x_t, network_t)[..., : self.channels]
 
 
 def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels: int) -> Experiment:
-    """The experiment that `config` describes, for images [H, W, C] of `num_levels` grey levels.
+    """The experiment that `config` describes, for images [H, W, C] of `num_levels` pixel values.
 
     Raises:
-        ValueError: anything that does not fit, in one sentence that names the config key.
+        ValueError: anything that does not fit, in one line that names the config key.
     """
     config_lib.check(config)
-    is_learned = config.schedule.name == learned_schedule.NAME
-    fixed = config.schedule.start if is_learned else config.schedule.name
-    schedule = schedules.SCHEDULES[fixed](config.schedule.num_steps)
-    schedule_params = {learned_schedule.SUBTREE: learned_schedule.init(schedule)} if is_learned else {}
+    rules.check(config)
+    schedule, learned = rules.start_schedule(config)
+    if learned is not None:
+        learned_schedule.init(schedule)  # or its refusal would come with the first state
     p = reverse.make(config.model.prediction, config.model.variance)
-    unet = UNet(**config.unet, out_channels=p.output_channels(image_shape[-1]))
-    unet.check(image_shape)
-    published = _published(config, unet, image_shape) if config.init_from else None
-
-    def apply(params: PyTree, x_t: Array, network_t: Array, dropout_keys: Array | None) -> Array:
-        return unet.apply({"params": params}, x_t, network_t, dropout_keys is not None, dropout_keys)
-
+    network = _network(config, image_shape, p.output_channels(image_shape[-1]))
+    published = _published(config, network, image_shape) if config.init_from else None
     training = Training(
-        apply=apply,
-        objective=objectives.OBJECTIVES[config.objective.name],
-        problem=objectives.Problem(
-            p, schedule.num_steps, num_levels, objectives.WEIGHTINGS[config.objective.weighting]
-        ),
-        timesteps=timesteps.SAMPLERS[config.objective.timesteps],
-        schedule_of=learned_schedule.of_params if is_learned else lambda params: schedule,
-        inner_schedule=config.schedule.inner if is_learned else None,
-        optimizer=_optimizer(config),
+        network=network,
+        objective=_objective(config, p, num_levels),
+        timesteps=_chosen(config, "objective.timesteps")(),
+        schedule_of=learned_schedule.of_params if learned else lambda params: schedule,
+        inner_schedule=learned.inner if learned else None,
+        optimizer=_optimizer(config, learned),
         ema_decay=config.ema.decay,
-        seed=config.seed,
+        num_levels=num_levels,
         batch_size=config.train.batch_size,
         flip=config.data.flip,
         log_every=config.train.log_every,
@@ -144,41 +138,96 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
         grad_accum=config.train.grad_accum,
         unroll=jax.default_backend() == "cpu",
     )
-    return Experiment(config, image_shape, num_levels, schedule, schedule_params, p, unet, training, published)
+    return Experiment(config, image_shape, p, schedule, training, published)
 
 
-def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Adam; a learned schedule has one of its own, so that the norms of the two gradients do not clip each other.
+def plan(config: ConfigDict) -> loop.Plan:
+    """When what happens in training."""
+    settings = config.train
+    return loop.Plan(
+        seed=config.seed,
+        num_steps=settings.num_steps,
+        steps_per_call=settings.steps_per_call,
+        log_every=settings.log_every,
+        checkpoint_every=settings.checkpoint_every,
+        sample_every=settings.sample_every,
+        check_replicas_every=settings.check_replicas_every,
+        skip_nonfinite=settings.skip_nonfinite,
+    )
+
+
+def bound_settings(config: ConfigDict) -> bound.Settings:
+    """How the bound is measured."""
+    settings = config.eval
+    return bound.Settings(config.seed, settings.batch_size, settings.protocol, settings.terms_per_image)
+
+
+def sample_method(config: ConfigDict) -> Callable:
+    """The sampler, its own arguments bound."""
+    return _chosen(config, "sample.method")
+
+
+def _chosen(config: ConfigDict, key: str):
+    """What a config key names, its arguments bound."""
+    group, _, name = key.partition(".")
+    return KEYS[key].bind(config[group][name])
+
+
+def _network(config: ConfigDict, image_shape: tuple[int, int, int], out_channels: int) -> nn.Module:
+    """The module: its fields from the config group of its name, over them the arguments of model.network."""
+    name, arguments = names.parse(config.model.network)
+    fields = dict(config.get(name, {})) | arguments
+    network = NETWORKS[name](**fields, out_channels=out_channels)
+    network.check(image_shape)
+    return network
+
+
+def _objective(config: ConfigDict, p: Reverse, num_levels: int) -> objectives.Objective:
+    name, arguments = names.parse(config.objective.name)
+    weighting = _chosen(config, "objective.weighting")(p)
+    return objectives.make(name, p, config.schedule.num_steps, num_levels, weighting, **arguments)
+
+
+def _optimizer(config: ConfigDict, learned: Learned | None) -> optax.GradientTransformation:
+    """The network's optimizer; a learned schedule has one of its own, so that neither gradient clips the other.
 
     Its rate rises until half of the training is over: an untrained network would have the schedule leave to the
     decoder what it has not learned yet.
     """
-    network = optim.adam(num_steps=config.train.num_steps, **config.optim)
-    if config.schedule.name != learned_schedule.NAME:
+
+    def make(learning_rate: float, warmup_steps: int) -> optax.GradientTransformation:
+        rule, decay = _chosen(config, "optim.name"), _chosen(config, "optim.decay")
+        return optimizer.make(rule, decay, learning_rate, config.train.num_steps, warmup_steps, config.optim.grad_clip)
+
+    def group_of(params: PyTree) -> dict[str, str]:
+        return {name: "schedule" if name == learned_schedule.SUBTREE else "network" for name in params}
+
+    network = make(config.optim.learning_rate, config.optim.warmup_steps)
+    if learned is None:
         return network
-    own = {"learning_rate": config.schedule.learning_rate, "warmup_steps": config.train.num_steps // 2}
-    schedule = optim.adam(num_steps=config.train.num_steps, **config.optim.to_dict() | own)
-    group = lambda params: {name: "schedule" if name == learned_schedule.SUBTREE else "network" for name in params}  # noqa: E731
-    return optax.partition({"network": network, "schedule": schedule}, group)
+    schedule = make(learned.learning_rate, config.train.num_steps // 2)
+    return optax.partition({"network": network, "schedule": schedule}, group_of)
 
 
-def _published(config: ConfigDict, unet: UNet, image_shape: tuple[int, int, int]) -> PyTree:
+def _published(config: ConfigDict, network: nn.Module, image_shape: tuple[int, int, int]) -> PyTree:
     """The parameters in config.init_from, if they are those of the config's network."""
     theirs, params = interop.load_diffusers(config.init_from)
     prefix = f"init_from={config.init_from!r} holds another network than the config's"
-    weightless = {"dropout", "dtype", "remat"}
+    weightless = {"dropout", "dtype", "remat", "parent", "name"}
+    fields = [field.name for field in dataclasses.fields(theirs) if field.name not in weightless]
     differing = [
-        f"unet.{field}: {getattr(theirs, field)!r} there, {getattr(unet, field)!r} here"
-        for field in [*config.unet, "out_channels"]
-        if field not in weightless and getattr(theirs, field) != getattr(unet, field)
+        f"unet.{field}: {getattr(theirs, field)!r} there, {getattr(network, field, None)!r} here"
+        for field in fields
+        if getattr(theirs, field) != getattr(network, field, None)
     ]
     if differing:
         raise ValueError(f"{prefix}: {'; '.join(differing)}")
     # Equal fields still mean another network where the images have another size or other channels.
-    like = jax.eval_shape(unet.init, jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1))["params"]
+    like = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1))["params"]
     found, wanted = (
         {"/".join(path): leaf.shape for path, leaf in flatten_dict(tree).items()} for tree in (params, like)
     )
-    if names := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
-        raise ValueError(f"{prefix}, whose images are {image_shape}: {', '.join(names)} differ")
+    if differ := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
+        raise ValueError(f"{prefix}, whose images are {image_shape}: {', '.join(differ)} differ")
     return params
+

@@ -1,4 +1,4 @@
-"""What training needs of a device's memory, and the sentence when that is more than it has."""
+"""What training needs of a device's memory, and the error message when that is more than it has."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from diffusion.build import Experiment
-from diffusion.step import losses
+from diffusion.experiment.build import Experiment
+from diffusion.training.step import losses
 
 
 def state_bytes(experiment: Experiment) -> int:
@@ -26,7 +26,9 @@ def residual_bytes(experiment: Experiment, num_images: int) -> int:
     """What JAX would keep of so many images for the backward pass if XLA fused nothing: an upper estimate."""
 
     def backward(params, t, keys, x0):
-        loss = lambda params: losses(experiment.training, params, t, keys, x0, dropout=True)[0].mean()  # noqa: E731
+        def loss(params):
+            return losses(experiment.training, params, t, keys, x0, dropout=True)[0].mean()
+
         return jax.vjp(loss, params)[1]  # a pytree whose leaves are the kept arrays
 
     params = experiment.abstract_state().params
@@ -43,7 +45,7 @@ def num_bytes(tree: PyTree) -> int:
 
 @contextlib.contextmanager
 def explained(experiment: Experiment) -> Iterator[None]:
-    """Turns a device's lack of memory into one sentence.
+    """Turns a device's lack of memory into a one-line error.
 
     Raises:
         MemoryError: says what needs how much and which config key lowers it.
@@ -54,7 +56,7 @@ def explained(experiment: Experiment) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         keys = ["train.grad_accum higher", "train.batch_size lower"]
-        if not experiment.config.unet.remat:
+        if not getattr(experiment.training.network, "remat", True):
             keys.insert(0, "unet.remat=True")
         num_images = local_batch(experiment)
         raise MemoryError(

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import socket
 import tempfile
@@ -11,15 +10,22 @@ import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import config as config_lib
-from diffusion import files, processes
-from diffusion.build import Experiment
-from diffusion.checkpoint import Checkpoints
-from diffusion.state import TrainState
+from diffusion import data
+from diffusion.experiment import build
+from diffusion.experiment import config as config_lib
+from diffusion.experiment.build import Experiment
+from diffusion.model import Model
+from diffusion.runtime import files, processes
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.training.step import TrainState
+from diffusion.variances import X0Variance
 
+X0_VARIANCE = "x0_variance.npz"  # what the optimal variance needs
 LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, which ends with the process
 # What a run or its evaluation writes, apart from the lock and config.json.
 WRITTEN = (
@@ -63,7 +69,7 @@ def claim(config: ConfigDict, directory: Path) -> None:
 def owned(config: ConfigDict, directory: Path) -> Iterator[Path]:
     """Claims `directory` and keeps other runs out of it; yields where to write.
 
-    Of several processes the first one writes into `directory`, and the others into a folder that is thrown away.
+    Of several processes process 0 writes into `directory`, and the others into a folder that is thrown away.
 
     Raises:
         ValueError: another process, which the message names, runs here, or what `check` raises.
@@ -98,15 +104,14 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _saved(path: Path) -> str:
-    """What config.json says, if it is JSON."""
-    text = path.read_text()
+def _saved(path: Path) -> ConfigDict:
+    """The config in config.json."""
     try:
-        if isinstance(json.loads(text), dict):
-            return text
-    except ValueError:
-        pass
-    raise ValueError(f"{path} is damaged: it is not the JSON of a config; restore it or take another --workdir")
+        return config_lib.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: it is not the JSON of a config; restore it or take another --workdir"
+        ) from error
 
 
 def read_config(directory: Path) -> ConfigDict:
@@ -118,9 +123,7 @@ def read_config(directory: Path) -> ConfigDict:
     path = directory / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{directory} holds no run (no config.json)")
-    # JSON knows lists only; in a config all of them are tuples.
-    as_tuples = lambda group: {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}  # noqa: E731
-    return config_lib.completed(ConfigDict(json.loads(_saved(path), object_hook=as_tuples))).lock()
+    return _saved(path)
 
 
 def is_finished(directory: Path) -> bool:
@@ -145,3 +148,69 @@ def restore(experiment: Experiment, directory: Path) -> TrainState:
             return checkpoints.restore(None, like=experiment.abstract_state())
 
     return processes.from_first(processes.on_first(read) or experiment.initial_state())
+
+
+class Run(NamedTuple):
+    """A trained run: its config as objects, and its last state."""
+
+    experiment: Experiment
+    state: TrainState
+
+    @property
+    def config(self) -> ConfigDict:
+        return self.experiment.config
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.experiment.image_shape
+
+    @property
+    def model(self) -> Model:
+        """The model of the EMA parameters, with the variance that it was trained with."""
+        return self.experiment.model(self.state.ema_params)
+
+
+def load(directory: str | Path) -> Run:
+    """The run in `directory`, to sample from it, score it or study it; nothing is written.
+
+    Raises:
+        FileNotFoundError: there is no run in it, or no checkpoint, or its data set is missing.
+        ValueError: the config or the checkpoint is damaged.
+    """
+    config = read_config(Path(directory))
+    described = data.describe(config.data.name, config.data.data_dir)
+    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    return Run(experiment, restore(experiment, Path(directory)))
+
+
+def save_x0_variance(directory: Path, analytic: X0Variance, error: X0Variance, step: int) -> None:
+    """Writes x0_variance.npz: float32 [T + 1] tables of both estimates, and the checkpoint's step they belong to."""
+    with files.replacing(directory / X0_VARIANCE) as file:
+        np.savez(
+            file,
+            analytic=analytic.mean,
+            analytic_stderr=analytic.stderr,
+            error=error.mean,
+            error_stderr=error.stderr,
+            step=step,
+        )
+
+
+def load_x0_variance(directory: Path, step: int) -> X0Variance:
+    """The analytic estimate of the checkpoint of `step`.
+
+    Raises:
+        FileNotFoundError: nothing was estimated yet.
+        ValueError: what was estimated belongs to another checkpoint.
+    """
+    path = directory / X0_VARIANCE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"the optimal variance needs {path}, which python -m experiments.variance_accounting "
+            f"--workdir={directory} writes"
+        )
+    with np.load(path) as saved:
+        if saved["step"] != step:
+            raise ValueError(f"{path} was estimated at step {saved['step']}, but the checkpoint is of step {step}")
+        return X0Variance(saved["analytic"], saved["analytic_stderr"])

@@ -1,19 +1,111 @@
-"""3×3 convolutions whose weight gradient is one matrix product, which on CPUs is 2 to 3.5 times as fast as XLA's own.
+"""What networks are built of: norm, attention, dropout, convolution, and the embeddings of t and of x.
 
-The gradient's nine taps are sums over all pixels, dW[i, j] = Σ_yx x[y+i-1, x+j-1] ⊗ g[y, x]. XLA computes them as a
-convolution with a kernel as large as the map. With x shifted by columns only (j) and g by rows only (i), all nine are
-one product, Σ_yx shifted_x[y, x, j] ⊗ shifted_g[y, x, i], of [3·in, pixels] with [pixels, 3·out].
+The 3×3 convolution has a weight gradient of its own, one matrix product, which on CPUs is 2 to 3.5 times as fast as
+XLA's. The gradient's nine taps are sums over all pixels, dW[i, j] = Σ_yx x[y+i-1, x+j-1] ⊗ g[y, x]. XLA computes them
+as a convolution with a kernel as large as the map. With x shifted by columns only (j) and g by rows only (i), all nine
+are one product, Σ_yx shifted_x[y, x, j] ⊗ shifted_g[y, x, i], of [3·in, pixels] with [pixels, 3·out].
 """
+
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key, Real
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-# On smaller maps and for images themselves (3 channels) XLA's own gradient is as fast or faster.
+# On smaller maps and for images themselves (3 channels) XLA's own weight gradient is as fast or faster.
 MIN_PIXELS, MIN_CHANNELS = 256, 16
+# Accelerators multiply float32 in bfloat16 or TF32 unless they are told not to.
+EXACT = {"precision": "highest"}
+
+fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+# Residual branches and the output start near zero; at exactly zero no gradient would pass behind them.
+near_zero = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
+
+
+def time_embedding(network_t: Real[Array, " b"], width: int) -> Float[Array, "b {width}"]:
+    """sin and then cos of network_t * 10000^(-k / (width/2 - 1)) for k = 0 ... width/2 - 1, in float32.
+
+    Vaswani et al. (2017), section 3.5, with the frequencies of Ho et al. (2020); `width` is even, at least 4.
+    """
+    half = width // 2
+    frequencies = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+    angles = network_t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def fourier_features(
+    x: Float[Array, "b h w c"], exponents: tuple[int, ...]
+) -> Float[Array, "b h w {x.shape[3]*(1+2*len(exponents))}"]:
+    """x, then sin(2^n pi x) and cos(2^n pi x) for every n in `exponents`, as channels.
+
+    They show the network the last bits of an almost clean x_t. Kingma et al. (2021, arXiv 2107.00630).
+    """
+    angles = [2.0**n * jnp.pi * x for n in exponents]
+    return jnp.concatenate([x] + [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)], axis=-1)
+
+
+class GroupNorm(nn.Module):
+    """scale * (h - mean) / sqrt(variance + 1e-6) + bias, with statistics over the map and a group's channels.
+
+    Wu & He (2018), in float32. The variance takes a second pass, because E[h^2] - E[h]^2 cancels.
+    """
+
+    num_groups: int
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        features = h.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (features,))
+        bias = self.param("bias", nn.initializers.zeros, (features,))
+
+        def mean(h: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 c"]:
+            # First over the map and then over the group: together they are 2.5 times slower on CPUs.
+            of_groups = h.mean(axis=(1, 2)).reshape(len(h), self.num_groups, -1).mean(axis=-1)
+            return jnp.repeat(of_groups, features // self.num_groups, axis=-1)[:, None, None, :]
+
+        h = h.astype(jnp.float32)
+        centred = h - mean(h)
+        factor = lax.rsqrt(mean(centred**2) + 1e-6) * scale[None, None, None]
+        return centred * factor + bias[None, None, None]
+
+
+def dropout(h: Float[Array, "b h w c"], rate: float, keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
+    """h with each number set to zero at this rate, the others scaled so that the mean stays; a key for each example.
+
+    16 bits decide on a number: half the work of deciding by 32, which on CPUs is a tenth of a train step.
+    """
+    dropped = round(rate * 2**16)
+    kept = jax.vmap(lambda key: jax.random.bits(key, h.shape[1:], "uint16"))(keys) >= dropped
+    return jnp.where(kept, h / (1 - dropped / 2**16), 0).astype(h.dtype)
+
+
+class Attention(nn.Module):
+    """h + projection(softmax(q k^T / sqrt(channels per head)) v), over all h * w positions of norm(h)."""
+
+    num_groups: int
+    num_heads: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        batch, height, width, channels = h.shape
+        normed = GroupNorm(self.num_groups, name="norm")(h)
+        query, key, value = (
+            Dense(channels, dtype=self.dtype, name=name)(normed).reshape(
+                batch, height * width, self.num_heads, channels // self.num_heads
+            )
+            for name in ("query", "key", "value")
+        )
+        logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=jnp.float32)
+        weights = nn.softmax(logits / math.sqrt(channels // self.num_heads)).astype(self.dtype)
+        attended = jnp.einsum("bhqk,bkhc->bqhc", weights, value).reshape(h.shape)
+        return h + Dense(channels, kernel_init=near_zero, dtype=self.dtype, name="projection")(attended)
 
 
 def conv_general_dilated(lhs, rhs, window_strides, padding, **settings):
@@ -61,3 +153,7 @@ def _shifted_rows(g: Float[Array, "b h w f"]) -> Float[Array, "b h+2 w 3 f"]:
     height, width = g.shape[1:3]
     rows = np.arange(height + 2)[:, None, None] + 2 - np.arange(3)
     return jnp.pad(g, ((0, 0), (2, 2), (0, 0), (0, 0)))[:, rows, np.arange(width)[:, None]]
+
+
+Dense = partial(nn.Dense, kernel_init=fan_avg)
+Conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=fan_avg, conv_general_dilated=conv_general_dilated)

@@ -7,19 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import build, config, data, learned_schedule, likelihood, memory, parallel
-from diffusion.build import Experiment
+from diffusion import data, likelihood
+from diffusion.experiment import build, config, memory
+from diffusion.experiment.build import Experiment
+from diffusion.training import devices
 
 
 def run(config_dict: ConfigDict, _directory: Path) -> None:
     """Prints the description; no network is compiled and nothing is written."""
-    parallel.check_batch_size(config_dict.train.batch_size, config_dict.train.grad_accum)
+    devices.check_batch_size(config_dict.train.batch_size, config_dict.train.grad_accum)
     described = data.describe(config_dict.data.name, config_dict.data.data_dir)
     experiment = build.experiment(config_dict, described.image_shape, described.num_levels)
     shape = "×".join(map(str, described.image_shape))
     figures = {
         "data": f"{described.name}: {described.num_train:,} training and {described.num_test:,} test images",
-        "  images": f"{shape}, {described.num_levels} grey levels",
+        "  images": f"{shape}, {described.num_levels} pixel values",
         **network(experiment),
         **schedule_figures(experiment),
     }
@@ -47,19 +49,18 @@ def network(experiment: Experiment) -> dict[str, str]:
 
 def forward_flops(experiment: Experiment) -> float:
     """Of one image through the network, as XLA counts them."""
-    forward = jax.jit(lambda params, x, t: experiment.denoiser(params)(x, t))
+    network = build.Network(experiment.training.network, experiment.p.output_channels(experiment.image_shape[-1]))
     image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
     params = experiment.abstract_state().params
     with jax.default_device(jax.devices("cpu")[0]):  # accelerators do not count FLOPs before they compile
-        return forward.lower(params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).cost_analysis()["flops"]
+        return jax.jit(network).lower(params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).cost_analysis()["flops"]
 
 
 def schedule_figures(experiment: Experiment) -> dict[str, str]:
     """How much signal is left at both ends, and what the two fixed variances cost whatever the network learns."""
-    schedule = experiment.initial_schedule
-    name = experiment.config.schedule.name
-    if name == learned_schedule.NAME:
-        name = f"learned; before training it is {experiment.config.schedule.start}"
+    schedule, name = experiment.start_schedule, experiment.config.schedule.name
+    if experiment.learns_schedule:
+        name += ", before training"
     last = schedule[schedule.num_steps]
     ratio = np.asarray(schedule.log_beta_large - schedule.log_beta_tilde, np.float64)[2:]
     mismatch = np.sum(0.5 * (ratio + np.expm1(-ratio))) / np.log(2)
@@ -69,5 +70,5 @@ def schedule_figures(experiment: Experiment) -> dict[str, str]:
         "  β_1, β_T": f"{schedule.beta[1]:.3g}, {last.beta:.3g}",
         "  log signal-to-noise at 1, T": f"{schedule.log_snr[1]:.2f}, {last.log_snr:.2f}",
         "  prior L_T if x_0² = 1": f"{prior:.3g} bits/dim",
-        "  price of fixed_large": f"{mismatch:.5f} bits/dim over fixed_small, for a perfect mean",
+        "  KL penalty of fixed_large": f"{mismatch:.5f} bits/dim over fixed_small, for a perfect mean",
     }

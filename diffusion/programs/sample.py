@@ -1,81 +1,86 @@
-"""Sampling from a trained model: a grid, a film of x̂_0, and the images themselves."""
+"""--mode=sample: images from a trained model, as a grid, as a denoising trajectory, and as arrays."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree, UInt8
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from diffusion import build, data, files, parallel, randomness, report, samplers, schedules, variances, workdir
-from diffusion.build import Experiment
-from diffusion.step import to_levels
-from diffusion.variances import X0Variance
+from diffusion import data, schedules
+from diffusion.data.levels import to_levels
+from diffusion.experiment import build, workdir
+from diffusion.experiment.build import Experiment
+from diffusion.model import Model
+from diffusion.reporting import pictures
+from diffusion.reporting.progress import Progress
+from diffusion.runtime import files, randomness
+from diffusion.training import devices
 
-FILM_FRAMES = 12
-FILM_IMAGES = 8
+TRAJECTORY_FRAMES = 12
+TRAJECTORY_IMAGES = 8
+
+# model -> images [N, H, W, C] and the trajectories [n, F, H, W, C] of x̂_0 of the first few, pixel values
+Sampler = Callable[[Model], tuple[np.ndarray, np.ndarray]]
 
 
 def run(config: ConfigDict, directory: Path) -> None:
-    """--mode=sample: draws from the latest checkpoint of `directory`."""
+    """Draws from the latest checkpoint of `directory`."""
     described = data.describe(config.data.name, config.data.data_dir)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
     state = workdir.restore(experiment, directory)
-    estimate = variances.load(directory, int(state.step)) if config.sample.variance == "optimal" else None
-    save(experiment, directory, *sampler(experiment, estimate)(parallel.replicate(state.ema_params)))
+    is_optimal = config.sample.variance == "optimal"
+    x0_variance = workdir.load_x0_variance(directory, int(state.step)) if is_optimal else None
+    model = experiment.model(state.ema_params, config.sample.variance, x0_variance)
+    save(directory, *sampler(experiment)(model), model.num_levels)
     print(f"{config.sample.num_images} samples: {directory / 'samples.png'}, {directory / 'samples.npz'}")
 
 
-def sampler(
-    experiment: Experiment, x0_variance: X0Variance | None = None
-) -> Callable[[PyTree], tuple[np.ndarray, np.ndarray]]:
-    """The config's sampler, compiled once: replicated parameters -> (images [N, H, W, C], films [n, F, H, W, C]).
+def sampler(experiment: Experiment) -> Sampler:
+    """The config's sampler, compiled once.
 
-    Image n is the same whatever the batch size and the number of devices; grey levels, uint8. The films are of x̂_0
-    and of the first few images.
-
-    Raises:
-        ValueError: the optimal variance is wanted, and nothing is known of it.
+    Image n is the same whatever the batch size and the number of devices.
     """
-    config = experiment.config.sample
-    experiment = experiment.with_variance(config.variance, x0_variance)
+    config, shape = experiment.config.sample, experiment.image_shape
+    method = build.sample_method(experiment.config)
     num_steps = config.num_steps or experiment.config.schedule.num_steps
-    options = {"shape": experiment.image_shape, "num_frames": min(FILM_FRAMES, num_steps)}
-    if config.method == "ddim":
-        options["eta"] = config.eta
-    method = samplers.SAMPLERS[config.method]
+    num_frames = min(TRAJECTORY_FRAMES, num_steps)
     seed_key = randomness.stream(experiment.config.seed, "sample")
 
-    def one_batch(params, schedule, image_numbers):
-        keys = randomness.per_item(seed_key, image_numbers)
-        x0, film = method(experiment.denoiser(params), experiment.p, schedule, keys, **options)
-        film = jnp.swapaxes(film, 0, 1)  # the images first, as everywhere in a batch
-        return to_levels(x0, experiment.num_levels), to_levels(film, experiment.num_levels)
+    def one_batch(model, numbers):
+        keys = randomness.per_item(seed_key, numbers)
+        x0, frames = method(model.denoise, model.p, model.schedule, keys, shape=shape, num_frames=num_frames)
+        frames = jnp.swapaxes(frames, 0, 1)  # the images first, as everywhere in a batch
+        return to_levels(x0, model.num_levels), to_levels(frames, model.num_levels)
 
-    compiled = parallel.over_devices(one_batch)
+    batches = devices.over_batches(one_batch)
 
-    def draw(replicated_params: PyTree) -> tuple[np.ndarray, np.ndarray]:
-        schedule = experiment.schedule_of(parallel.unreplicate(replicated_params))
-        schedule = parallel.replicate(schedules.evenly_spaced(schedule, num_steps) if config.num_steps else schedule)
-        images, films = [], None
-        with report.Progress(config.num_images, desc="sample", unit="image") as progress:
-            for numbers, num_real in parallel.padded_batches(config.num_images, config.batch_size):
-                x0, film = compiled(replicated_params, schedule, numbers)
-                images.append(parallel.gather(x0, num_real))
-                films = parallel.gather(film, min(num_real, FILM_IMAGES)) if films is None else films
-                progress.update(num_real)
-        return np.concatenate(images), films
+    def draw(model: Model) -> tuple[np.ndarray, np.ndarray]:
+        if config.num_steps:
+            model = dataclasses.replace(model, schedule=schedules.evenly_spaced(model.schedule, num_steps))
+        images, trajectories, missing = [], [], TRAJECTORY_IMAGES
+        with Progress(config.num_images, desc="sample", unit="image") as progress:
+            numbers = np.arange(config.num_images)
+            for done, (x0, frames) in batches(devices.replicate(model), numbers, config.batch_size):
+                images.append(x0)
+                trajectories.append(frames[:missing])
+                missing -= len(trajectories[-1])
+                progress.update(len(done))
+        return np.concatenate(images), np.concatenate(trajectories)
 
     return draw
 
 
 def save(
-    experiment: Experiment, directory: Path, images: UInt8[np.ndarray, "n h w c"], films: UInt8[np.ndarray, "m f h w c"]
+    directory: Path,
+    images: UInt8[np.ndarray, "n h w c"],
+    trajectories: UInt8[np.ndarray, "m f h w c"],
+    num_levels: int,
 ) -> None:
-    """Writes samples.png, progressive.png and samples.npz (grey levels, uint8 [N, H, W, C])."""
-    levels = experiment.num_levels
-    report.save_png(directory / "samples.png", report.image_grid(images, levels))
-    report.save_png(directory / "progressive.png", report.film(films, levels))
+    """Writes samples.png, progressive.png and samples.npz (pixel values, uint8 [N, H, W, C])."""
+    pictures.save_png(directory / "samples.png", pictures.image_grid(images, num_levels))
+    pictures.save_png(directory / "progressive.png", pictures.trajectory_grid(trajectories, num_levels))
     with files.replacing(directory / "samples.npz") as file:
-        np.savez_compressed(file, images=images, num_levels=levels)
+        np.savez_compressed(file, images=images, num_levels=num_levels)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from diffusion import files
+from diffusion.runtime import files
 
 
 def plot_loss(metrics: list[dict[str, Any]], path: str | Path) -> None:
@@ -91,13 +91,13 @@ def plot_rate_distortion(
     Args:
         path: of the picture.
         rate_bpd: entry t - 1 is what x_T, …, x_t cost together, in bits/dim.
-        rmse: entry t - 1 is the root mean squared error of x̂_0 given x_t, in grey levels.
-        num_levels: how many grey levels the data have.
+        rmse: entry t - 1 is the root mean squared error of x̂_0 given x_t, in pixel values.
+        num_levels: how many pixel values the data have.
         title: which run this is.
     """
     reverse_steps = len(rmse) - np.arange(1, len(rmse) + 1)
     steps_label, rate_label = "reverse steps T − t", "rate (bits/dim)"
-    distortion_label = f"distortion (RMSE in grey levels 0–{num_levels - 1})"
+    distortion_label = f"distortion (RMSE in pixel values 0–{num_levels - 1})"
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     figure.suptitle(f"{title}: rate {rate_bpd[0]:.4f} bits/dim, RMSE {rmse[0]:.3f}".removeprefix(": "))
     panels = (

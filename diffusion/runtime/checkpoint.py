@@ -21,7 +21,7 @@ from flax import traverse_util
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-from diffusion.digests import leaf_sha256, named_leaves
+from diffusion.runtime.digests import leaf_sha256, named_leaves
 
 # Orbax reports every phase of every save through absl's logger; failures reach the caller as exceptions.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)

@@ -1,5 +1,10 @@
-"""Data parallelism with `jax.pmap`: the only file that knows how many devices there are."""
+"""Data parallelism with `jax.pmap`: the only file that knows how many devices there are.
 
+Others hand it host arrays, and get back host arrays or a `Replicated` tree, whose [devices, ...] axis is known here
+alone.
+"""
+
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,62 +13,81 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 
-from diffusion.digests import named_leaves
-from diffusion.step import Training, group_norms, train_step
+from diffusion.runtime.digests import named_leaves
+from diffusion.training.step import Training, group_norms, train_step
 
 AXIS = "devices"
 
 
-def check_batch_size(batch_size: int, pieces: int) -> None:
-    """Raises a ValueError unless the devices can share the batch, each in `pieces` equal pieces."""
+@dataclasses.dataclass(frozen=True)
+class Replicated:
+    """A tree of which every device holds a copy."""
+
+    leaves: PyTree  # [devices, ...]
+
+    def host(self) -> PyTree:
+        """The first device's copy as NumPy arrays; no other device is read."""
+
+        def first(leaf: jax.Array) -> np.ndarray:
+            return np.asarray(leaf.addressable_shards[0].data).reshape(leaf.shape[1:])
+
+        return jax.tree.map(first, self.leaves)
+
+    def part(self, choose: Callable[[PyTree], PyTree]) -> "Replicated":
+        """A part of the tree, such as `lambda state: state.ema_params`; nothing is copied."""
+        return Replicated(choose(self.leaves))
+
+    def wait(self) -> None:
+        """Blocks until every device has computed its copy."""
+        jax.block_until_ready(self.leaves)
+
+
+def replicate(tree: PyTree) -> Replicated:
+    """A copy of a host tree on every device."""
+    # The copies get the sharding that pmap itself returns; with another one the second step would compile again.
+    return Replicated(flax.jax_utils.replicate(jax.device_get(tree), axis_name=AXIS))
+
+
+def check_batch_size(batch_size: int, grad_accum: int) -> None:
+    """Raises a ValueError unless the devices can share the batch, each in `grad_accum` equal microbatches."""
     devices = jax.device_count()
-    if batch_size % (devices * pieces):
-        split = f"{devices} devices × train.grad_accum={pieces} pieces" if pieces > 1 else f"{devices} devices"
+    if batch_size % (devices * grad_accum):
+        split = f"{devices} devices × train.grad_accum={grad_accum}" if grad_accum > 1 else f"{devices} devices"
         raise ValueError(f"train.batch_size={batch_size} does not divide by {split}")
 
 
-def replicate(tree: PyTree) -> PyTree:
-    """One copy of a host tree for each device: leaves [devices, ...]."""
-    # The copies get the sharding that pmap itself returns; with another one the second step would compile again.
-    return flax.jax_utils.replicate(tree, axis_name=AXIS)
+TrainSteps = Callable[[Replicated, Replicated, Int[np.ndarray, "steps b"]], tuple[Replicated, Replicated]]
 
 
-def unreplicate(tree: PyTree) -> PyTree:
-    """The first device's copy as NumPy arrays; no other device is read."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data).reshape(leaf.shape[1:]), tree)
+def train_steps(training: Training, seed: int) -> TrainSteps:
+    """Several train steps as one compiled call: (state, images, indices [steps, B]) -> (state, metrics).
 
-
-def over_devices(fn: Callable) -> Callable:
-    """`fn` on every device of every process at once, over the leading axis of every argument.
-
-    Host arrays hold the rows of all devices, and each process takes its own; arrays on devices stay as they are.
+    `images` is the whole data set and `indices` say which of them make up each step's global batch. The state is
+    donated: do not use it again. The metrics' leaves are [steps, ...]; `param_norms` are those before the call.
     """
-    compiled = jax.pmap(fn, axis_name=AXIS)
-    local = lambda leaf: _local_rows(leaf) if isinstance(leaf, np.ndarray) else leaf  # noqa: E731
-    return lambda *arguments: compiled(*jax.tree.map(local, arguments))
+    compiled, seeds = compiled_train_steps(training), replicate(np.int32(seed)).leaves
+
+    def call(state: Replicated, images: Replicated, indices: np.ndarray) -> tuple[Replicated, Replicated]:
+        next_state, metrics = compiled(seeds, state.leaves, images.leaves, _shard_steps(indices))
+        return Replicated(next_state), Replicated(metrics)
+
+    return call
 
 
-def _local_rows(array: np.ndarray) -> np.ndarray:
-    """Of an array [devices, ...] the rows of this process's devices."""
-    devices = jax.local_device_count()
-    return array[jax.process_index() * devices :][:devices]
+def compiled_train_steps(training: Training, devices: Sequence[jax.Device] | None = None) -> Callable:
+    """The program behind `train_steps`: (seeds, state, images, indices [devices, steps, b]) -> (state, metrics).
 
-
-def train_steps(training: Training, devices: Sequence[jax.Device] | None = None) -> Callable:
-    """Several train steps as one compiled call: (state, images, indices [devices, steps, b]) -> (state, metrics).
-
-    The state is donated; the metrics' leaves are [devices, steps]. `param_norms`, for `nonfinite`, are those before the
-    call: for every step they would be a twentieth of a GPU's kernels. A single step is not put into a loop: on the CPU
-    backend gradients of convolutions are many times slower inside one. `devices` are all there are, or those to compile
-    for.
+    A single step is not put into a loop: on the CPU backend gradients of convolutions are many times slower inside
+    one. `devices` are all there are, or those to compile for.
     """
 
-    def call(state, images, indices):
+    def call(seed, state, images, indices):
         def body(state, step_indices):
-            return train_step(training, state, images, step_indices, AXIS)
+            return train_step(training, seed, state, images[step_indices], AXIS)
 
+        # For every step they would be a twentieth of a GPU's kernels.
         norms = group_norms(state.params)
         if len(indices) == 1:
             state, metrics = body(state, indices[0])
@@ -72,17 +96,54 @@ def train_steps(training: Training, devices: Sequence[jax.Device] | None = None)
             state, metrics = jax.lax.scan(body, state, indices)
         return state, metrics | {"param_norms": jnp.broadcast_to(norms, (len(indices), *norms.shape))}
 
-    return jax.pmap(call, axis_name=AXIS, donate_argnums=0, devices=devices)
+    return jax.pmap(call, axis_name=AXIS, donate_argnums=1, devices=devices)
 
 
-def shard_steps(indices: np.ndarray) -> jax.Array:
-    """[steps, B] -> [devices, steps, B/devices], the parts of this process's devices on each of them."""
-    parts = _local_rows(np.swapaxes(indices.reshape(len(indices), jax.device_count(), -1), 0, 1))
+def _shard_steps(indices: Int[np.ndarray, "steps b"]) -> jax.Array:
+    """[steps, B] -> [devices, steps, B/devices], the shares of this process's devices on each of them."""
+    shares = _local_rows(np.swapaxes(indices.reshape(len(indices), jax.device_count(), -1), 0, 1))
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
-    return jax.device_put(parts, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)))
+    return jax.device_put(shares, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)))
 
 
-def padded_batches(num_items: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+def _local_rows(array: np.ndarray) -> np.ndarray:
+    """Of an array [devices, ...] the rows of this process's devices."""
+    devices = jax.local_device_count()
+    return array[jax.process_index() * devices :][:devices]
+
+
+Batches = Callable[[PyTree, PyTree, int], Iterator[tuple[np.ndarray, PyTree]]]
+
+
+def over_batches(fn: Callable[[PyTree, PyTree], PyTree]) -> Batches:
+    """`fn`(shared, items) over any number of items, in batches that all devices share.
+
+    Args:
+        fn: (the shared tree, items with leaves [b, ...]) -> a tree of results with leaves [b, ...].
+
+    Returns:
+        (a tree of `Replicated`, items with leaves [N, ...] on the host, batch size) -> an iterator of the numbers [n]
+        of the items that are done and their results [n, ...] on the host. Every item comes once, on every process.
+        One batch is computed while the one before is fetched.
+    """
+    compiled = jax.pmap(fn, axis_name=AXIS)
+
+    def run(shared: PyTree, items: PyTree, batch_size: int) -> Iterator[tuple[np.ndarray, PyTree]]:
+        on_devices = jax.tree.map(lambda tree: tree.leaves, shared, is_leaf=lambda tree: isinstance(tree, Replicated))
+        running = None
+        for numbers, num_real in _padded_batches(len(jax.tree.leaves(items)[0]), batch_size):
+            batch = jax.tree.map(lambda leaf: _local_rows(leaf[numbers]), items)  # noqa: B023
+            started = numbers.ravel()[:num_real], compiled(on_devices, batch)
+            if running is not None:
+                yield _fetched(*running)
+            running = started
+        if running is not None:
+            yield _fetched(*running)
+
+    return run
+
+
+def _padded_batches(num_items: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
     """All of 0…num_items−1 in batches [devices, b] of one shape, each with its number of real entries.
 
     The batches are as equal as they can be; the last one is filled up with repetitions of its first item, and its
@@ -90,23 +151,27 @@ def padded_batches(num_items: int, batch_size: int) -> Iterator[tuple[np.ndarray
     """
     devices = jax.device_count()
     num_batches = math.ceil(num_items / batch_size)
-    per_device = math.ceil(num_items / num_batches / devices)
-    for start in range(0, num_items, devices * per_device):
+    per_device = math.ceil(num_items / max(num_batches, 1) / devices)
+    for start in range(0, num_items, devices * per_device or 1):
         batch = np.arange(start, min(start + devices * per_device, num_items))
         filled = np.full(devices * per_device, start)
         filled[: len(batch)] = batch
         yield filled.reshape(devices, per_device), len(batch)
 
 
-def gather(array: jax.Array, num_real: int) -> np.ndarray:
-    """The real entries of a result [devices, b, ...] from all processes' devices, on every host."""
-    host = np.asarray(array)
-    if jax.process_count() > 1:
-        host = multihost_utils.process_allgather(host, tiled=True)
-    return host.reshape(-1, *host.shape[2:])[:num_real]
+def _fetched(numbers: np.ndarray, results: PyTree) -> tuple[np.ndarray, PyTree]:
+    """The real entries of results [devices, b, ...] from all processes' devices, on every host."""
+
+    def fetch(leaf: jax.Array) -> np.ndarray:
+        host = np.asarray(leaf)
+        if jax.process_count() > 1:
+            host = multihost_utils.process_allgather(host, tiled=True)
+        return host.reshape(-1, *host.shape[2:])[: len(numbers)]
+
+    return numbers, jax.tree.map(fetch, results)
 
 
-def differing_replicas() -> Callable[[PyTree], list[str]]:
+def differing_replicas() -> Callable[[Replicated], list[str]]:
     """A function of a replicated tree that names the leaves whose copies are not the same on all devices.
 
     Every device sums its copy's bits, each number's with an odd weight of its own, so that one changed bit always
@@ -123,9 +188,10 @@ def differing_replicas() -> Callable[[PyTree], list[str]]:
 
     compiled = jax.pmap(checksums, axis_name=AXIS)
 
-    def names(replicated: PyTree) -> list[str]:
-        sums = unreplicate(compiled(replicated))
+    def names(tree: Replicated) -> list[str]:
+        sums = Replicated(compiled(tree.leaves)).host()
         is_different = (sums != sums[0]).any(axis=0)
-        return [name for (name, _), different in zip(named_leaves(replicated), is_different, strict=True) if different]
+        leaves = named_leaves(tree.leaves)
+        return [name for (name, _), different in zip(leaves, is_different, strict=True) if different]
 
     return names

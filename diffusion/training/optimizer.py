@@ -1,27 +1,67 @@
-"""The optimizer, from Optax."""
+"""The optimizer, from Optax: a clip of the gradient, then Adam or AdamW at a learning rate that warms up and decays."""
+
+from collections.abc import Callable
 
 import optax
 
 
-def adam(
-    learning_rate: float, num_steps: int, warmup_steps: int = 0, decay: str = "constant", grad_clip: float = 0.0
+def adam(learning_rate: optax.Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
+    """Adam (Kingma & Ba 2015) with the settings of Ho et al. (2020), appendix B."""
+    _check_betas(b1, b2)
+    return optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
+
+
+def adamw(
+    learning_rate: optax.Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
+):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): weight_decay × learning rate × parameter."""
+    _check_betas(b1, b2)
+    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+
+
+OPTIMIZERS = {"adam": adam, "adamw": adamw}
+
+
+def constant(peak: float, num_steps: int) -> optax.Schedule:
+    """The peak, for ever."""
+    return optax.constant_schedule(peak)
+
+
+def cosine(peak: float, num_steps: int, end: float = 0.0) -> optax.Schedule:
+    """From the peak to `end` × peak along half a cosine, in `num_steps` steps."""
+    return optax.cosine_decay_schedule(peak, max(1, num_steps), alpha=end)
+
+
+DECAYS = {"constant": constant, "cosine": cosine}
+
+
+def make(
+    optimizer: Callable[[optax.Schedule], optax.GradientTransformation],
+    decay: Callable[[float, int], optax.Schedule],
+    learning_rate: float,
+    num_steps: int,
+    warmup_steps: int = 0,
+    grad_clip: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Adam with β = (0.9, 0.999), ε = 1e-8, behind a clip of the gradient's global norm. Ho et al. (2020), app. B.
+    """The optimizer behind a clip of the gradient's global norm. Ho et al. (2020), appendix B.
 
     Args:
+        optimizer: one of OPTIMIZERS, its other arguments bound.
+        decay: one of DECAYS, its other arguments bound.
         learning_rate: the peak.
         num_steps: the length of training, for the decay.
         warmup_steps: the learning rate rises linearly from 0 over this many steps.
-        decay: "constant", or "cosine" to 0 at the last step.
-        grad_clip: the largest global norm of the gradient, before Adam sees it; 0 for no clip.
+        grad_clip: the largest global norm of the gradient, before the optimizer sees it; 0 for no clip.
     """
-    schedules = {
-        "constant": optax.constant_schedule(learning_rate),
-        "cosine": optax.cosine_decay_schedule(learning_rate, max(1, num_steps - warmup_steps)),
-    }
-    schedule = schedules[decay]
+    schedule = decay(learning_rate, num_steps - warmup_steps)
     if warmup_steps:
         ramp = optax.linear_schedule(0.0, learning_rate, warmup_steps)
         schedule = optax.join_schedules([ramp, schedule], [warmup_steps])
     clip = [optax.clip_by_global_norm(grad_clip)] if grad_clip else []
-    return optax.chain(*clip, optax.adam(schedule, b1=0.9, b2=0.999, eps=1e-8))
+    return optax.chain(*clip, optimizer(schedule))
+
+
+def _check_betas(*betas: float) -> None:
+    for name, beta in zip(("b1", "b2"), betas, strict=True):
+        if not 0 <= beta < 1:
+            raise ValueError(f"optim.name: {name}={beta} must be in [0, 1)")

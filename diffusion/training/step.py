@@ -4,64 +4,88 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
-from diffusion import learned_schedule, likelihood, process, randomness
-from diffusion.objectives import Problem
+from diffusion import learned_schedule, likelihood, process
+from diffusion.data.levels import to_unit
+from diffusion.objectives import Objective
+from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
-from diffusion.state import TrainState
 from diffusion.timesteps import TimestepSampler
 
 
-def to_unit(images: UInt8[Array, "*shape"], num_levels: int) -> Float[Array, "*shape"]:
-    """Grey levels 0…L−1 as numbers in [-1, 1], without dequantization. Ho et al. (2020), section 3.3."""
-    return images.astype(jnp.float32) / ((num_levels - 1) / 2) - 1.0
+@flax.struct.dataclass
+class TrainState:
+    """One replica's state; a checkpoint is exactly this.
 
+    Randomness and data order follow from (seed, step) and are not part of it. `window` sums the metrics since the
+    last row of metrics.jsonl, so that a run that was stopped in between writes the same row as one that was not. Its
+    entry `skipped`, if there is one, counts over the whole run.
+    """
 
-def to_levels(x: Float[Array, "*shape"], num_levels: int) -> UInt8[Array, "*shape"]:
-    """The inverse of `to_unit`, rounded to the nearest grey level."""
-    return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * ((num_levels - 1) / 2)).astype(jnp.uint8)
+    step: Any  # int32 []: optimizer steps taken. (Leaves may be arrays, NumPy arrays or their shapes.)
+    params: PyTree
+    ema_params: PyTree  # an exponential moving average of params
+    opt_state: Any
+    timesteps: PyTree  # what the draw of t remembers: see `timesteps.TimestepSampler`
+    window: dict[str, Any]  # float32 []: sums over `count` steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What defines one train step, apart from the state and the data.
+    """What defines one train step, apart from the seed, the state and the data.
 
     Attributes:
-        apply: (params, x_t [B, H, W, C], network_t [B], dropout keys [B] or None) -> output.
-        objective, problem: see `objectives`.
+        network: a module of `networks.NETWORKS`.
+        objective: the loss of one example: see `objectives`.
         timesteps: how t is drawn; see `timesteps`.
         schedule_of: params -> the forward process, which depends on them if it is learned.
         inner_schedule: None for a fixed schedule; how a learned one is trained: see `learned_schedule.losses`.
         optimizer: from Optax.
         ema_decay: of the parameters' moving average.
-        seed: of all randomness.
+        num_levels: how many pixel values the data have.
         batch_size: images per step, over all devices.
         flip: whether half of the images are mirrored.
         log_every: after how many steps `state.window` starts afresh.
-        skip_nonfinite: whether an update with a number that is not finite is left out, and counted in the window.
-        grad_accum: in how many pieces a device's share goes through the network.
-        unroll: write the loop over pieces out, for backends that are slow inside loops.
+        skip_nonfinite: whether an update with a NaN or Inf is left out, and counted in the window.
+        grad_accum: in how many microbatches a device's share goes through the network.
+        unroll: write the loop over microbatches out, for backends that are slow inside loops.
     """
 
-    apply: Callable[..., Array]
-    objective: Callable[..., Any]
-    problem: Problem
+    network: nn.Module
+    objective: Objective
     timesteps: TimestepSampler
     schedule_of: Callable[[PyTree], Schedule]
     inner_schedule: str | None
     optimizer: optax.GradientTransformation
     ema_decay: float
-    seed: int
+    num_levels: int
     batch_size: int
     flip: bool
     log_every: int
     skip_nonfinite: bool = False
     grad_accum: int = 1
     unroll: bool = False
+
+
+def initial_state(training: Training, params: PyTree, image_shape: tuple[int, int, int]) -> TrainState:
+    """The state before the first step. The EMA starts as a copy of the parameters, so it needs no debiasing."""
+    image, t, keys = jnp.zeros((1, *image_shape)), jnp.ones(1, jnp.int32), jax.random.split(jax.random.key(0), 1)
+    _, parts = jax.eval_shape(lambda: losses(training, params, t, keys, image, dropout=False))
+    skipped = ("skipped",) if training.skip_nonfinite else ()
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=training.optimizer.init(params),
+        timesteps=training.timesteps.init(training.schedule_of(params).num_steps),
+        window={name: jnp.zeros(()) for name in ("loss", *parts, "grad_norm", *skipped, "count")},
+    )
 
 
 def losses(
@@ -74,16 +98,15 @@ def losses(
     noise_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_keys)
 
-    def at(params: PyTree, row: Schedule):
+    def losses_at(params: PyTree, row: Schedule):
         x_t = jax.vmap(process.q_sample)(row, x0, eps)
-        output = training.apply(params, x_t, row.network_t, dropout_keys if dropout else None)
-        one = lambda *example: training.objective(training.problem, *example)  # noqa: E731
-        return jax.vmap(one)(row, x0, x_t, eps, output)
+        output = training.network.apply({"params": params}, x_t, row.network_t, dropout_keys if dropout else None)
+        return jax.vmap(training.objective)(row, x0, x_t, eps, output)
 
     schedule = training.schedule_of(params)
     if training.inner_schedule is None:
-        return at(params, schedule[t])
-    loss, parts = learned_schedule.losses(at, params, t, training.inner_schedule)
+        return losses_at(params, schedule[t])
+    loss, parts = learned_schedule.losses(losses_at, params, t, training.inner_schedule)
     prior = jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
     return loss + prior, parts | {"prior_bpd": prior}
 
@@ -98,7 +121,7 @@ def gradients(
 ) -> tuple[PyTree, dict[str, Float[Array, ""]], Float[Array, " b"]]:
     """The gradient of the mean of weight × loss, its metrics, and each example's loss without the weight.
 
-    The batch goes through the network in `training.grad_accum` pieces.
+    The batch goes through the network in `training.grad_accum` microbatches.
     """
 
     def mean_loss(params, t, weight, keys, x0):
@@ -106,93 +129,95 @@ def gradients(
         metrics = jax.tree.map(lambda values: (weight * values).mean(), {"loss": loss} | parts)
         return metrics["loss"], (metrics, loss)
 
-    def of_piece(piece):
-        grads, (metrics, loss) = jax.grad(mean_loss, has_aux=True)(params, *piece)
+    def of_microbatch(microbatch):
+        grads, (metrics, loss) = jax.grad(mean_loss, has_aux=True)(params, *microbatch)
         return (grads, metrics), loss
 
-    def accumulate(total, piece):
-        new, loss = of_piece(piece)
+    def accumulate(total, microbatch):
+        new, loss = of_microbatch(microbatch)
         return jax.tree.map(jnp.add, total, new), loss
 
     batch = (t, weight, keys, x0)
     if training.grad_accum == 1:
-        (grads, metrics), loss = of_piece(batch)
+        (grads, metrics), loss = of_microbatch(batch)
         return grads, metrics, loss
-    pieces = jax.tree.map(lambda a: a.reshape(training.grad_accum, -1, *a.shape[1:]), batch)
-    like, _ = jax.eval_shape(of_piece, jax.tree.map(lambda a: a[0], pieces))
+    microbatches = jax.tree.map(lambda a: a.reshape(training.grad_accum, -1, *a.shape[1:]), batch)
+    like, _ = jax.eval_shape(of_microbatch, jax.tree.map(lambda a: a[0], microbatches))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-    total, loss = jax.lax.scan(accumulate, zeros, pieces, unroll=training.unroll)
+    total, loss = jax.lax.scan(accumulate, zeros, microbatches, unroll=training.unroll)
     grads, metrics = jax.tree.map(lambda leaf: leaf / training.grad_accum, total)
     return grads, metrics, loss.reshape(len(t))
 
 
 def train_step(
-    training: Training, state: TrainState, images: UInt8[Array, "n h w c"], indices: Int[Array, " b"], axis_name: str
+    training: Training, seed: Int[Array, ""], state: TrainState, images: UInt8[Array, "b h w c"], axis_name: str
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step on this device's share of the batch.
+    """One optimizer step on this device's share of the batch. Ho et al. (2020), algorithm 1.
 
     Every random number belongs to a position in the global batch and not to a device, so the same batch gives
     the same step on 1 device or on 8.
 
     Args:
         training: what defines the step.
+        seed: of all randomness. An argument, so that runs of other seeds are the same compiled program.
         state: this replica's state.
-        images: the whole data set, grey levels.
-        indices: which images this device takes.
+        images: this device's share of the batch, pixel values.
         axis_name: of the devices' axis, over which gradients and metrics are averaged.
 
     Returns:
         The next state, and the step's metrics: the loss, its parts and the gradient's norm before the clip. Besides,
         for `nonfinite`: the batch's t and unweighted losses [B], and the norms of `groups` of the gradient.
     """
-    local_size = len(indices)
-    position = jax.lax.axis_index(axis_name) * local_size + jnp.arange(local_size)
-    step_key = jax.random.fold_in(randomness.stream(training.seed, "train"), state.step)
+    num_steps = training.schedule_of(state.params).num_steps
+    position = jax.lax.axis_index(axis_name) * len(images) + jnp.arange(len(images))
+    step_key = jax.random.fold_in(randomness.stream(seed, "train"), state.step)
     t_key, examples_key, flip_key = jax.random.split(step_key, 3)
-    batch_t, batch_weight = training.timesteps.draw(
-        state.timesteps, t_key, training.batch_size, training.problem.num_steps
-    )
-    t, weight = batch_t[position], batch_weight[position]
+    batch_t, batch_weight = training.timesteps.draw(state.timesteps, t_key, training.batch_size, num_steps)
     keys = randomness.per_item(examples_key, position)
-    x0 = to_unit(images[indices], training.problem.num_levels)
-    if training.flip:
-        mirrored = jax.random.bernoulli(flip_key, shape=(training.batch_size,))[position]
-        x0 = jnp.where(mirrored[:, None, None, None], x0[:, :, ::-1], x0)
+    x0 = _augmented(training, images, position, flip_key)
 
-    *local, loss = gradients(training, state.params, t, weight, keys, x0)
+    *local, loss = gradients(training, state.params, batch_t[position], batch_weight[position], keys, x0)
     grads, metrics = jax.lax.pmean(local, axis_name)
     batch_loss = jax.lax.all_gather(loss, axis_name, tiled=True)  # every device remembers the whole batch
+    metrics["grad_norm"] = optax.global_norm(grads)
+    memory = training.timesteps.update(state.timesteps, batch_t, batch_loss)
+    next_state = _updated(training, state, grads, memory, metrics)
+    return next_state, metrics | {"t": batch_t, "losses": batch_loss, "grad_norms": group_norms(grads)}
 
+
+def _augmented(
+    training: Training, images: UInt8[Array, "b h w c"], position: Int[Array, " b"], key: Key[Array, ""]
+) -> Float[Array, "b h w c"]:
+    """The images in [-1, 1], half of them mirrored if the training says so."""
+    x0 = to_unit(images, training.num_levels)
+    if not training.flip:
+        return x0
+    mirrored = jax.random.bernoulli(key, shape=(training.batch_size,))[position]
+    return jnp.where(mirrored[:, None, None, None], x0[:, :, ::-1], x0)
+
+
+def _updated(
+    training: Training, state: TrainState, grads: PyTree, memory: PyTree, metrics: dict[str, Float[Array, ""]]
+) -> TrainState:
+    """The state after the optimizer's step, or only one step later if the update has a NaN or Inf and is left out."""
     with jax.numpy_dtype_promotion("standard"):  # Optax multiplies its integer counts with floats
         updates, opt_state = training.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics["grad_norm"] = optax.global_norm(grads)
     keep = jnp.where(state.step % training.log_every == 0, 0.0, 1.0)
+    kept = {name: keep * total for name, total in state.window.items()}
     added = metrics | {"count": 1.0, "skipped": 0.0}
-    window = {name: keep * total + added[name] for name, total in state.window.items()}
     next_state = state.replace(
         step=state.step + 1,
         params=params,
         ema_params=optax.incremental_update(params, state.ema_params, 1.0 - training.ema_decay),
         opt_state=opt_state,
-        timesteps=training.timesteps.update(state.timesteps, batch_t, batch_loss),
-        window=window,
+        timesteps=memory,
+        window={name: total + added[name] for name, total in kept.items()},
     )
-    if training.skip_nonfinite:
-        is_finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
-        kept = {name: keep * total for name, total in state.window.items()}
-        next_state = _unless_nonfinite(is_finite, state, next_state, kept)
-    return next_state, metrics | {"t": batch_t, "losses": batch_loss, "grad_norms": group_norms(grads)}
-
-
-def groups(params: PyTree) -> list[str]:
-    """The names of the parameter groups: the network's modules."""
-    return sorted(params)
-
-
-def group_norms(tree: PyTree) -> Float[Array, " groups"]:
-    """The Euclidean norm of each of the `groups` of parameters, or of their gradient."""
-    return jnp.stack([optax.global_norm(tree[name]) for name in groups(tree)])
+    if not training.skip_nonfinite:
+        return next_state
+    is_finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+    return _unless_nonfinite(is_finite, state, next_state, kept)
 
 
 def _unless_nonfinite(
@@ -203,3 +228,13 @@ def _unless_nonfinite(
     chosen = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), next_state, left_out)
     skipped = state.window["skipped"] + jnp.where(is_finite, 0.0, 1.0)
     return chosen.replace(window=chosen.window | {"skipped": skipped})
+
+
+def groups(params: PyTree) -> list[str]:
+    """The names of the parameter groups: the network's modules."""
+    return sorted(params)
+
+
+def group_norms(tree: PyTree) -> Float[Array, " groups"]:
+    """The Euclidean norm of each of the `groups` of parameters, or of their gradient."""
+    return jnp.stack([optax.global_norm(tree[name]) for name in groups(tree)])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import estimators, likelihood, reverse, schedules
+from diffusion import likelihood, reverse, schedules
+from diffusion.evaluation import estimators
 
 NUM_IMAGES, NUM_STEPS = 64, 1000
 

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion import empirical, parallel, process, reverse, samplers, schedules
-from diffusion.step import to_levels
+from diffusion import process, reverse, samplers, schedules
+from diffusion.exact import empirical
+from diffusion.training.step import to_levels
 
 posterior_of = jax.jit(lambda data, row, x_t: (empirical.weights(data, row, x_t), empirical.posterior(data, row, x_t)))
 
@@ -87,9 +88,9 @@ def test_block_size_and_number_of_devices_do_not_matter():
     assert devices > 1 and sharded.levels.shape == (8, 5, 3, 4, 4, 3) and sharded.is_real.sum() == 100
 
     def on_device(data, x_t):
-        return empirical.posterior(data, s[t], x_t, parallel.AXIS)
+        return empirical.posterior(data, s[t], x_t, devices.AXIS)
 
-    everywhere = parallel.over_devices(on_device)(sharded, parallel.replicate(np.asarray(x_t)))
+    everywhere = devices.over_devices(on_device)(sharded, devices.replicate(np.asarray(x_t)))
     others = [empirical.posterior(empirical.in_blocks(images, 256, size), s[t], x_t) for size in (1, 7, 300)]
     for other in [*others, *(jax.tree.map(lambda leaf, k=k: leaf[k], everywhere) for k in (0, devices - 1))]:
         np.testing.assert_allclose(other.x0_mean, whole.x0_mean, rtol=0, atol=1e-6)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import ode, oracles, reverse, schedules
+from diffusion import reverse, schedules
+from diffusion.exact import ode, oracles
 
 LINE = oracles.Mixture(
     jnp.asarray([0.2, 0.5, 0.3]),

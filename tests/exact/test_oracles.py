@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import likelihood, oracles, reverse, schedules
+from diffusion import likelihood, reverse, schedules
+from diffusion.exact import oracles
 
 SHAPE = (1, 1, 2)
 GAUSSIAN = oracles.normal(jnp.asarray([[[0.3, -1.0]]]), jnp.asarray([[[0.2, 1.3]]]))

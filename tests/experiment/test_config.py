@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import cifar10, digits
-from diffusion import config as config_lib
+from diffusion.experiment import config as config_lib
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,7 +50,7 @@ def test_every_key_is_read_by_the_program():
         ({"seed": -1}, "config key seed must be a whole number"),
         ({"seed": True}, "seed must be"),
         ({"unet__channels": -128}, "unet.channels must be a whole number in 1…2³¹ − 1, not -128"),
-        ({"unet__multipliers": ()}, "unet.multipliers must be a tuple"),
+        ({"unet__channel_mult": ()}, "unet.channel_mult must be a tuple"),
         ({"unet__dropout": 1.0}, r"unet.dropout must be a number in \[0, 0.999\], not 1.0"),
         ({"unet__dtype": "float16"}, "one of float32, bfloat16"),
         ({"optim__learning_rate": 0.0}, "optim.learning_rate"),
@@ -101,8 +101,8 @@ def test_only_what_shaped_the_run_may_not_differ():
     saved = config_lib.to_json(changed())
     assert config_lib.differing(changed(), saved) == []
     assert config_lib.differing(changed(eval__num_images=3, sample__eta=0.5, data__data_dir="x"), saved) == []
-    differing = config_lib.differing(changed(seed=1, unet__multipliers=(1, 2)), saved)
-    assert differing == ["seed: 0 → 1", "unet.multipliers: [1, 2, 2, 2] → [1, 2]"]
+    differing = config_lib.differing(changed(seed=1, unet__channel_mult=(1, 2)), saved)
+    assert differing == ["seed: 0 → 1", "unet.channel_mult: [1, 2, 2, 2] → [1, 2]"]
 
 
 def test_every_pair_of_prediction_and_variance_has_an_objective():

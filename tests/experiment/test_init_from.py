@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from configs import cifar10
-from diffusion import build, data, evaluate, interop, sample, workdir
-from diffusion.checkpoint import Checkpoints
-from diffusion.digests import tree_sha256
-from diffusion.unet import UNet
+from diffusion import data, interop
+from diffusion.experiment import build, workdir
+from diffusion.networks.unet import UNet
+from diffusion.programs import evaluate, sample
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.digests import tree_sha256
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -34,7 +36,7 @@ def tiny(published):
     def config_with(**keys):
         config = cifar10.get_config()
         same = {
-            "init_from": str(published), "unet.channels": 8, "unet.attention_resolutions": (8,), "unet.groups": 4,
+            "init_from": str(published), "unet.channels": 8, "unet.attention_resolutions": (8,), "unet.num_groups": 4,
             "schedule.num_steps": 25, "eval.num_images": 9, "sample.num_images": 8,
         }  # fmt: skip
         with config.unlocked():
@@ -93,7 +95,7 @@ def test_a_checkpoint_that_was_trained_from_them_comes_first(tiny, tmp_path):
     ("keys", "image_shape", "words"),
     [
         ({"unet__channels": 16}, (16, 16, 3), "unet.channels: 8 there, 16 here$"),
-        ({"unet__heads": 2, "unet__blocks": 1}, (16, 16, 3), "unet.blocks: 2 there, 1 here; unet.heads: 1 there, 2 h"),
+        ({"unet__num_heads": 2, "unet__num_res_blocks": 1}, (16, 16, 3), "unet.num_res_blocks: 2 there, 1 here; unet.num_heads: 1 there, 2 h"),
         ({"model__variance": "learned", "objective__name": "vlb"}, (16, 16, 3), "unet.out_channels: 3 there, 6 here$"),
         # Attention at height 8 is another level there.
         ({}, (32, 32, 3), r"images are \(32, 32, 3\): down_1_attention_0/key/bias, .*down_2_attention_0/key/bias"),

@@ -9,8 +9,8 @@ import socket
 import pytest
 
 from configs import digits
-from diffusion import config as config_lib
-from diffusion import workdir
+from diffusion.experiment import config as config_lib
+from diffusion.experiment import workdir
 
 
 def config(**keys):

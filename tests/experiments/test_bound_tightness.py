@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diffusion import oracles, reverse, schedules
+from diffusion import reverse, schedules
+from diffusion.exact import oracles
 from experiments import bound_tightness, tightness_capacity, tightness_known
 
 

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion import build, data, evaluate, parallel, workdir
-from diffusion.checkpoint import Checkpoints
+from diffusion import data
+from diffusion.experiment import build, workdir
+from diffusion.programs import evaluate
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.training import devices
 from experiments import exact_posterior
 from experiments.exact_posterior_plots import EXACT, NETWORK, SHOWN
 
@@ -21,7 +24,7 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
     settings = digits.get_config()
     small = {
-        "schedule.num_steps": 20, "unet.channels": 8, "unet.multipliers": (1,), "unet.blocks": 1, "unet.groups": 4,
+        "schedule.num_steps": 20, "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1, "unet.num_groups": 4,
         "unet.attention_resolutions": (), "unet.fourier_features": (), "eval.batch_size": 32,
     }  # fmt: skip
     with settings.unlocked():
@@ -43,7 +46,7 @@ def results(directory):
 
 def test_the_network_is_scored_as_the_evaluation_scores_it(directory, results):
     experiment = build.experiment(workdir.read_config(directory), (8, 8, 1), 17)
-    params = parallel.replicate(workdir.restore(experiment, directory).ema_params)
+    params = devices.replicate(workdir.restore(experiment, directory).ema_params)
     for split in ("train", "test"):
         image_set = data.load("digits", split, experiment.config.data.data_dir)
         bound = evaluate.bound_of(experiment)(params, image_set, evaluate.subset(len(image_set.images), NUM_IMAGES))

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion import build, config, parameterizations, reverse, schedules, workdir
-from diffusion.checkpoint import Checkpoints
+from diffusion import parameterizations, reverse, schedules
+from diffusion.experiment import build, config, workdir
+from diffusion.runtime.checkpoint import Checkpoints
 from experiments import parameterizations as study
 from experiments import sweep
 
@@ -18,8 +19,8 @@ NUM_STEPS = 6
 def settings_of(prediction="v", variance="learned_range", objective="vlb"):
     settings = digits.get_config()
     changes = {
-        "schedule.num_steps": NUM_STEPS, "unet.channels": 8, "unet.multipliers": (1,), "unet.blocks": 1,
-        "unet.groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (), "objective.name": objective,
+        "schedule.num_steps": NUM_STEPS, "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1,
+        "unet.num_groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (), "objective.name": objective,
         "model.prediction": prediction, "model.variance": variance,
     }  # fmt: skip
     with settings.unlocked():

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from scipy import stats
 
-from diffusion import config as config_lib
+from diffusion.experiment import config as config_lib
 from experiments import ho2020, results, sweep, table, variance
 from experiments.sweep import Cell
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 BASE = "configs/digits.py"
 SINGLE = {"prediction": ["eps"], "objective": ["vlb"], "variance": ["learned"], "schedule": ["cosine"]}
 TINY = {
-    "unet.channels": "4", "unet.multipliers": "(1,)", "unet.blocks": "1", "unet.groups": "2",
+    "unet.channels": "4", "unet.channel_mult": "(1,)", "unet.num_res_blocks": "1", "unet.num_groups": "2",
     "unet.attention_resolutions": "()", "unet.fourier_features": "()", "train.batch_size": "16",
     "train.num_steps": "4", "train.checkpoint_every": "2", "train.log_every": "1", "train.sample_every": "0",
     "eval.num_images": "20", "sample.num_images": "4",

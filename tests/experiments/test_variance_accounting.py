@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion import build, config, data, evaluate, parallel, sample, variances, workdir
-from diffusion.checkpoint import Checkpoints
+from diffusion import data, variances
+from diffusion.experiment import build, config, workdir
+from diffusion.programs import evaluate, sample
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.training import devices
 from experiments import variance_accounting
 
 NUM_IMAGES = 24
@@ -21,7 +24,7 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
     settings = digits.get_config()
     small = {
-        "schedule.num_steps": 6, "unet.channels": 8, "unet.multipliers": (1,), "unet.blocks": 1, "unet.groups": 4,
+        "schedule.num_steps": 6, "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1, "unet.num_groups": 4,
         "unet.attention_resolutions": (), "unet.fourier_features": (), "eval.batch_size": 16,
     }  # fmt: skip
     with settings.unlocked():
@@ -45,7 +48,7 @@ def rows(directory):
 def test_the_table_repeats_the_evaluation_and_adds_up(directory, rows):
     """Same images, same noise, same parameters: the model's own variance has the bound that evaluation prints."""
     experiment = build.experiment(workdir.read_config(directory), (8, 8, 1), 17)
-    params = parallel.replicate(workdir.restore(experiment, directory).ema_params)
+    params = devices.replicate(workdir.restore(experiment, directory).ema_params)
     test_set = data.load("digits", "test", experiment.config.data.data_dir)
     bound = evaluate.bound_of(experiment)(params, test_set, evaluate.subset(len(test_set.images), NUM_IMAGES))
     np.testing.assert_allclose(rows["learned_range"]["bpd"], bound.image_bpd.mean(), rtol=1e-5)
@@ -119,4 +122,4 @@ def test_mistakes_are_one_sentence(directory, tmp_path, monkeypatch, capsys):
 
 def test_a_config_survives_its_file(directory):
     config.check(workdir.read_config(directory))
-    assert workdir.read_config(directory).unet.multipliers == (1,)
+    assert workdir.read_config(directory).unet.channel_mult == (1,)

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from configs import digits  # noqa: E402
-from diffusion import config as config_lib  # noqa: E402
+from diffusion.experiment import config as config_lib  # noqa: E402
 
 DEFAULTS = config_lib.flatten(digits.get_config())
 WHOLE = [key for key, value in DEFAULTS.items() if type(value) is int]
@@ -29,9 +29,9 @@ TUPLES = [key for key, value in DEFAULTS.items() if type(value) is tuple]
 FLAGS = [key for key, value in DEFAULTS.items() if type(value) is bool]
 CHOICES = [key for key, allowed in config_lib.KEYS.items() if allowed.words.startswith("one of ")]
 CONTRADICTIONS = [
-    {"sample.num_steps": "51"}, {"eval.terms_per_image": "51"}, {"eval.num_images": "300"}, {"unet.groups": "5"},
-    {"unet.channels": "31"}, {"unet.heads": "7"}, {"unet.attention_resolutions": "(3,)"},
-    {"unet.multipliers": "(1, 1, 1, 1, 1)"}, {"train.batch_size": "7", "train.grad_accum": "2"},
+    {"sample.num_steps": "51"}, {"eval.terms_per_image": "51"}, {"eval.num_images": "300"}, {"unet.num_groups": "5"},
+    {"unet.channels": "31"}, {"unet.num_heads": "7"}, {"unet.attention_resolutions": "(3,)"},
+    {"unet.channel_mult": "(1, 1, 1, 1, 1)"}, {"train.batch_size": "7", "train.grad_accum": "2"},
     {"objective.name": "simple"}, {"schedule.num_steps": "0"},
     {"eval.protocol": "ho2020", "eval.num_images": "20"}, {"objective.name": "hybrid", "model.variance": "fixed_small"},
     {"schedule.name": "harmonic", "model.prediction": "eps"}, {"objective.weighting": "p2"}, {"train.grad_accum": "64"},

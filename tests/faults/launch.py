@@ -14,8 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 # A run of main.py on the digits that takes seconds, once it is compiled.
 TINY = {
-    "schedule.num_steps": 6, "unet.channels": 8, "unet.multipliers": "(1,)", "unet.attention_resolutions": "()",
-    "unet.groups": 4, "unet.fourier_features": "()", "train.sample_every": 0, "train.keep_checkpoints": 99,
+    "schedule.num_steps": 6, "unet.channels": 8, "unet.channel_mult": "(1,)", "unet.attention_resolutions": "()",
+    "unet.num_groups": 4, "unet.fourier_features": "()", "train.sample_every": 0, "train.keep_checkpoints": 99,
     "eval.num_images": 16, "sample.num_images": 4, "optim.warmup_steps": 2, "train.batch_size": 16,
     "train.check_replicas_every": 4, "train.num_steps": 60, "train.log_every": 3, "train.checkpoint_every": 4,
 }  # fmt: skip

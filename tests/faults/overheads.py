@@ -19,9 +19,10 @@ import jax
 import numpy as np
 
 from configs import cifar10
-from diffusion import build, parallel
-from diffusion.checkpoint import Checkpoints
-from diffusion.digests import leaf_sha256
+from diffusion.experiment import build
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.digests import leaf_sha256
+from diffusion.training import devices
 
 
 def seconds(action, times: int = 3) -> float:
@@ -39,8 +40,8 @@ def step_seconds(experiment: build.Experiment, state) -> float:
     """One train step on random pictures."""
     batch_size = experiment.training.batch_size
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *experiment.image_shape), np.uint8)
-    indices = parallel.shard_steps(np.arange(batch_size, dtype=np.int32)[None])
-    step, images, held = parallel.train_steps(experiment.training), parallel.replicate(images), [state]
+    indices = devices.shard_steps(np.arange(batch_size, dtype=np.int32)[None])
+    step, images, held = devices.train_steps(experiment.training), devices.replicate(images), [state]
 
     def take():
         held[0], metrics = step(held[0], images, indices)
@@ -54,14 +55,14 @@ def main(batch_size: int, step: float | None) -> None:
     config.train.batch_size = batch_size
     experiment = build.experiment(config, (32, 32, 3), 256)
     state = jax.device_get(experiment.initial_state())
-    replicated, differing = parallel.replicate(state), parallel.differing_replicas()
+    replicated, differing = devices.replicate(state), devices.differing_replicas()
     megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
     digests, replicas = seconds(lambda: leaf_sha256(state)), seconds(lambda: differing(replicated))
     with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, keep=1) as checkpoints:
         stalls = []
         for number in (1, 2, 3):
             started = time.monotonic()
-            checkpoints.save(number, parallel.unreplicate(replicated), {})
+            checkpoints.save(number, devices.unreplicate(replicated), {})
             stalls.append(time.monotonic() - started)
             checkpoints.wait()
     step = step_seconds(experiment, replicated) if step is None else step

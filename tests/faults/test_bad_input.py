@@ -12,7 +12,7 @@ import pytest
 
 from diffusion import interop
 from diffusion.data import prepared
-from diffusion.unet import UNet
+from diffusion.networks.unet import UNet
 
 BAD_CONFIGS = Path(__file__).parent / "bad_configs.py"
 

@@ -11,18 +11,22 @@ import pytest
 import toy
 from jax.experimental import multihost_utils
 
-from diffusion import data, memory, parallel, randomness, report, timesteps
-from diffusion import preemption as preemption_lib
-from diffusion.checkpoint import Checkpoints
-from diffusion.digests import tree_sha256
-from diffusion.preemption import Preempted, Preemption
-from diffusion.watchdog import Watchdog
+from diffusion import data, timesteps
+from diffusion.experiment import memory
+from diffusion.reporting import metrics_log
+from diffusion.runtime import preemption as preemption_lib
+from diffusion.runtime import randomness
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.digests import tree_sha256
+from diffusion.runtime.preemption import Preempted, Preemption
+from diffusion.runtime.watchdog import Watchdog
+from diffusion.training import devices
 
 POISON = 7.0  # of network_t, so t = 8
 
 
 def rows_without_time(directory):
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in report.read_metrics(directory)]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics_log.read_metrics(directory)]
 
 
 def interrupt(monkeypatch, steps, action):
@@ -169,11 +173,11 @@ def test_bad_updates_are_left_out_counted_and_resumed_over(tmp_path, monkeypatch
 def test_a_bad_step_changes_nothing_but_the_count_of_steps():
     experiment, first = toy.experiment(POISON, train__skip_nonfinite=99), poisoned_steps(30)[0]
     start = jax.device_get(experiment.initial_state())
-    step = parallel.train_steps(experiment.training)
-    indices = parallel.shard_steps(np.arange(16, dtype=np.int32)[None])
-    images = parallel.replicate(toy.image_set("train").images)
+    step = devices.train_steps(experiment.training)
+    indices = devices.shard_steps(np.arange(16, dtype=np.int32)[None])
+    images = devices.replicate(toy.image_set("train").images)
     bad = start.replace(step=np.int32(first - 1))
-    after = parallel.unreplicate(step(parallel.replicate(bad), images, indices)[0])
+    after = devices.unreplicate(step(devices.replicate(bad), images, indices)[0])
     assert after.step == first and after.window["skipped"] == 1 and after.window["count"] == 0
     unchanged = {name: getattr(after, name) for name in ("params", "ema_params", "opt_state", "timesteps")}
     assert tree_sha256(unchanged) == tree_sha256({name: getattr(bad, name) for name in unchanged})
@@ -182,8 +186,8 @@ def test_a_bad_step_changes_nothing_but_the_count_of_steps():
 def test_a_replica_with_one_flipped_bit_is_found_and_named(tmp_path):
     experiment = toy.experiment()
     state = jax.device_get(experiment.initial_state())
-    names = parallel.differing_replicas()
-    replicated = parallel.replicate(state)
+    names = devices.differing_replicas()
+    replicated = devices.replicate(state)
     assert names(replicated) == []
     rng = np.random.default_rng(0)
     for name in ("pixel", "time"):

@@ -12,12 +12,14 @@ import numpy as np
 from flax import linen as nn
 
 from configs import digits
-from diffusion import build, processes, train
-from diffusion import workdir as workdir_lib
-from diffusion.checkpoint import Checkpoints
 from diffusion.data import ImageSet
-from diffusion.preemption import Preemption
-from diffusion.unet import UNet
+from diffusion.experiment import build
+from diffusion.experiment import workdir as workdir_lib
+from diffusion.networks.unet import UNet
+from diffusion.programs import train
+from diffusion.runtime import processes
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.preemption import Preemption
 
 
 class Layer(UNet):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from diffusion import convolution
+from diffusion.networks import layers
 
 SAME = ((1, 1), "SAME")
 DIMENSIONS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
@@ -34,40 +34,40 @@ def close(found, wanted):
 @pytest.mark.parametrize("shape", [(8, 10, 16, 24), (1, 3, 2, 5), (5, 1, 3, 2), (1, 1, 1, 1)])
 def test_both_gradients_are_those_of_the_convolution(shape):
     x, kernel, g, *_ = inputs(*shape)
-    close(jax.vjp(convolution.conv_3x3, x, kernel)[1](g), jax.vjp(reference, x, kernel)[1](g))
+    close(jax.vjp(layers.conv_3x3, x, kernel)[1](g), jax.vjp(reference, x, kernel)[1](g))
 
 
 def test_forward_mode_and_second_derivatives():
     x, kernel, g, x_dot, kernel_dot = inputs()
     primals, tangents = (x, kernel), (x_dot, kernel_dot)
-    close(jax.jvp(convolution.conv_3x3, primals, tangents), jax.jvp(reference, primals, tangents))
+    close(jax.jvp(layers.conv_3x3, primals, tangents), jax.jvp(reference, primals, tangents))
 
     def slope(conv):
         return jax.grad(lambda x, kernel: jnp.vdot(g, jnp.tanh(conv(x, kernel) / 12)), argnums=(0, 1))
 
-    close(jax.jvp(slope(convolution.conv_3x3), primals, tangents)[1], jax.jvp(slope(reference), primals, tangents)[1])
+    close(jax.jvp(slope(layers.conv_3x3), primals, tangents)[1], jax.jvp(slope(reference), primals, tangents)[1])
 
 
 def test_vmap_over_examples_and_over_kernels():
     x, kernel, *_ = inputs()
-    close(jax.vmap(lambda one: convolution.conv_3x3(one[None], kernel)[0])(x), reference(x, kernel))
+    close(jax.vmap(lambda one: layers.conv_3x3(one[None], kernel)[0])(x), reference(x, kernel))
     kernels = jnp.stack([kernel, 2 * kernel])
     loss = lambda conv: lambda kernel: jnp.sin(conv(x, kernel)).sum()  # noqa: E731
-    close(jax.vmap(jax.grad(loss(convolution.conv_3x3)))(kernels), jax.vmap(jax.grad(loss(reference)))(kernels))
+    close(jax.vmap(jax.grad(loss(layers.conv_3x3)))(kernels), jax.vmap(jax.grad(loss(reference)))(kernels))
 
 
 @pytest.mark.parametrize("strides, padding, kernel_size", [((2, 2), ((0, 1), (0, 1)), 3), ((1, 1), "SAME", 1)])
 def test_other_convolutions_are_left_to_xla(strides, padding, kernel_size):
     x, kernel, *_ = inputs(16, 16)
     kernel = kernel[:kernel_size, :kernel_size]
-    made = jax.make_jaxpr(lambda x: convolution.conv_general_dilated(x, kernel, strides, padding, **DIMENSIONS))(x)
+    made = jax.make_jaxpr(lambda x: layers.conv_general_dilated(x, kernel, strides, padding, **DIMENSIONS))(x)
     assert [equation.primitive.name for equation in made.eqns] == ["conv_general_dilated"]
 
 
 def test_on_cpus_the_weight_gradient_is_one_product_and_no_convolution(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     x, kernel, g, *_ = inputs(16, 16)
-    conv = lambda kernel: convolution.conv_general_dilated(x, kernel, *SAME, **DIMENSIONS)  # noqa: E731
+    conv = lambda kernel: layers.conv_general_dilated(x, kernel, *SAME, **DIMENSIONS)  # noqa: E731
     hlo = jax.jit(lambda kernel, g: jax.vjp(conv, kernel)[1](g)).lower(kernel, g).as_text()
     assert hlo.count("stablehlo.dot_general") == 1
     assert "stablehlo.convolution" not in hlo
@@ -76,5 +76,5 @@ def test_on_cpus_the_weight_gradient_is_one_product_and_no_convolution(monkeypat
 def test_accelerators_keep_their_own_gradient(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x, kernel, *_ = inputs(16, 16)
-    made = jax.make_jaxpr(lambda x: convolution.conv_general_dilated(x, kernel, *SAME, **DIMENSIONS))(x)
+    made = jax.make_jaxpr(lambda x: layers.conv_general_dilated(x, kernel, *SAME, **DIMENSIONS))(x)
     assert [equation.primitive.name for equation in made.eqns] == ["conv_general_dilated"]

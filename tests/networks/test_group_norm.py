@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.unet import GroupNorm
+from diffusion.networks.unet import GroupNorm
 
 
 def test_group_norm_is_exact_where_the_mean_is_large():

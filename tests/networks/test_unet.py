@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from diffusion.unet import Attention, GroupNorm, ResidualBlock, UNet, dropout, fourier_features, time_embedding
+from diffusion.networks.unet import Attention, GroupNorm, ResidualBlock, UNet, dropout, fourier_features, time_embedding
 
 TINY = UNet(channels=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), groups=4, out_channels=1)
 ONE_LEVEL = TINY.copy(multipliers=(1,), attention_resolutions=())  # compiles faster where levels do not matter

@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion import bound, build, config, data, evaluate, learned_schedule, parallel, sample, train, workdir
+from diffusion import data, learned_schedule
+from diffusion.evaluation import bound
+from diffusion.experiment import build, config, workdir
+from diffusion.programs import evaluate, sample, train
+from diffusion.training import devices
 
 
 def tiny(**keys):
     small = {
         "schedule.name": "learned", "schedule.start": "cosine", "schedule.num_steps": 6, "unet.channels": 8,
-        "unet.multipliers": (1,), "unet.groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (),
+        "unet.channel_mult": (1,), "unet.num_groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (),
         "train.batch_size": 16, "train.num_steps": 4, "train.log_every": 2, "train.checkpoint_every": 4,
         "train.sample_every": 0, "eval.num_images": 16, "eval.batch_size": 16, "sample.num_images": 8,
         "optim.warmup_steps": 1,
@@ -62,13 +66,13 @@ def test_scores_and_samples_are_those_of_the_checkpoint_s_schedule(run, capsys):
     ema, test_set = workdir.restore(experiment, run).ema_params, data.load("digits", "test")
     score, numbers = bound.bound_of(experiment), evaluate.subset(len(test_set.images), 16)
     for params, is_same in ((ema, True), (ema | experiment.schedule_params, False)):
-        bpd = score(parallel.replicate(jax.device_get(params)), test_set, numbers).image_bpd.mean()
+        bpd = score(devices.replicate(jax.device_get(params)), test_set, numbers).image_bpd.mean()
         assert np.isclose(bpd, summary["test_bpd"], rtol=1e-6) == is_same
     fixed = experiment.with_fixed_schedule(ema)
     np.testing.assert_array_equal(fixed.schedule.log_snr, experiment.schedule_of(ema).log_snr)
-    again = bound.bound_of(fixed)(parallel.replicate(jax.device_get(ema)), test_set, numbers)
+    again = bound.bound_of(fixed)(devices.replicate(jax.device_get(ema)), test_set, numbers)
     np.testing.assert_allclose(again.image_bpd.mean(), summary["test_bpd"], rtol=1e-6)
-    prior = score(parallel.replicate(ema), test_set, numbers).prior_bpd.mean()
+    prior = score(devices.replicate(ema), test_set, numbers).prior_bpd.mean()
     last = np.asarray(experiment.schedule_of(ema).alpha_bar, np.float64)[-1]
     x0 = test_set.images[numbers] / 8 - 1.0
     kl_nats = 0.5 * (last * (x0**2).mean() - last - np.log1p(-last))

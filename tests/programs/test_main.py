@@ -60,9 +60,9 @@ def test_an_error_of_a_library_keeps_its_traceback(tmp_path):
 INTERRUPTED = """
 import os, signal, threading, time
 import jax, jax.numpy as jnp
-import diffusion.train
+import diffusion.programs.train
 from configs import digits
-from diffusion.preemption import Preemption
+from diffusion.runtime.preemption import Preemption
 
 def many(x):
     for i in range(300):
@@ -78,7 +78,7 @@ def run(config, directory):
         time.sleep(60)
 
 def get_config():
-    diffusion.train.run = run
+    diffusion.programs.train.run = run
     return digits.get_config()
 """
 

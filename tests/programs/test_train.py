@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion import bound, build, checkpoint, data, evaluate, parallel, report, sample, train
-from diffusion.preemption import Preemption
-from diffusion.step import group_norms, to_levels, to_unit, train_step
+from diffusion import data
+from diffusion.evaluation import bound
+from diffusion.experiment import build
+from diffusion.programs import evaluate, sample, train
+from diffusion.reporting import metrics_log
+from diffusion.runtime import checkpoint
+from diffusion.runtime.preemption import Preemption
+from diffusion.training import devices
+from diffusion.training.step import group_norms, to_levels, to_unit, train_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +35,7 @@ def tiny(**keys):
     """A config whose every part is real and small."""
     config = digits.get_config()
     small = {
-        "schedule.num_steps": 6, "unet.channels": 8, "unet.multipliers": (1, 1), "unet.blocks": 1, "unet.groups": 4,
+        "schedule.num_steps": 6, "unet.channels": 8, "unet.channel_mult": (1, 1), "unet.num_res_blocks": 1, "unet.num_groups": 4,
         "unet.dropout": 0.1, "unet.attention_resolutions": (4,), "unet.fourier_features": (), "data.flip": True,
         "train.batch_size": 16, "train.num_steps": 6, "train.log_every": 2, "train.checkpoint_every": 3,
         "train.sample_every": 4, "eval.num_images": 20, "eval.batch_size": 16, "sample.num_images": 9,
@@ -41,7 +47,7 @@ def tiny(**keys):
 
 
 def rows_without_time(directory):
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in report.read_metrics(directory)]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics_log.read_metrics(directory)]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +83,7 @@ def test_a_run_leaves_everything_it_promises(straight):
     }  # fmt: skip
     images = np.load(straight / "samples.npz")["images"]
     assert images.shape == (9, 8, 8, 1) and images.dtype == np.uint8 and images.max() <= 16
-    rows = report.read_metrics(straight)
+    rows = metrics_log.read_metrics(straight)
     assert [row["step"] for row in rows] == [2, 3, 4, 6]
     assert all("test_loss" in row for row in rows if row["step"] in (3, 6))
 
@@ -94,7 +100,7 @@ def test_a_stopped_run_resumes_bit_identically(straight, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train.run(tiny(), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
-    assert [row["step"] for row in report.read_metrics(tmp_path / "run")] == [2, 3, 4]
+    assert [row["step"] for row in metrics_log.read_metrics(tmp_path / "run")] == [2, 3, 4]
     killed_at = -1
     train.run(tiny(), tmp_path / "run")
     one, two = (json.loads((run / "summary.json").read_text()) for run in (straight, tmp_path / "run"))
@@ -117,7 +123,7 @@ def test_a_run_that_was_trained_but_not_scored_is_scored(straight, tmp_path):
     train.run(tiny(), tmp_path / "run")
     one, two = (json.loads((run / "summary.json").read_text()) for run in (straight, tmp_path / "run"))
     assert {key: one[key] for key in one if key != "seconds"} == {key: two[key] for key in two if key != "seconds"}
-    assert report.read_metrics(straight) == report.read_metrics(tmp_path / "run")
+    assert metrics_log.read_metrics(straight) == metrics_log.read_metrics(tmp_path / "run")
 
 
 def test_another_config_is_refused_and_nothing_changes(straight, tmp_path):
@@ -173,7 +179,7 @@ class Steps:
         self.images = data.load("digits", "train").images
         self.experiment = build.experiment(self.config, (8, 8, 1), 17)
         self.start = jax.device_get(self.experiment.initial_state())
-        self.pmapped = parallel.train_steps(self.experiment.training)
+        self.pmapped = devices.train_steps(self.experiment.training)
         one = partial(train_step, self.experiment.training, axis_name="devices")
         self.single = jax.jit(jax.vmap(one, axis_size=1, axis_name="devices", in_axes=(None, None, 0)))
 
@@ -181,9 +187,9 @@ class Steps:
         return data.batch_indices(0, step, self.config.train.batch_size, len(self.images))
 
     def on_all_devices(self, num_steps):
-        state, images = parallel.replicate(self.start), parallel.replicate(self.images)
+        state, images = devices.replicate(self.start), devices.replicate(self.images)
         for step in range(num_steps):
-            state, metrics = self.pmapped(state, images, parallel.shard_steps(self.indices(step)[None]))
+            state, metrics = self.pmapped(state, images, devices.shard_steps(self.indices(step)[None]))
         return state, metrics
 
     def on_one_device(self, num_steps):
@@ -212,7 +218,7 @@ def test_eight_devices_take_the_same_steps_as_one(steps):
     for leaf in jax.tree.leaves(many.params):
         copies = np.asarray(leaf)
         np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))  # replicas stay equal
-    assert_same_parameters(parallel.unreplicate(many), one)
+    assert_same_parameters(devices.unreplicate(many), one)
 
 
 def test_accumulated_gradients_are_the_batch_gradient(steps):
@@ -225,12 +231,12 @@ def test_accumulated_gradients_are_the_batch_gradient(steps):
 def test_several_steps_in_one_call_are_the_same_steps(steps):
     single, _ = steps.on_all_devices(2)
     indices = np.stack([steps.indices(0), steps.indices(1)])
-    state, images = parallel.replicate(steps.start), parallel.replicate(steps.images)
-    both, metrics = steps.pmapped(state, images, parallel.shard_steps(indices))
+    state, images = devices.replicate(steps.start), devices.replicate(steps.images)
+    both, metrics = steps.pmapped(state, images, devices.shard_steps(indices))
     assert metrics["loss"].shape == (8, 2)
     norms = group_norms(steps.start.params)  # those before the call, for both of its steps
     np.testing.assert_allclose(metrics["param_norms"], np.broadcast_to(norms, (8, 2, len(norms))), rtol=1e-5)
-    assert_same_parameters(parallel.unreplicate(single), parallel.unreplicate(both))
+    assert_same_parameters(devices.unreplicate(single), devices.unreplicate(both))
 
 
 def test_the_step_compiles_once_moves_nothing_and_reuses_the_state(steps):
@@ -238,11 +244,11 @@ def test_the_step_compiles_once_moves_nothing_and_reuses_the_state(steps):
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **kw: compiled.append(seconds) if "backend_compile" in event else None
     )
-    state, images = parallel.replicate(steps.start), parallel.replicate(steps.images)
-    step_fn, counts = parallel.train_steps(steps.experiment.training), []
+    state, images = devices.replicate(steps.start), devices.replicate(steps.images)
+    step_fn, counts = devices.train_steps(steps.experiment.training), []
     for step in range(4):
         # What a call moves between host and devices, or between devices, must be asked for: the indices alone are.
-        indices, before = parallel.shard_steps(steps.indices(step)[None]), state
+        indices, before = devices.shard_steps(steps.indices(step)[None]), state
         with jax.transfer_guard("disallow" if step else "allow"):
             state, _ = step_fn(state, images, indices)
         counts.append(len(compiled))
@@ -272,7 +278,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(steps, 
 def test_the_window_is_the_mean_since_the_last_row(steps, straight):
     """`loss` of a row averages the steps since the row before; here checked against the steps themselves."""
     losses = [float(steps.on_all_devices(n)[1]["loss"][0, 0]) for n in (1, 2)]
-    row = report.read_metrics(straight)[0]
+    row = metrics_log.read_metrics(straight)[0]
     np.testing.assert_allclose(row["loss"], np.mean(losses), rtol=1e-5)
 
 
@@ -301,17 +307,17 @@ def test_grey_levels_survive_the_way_to_the_unit_interval_and_back():
 def test_padded_batches_hold_every_item_once():
     for num_items, batch_size in ((20, 16), (3, 256), (16, 16), (17, 8), (1, 1)):
         seen = [
-            number for batch, real in parallel.padded_batches(num_items, batch_size) for number in batch.ravel()[:real]
+            number for batch, real in devices.padded_batches(num_items, batch_size) for number in batch.ravel()[:real]
         ]
         assert seen == list(range(num_items))
-        shapes = {batch.shape for batch, _ in parallel.padded_batches(num_items, batch_size)}
+        shapes = {batch.shape for batch, _ in devices.padded_batches(num_items, batch_size)}
         assert len(shapes) == 1 and shapes.pop()[0] == 8
 
 
 def test_the_bound_counts_every_image_once(straight):
     """20 images in batches of 16 on 8 devices, the last one padded, equal each image scored alone."""
     experiment = build.experiment(tiny(), (8, 8, 1), 17)
-    params = parallel.replicate(jax.device_get(experiment.initial_state().params))
+    params = devices.replicate(jax.device_get(experiment.initial_state().params))
     test_set, numbers = data.load("digits", "test"), np.arange(20, 31)
     whole = evaluate.bound_of(experiment)(params, test_set, numbers)
     assert whole.terms_bpd.shape == (11, 6)
@@ -327,7 +333,7 @@ def test_the_bound_counts_every_image_once(straight):
 def test_a_bound_that_was_cut_computes_what_is_missing(tmp_path):
     """Finished terms are read from the file and not computed again; the others come out as without a file."""
     experiment = build.experiment(tiny(eval__batch_size=16), (8, 8, 1), 17)
-    params = parallel.replicate(jax.device_get(experiment.initial_state().params))
+    params = devices.replicate(jax.device_get(experiment.initial_state().params))
     score, test_set, numbers = bound.bound_of(experiment), data.load("digits", "test"), np.arange(5)
     whole, kept = score(params, test_set, numbers), tmp_path / "kept" / "test.npy"
     np.testing.assert_array_equal(score(params, test_set, numbers, kept).terms_bpd, whole.terms_bpd)
@@ -343,7 +349,7 @@ def test_the_estimate_is_of_the_full_evaluation():
     """From the same terms: the decoder's are equal, the sum of the others is as far off as stated."""
     test_set, numbers = data.load("digits", "test"), np.arange(60)
     few = build.experiment(tiny(eval__terms_per_image=3, eval__batch_size=64), (8, 8, 1), 17)
-    params = parallel.replicate(jax.device_get(few.initial_state().params))
+    params = devices.replicate(jax.device_get(few.initial_state().params))
     estimate = bound.estimated_bound_of(few)(params, test_set, numbers)
     full = bound.bound_of(build.experiment(tiny(eval__batch_size=64), (8, 8, 1), 17))(params, test_set, numbers)
     np.testing.assert_allclose(estimate.decoder_bpd, full.decoder_bpd, rtol=1e-5)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion import report
-from diffusion.report import MetricsLog, read_metrics
+from diffusion.reporting import metrics_log
+from diffusion.reporting.metrics_log import MetricsLog, read_metrics
 
 
 def write_steps(log: MetricsLog, steps: range) -> None:
@@ -54,7 +54,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match="grad_norm is nan"):
             log.write(1, loss=1.0, grad_norm=float("nan"))
     with pytest.raises(ValueError, match="test_bpd is inf"):
-        report.write_json(tmp_path / "summary.json", {"step": 1, "test_bpd": np.float32(np.inf)})
+        metrics_log.write_json(tmp_path / "summary.json", {"step": 1, "test_bpd": np.float32(np.inf)})
     assert read_metrics(tmp_path) == [] and not (tmp_path / "summary.json").exists()
 
 
@@ -88,24 +88,24 @@ def test_a_damaged_row_before_the_last_is_an_error(tmp_path):
 
 
 def test_the_summary_is_whole_or_the_old_one(tmp_path):
-    report.write_json(
-        tmp_path / "summary.json", {"step": 1, "test_bpd": np.float32(0.5), "versions": report.versions()}
+    metrics_log.write_json(
+        tmp_path / "summary.json", {"step": 1, "test_bpd": np.float32(0.5), "versions": metrics_log.versions()}
     )
     first = json.loads((tmp_path / "summary.json").read_text())
     assert first["test_bpd"] == 0.5 and first["versions"]["jax"] == jax.__version__
     with pytest.raises(TypeError):
-        report.write_json(tmp_path / "summary.json", {"step": 2, "test_bpd": object()})
+        metrics_log.write_json(tmp_path / "summary.json", {"step": 2, "test_bpd": object()})
     assert json.loads((tmp_path / "summary.json").read_text()) == first
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_the_device_is_named_with_how_many():
-    assert report.device_name() == f"cpu ×{jax.device_count()}"
+    assert metrics_log.device_name() == f"cpu ×{jax.device_count()}"
 
 
 def test_a_grid_holds_every_pixel_in_reading_order():
     images = np.arange(5 * 2 * 3, dtype=np.uint8).reshape(5, 2, 3, 1) % 17
-    grid = report.image_grid(images, num_levels=17, columns=3)
+    grid = metrics_log.image_grid(images, num_levels=17, columns=3)
     factor, margin = 48 // 3, 2
     assert grid.shape == (2 * (2 * factor + margin) + margin, 3 * (3 * factor + margin) + margin, 1)
     for i, image in enumerate(images):
@@ -118,24 +118,24 @@ def test_a_grid_holds_every_pixel_in_reading_order():
 
 def test_photographs_are_shown_as_they_are(tmp_path):
     photograph = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
-    report.save_png(tmp_path / "one.png", report.image_grid(photograph))
+    metrics_log.save_png(tmp_path / "one.png", metrics_log.image_grid(photograph))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "one.png"))[2:-2, 2:-2], photograph[0])
 
 
 def test_grey_pictures_stay_grey(tmp_path):
-    grid = report.image_grid(np.full((4, 8, 8, 1), 16, np.uint8), num_levels=17)
-    report.save_png(tmp_path / "grey.png", grid)
+    grid = metrics_log.image_grid(np.full((4, 8, 8, 1), 16, np.uint8), num_levels=17)
+    metrics_log.save_png(tmp_path / "grey.png", grid)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grey.png")), grid[:, :, 0])
 
 
 def test_the_film_has_a_row_per_sample_and_runs_from_left_to_right():
     films = np.broadcast_to(np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1), (2, 3, 64, 64, 1))
-    picture = report.film(films, num_levels=256)
+    picture = metrics_log.film(films, num_levels=256)
     assert picture[33::66, 33::66, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_progress_in_a_log_file_is_lines_and_few_of_them(capsys):
-    with report.Progress(1000, initial=200, desc="train") as bar:
+    with metrics_log.Progress(1000, initial=200, desc="train") as bar:
         for _ in range(800):
             bar.advance(1, loss=0.25)
     lines = [line for line in capsys.readouterr().err.replace("\r", "").splitlines() if line.strip()]

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib import pyplot
 from PIL import Image
 
-from diffusion import plots
+from diffusion.reporting import plots
 
 
 def test_curves_are_drawn_without_global_state(tmp_path):

@@ -13,8 +13,8 @@ import optax
 import pytest
 from flax import struct
 
-from diffusion.checkpoint import Checkpoints, DamagedCheckpoint
-from diffusion.digests import tree_sha256
+from diffusion.runtime.checkpoint import Checkpoints, DamagedCheckpoint
+from diffusion.runtime.digests import tree_sha256
 
 
 @struct.dataclass

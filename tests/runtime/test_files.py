@@ -5,7 +5,8 @@ import resource
 import numpy as np
 import pytest
 
-from diffusion import files, plots, report
+from diffusion.reporting import metrics_log, plots
+from diffusion.runtime import files
 
 
 def test_a_file_appears_under_its_name_once_it_is_whole(tmp_path):
@@ -48,7 +49,7 @@ def noise(path):
     [
         noise,
         lambda path: files.write_text(path, "x" * 10_000),
-        lambda path: report.save_png(path, np.random.RandomState(0).randint(256, size=(99, 99, 1)).astype(np.uint8)),
+        lambda path: metrics_log.save_png(path, np.random.RandomState(0).randint(256, size=(99, 99, 1)).astype(np.uint8)),
         lambda path: plots.plot_loss([{"step": 1, "loss": 1.0}], path),
     ],
     ids=["npz", "text", "picture", "plot"],

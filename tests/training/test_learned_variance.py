@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion import build, data
-from diffusion.step import train_step
+from diffusion import data
+from diffusion.experiment import build
+from diffusion.training.step import train_step
 
 NUM_STEPS = 2000
 TIMESTEPS = {"vlb": "loss_aware", "hybrid": "uniform"}  # as Nichol & Dhariwal (2021) train them
@@ -25,8 +26,8 @@ def test_learned_variance_trains_without_a_nan(variance, objective, dtype, tmp_p
     config = digits.get_config()
     changes = {
         "model.variance": variance, "objective.name": objective, "objective.timesteps": TIMESTEPS[objective],
-        "schedule.num_steps": 50, "unet.dtype": dtype, "unet.channels": 8, "unet.multipliers": (1, 1),
-        "unet.blocks": 1, "unet.groups": 4, "train.batch_size": 16, "train.num_steps": NUM_STEPS,
+        "schedule.num_steps": 50, "unet.dtype": dtype, "unet.channels": 8, "unet.channel_mult": (1, 1),
+        "unet.num_res_blocks": 1, "unet.num_groups": 4, "train.batch_size": 16, "train.num_steps": NUM_STEPS,
     }  # fmt: skip
     with config.unlocked():
         config.update_from_flattened_dict(changes)

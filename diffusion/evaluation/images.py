@@ -1,0 +1,34 @@
+"""Which images are scored."""
+
+import numpy as np
+from jaxtyping import Int
+
+from diffusion.likelihood import PROTOCOLS
+
+
+def num_scored(wanted: int, protocol: str, num_test: int) -> int:
+    """How many of the test images are scored, and at most as many training images.
+
+    Args:
+        wanted: eval.num_images; 0 for all.
+        protocol: eval.protocol.
+        num_test: how many test images there are.
+
+    Raises:
+        ValueError: fewer exist than are wanted, or than the protocol needs.
+    """
+    num_images = wanted or num_test
+    if num_images > num_test:
+        raise ValueError(f"eval.num_images={wanted} exceeds the {num_test} images of the test split")
+    multiple = PROTOCOLS[protocol].images_multiple
+    if num_images < multiple:
+        raise ValueError(
+            f"eval.protocol={protocol!r} scores multiples of {multiple} images, "
+            f"not {num_images} (eval.num_images={wanted}, {num_test} test images)"
+        )
+    return num_images // multiple * multiple
+
+
+def subset(num_existing: int, num_images: int) -> Int[np.ndarray, " {num_images}"]:
+    """The numbers of a fixed random choice of images. (Of a set sorted by class the first ones are one class.)"""
+    return np.sort(np.random.RandomState(0).permutation(num_existing)[:num_images])

@@ -1,0 +1,86 @@
+"""The loop over (image, t) pairs: whatever is measured of an image at a t is measured here."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from diffusion import likelihood
+from diffusion.data import Source
+from diffusion.data.levels import to_unit
+from diffusion.likelihood import Measure
+from diffusion.model import Model
+from diffusion.reporting.progress import Progress
+from diffusion.runtime import randomness
+from diffusion.training import devices
+from diffusion.training.devices import Replicated
+
+Measured = Iterator[tuple[np.ndarray, PyTree]]
+
+
+class Pairs:
+    """Measures (image, t) pairs of any images and any t, in batches, by one compiled program.
+
+    The ε of a pair belongs to the number of the image in its split and to t, whatever is measured beside it.
+
+    Args:
+        measure_of: model -> what is measured, for example `likelihood.term_and_x0_mse`.
+        seed: of the noise.
+        batch_size: pairs at a time, over all devices.
+        stream: of the noise, one of `randomness.STREAMS`; the evaluation's by default, so that a study can repeat
+            its terms.
+    """
+
+    def __init__(self, measure_of: Callable[[Model], Measure], seed: int, batch_size: int, stream: str = "eval"):
+        seed_key = randomness.stream(seed, stream)
+
+        def one_batch(shared: PyTree, items: tuple[Array, Array]) -> PyTree:
+            model, (images, numbers, split_number) = shared
+            image, t = items
+            x0 = to_unit(images[image], model.num_levels)
+            keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), numbers[image])
+            return likelihood.at_one_t(model.denoise, model.schedule[t], x0, keys, measure_of(model))
+
+        self._batches = devices.over_batches(one_batch)
+        self._batch_size = batch_size
+
+    def some(
+        self,
+        model: Replicated,
+        source: Source,
+        numbers: Int[np.ndarray, " n"],
+        t: Int[np.ndarray, "n k"],
+        wanted: Int[np.ndarray, " pairs"],
+        desc: str,
+    ) -> Measured:
+        """Measures the wanted ones of the n × k pairs: image numbers[i] at t[i, j] is pair i·k + j.
+
+        Returns:
+            An iterator of (the pairs that are done [b], their measures [b, ...]), batch by batch.
+        """
+        data = devices.replicate((source.images(numbers), numbers, np.int32(source.split_number)))
+        items = (wanted // t.shape[1], t.ravel()[wanted])
+        with Progress(t.size, initial=t.size - len(wanted), desc=desc, unit="term") as progress:
+            for done, measures in self._batches((model, data), items, self._batch_size):
+                yield wanted[done], measures
+                progress.update(len(done))
+
+    def all(
+        self, model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], t: Int[np.ndarray, "n k"], desc: str
+    ) -> PyTree:
+        """Measures every pair: a tree of float64 arrays [n, k, ...]."""
+        found: list[PyTree] = []
+        for _, measures in self.some(model, source, numbers, t, np.arange(t.size), desc):
+            found.append(measures)
+
+        def joined(*parts: np.ndarray) -> np.ndarray:
+            whole = np.concatenate(parts).astype(np.float64)
+            return whole.reshape(*t.shape, *whole.shape[1:])
+
+        return jax.tree.map(joined, *found)
+
+
+def every_t(num_images: int, num_steps: int) -> Int[np.ndarray, "n t"]:
+    """t = 1…T for each of so many images."""
+    return np.tile(np.arange(1, num_steps + 1), (num_images, 1))

@@ -1,0 +1,121 @@
+"""Names with arguments: how a config chooses a function, such as schedule.name="linear(beta_end=0.03)".
+
+A choice is a table of functions and values by name. What stands in brackets are keyword arguments of the function,
+read as literals (never evaluated) and checked against its signature.
+"""
+
+import ast
+import difflib
+import functools
+import inspect
+import math
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+
+class Call(NamedTuple):
+    """A name and its arguments, as a config wrote them."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+def parse(text: str) -> Call:
+    """ "ddim(eta=0.5)" as Call("ddim", {"eta": 0.5}).
+
+    Raises:
+        ValueError: it is neither a name nor a name with keyword arguments that are literals.
+    """
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if isinstance(node, ast.Name):
+            return Call(node.id, {})
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+            if None not in arguments:
+                return Call(node.func.id, arguments)
+    except (SyntaxError, ValueError, RecursionError):
+        pass
+    raise ValueError(f"must be a name, or a name with arguments such as name(size=3), not {text!r}")
+
+
+class Choice(NamedTuple):
+    """What a config key can name.
+
+    Attributes:
+        table: functions (or classes), which may take arguments, and other values, which take none.
+        given: the parameters that the program passes, which a config cannot set.
+    """
+
+    table: Mapping[str, Any]
+    given: tuple[str, ...] = ()
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, to follow "config key KEY"; None if nothing is."""
+        if not isinstance(value, str):
+            return f"must be one of {', '.join(self.table)}, not {value!r}"
+        try:
+            call = parse(value)
+        except ValueError as error:
+            return str(error)
+        if call.name not in self.table:
+            return f"must be one of {', '.join(self.table)}, not {value!r}{_near(call.name, self.table)}"
+        parameters = self.parameters(call.name)
+        for name, argument in call.arguments.items():
+            if name not in parameters:
+                known = f"only {', '.join(parameters)}" if parameters else "none"
+                return f"is {value!r}, but {call.name} has no argument {name}, {known}{_near(name, parameters)}"
+            if not accepts(parameters[name].annotation, argument):
+                allowed = words(parameters[name].annotation)
+                return f"is {value!r}, but the argument {name} of {call.name} must be {allowed}, not {argument!r}"
+        missing = [name for name, p in parameters.items() if p.default is p.empty and name not in call.arguments]
+        return f"is {value!r}, but {call.name} needs the argument {missing[0]}" if missing else None
+
+    def parameters(self, name: str) -> dict[str, inspect.Parameter]:
+        """What a config can set of the entry of that name."""
+        entry = self.table[name]
+        if not (inspect.isfunction(entry) or inspect.isclass(entry)):
+            return {}
+        return {k: p for k, p in inspect.signature(entry).parameters.items() if k not in self.given}
+
+    def bind(self, text: str) -> Any:
+        """The entry that `text` names; a function with the arguments bound."""
+        name, arguments = parse(text)
+        parameters = self.parameters(name)
+        exact = {k: float(v) if parameters[k].annotation is float else v for k, v in arguments.items()}
+        return functools.partial(self.table[name], **exact) if exact else self.table[name]
+
+
+def accepts(annotation: Any, value: Any) -> bool:
+    """Whether a literal is of the annotated type; integers are numbers, True and False are neither."""
+    if annotation is float:
+        return type(value) is int or type(value) is float and math.isfinite(value)
+    if annotation in (int, bool, str):
+        return type(value) is annotation
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if get_origin(annotation) is tuple:
+        element = get_args(annotation)[0]
+        return isinstance(value, tuple) and all(accepts(element, item) for item in value)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(accepts(option, value) for option in get_args(annotation))
+    raise TypeError(f"an argument that a config can set needs a plain annotation, not {annotation!r}")
+
+
+def words(annotation: Any) -> str:
+    """What `accepts` takes, in words."""
+    plain = {float: "a number", int: "an integer", bool: "True or False", str: "a string"}
+    if annotation in plain:
+        return plain[annotation]
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is tuple:
+        return "a tuple of integers"
+    options = get_args(annotation)
+    return " or ".join(words(option) for option in options if not (option is int and float in options))
+
+
+def _near(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,125 @@
+"""Combinations of config values that are each possible and together are not: a table."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion import learned_schedule, objectives, samplers, timesteps
+from diffusion.experiment import names
+from diffusion.experiment.config import FIXED_SCHEDULES, KEYS
+from diffusion.learned_schedule import Learned
+from diffusion.reverse import VARIANCES
+from diffusion.schedules import Schedule
+
+
+class Facts(NamedTuple):
+    """What the rules look at."""
+
+    config: ConfigDict
+    schedule: Schedule  # of a learned one, as it starts
+    learned: Learned | None
+
+    @property
+    def objective(self) -> Callable:
+        return objectives.OBJECTIVES[names.parse(self.config.objective.name).name]
+
+    @property
+    def learns_variance(self) -> bool:
+        return VARIANCES[self.config.model.variance].is_learned
+
+    @property
+    def method(self) -> names.Call:
+        return names.parse(self.config.sample.method)
+
+    @property
+    def has_weighting(self) -> bool:
+        return names.parse(self.config.objective.weighting).name != "none"
+
+    @property
+    def is_loss_aware(self) -> bool:
+        return timesteps.SAMPLERS[names.parse(self.config.objective.timesteps).name] is timesteps.loss_aware
+
+
+class Rule(NamedTuple):
+    """A combination that cannot be, and the error message; {c} stands for the config."""
+
+    is_broken: Callable[[Facts], bool]
+    message: str
+
+
+RULES = (
+    Rule(
+        lambda f: f.objective is objectives.simple and f.learns_variance,
+        "objective.name={c.objective.name!r} has no term that trains model.variance={c.model.variance!r}; "
+        "use hybrid or vlb, or a fixed variance",
+    ),
+    Rule(
+        lambda f: f.objective is objectives.hybrid and not f.learns_variance,
+        "objective.name={c.objective.name!r} trains a variance, but model.variance={c.model.variance!r} is fixed; "
+        "use simple or vlb, or a learned variance",
+    ),
+    Rule(
+        lambda f: f.objective is objectives.vlb and f.has_weighting,
+        "objective.weighting={c.objective.weighting!r} weights the simple loss, which "
+        "objective.name={c.objective.name!r} does not have; use none, or simple or hybrid",
+    ),
+    Rule(
+        lambda f: f.config.model.prediction == "eps" and not np.asarray(f.schedule.sqrt_alpha_bar)[-1] > 0,
+        "schedule.name={c.schedule.name!r} with schedule.num_steps={c.schedule.num_steps} ends with ᾱ_T = 0, where x_0 "
+        "cannot be told from ε; take model.prediction=x0, v or mean, or another schedule",
+    ),
+    Rule(
+        lambda f: f.learned is not None and f.objective is not objectives.vlb,
+        "objective.name={c.objective.name!r} is no bound, so its best schedule is the one that is easiest to predict; "
+        "schedule.name={c.schedule.name!r} needs objective.name='vlb'",
+    ),
+    Rule(
+        lambda f: f.learned is not None and f.learned.inner == "variance" and f.is_loss_aware,
+        "schedule.name={c.schedule.name!r} minimises the variance over uniform t, which "
+        "objective.timesteps={c.objective.timesteps!r} does not draw; use uniform or low_discrepancy, or inner='bound'",
+    ),
+    Rule(
+        lambda f: f.config.eval.terms_per_image >= f.config.schedule.num_steps,
+        "eval.terms_per_image={c.eval.terms_per_image} must be below schedule.num_steps={c.schedule.num_steps}; "
+        "0 takes every term",
+    ),
+    Rule(
+        lambda f: f.method.name not in samplers.DRAW_FROM_VARIANCE and f.config.sample.variance != "model",
+        "sample.variance={c.sample.variance!r} has no part in sample.method={c.sample.method!r}, which draws nothing "
+        "from the model's variance",
+    ),
+    Rule(
+        lambda f: not 0 <= f.method.arguments.get("eta", 0) <= 1,
+        "sample.method={c.sample.method!r}: eta must be in [0, 1]",
+    ),
+    Rule(
+        lambda f: f.config.sample.num_steps > f.config.schedule.num_steps,
+        "sample.num_steps={c.sample.num_steps} exceeds schedule.num_steps={c.schedule.num_steps}",
+    ),
+)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a ValueError with one line on the first rule that a config breaks; `config.check` comes before."""
+    schedule, learned = start_schedule(config)
+    facts = Facts(config, schedule, learned)
+    for rule in RULES:
+        if rule.is_broken(facts):
+            raise ValueError(rule.message.format(c=config))
+
+
+def start_schedule(config: ConfigDict) -> tuple[Schedule, Learned | None]:
+    """The schedule that a config names, or the one that a learned schedule starts from and how it is trained.
+
+    Raises:
+        ValueError: there is no such schedule of so many steps.
+    """
+    text, num_steps = config.schedule.name, config.schedule.num_steps
+    if names.parse(text).name != learned_schedule.NAME:
+        return KEYS["schedule.name"].bind(text)(num_steps), None
+    learned = KEYS["schedule.name"].bind(text)()
+    if problem := FIXED_SCHEDULES.problem(learned.start):
+        raise ValueError(f"schedule.name={text!r}: start {problem}")
+    return FIXED_SCHEDULES.bind(learned.start)(num_steps), learned

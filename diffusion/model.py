@@ -1,0 +1,35 @@
+"""A diffusion model as evaluation, sampling and coding take it: four things, whatever they came from."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from diffusion.reverse import Reverse
+from diffusion.schedules import Schedule
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network as a function, and what its output means.
+
+    A model is a pytree, so it can be an argument of a compiled function. Its arrays are those of the schedule and,
+    where `denoise` is a `jax.tree_util.Partial(apply, params)`, the network's parameters.
+
+    Attributes:
+        denoise: (x_t [B, H, W, C], network_t [B]) -> output [B, H, W, p.output_channels(C)]. Labels and guidance
+            are closed over: nothing that takes a model knows of them.
+        p: the reverse process: what the output predicts, and where the variance comes from.
+        schedule: the forward process.
+        num_levels: how many values a channel of a pixel can have: 256 for photographs.
+    """
+
+    denoise: Any  # a `reverse.Denoise`, or the same with shapes in the place of arrays
+    p: Reverse = dataclasses.field(metadata={"static": True})
+    schedule: Schedule
+    num_levels: int = dataclasses.field(default=256, metadata={"static": True})
+
+    def __post_init__(self):
+        if callable(self.denoise) and not isinstance(self.denoise, jax.tree_util.Partial):
+            object.__setattr__(self, "denoise", jax.tree_util.Partial(self.denoise))

@@ -1,0 +1,11 @@
+"""Networks: what the reverse process asks for its mean, as Flax modules.
+
+A network's module is called as module(x_t [B, H, W, C], network_t [B], dropout_keys [B] or None) and returns
+[B, H, W, out_channels]. Its fields are config keys, `unet.channels` for the field `channels` of "unet", but
+`out_channels`, which follows from the data and the variance. `check(image_shape)` refuses fields that do not fit.
+"""
+
+from diffusion.networks.unet import UNet
+
+# model.network -> the module's class.
+NETWORKS = {"unet": UNet}

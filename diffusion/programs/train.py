@@ -1,0 +1,137 @@
+"""--mode=train: from a config and a working directory to checkpoints, then pictures and bits per dimension.
+
+What a run needs to go on is its config.json and its latest checkpoint: the same command resumes by itself.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from diffusion import data, schedules
+from diffusion.data import Source
+from diffusion.evaluation import images
+from diffusion.experiment import build, memory, workdir
+from diffusion.experiment.build import Experiment
+from diffusion.programs import evaluate, sample
+from diffusion.programs.sample import Sampler
+from diffusion.reporting import pictures, plots, summary
+from diffusion.reporting.metrics_log import MetricsLog, read_metrics
+from diffusion.runtime import processes
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.preemption import Preemption
+from diffusion.training import devices, loop
+from diffusion.training.devices import Replicated
+from diffusion.training.step import TrainState
+
+MONITORED_IMAGES = 256  # how many test images' loss is followed during training, if as many are to be scored
+
+
+def run(config: ConfigDict, directory: Path) -> None:
+    """Trains to config.train.num_steps, resuming if `directory` holds a part of this run; then samples and scores.
+
+    Raises:
+        ValueError, OSError: what does not fit or is missing, in one line and before any compilation; or what
+            could not be written.
+        FloatingPointError: a loss is NaN or Inf; nothing is saved after it.
+        RuntimeError: the devices no longer hold the same state.
+        MemoryError: a device has too little of it.
+        Preempted: a signal asked to stop.
+    """
+    started = time.monotonic()
+    experiment = prepare(config, directory)
+    if workdir.is_finished(directory):
+        print(f"{directory} holds this run, finished: see {directory / 'summary.json'}")
+        return
+    train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
+    draw = sample.sampler(experiment)
+
+    with Preemption() as preemption, workdir.owned(config, directory) as directory, memory.explained(experiment):
+        state = train(experiment, directory, train_set, test_set, draw, preemption)
+        plots.plot_loss(read_metrics(directory), directory / "loss.png")
+        model = experiment.model(state.ema_params, config.sample.variance)
+        sample.save(directory, *draw(model), train_set.num_levels)
+        if experiment.learns_schedule:
+            _plot_schedule(experiment, directory, state)
+        scores = evaluate.score(experiment, directory, state, train_set, test_set)
+        scores |= {
+            "seconds": time.monotonic() - started,
+            "device": summary.device_name(),
+            "versions": summary.versions(),
+        }
+        summary.write_json(directory / "summary.json", scores)
+    if processes.is_first():
+        print("protocol: " + ", ".join(f"{name} {value}" for name, value in scores["protocol"].items()))
+        print(f"test {scores['test_bpd']:.4f} bits/dim; see {directory / 'summary.json'} and the pictures beside it")
+
+
+def prepare(config: ConfigDict, directory: Path) -> Experiment:
+    """The experiment, after every check that needs no data and no device."""
+    devices.check_batch_size(config.train.batch_size, config.train.grad_accum)
+    described = data.describe(config.data.name, config.data.data_dir)
+    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    images.num_scored(config.eval.num_images, config.eval.protocol, described.num_test)
+    if "optimal" in (config.eval.variance, config.sample.variance):
+        raise ValueError(
+            "eval.variance or sample.variance is optimal, which needs a trained mean; train with another one first, "
+            "then use it in --mode=eval or --mode=sample"
+        )
+    workdir.check(config, directory)
+    return experiment
+
+
+def train(
+    experiment: Experiment,
+    directory: Path,
+    train_set: Source,
+    test_set: Source,
+    draw: Sampler,
+    preemption: Preemption,
+) -> TrainState:
+    """Trains to the end from the latest checkpoint in `directory`, or from the start; returns the last state."""
+    config, plan = experiment.config, build.plan(experiment.config)
+    scored = config.eval.num_images or len(test_set)
+    numbers = images.subset(len(test_set), min(MONITORED_IMAGES, scored))
+    test_loss = loop.monitor(experiment.training, config.seed, config.schedule.num_steps, test_set, numbers)
+    with Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
+        state = resume(experiment, checkpoints)
+        if state.step == plan.num_steps:
+            return state
+        with MetricsLog(directory, step=int(state.step)) as log:
+            show = _shower(experiment, directory, draw, log)
+            training = experiment.training
+            return loop.train(training, plan, state, train_set, test_loss, show, checkpoints, log, preemption)
+
+
+def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
+    """The state to go on from, or the initial one: what process 0 reads, on every process."""
+    state = experiment.initial_state()
+    resumed = processes.on_first(lambda: checkpoints.resume(like=state))
+    return processes.from_first(state if resumed is None else resumed)
+
+
+def _shower(
+    experiment: Experiment, directory: Path, draw: Sampler, log: MetricsLog
+) -> Callable[[int, Replicated], None]:
+    """Shows samples of EMA parameters as samples_STEP.png and in TensorBoard."""
+
+    def show(step: int, ema_params: Replicated) -> None:
+        model = experiment.model(ema_params.host(), experiment.config.sample.variance)
+        grid = pictures.image_grid(draw(model)[0], model.num_levels)
+        pictures.save_png(directory / f"samples_{step}.png", grid)
+        log.images(step, "samples", grid)
+
+    return show
+
+
+def _plot_schedule(experiment: Experiment, directory: Path, state: TrainState) -> None:
+    """schedule.png: the learned schedule, that of the EMA parameters, beside where it started and a fixed one."""
+    config = experiment.config.schedule
+    curves = {
+        "learned": experiment.model(state.ema_params).schedule,
+        "before training": experiment.start_schedule,
+        "cosine": schedules.cosine(config.num_steps),
+    }
+    title = f"{experiment.config.data.name}, T = {config.num_steps}, step {state.step}"
+    plots.plot_schedules(directory / "schedule.png", {name: s.log_snr[1:] for name, s in curves.items()}, title)

@@ -1,0 +1,1 @@
+"""What a person sees: metrics, progress, pictures, curves and summaries."""

@@ -1,0 +1,45 @@
+"""Images as a person looks at them: grids, denoising trajectories, PNG files."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from diffusion.runtime import files
+
+
+def image_grid(
+    images: UInt8[np.ndarray, "n h w c"], num_levels: int = 256, columns: int | None = None
+) -> UInt8[np.ndarray, "grid_h grid_w c"]:
+    """Lays images out row by row, as square as possible unless `columns` is given.
+
+    Pixel values 0…num_levels-1 are stretched to 0…255, and small images enlarged by the integer factor that fits
+    into 48 pixels, so that a person can see them.
+    """
+    n, height, width, channels = images.shape
+    columns = math.ceil(math.sqrt(n)) if columns is None else columns
+    rows = math.ceil(n / columns)
+    factor = max(1, 48 // max(height, width))
+    margin = 2
+    visible = np.round(images * (255 / (num_levels - 1))).astype(np.uint8)
+    visible = visible.repeat(factor, axis=1).repeat(factor, axis=2)
+    cell_height, cell_width = height * factor + margin, width * factor + margin
+    grid = np.full((rows * cell_height + margin, columns * cell_width + margin, channels), 128, np.uint8)
+    for i, image in enumerate(visible):
+        top, left = margin + i // columns * cell_height, margin + i % columns * cell_width
+        grid[top : top + height * factor, left : left + width * factor] = image
+    return grid
+
+
+def trajectory_grid(
+    trajectories: UInt8[np.ndarray, "n f h w c"], num_levels: int = 256) -> UInt8[np.ndarray, "grid_h grid_w c"]:
+    """A row per sample: x̂_0 from the first step on the left to the finished image on the right."""
+    return image_grid(trajectories.reshape(-1, *trajectories.shape[2:]), num_levels, columns=trajectories.shape[1])
+
+
+def save_png(path: str | Path, picture: UInt8[np.ndarray, "h w c"]) -> None:
+    """Writes a picture of one (grey) or three (RGB) channels, whole or not at all."""
+    with files.replacing(Path(path)) as file:
+        Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(file, format="png")

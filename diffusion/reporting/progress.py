@@ -1,0 +1,27 @@
+"""How far a long job is, and how long it will still take."""
+
+import sys
+
+import jax
+from tqdm import tqdm
+
+
+class Progress(tqdm):
+    """A progress bar with the time left, of process 0; a line now and then where the output is no terminal.
+
+    Args:
+        total: how many units the whole job has.
+        initial: how many of them were done before (a resumed run).
+        desc: what is going on: "train".
+        unit: what is counted: "step".
+    """
+
+    def __init__(self, total: int, initial: int = 0, desc: str = "", unit: str = "step"):
+        terminal = {"dynamic_ncols": True}
+        log_file = {
+            "mininterval": 10.0,
+            "maxinterval": 10.0,
+            "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n",
+        }
+        style = terminal if sys.stderr.isatty() else log_file
+        super().__init__(total=total, initial=initial, desc=desc, unit=unit, disable=jax.process_index() > 0, **style)

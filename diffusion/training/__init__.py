@@ -1,0 +1,1 @@
+"""Training: the pure step, the optimizer, the devices, the loop."""
