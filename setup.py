@@ -11,6 +11,9 @@ from setuptools import find_packages, setup
 
 VERSION = re.search(r'^__version__ = "(.+)"$', Path("diffusion/__init__.py").read_text(), re.MULTILINE)[1]
 
+# 0.10.2 returns wrong sums on CPUs (jax issue 39103), 0.11.0 and 0.11.1 wrong values on some GPUs (issue 40633).
+SOUND = ">=0.10,!=0.10.2,!=0.11.0,!=0.11.1"
+
 setup(
     name="diffusion",
     version=VERSION,
@@ -23,14 +26,14 @@ setup(
         "array-record",
         "flax>=0.12",
         "importlib_resources",  # tensorflow-datasets imports it without declaring it
-        "jax>=0.10",
-        "jaxlib>=0.10",
+        f"jax{SOUND}",
+        f"jaxlib{SOUND}",
         "jaxtyping",
         "matplotlib",
         "ml-collections",
         "numpy>=2",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.11.34",
+        "orbax-checkpoint>=0.12.8,<0.13",  # runtime/checkpoint.py was tested with its layout
         "pillow",
         "safetensors",
         "scikit-learn",
@@ -44,7 +47,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "compilers": ["jax[cuda12,tpu]"],  # benchmarks/compiled.py compiles for devices that are not there
         "peers": ["diffusers", "torch"],  # to compare with; the programs do not need them
-        "ode": ["diffrax>=0.7"],  # diffusion/ode.py alone needs it
+        "ode": ["diffrax>=0.7"],  # diffusion/exact/ode.py alone needs it
         "dev": [
             "beartype",
             "diffrax>=0.7",
