@@ -2,11 +2,10 @@
 
 A checkpoint is a nested dict of host arrays, named as the leaves of the training state are
 (`params/conv_in/kernel`), so it can be read without this project's classes, and the SHA-256 digest of every leaf:
-Orbax restores a file with a flipped bit without a word.
+Orbax silently restores a file with a flipped bit.
 """
 
 import contextlib
-import json
 import logging
 import os
 import tempfile
@@ -21,16 +20,14 @@ from flax import traverse_util
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
+from diffusion.runtime import verification
 from diffusion.runtime.digests import leaf_sha256, named_leaves
+from diffusion.runtime.verification import DamagedCheckpoint
 
 # Orbax reports every phase of every save through absl's logger; failures reach the caller as exceptions.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 DAMAGED = "damaged"  # where `resume` moves what cannot be used; nothing is ever deleted from it
-
-
-class DamagedCheckpoint(ValueError):
-    """What is stored is not what was saved."""
 
 
 class Checkpoints:
@@ -40,7 +37,7 @@ class Checkpoints:
 
     Args:
         directory: holds one directory per saved step.
-        keep: how many of the latest checkpoints to keep; the one with the lowest `metric` is kept besides.
+        keep: how many of the latest checkpoints to keep; the one with the lowest `metric` is kept as well.
         metric: the entry of `save`'s metrics that ranks checkpoints.
     """
 
@@ -90,7 +87,7 @@ class Checkpoints:
         self.wait()
         self._last_saved = step
         with self._named_failure():
-            # Forced, because Orbax would skip a step below the latest one without a word.
+            # Forced, because Orbax would silently skip a step below the latest one.
             self._manager.save(step, args=items, metrics=scores, force=True)
 
     def latest_step(self) -> int | None:
@@ -105,20 +102,32 @@ class Checkpoints:
         return min(scores, key=lambda step: (scores[step], -step), default=None)
 
     def resume(self, like: PyTree) -> PyTree | None:
-        """The newest sound checkpoint as `restore` returns it; None if there is none.
+        """The newest sound checkpoint as `restore` returns it; None if nothing was ever saved.
 
-        Every damaged checkpoint met on the way, and every save that was broken off, is named in a warning and moved
+        Every damaged checkpoint that is newer than it, and every interrupted save, is named in a warning and moved
         into damaged/. So this is for the run that owns the directory; what only reads takes `restore`.
 
         Raises:
+            OSError: a checkpoint cannot be read; nothing is moved, for that is not damage.
             ValueError: the checkpoint does not fit `like`.
+            DamagedCheckpoint: there are checkpoints and none is sound; nothing is moved.
         """
         self.wait()
-        for path in sorted(self.directory.iterdir()) if self.directory.exists() else []:
-            if ".orbax-checkpoint-tmp" in path.name or path.name.isdecimal() and not _is_complete(path):
-                logging.warning("the checkpoint %s is incomplete; moved to %s", path, self._move_aside(path))
+        state, damaged = self._newest(like)
+        moved = [path for path in (self.directory / DAMAGED).glob("*/*") if path.name.isdecimal()]
+        if state is None and (damaged or moved):
+            named = "; ".join(map(str, damaged.values())) or f"those that were damaged lie in {moved[0].parents[1]}"
+            raise DamagedCheckpoint(
+                f"{self.directory} has no sound checkpoint ({named}); copy one back to resume, or take another "
+                "--workdir to begin anew"
+            )
+        for path, error in damaged.items():
+            logging.warning("%s; moved to %s", error, self._move_aside(path))
+        for path in self._entries():
+            if ".orbax-checkpoint-tmp" in path.name:
+                logging.warning("the save %s was interrupted; moved to %s", path, self._move_aside(path))
         self._manager.reload()
-        return self._newest(like, move_damaged=True)
+        return state
 
     def restore(self, step: int | None, like: PyTree) -> PyTree:
         """Reads one checkpoint and verifies it.
@@ -133,53 +142,74 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
+            OSError: it cannot be read.
             DamagedCheckpoint: it is damaged; the message names the first leaf that is not what was saved.
             ValueError: it does not fit `like`; the message names the first leaf that differs.
         """
         self.wait()
         steps = sorted(self._manager.all_steps())
-        state = self._newest(like, move_damaged=False) if step is None else None
-        if state is None and step not in steps:
-            wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-            raise FileNotFoundError(f"there is {wanted} in {self.directory} (sound ones: {steps or 'none'})")
-        return self._read_as(step, like) if state is None else state
+        if step is not None:
+            if step not in steps:
+                raise FileNotFoundError(
+                    f"there is no checkpoint of step {step} in {self.directory} (sound ones: {steps or 'none'})"
+                )
+            return self._read_as(step, like)
+        state, damaged = self._newest(like)
+        for error in damaged.values():
+            logging.warning("%s; passed over", error)
+        if state is None:
+            raise FileNotFoundError(f"there is no checkpoint in {self.directory} (sound ones: none)")
+        return state
 
-    def _newest(self, like: PyTree, move_damaged: bool) -> PyTree | None:
-        for step in sorted(self._manager.all_steps(), reverse=True):
+    def _newest(self, like: PyTree) -> tuple[PyTree | None, dict[Path, DamagedCheckpoint]]:
+        """The newest sound checkpoint, and the damaged ones that are newer."""
+        damaged: dict[Path, DamagedCheckpoint] = {}
+        steps = [path for path in self._entries() if path.name.isdecimal()]
+        for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
             try:
-                return self._read_as(step, like)
+                return self._read_as(int(path.name), like), damaged
             except DamagedCheckpoint as error:
-                fate = f"moved to {self._move_aside(self.directory / str(step))}" if move_damaged else "passed over"
-                logging.warning("%s; %s", error, fate)
-                self._manager.reload()
-        return None
+                damaged[path] = error
+        return None, damaged
+
+    def _entries(self) -> list[Path]:
+        return sorted(self.directory.iterdir()) if self.directory.exists() else []
 
     def _read_as(self, step: int, like: PyTree) -> PyTree:
         saved = self._read(step)
-        _check_fit(saved, like, self.directory / str(step))
+        verification.check_fit(saved, like, self.directory / str(step))
         leaves = [saved[path] for path, _ in named_leaves(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def _read(self, step: int) -> dict[str, np.ndarray]:
         """The leaves of one checkpoint by their paths, if they are what was saved."""
         path = self.directory / str(step)
-        items = {"state": ocp.args.StandardRestore(), "digests": ocp.args.JsonRestore()}
+        if not verification.is_complete(path):
+            raise DamagedCheckpoint(f"the checkpoint {path} is incomplete")
         try:
-            stored = {name: items[name] for name in items if name in _item_names(path)}
-            read = self._manager.restore(step, args=ocp.args.Composite(**stored))
-            saved = {"/".join(names): leaf for names, leaf in traverse_util.flatten_dict(read.state).items()}
-            found = {"step": step, "metrics": self._manager.metrics(step), "sha256": leaf_sha256(saved)}
+            saved, found, stored = self._read_items(step)
         except MemoryError:
             raise
-        except Exception as error:  # Orbax and TensorStore have many words for garbage
-            raise DamagedCheckpoint(
-                f"the checkpoint {path} is damaged and cannot be read ({type(error).__name__})"
-            ) from error
-        if "digests" not in stored:
-            logging.warning("the checkpoint %s is of an earlier version, without digests, and was not verified", path)
-        elif differing := _differing(found, read.digests):
+        except Exception:  # Orbax and TensorStore raise many types, for garbage and for a disk that does not answer
+            verification.check_readable(path)
+            try:  # what failed may have passed
+                saved, found, stored = self._read_items(step)
+            except Exception as error:
+                verification.check_readable(path)
+                raise DamagedCheckpoint(
+                    f"the checkpoint {path} is damaged and cannot be read ({type(error).__name__})"
+                ) from error
+        if differing := verification.differing(found, stored):
             raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {differing} is not what was saved")
         return saved
+
+    def _read_items(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any], Any]:
+        """The leaves by their paths, what their digests are, and what the digests were."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(), digests=ocp.args.JsonRestore())
+        read = self._manager.restore(step, args=items)
+        saved = {"/".join(names): leaf for names, leaf in traverse_util.flatten_dict(read.state).items()}
+        found = {"step": step, "metrics": self._manager.metrics(step), "sha256": leaf_sha256(saved)}
+        return saved, found, read.digests
 
     def wait(self) -> None:
         """Blocks until the save in progress is on disk, and raises what went wrong in it."""
@@ -233,48 +263,7 @@ class _CompleteSteps:
         return self._all.build_name(step)
 
     def find_all(self, base_path) -> Iterator[ocp.path.step.Metadata]:
-        return (found for found in self._all.find_all(base_path) if _is_complete(Path(found.path)))
+        return (found for found in self._all.find_all(base_path) if verification.is_complete(Path(found.path)))
 
     def find_step(self, base_path, step: int) -> ocp.path.step.Metadata:
         return self._all.find_step(base_path, step)
-
-
-def _item_names(path: Path) -> set[str]:
-    """What was saved in a step directory: the state, the metrics and, by this version, the digests."""
-    return set(json.loads((path / "_CHECKPOINT_METADATA").read_text())["item_handlers"])
-
-
-def _is_complete(path: Path) -> bool:
-    """Whether every part of a checkpoint is there; `restore` finds out whether it is what was saved."""
-    try:
-        names = _item_names(path)
-        json.loads((path / "metrics" / "metrics").read_text())
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-    files = ("state/_METADATA", "state/manifest.ocdbt", *names)
-    return "state" in names and all((path / name).exists() for name in files)
-
-
-def _differing(found: dict[str, Any], stored: Any) -> str:
-    """The name of the first entry that is not what was stored; "" if all are."""
-    if not isinstance(stored, dict) or not isinstance(stored.get("sha256"), dict):
-        return "the list of digests"
-    for name in sorted(found["sha256"].keys() | stored["sha256"].keys()):
-        if found["sha256"].get(name) != stored["sha256"].get(name):
-            return name
-    return next((name for name in ("step", "metrics") if found[name] != stored.get(name)), "")
-
-
-def _check_fit(saved: dict[str, np.ndarray], like: PyTree, path: Path) -> None:
-    wanted = dict(named_leaves(like))
-    for name, leaf in wanted.items():
-        if name not in saved:
-            raise ValueError(f"{name}, which the config wants, is not in the checkpoint {path}")
-        found = saved[name]
-        if found.shape != leaf.shape or found.dtype != leaf.dtype:
-            raise ValueError(
-                f"{name} has shape {found.shape} and dtype {found.dtype} in the checkpoint {path}, "
-                f"the config wants {leaf.shape} and {leaf.dtype}"
-            )
-    for name in sorted(saved.keys() - wanted.keys()):
-        raise ValueError(f"{name}, which is in the checkpoint {path}, has no place in the config's model")

@@ -1,15 +1,15 @@
-"""Files are whole or stay what they were."""
+"""Files are complete or stay what they were."""
 
 import resource
 
 import numpy as np
 import pytest
 
-from diffusion.reporting import metrics_log, plots
+from diffusion.reporting import pictures, plots
 from diffusion.runtime import files
 
 
-def test_a_file_appears_under_its_name_once_it_is_whole(tmp_path):
+def test_a_file_appears_under_its_name_once_it_is_complete(tmp_path):
     path = tmp_path / "numbers"
     with files.replacing(path) as file:
         file.write(b"one ")
@@ -49,12 +49,12 @@ def noise(path):
     [
         noise,
         lambda path: files.write_text(path, "x" * 10_000),
-        lambda path: metrics_log.save_png(path, np.random.RandomState(0).randint(256, size=(99, 99, 1)).astype(np.uint8)),
+        lambda path: pictures.save_png(path, np.random.default_rng(0).integers(0, 256, (99, 99, 1), np.uint8)),
         lambda path: plots.plot_loss([{"step": 1, "loss": 1.0}], path),
     ],
     ids=["npz", "text", "picture", "plot"],
 )
-def test_without_room_one_sentence_names_the_file_and_the_old_one_stays(tmp_path, little_room, write):
+def test_without_room_a_one_line_error_names_the_file_and_the_old_one_stays(tmp_path, little_room, write):
     path = tmp_path / "result"
     path.write_text("old")
     with pytest.raises(OSError, match=r"^/.*result could not be written \(File too large\)$"):

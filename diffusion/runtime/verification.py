@@ -1,0 +1,72 @@
+"""What can be known of a stored checkpoint: whether it is complete, readable, what was saved, and what is wanted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from diffusion.runtime.digests import named_leaves
+
+
+class DamagedCheckpoint(ValueError):
+    """What is stored is not what was saved."""
+
+
+def is_complete(path: Path) -> bool:
+    """Whether every part of a checkpoint is there; reading it finds out whether it is what was saved.
+
+    Raises:
+        OSError: the disk does not say.
+    """
+    try:
+        json.loads((path / "metrics" / "metrics").read_bytes())  # Orbax reads the scores of all steps at once
+        return all(any((path / item).iterdir()) for item in ("state", "digests"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        raise OSError(f"the checkpoint {path} cannot be read ({error.strerror or error})") from error
+
+
+def check_readable(path: Path) -> None:
+    """Raises an OSError if a file of a checkpoint cannot be read: then nothing is known of what is in it."""
+    try:
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                with file.open("rb", buffering=0) as raw:
+                    while raw.read(1 << 24):
+                        pass
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OSError(
+            f"the checkpoint {path} cannot be read ({error.strerror or error}: {error.filename or file}); nothing was "
+            "changed; repair the disk or the connection to it and run the same command again"
+        ) from error
+
+
+def differing(found: dict[str, Any], stored: Any) -> str:
+    """The name of the first entry that is not what was stored; "" if all are."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("sha256"), dict):
+        return "the list of digests"
+    for name in sorted(found["sha256"].keys() | stored["sha256"].keys()):
+        if found["sha256"].get(name) != stored["sha256"].get(name):
+            return name
+    return next((name for name in ("step", "metrics") if found[name] != stored.get(name)), "")
+
+
+def check_fit(saved: dict[str, np.ndarray], like: PyTree, path: Path) -> None:
+    """Raises a ValueError that names the first leaf of which the checkpoint and `like` differ."""
+    wanted = dict(named_leaves(like))
+    for name, leaf in wanted.items():
+        if name not in saved:
+            raise ValueError(f"{name}, which the config wants, is not in the checkpoint {path}")
+        found = saved[name]
+        if found.shape != leaf.shape or found.dtype != leaf.dtype:
+            raise ValueError(
+                f"{name} has shape {found.shape} and dtype {found.dtype} in the checkpoint {path}, "
+                f"the config wants {leaf.shape} and {leaf.dtype}"
+            )
+    for name in sorted(saved.keys() - wanted.keys()):
+        raise ValueError(f"{name}, which is in the checkpoint {path}, has no place in the config's model")
