@@ -14,13 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from diffusion.networks import published
+from diffusion.networks.published import CONFIG_FILE, WEIGHTS_FILE
 from diffusion.networks.unet import UNet
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 # What config.json must say for the network to be Ho et al.'s ...
 FIXED_CONFIG = {
@@ -76,31 +74,22 @@ PART_NAMES = {
     "scale": "weight",
     "bias": "bias",
 }
-# What the first published files called the parts of an attention.
-OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 def load_diffusers(directory: str | Path) -> tuple[UNet, PyTree]:
     """The network and its float32 parameters from a directory with published weights.
 
     Raises FileNotFoundError if one of the two files does not exist, and ValueError, naming each culprit, if
-    the config asks for what `UNet` cannot represent or a tensor is missing, extra, misshapen, not float32 or
-    not finite.
+    the config asks for what `UNet` cannot represent or a tensor is missing, extra, misshapen, not float32, or
+    has a NaN or Inf.
     """
-    config_path, weights_path = Path(directory) / CONFIG_FILE, Path(directory) / WEIGHTS_FILE
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; {CONFIG_FILE} and {WEIGHTS_FILE} are needed.")
+    files = published.find(directory)
     try:
-        unet, image_shape = _unet_of(json.loads(config_path.read_text()))
+        unet, image_shape = _unet_of(json.loads(files.config.read_text()))
     except ValueError as error:  # malformed JSON is one, too
-        raise ValueError(f"{config_path}: {error}") from error
+        raise ValueError(f"{files.config}: {error}") from error
     shapes = _param_shapes(unet, image_shape)
-    expected = jax.eval_shape(partial(_to_published, unet), shapes)
-    try:
-        tensors = _read_tensors(weights_path, expected)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{weights_path}: {error}") from error
+    tensors = published.read(files.weights, expected=jax.eval_shape(partial(_to_published, unet), shapes))
 
     params = {}
     for path in flatten_dict(shapes):
@@ -126,7 +115,7 @@ def save_diffusers(directory: str | Path, unet: UNet, params: PyTree, sample_siz
     if unet.channel_mult[0] != 1:
         raise ValueError(f"unet.channel_mult={unet.channel_mult} must begin with 1 in the published layout.")
     image_shape = (sample_size, sample_size, params["conv_in"]["kernel"].shape[2])
-    _refuse_differences(
+    published.refuse_differences(
         *(
             {"/".join(path): leaf.shape for path, leaf in flatten_dict(tree).items()}
             for tree in (params, _param_shapes(unet, image_shape))
@@ -239,37 +228,3 @@ def _to_published(unet: UNet, params: PyTree) -> dict[str, Any]:
             tensor = tensor[:, :, None, None]  # published as a 1x1 convolution
         tensors[name] = tensor
     return tensors
-
-
-def _read_tensors(path: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    """The file's tensors by their new names, after its header was found to say exactly what is expected."""
-    with safe_open(path, framework="numpy") as file:
-        stored_names = {name: name for name in file.keys()}
-        for stored_name in list(stored_names):
-            name = stored_name
-            for old, new in OLD_NAMES.items():
-                name = name.replace(old, new)
-            if name not in stored_names:  # a file with both names keeps both, and the old one is extra
-                stored_names[name] = stored_names.pop(stored_name)
-        headers = {name: file.get_slice(stored_name) for name, stored_name in stored_names.items()}
-        _refuse_differences(
-            {name: (*header.get_shape(), header.get_dtype()) for name, header in headers.items()},
-            {name: (*tensor.shape, "F32") for name, tensor in expected.items()},
-        )
-        tensors = {name: file.get_tensor(stored_name) for name, stored_name in stored_names.items()}
-    if bad := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise ValueError(f"not finite: {', '.join(bad)}.")
-    return tensors
-
-
-def _refuse_differences(found: dict[str, tuple], expected: dict[str, tuple]) -> None:
-    """Raise a ValueError that names every tensor that is missing, extra or of another shape than expected."""
-    differences = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    differences += [f"{name} is extra" for name in found.keys() - expected.keys()]
-    differences += [
-        f"{name} is {found[name]} instead of {expected[name]}"
-        for name in found.keys() & expected.keys()
-        if found[name] != expected[name]
-    ]
-    if differences:
-        raise ValueError("; ".join(sorted(differences)) + ".")

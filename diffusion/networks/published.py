@@ -1,0 +1,134 @@
+"""Files of published weights: which of them a directory holds, and the tensors in them. Nothing is unpickled."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+# What a directory may hold instead of WEIGHTS_FILE, first come first served: a list of shards, or half precision.
+INDEX_FILES = (f"{WEIGHTS_FILE}.index.json", f"{WEIGHTS_FILE}.index.fp16.json")
+HALF_PRECISION_FILE = "diffusion_pytorch_model.fp16.safetensors"
+# What the first published files called the parts of an attention.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+FLOATS = ("F32", "F16", "BF16")
+NAMED = 3  # how many tensors an error message names
+
+
+class Files(NamedTuple):
+    """The config of a published network, and the files that hold its weights."""
+
+    config: Path
+    weights: list[Path]
+
+
+def find(directory: str | Path) -> Files:
+    """The files in a network's directory, or in the folder unet/ of a pipeline's.
+
+    Raises:
+        FileNotFoundError: there is no config, or no weights.
+        ValueError: a list of shards is damaged.
+    """
+    folder = Path(directory)
+    if not (folder / CONFIG_FILE).is_file() and (folder / "unet" / CONFIG_FILE).is_file():
+        folder = folder / "unet"
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        raise FileNotFoundError(f"{config} does not exist; {CONFIG_FILE} and {WEIGHTS_FILE} are needed")
+    for name in (WEIGHTS_FILE, HALF_PRECISION_FILE):
+        if (folder / name).is_file():
+            return Files(config, [folder / name])
+    for name in INDEX_FILES:
+        if (folder / name).is_file():
+            return Files(config, _shards(folder / name))
+    raise FileNotFoundError(f"{folder / WEIGHTS_FILE} does not exist; {CONFIG_FILE} and {WEIGHTS_FILE} are needed")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = [index.parent / Path(name).name for name in names]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged: it has no weight_map of names and files") from error
+    for shard in shards:
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard} does not exist, but {index.name} names it")
+    return shards
+
+
+def read(paths: list[Path], expected: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors by their new names, float32, after the headers were found to say what is expected.
+
+    Half precision is converted, after a warning.
+
+    Args:
+        paths: the file, or its shards.
+        expected: a shape by each name.
+
+    Raises:
+        ValueError: a tensor is missing, extra, misshapen, no float or not finite; the message names the first few.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        found = {name: header for path in paths for name, header in _headers(path).items()}
+        refuse_differences({k: shape for k, (shape, _) in found.items()}, {k: v.shape for k, v in expected.items()})
+        kinds = sorted({kind for _, kind in found.values()} - {"F32"})
+        if set(kinds) - set(FLOATS):
+            raise ValueError(f"the weights are {', '.join(kinds)}, not floats of 32 or 16 bits")
+        for path in paths:
+            tensors |= _tensors(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{paths[0]}: {error}") from error
+    if kinds:
+        logging.warning("%s holds weights in half precision (%s); converted to float32", paths[0], ", ".join(kinds))
+    if bad := sorted(name for name, tensor in tensors.items() if not np.isfinite(tensor).all()):
+        raise ValueError(f"{paths[0]}: NaN or Inf in {some(bad)}")
+    return tensors
+
+
+def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The shape and the type of every tensor, by its new name."""
+    with safe_open(path, framework="numpy") as file:
+        slices = {name: file.get_slice(stored) for name, stored in _new_names(list(file.keys())).items()}
+        return {name: (tuple(header.get_shape()), header.get_dtype()) for name, header in slices.items()}
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    with safe_open(path, framework="numpy") as file:
+        names = _new_names(list(file.keys()))
+        return {name: file.get_tensor(stored).astype(np.float32) for name, stored in names.items()}
+
+
+def _new_names(stored_names: list[str]) -> dict[str, str]:
+    """Stored names by their new ones; a file with both names keeps both, and the old one is extra."""
+    names = {name: name for name in stored_names}
+    for stored_name in stored_names:
+        name = stored_name
+        for old, new in OLD_NAMES.items():
+            name = name.replace(old, new)
+        if name not in names:
+            names[name] = names.pop(stored_name)
+    return names
+
+
+def refuse_differences(found: dict[str, tuple], expected: dict[str, tuple]) -> None:
+    """Raises a ValueError that names the first tensors that are missing, extra or of another shape than expected."""
+    differences = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    differences += [f"{name} is extra" for name in found.keys() - expected.keys()]
+    differences += [
+        f"{name} is {tuple(found[name])} instead of {tuple(expected[name])}"
+        for name in found.keys() & expected.keys()
+        if tuple(found[name]) != tuple(expected[name])
+    ]
+    if differences:
+        raise ValueError(some(sorted(differences)))
+
+
+def some(items: list[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
+    return "; ".join(items[:NAMED]) + more
