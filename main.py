@@ -1,4 +1,4 @@
-"""python main.py --config=configs/cifar10.py [--workdir=runs/cifar10] [--mode=train|eval|sample|describe]"""
+"""python main.py --config=configs/cifar10.py [--workdir=runs/cifar10] [--mode=train|eval|sample|quality|describe]"""
 
 import contextlib
 import importlib
@@ -12,24 +12,30 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_MODES = {"train": "train", "eval": "evaluate", "sample": "sample", "describe": "describe"}
+_MODES = {
+    "train": "train",
+    "eval": "evaluate",
+    "sample": "sample",
+    "quality": "quality",
+    "describe": "describe",
+}
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment, a file of configs/; --config.KEY=VALUE changes one key of it."
+    "config", None, "The experiment, a file in configs/; --config.KEY=VALUE changes one of its keys."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; by default runs/ and the config's name.")
-_MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "What to do; train resumes by itself.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; by default runs/ and the config's name.")
+_MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "What to do; train resumes automatically.")
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "Of several processes: HOST:PORT of the first, or auto; not needed under srun and on TPU slices."
+    "coordinator", "", "Multi-process: HOST:PORT of process 0, or auto; not needed under srun or on TPU slices."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes, with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
 _LEAVE_SECONDS = 30  # how long a process that stops waits for the others
 
 
 def main(argv: list[str]) -> None:
-    """Runs the mode; what is wrong with its input is one sentence and exit code 2.
+    """Runs the mode; an error in the user's input prints one line and ends with exit code 2.
 
-    A run that a signal stopped ends with exit code 75 (EX_TEMPFAIL): the same command continues it.
+    A run that was stopped by a signal ends with exit code 75 (EX_TEMPFAIL): the same command continues it.
     """
     logging.set_verbosity(logging.WARNING)  # TFDS, JAX and Orbax report each of their steps
     try:
@@ -40,7 +46,7 @@ def main(argv: list[str]) -> None:
         # Imported here because JAX takes seconds that --help should not cost.
         import jax
 
-        from diffusion.experiment import config
+        from diffusion.experiment import config, workdir
         from diffusion.runtime import preemption, processes
 
         config.check(_CONFIG.value)
@@ -51,16 +57,16 @@ def main(argv: list[str]) -> None:
         name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         mode = importlib.import_module(f"diffusion.programs.{_MODES[_MODE.value]}")
         try:
-            mode.run(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"))
+            mode.run(_CONFIG.value, workdir.parse(_WORKDIR.value or f"runs/{name}"))
         except preemption.Preempted as stop:
             _stop(stop.reason, stop.code)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
-        # An error that this project raised is a sentence for the user; any other keeps its traceback.
+        # An error that this project raised is one line for the user; any other keeps its traceback.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         ours = Path(__file__), *(Path(__file__).parent / "diffusion").rglob("*.py")
         if not isinstance(error, OSError) and raised_in not in ours:
             raise
-        _stop(_sentence(error), 2)
+        _stop(_error_line(error), 2)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -76,22 +82,22 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(error)
 
 
-def _sentence(reason: Exception | str) -> str:
+def _error_line(reason: Exception | str) -> str:
     return f"error: {' '.join(str(reason).split())}"
 
 
 def _fail(reason: Exception | str) -> NoReturn:
-    print(_sentence(reason), file=sys.stderr)
+    print(_error_line(reason), file=sys.stderr)
     sys.exit(2)
 
 
 def _stop(reason: str, code: int) -> NoReturn:
     """Ends the process with `code`, and with `reason` as the last line that it prints.
 
-    All is closed and saved by then, but threads of XLA and Orbax may still be at work. Where Python is taken down
-    around them they can crash, which would cost the exit code, or complain after the sentence. So it is not taken
-    down, except among several processes, which take leave of each other at their exits. If the others do not come to
-    theirs, because only this one failed, it goes without them: JAX would wait for minutes and then lose the code.
+    Everything is closed and saved by then, but threads of XLA and Orbax may still be running. If Python shuts down
+    while they run, they can crash, which would lose the exit code, or print after the error line. So Python is not
+    shut down, except in a multi-process run, where the processes wait for each other at their exits. If the others do
+    not exit, because only this one failed, it ends without them: JAX would wait for minutes and then lose the code.
     """
     from jax import distributed
 

@@ -60,6 +60,9 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield index, {"id": f"{split}_{index:05d}", "image": png.getvalue(), "label": int(record[0])}
 
 
+BUILDER = Cifar10  # of data.name=cifar10
+
+
 def find_archive(data_dir: Path, url: str, sha256: str) -> Path:
     """The file that `url` names: a copy in `data_dir` or `data_dir`/downloads, else downloaded to the latter.
 
@@ -74,7 +77,7 @@ def find_archive(data_dir: Path, url: str, sha256: str) -> Path:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != sha256:
-                raise ValueError(f"{path} has SHA-256 {found}, not {sha256}: delete it to download it anew")
+                raise ValueError(f"{path} has SHA-256 {found}, not {sha256}: delete it to download it again")
             return path
     try:
         download(url, sha256, downloaded)

@@ -48,3 +48,6 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             png = io.BytesIO()
             Image.fromarray(digits.images[index].astype(np.uint8)).save(png, "png")
             yield int(index), {"image": png.getvalue(), "label": int(digits.target[index])}
+
+
+BUILDER = Digits  # of data.name=digits

@@ -1,9 +1,12 @@
-"""Prepared TFDS directories: finding, checking and decoding them, and preparing the project's own two sets."""
+"""Prepared TFDS directories: finding, checking and decoding them, and preparing the project's own."""
 
 import contextlib
+import functools
 import hashlib
+import importlib
 import io
 import os
+import pkgutil
 import re
 from pathlib import Path
 
@@ -13,24 +16,36 @@ from jaxtyping import Int32, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from diffusion.data.cifar10 import Cifar10
-from diffusion.data.digits import Digits
 from diffusion.runtime import files
 
-OWN_BUILDERS = {"cifar10": Cifar10, "digits": Digits}
 RECORDS_PER_READ = 1000
 Decoded = tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"] | None]
 
 
+@functools.cache
+def own_builders() -> dict[str, type[tfds.core.GeneratorBasedBuilder]]:
+    """The project's own builders by name: the BUILDER of every file of this folder that has one."""
+    files_here = pkgutil.iter_modules([Path(__file__).parent])
+    modules = {info.name: importlib.import_module(f"diffusion.data.{info.name}") for info in files_here}
+    return {name: module.BUILDER for name, module in modules.items() if hasattr(module, "BUILDER")}
+
+
 def resolve_data_dir(data_dir: str | None) -> Path:
-    """`data_dir`, or where TFDS itself keeps data when that is None or empty."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    """`data_dir`, or where TFDS itself keeps data when that is None or empty.
+
+    Raises:
+      ValueError: it is a URL.
+    """
+    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if "://" in chosen:
+        raise ValueError(f"data.data_dir={chosen} is not a local directory; mount the bucket and take its path there")
+    return Path(chosen).expanduser()
 
 
 def own_builder(name: str, data_dir: Path) -> tfds.core.GeneratorBasedBuilder | None:
     """The project's own builder of `name` ("digits", "cifar10:3.0.2"), or None if it has none."""
     base, _, version = name.partition(":")
-    builder_class = OWN_BUILDERS.get(base)
+    builder_class = own_builders().get(base)
     if builder_class is None or version not in ("", str(builder_class.VERSION)):
         return None
     return builder_class(data_dir=data_dir, file_format="array_record")
@@ -60,7 +75,7 @@ def missing(name: str, data_dir: Path) -> FileNotFoundError:
     return FileNotFoundError(
         f"data.name={name!r} is not prepared in data.data_dir={str(data_dir)!r} "
         f"(found there: {', '.join(present) or 'nothing'}): set data.data_dir to where it is, "
-        f"take one of {', '.join(OWN_BUILDERS)}, which are prepared on first use, or run `tfds build {name} "
+        f"take one of {', '.join(own_builders())}, which are prepared on first use, or run `tfds build {name} "
         f"--file_format=array_record --data_dir={data_dir}` where TensorFlow is installed"
     )
 
@@ -179,15 +194,15 @@ def decoded(name: str, builder: tfds.core.DatasetBuilder, split: str) -> Decoded
         if fits and (classes is None or len(classes) == num_images):
             return pixels, classes
     except (OSError, ValueError, EOFError):
-        pass  # absent, unreadable or cut short: decode anew
+        pass  # absent, unreadable or incomplete: decode again
     try:
         pixels, classes = _decode(name, builder, split)
-    except Exception as error:  # ArrayRecord, protobuf and Pillow each have their own words for garbage
+    except Exception as error:  # ArrayRecord, protobuf and Pillow raise different types for garbage
         raise ValueError(
             f"cannot decode the {split} pictures of data.name={name!r} ({error}): "
             f"copy or prepare {builder.data_dir} again"
         ) from error
-    # A read-only or full disk costs the next run some seconds, nothing else.
+    # On a read-only or full disk the next run only has to decode again.
     with contextlib.suppress(OSError):
         for path, array in ((classes_path, classes), (pixels_path, pixels)):
             if array is not None:
@@ -221,7 +236,7 @@ def _decode(name: str, builder: tfds.core.DatasetBuilder, split: str) -> Decoded
 
 
 def _fingerprint(builder: tfds.core.DatasetBuilder, split: str) -> str:
-    """A digest of the metadata and the record files' sizes and times: another one once prepared anew."""
+    """A digest of the metadata and the record files' sizes and times: it changes when the set is prepared again."""
     digest = hashlib.sha256()
     for path in sorted(Path(builder.data_dir).glob("*.json")):
         digest.update(path.read_bytes())

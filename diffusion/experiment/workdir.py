@@ -1,4 +1,4 @@
-"""The working directory of a run: whose it is, whether it is finished, and what its last checkpoint holds."""
+"""The working directory of a run: which run it belongs to, whether that is finished, and its last checkpoint."""
 
 import contextlib
 import errno
@@ -29,9 +29,20 @@ X0_VARIANCE = "x0_variance.npz"  # what the optimal variance needs
 LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, which ends with the process
 # What a run or its evaluation writes, apart from the lock and config.json.
 WRITTEN = (
-    *("metrics.jsonl", "checkpoints", "tensorboard", "summary.json", "eval.json", "samples*.png", "samples.npz"),
-    *("progressive.png", "loss.png", "*bpd.png", "*bpd.npz", "*rate_distortion.png"),
+    *("metrics.jsonl", "checkpoints", "tensorboard", "summary.json", "eval.json", "quality.json", "samples.npz"),
+    *("samples*.png", "progressive.png", "loss.png", "*bpd.png", "*bpd.npz", "*rate_distortion.png"),
 )
+
+
+def parse(text: str) -> Path:
+    """The directory that a flag names.
+
+    Raises:
+        ValueError: it is a URL, which as a path would be a local folder of that name.
+    """
+    if "://" in text:
+        raise ValueError(f"--workdir={text} is not a local directory; mount the bucket and take its path there")
+    return Path(text).expanduser()
 
 
 def check(config: ConfigDict, directory: Path) -> None:
@@ -69,7 +80,7 @@ def claim(config: ConfigDict, directory: Path) -> None:
 def owned(config: ConfigDict, directory: Path) -> Iterator[Path]:
     """Claims `directory` and keeps other runs out of it; yields where to write.
 
-    Of several processes process 0 writes into `directory`, and the others into a folder that is thrown away.
+    In a multi-process run, process 0 writes into `directory` and the others into a folder that is thrown away.
 
     Raises:
         ValueError: another process, which the message names, runs here, or what `check` raises.

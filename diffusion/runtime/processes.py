@@ -1,11 +1,11 @@
-"""Several processes as one run, on one machine or on many: who they are, and what the first one does for all."""
+"""Multi-process runs, on one machine or on many: who takes part, and what process 0 does for all."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src.clusters import ClusterEnv  # JAX has no public way to ask what it would detect
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
@@ -13,15 +13,15 @@ MESSAGE_BYTES = 2000
 
 
 def join(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
-    """Makes this process one of several; nothing happens where it is the only one.
+    """Makes this process part of a multi-process run; does nothing where it is the only one.
 
     Args:
-        coordinator: "host:port" of the first process; "auto" to let JAX ask the cluster; "" to do so exactly where
-            srun started several tasks or a TPU slice names several workers.
+        coordinator: "host:port" of process 0; "auto" to let JAX detect the cluster; "" to do so where JAX knows the
+            cluster (Slurm, Cloud TPU VMs, MPI, Kubernetes) and it has more than one process.
         num_processes, process_id: of a coordinator that is given; None where JAX finds them.
 
     Raises:
-        ValueError: the flags do not fit together.
+        ValueError: the flags do not fit together, or the devices belong to more processes than were joined.
     """
     if (num_processes is None) != (process_id is None) or num_processes is not None and coordinator in ("", "auto"):
         raise ValueError("--coordinator=HOST:PORT, --num_processes and --process_id are given together or not at all")
@@ -31,15 +31,28 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None) ->
         jax.distributed.initialize(coordinator, num_processes, process_id)
     elif coordinator not in ("", "auto"):
         raise ValueError(f"--coordinator={coordinator} needs --num_processes and --process_id")
-    elif coordinator == "auto" or _is_one_of_several(os.environ):
+    elif coordinator == "auto" or detected_processes() > 1:
         jax.distributed.initialize()
+    check_joined()
 
 
-def _is_one_of_several(environment: dict[str, str]) -> bool:
-    under_srun = "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment
-    slurm_tasks = int(environment.get("SLURM_NTASKS", 1)) if under_srun else 1
-    tpu_workers = len(environment.get("TPU_WORKER_HOSTNAMES", "").split(","))
-    return max(slurm_tasks, tpu_workers) > 1
+def detected_processes() -> int:
+    """How many processes the cluster has that JAX would detect; 1 where it detects none."""
+    clusters = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
+    cluster = next((env for env in clusters if env.is_env_present()), None)
+    return 1 if cluster is None else cluster.get_process_count()
+
+
+def check_joined() -> None:
+    """Raises a ValueError if this is one of several processes that do not know of each other.
+
+    The devices of a TPU slice belong together even so, but no signal would reach the other processes.
+    """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(
+            f"the devices belong to {jax.process_count()} processes that are not joined; "
+            "add --coordinator=auto, or --coordinator=HOST:PORT --num_processes=N --process_id=I"
+        )
 
 
 def is_first() -> bool:
@@ -48,7 +61,7 @@ def is_first() -> bool:
 
 
 def from_first(tree: PyTree) -> PyTree:
-    """The first process's tree of arrays, bit by bit, on every process; the others give one of the same shapes."""
+    """Process 0's tree of arrays, bit by bit, on every process; the others pass one of the same shapes."""
     if jax.process_count() == 1:
         return tree
     arrays = jax.tree.map(np.asarray, tree)
@@ -59,7 +72,7 @@ def from_first(tree: PyTree) -> PyTree:
 
 
 def on_first(action: Callable[[], Any]) -> Any:
-    """Calls `action` on the first process alone, and returns its result there and None elsewhere.
+    """Calls `action` on process 0 alone, and returns its result there and None elsewhere.
 
     Raises:
         ValueError, OSError: `action` raised it; on every process, so that none waits for another in vain.
