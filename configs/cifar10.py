@@ -87,4 +87,8 @@ def get_config() -> ConfigDict:
     config.sample.method = "ancestral"  # ancestral, ddim(eta=0.0); for few steps dpm_solver_pp, heun
     config.sample.num_steps = 0  # 0: all; fewer: evenly spaced
     config.sample.variance = "model"  # of ancestral: model (its own), fixed_small, fixed_large, optimal
+
+    config.quality = ConfigDict()
+    config.quality.num_images = 10_000  # samples that --mode=quality draws; published distances take 50,000
+    config.quality.features = "pixels"  # pixels
     return config.lock()

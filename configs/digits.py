@@ -1,4 +1,4 @@
-"""The demo: scikit-learn's 8×8 handwritten digits, from nothing to samples and bits/dim on a 2-core CPU.
+"""The demo: scikit-learn's 8×8 handwritten digits, from random weights to samples and bits/dim on a 2-core CPU.
 
 python main.py --config=configs/digits.py --workdir=runs/digits
 
@@ -42,4 +42,5 @@ def get_config() -> ConfigDict:
     config.train.log_every = 25
     config.train.checkpoint_every = 500
     config.train.sample_every = 500
+    config.quality.num_images = 1000
     return config

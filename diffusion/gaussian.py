@@ -68,9 +68,9 @@ def tanh_discretized_log_prob(
 ) -> Float[ArrayLike, "*shape"]:
     """`discretized_log_prob` as the original code of Ho et al. (2020) computes it, to compare with its numbers.
 
-    Φ(z) is approximated by ½(1 + tanh(√(2/π)(z + 0.044715 z³))), off by up to 2e-4, and masses below 1e-12 count
-    as 1e-12: an outlier costs at most 40 bits. In float32 the mass of an inner bin is a difference of numbers near
-    1 and so a multiple of 2⁻²⁵: what lies some 5σ away is rounded or clamped.
+    Φ(z) is approximated by ½(1 + tanh(√(2/π)(z + 0.044715 z³))), with an error of up to 2e-4, and masses below 1e-12
+    count as 1e-12: an outlier costs at most 40 bits. In float32 the mass of an inner bin is a difference of numbers
+    near 1 and so a multiple of 2⁻²⁵: what lies some 5σ away is rounded or clamped.
     """
     half_bin = 1.0 / (num_levels - 1)
     inv_sigma = jnp.exp(-0.5 * g.log_var)
@@ -83,7 +83,7 @@ def tanh_discretized_log_prob(
 
 def _tanh_cdf(z: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
     y = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
-    # XLA's tanh is off by a few roundings close to ±1, where whole masses are of that size; this one is not.
+    # XLA's tanh has an error of a few roundings close to ±1, as large as the masses there; this one has not.
     below_one = 2.0 / (jnp.exp(2.0 * jnp.abs(y)) + 1.0)
     return 0.5 * (1.0 + jnp.sign(y) * (1.0 - below_one))
 

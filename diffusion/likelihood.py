@@ -223,7 +223,7 @@ def importance_weighted_nats(log_weights: Float[ArrayLike, "n samples"], k: int)
     It grows with K, from minus the bound at K = 1 to log p_θ(x_0). Burda, Grosse & Salakhutdinov (2016), theorem 1.
 
     Raises:
-        ValueError: the samples do not make whole groups of K.
+        ValueError: the number of samples is no multiple of K.
     """
     num_samples = log_weights.shape[-1]
     if not 1 <= k <= num_samples or num_samples % k:

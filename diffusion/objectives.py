@@ -113,7 +113,11 @@ def hybrid(
     return loss
 
 
-OBJECTIVES = {"simple": simple, "vlb": vlb, "hybrid": hybrid}
+OBJECTIVES = {
+    "simple": simple,
+    "vlb": vlb,
+    "hybrid": hybrid,
+}
 
 
 def make(

@@ -184,4 +184,9 @@ def _walk(step: Step, denoise, p, schedule, keys, shape, clip_x0, num_frames):
 
 # Those that draw x_{t−1} with the variance of p; the others take only its x̂_0.
 DRAW_FROM_VARIANCE = ("ancestral",)
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpm_solver_pp": dpm_solver_pp, "heun": heun}
+SAMPLERS = {
+    "ancestral": ancestral,
+    "ddim": ddim,
+    "dpm_solver_pp": dpm_solver_pp,
+    "heun": heun,
+}

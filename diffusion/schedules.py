@@ -4,8 +4,8 @@ A `Schedule` is a pytree of tables indexed by t as the paper counts it: t = 0 is
 t = 1…T are the latents, so every table has T + 1 entries and ᾱ_0 = 1. `schedule[t]` is the same
 pytree with scalar leaves, a *row*; all the math of this package is written for one row.
 
-Tables are computed in NumPy float64 and cast to float32 once: a float32 cumulative product would be
-off by 1.7e-4 (relative) in 1 − ᾱ_1.
+Tables are computed in NumPy float64 and cast to float32 once: a float32 cumulative product would
+have a relative error of 1.7e-4 in 1 − ᾱ_1.
 """
 
 import dataclasses

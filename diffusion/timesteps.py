@@ -97,7 +97,7 @@ def draw_by_loss(
     is_full = jnp.all(history.counts >= history.losses.shape[1])
     p = jnp.where(is_full, (1 - uniform_share) * rms / rms.sum() + uniform_share / num_steps, 1 / num_steps)
     # A lottery in integers: the probabilities that are drawn from are exactly those that are divided by. A
-    # float32 sum of p would be off by as much as the rarest t has.
+    # float32 sum of p would have an error as large as the probability of the rarest t.
     tickets = jnp.maximum(jnp.round(p * TICKETS).astype(jnp.int32), 1)
     sums = jnp.cumsum(tickets)
     drawn = jax.random.randint(key, (batch_size,), 0, sums[-1])

@@ -37,7 +37,7 @@ class Bound:
 
     @property
     def image_bpd(self) -> Float[np.ndarray, " n"]:
-        """Each image's whole bound."""
+        """Each image's full bound: the sum of its parts."""
         return self.decoder_bpd + self.kl_bpd + self.prior_bpd
 
     def summary(self, split: str) -> dict[str, Any]:
@@ -63,8 +63,8 @@ class Bound:
     def progressive_coding(self) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
         """What a receiver of x_t has paid, in bits/dim, and the error of its x̂_0: entry t − 1 is that of t.
 
-        The rate L_T + Σ_{s>t} L_{s−1} has bought x_T, …, x_t; the distortion is a root mean squared error in grey
-        levels. Ho et al. (2020), section 4.3 and figure 5.
+        The rate L_T + Σ_{s>t} L_{s−1} has bought x_T, …, x_t; the distortion is a root mean squared error in
+        pixel values. Ho et al. (2020), section 4.3 and figure 5.
         """
         terms = self.terms_bpd.mean(axis=0)
         still_to_come = np.cumsum(terms)

@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 
     decoder_bpd: Float[np.ndarray, " n"]  # L_0
     kl_bpd: Float[np.ndarray, " n"]  # the estimated sum of the terms of t > 1
-    sampling_stderr: float  # of the images' mean: how far it is from the same images' full sum
+    sampling_stderr: float  # the standard error of the images' mean, against the same images' full sum
 
 
 def proposal(pilot_terms_bpd: Float[np.ndarray, "n steps"]) -> Float[np.ndarray, " steps"]:

@@ -22,7 +22,7 @@ Measured = Iterator[tuple[np.ndarray, PyTree]]
 class Pairs:
     """Measures (image, t) pairs of any images and any t, in batches, by one compiled program.
 
-    The ε of a pair belongs to the number of the image in its split and to t, whatever is measured beside it.
+    The ε of a pair depends only on the image's number in its split and on t, not on what else is in the batch.
 
     Args:
         measure_of: model -> what is measured, for example `likelihood.term_and_x0_mse`.

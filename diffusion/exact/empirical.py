@@ -8,11 +8,10 @@ whose E[x_0 | x_t] = Σ_i w_i x0_i minimises every training loss that is a squar
 all images, block by block; beside the images it needs memory for one block and one batch.
 
 Near t = 0 the exponents reach 10⁷ and float32 would lose what their differences decide, so the differences are taken
-in whole numbers: see `_Query`.
+in integers: see `_Query`.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,23 +22,21 @@ from jaxtyping import Array, Float, Int, UInt8
 from diffusion.reverse import Reverse
 from diffusion.schedules import Schedule
 
-FRACTION = 8  # an x_t is split into grey levels, eighths of a grey level, and the rest
+FRACTION = 8  # an x_t is split into pixel values, eighths of a pixel value, and the rest
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A data set in blocks of equal size, the last of them filled up. With shards, their axis comes first."""
+    """A data set in blocks of equal size, the last of them filled up."""
 
     levels: Any  # uint8 [blocks, block, H, W, C]: arrays of JAX or of NumPy, or their shapes
     is_real: Any  # bool [blocks, block]; False for what fills up
     num_levels: int = dataclasses.field(metadata={"static": True})
 
 
-def in_blocks(
-    images: UInt8[np.ndarray, "n h w c"], num_levels: int, block_size: int, num_shards: int | None = None
-) -> Blocks:
-    """Cuts a data set into blocks, leaves [blocks, block, ...]; for shards, [shards, blocks, block, ...].
+def in_blocks(images: UInt8[np.ndarray, "n h w c"], num_levels: int, block_size: int) -> Blocks:
+    """Cuts a data set into blocks, leaves [blocks, block, ...].
 
     Raises:
         ValueError: no images, a block size below 1, or images so large that their distances overflow int32.
@@ -50,15 +47,15 @@ def in_blocks(
     if (FRACTION + 2) * size * num_levels**2 >= 2**31:
         shape = "×".join(map(str, images.shape[1:]))
         raise ValueError(
-            f"squared distances between images of {shape} and {num_levels} grey levels do not fit into 32 bits; "
+            f"squared distances between images of {shape} and {num_levels} pixel values do not fit into 32 bits; "
             f"at most {2**31 // ((FRACTION + 2) * num_levels**2)} numbers per image do"
         )
-    blocks = -(-len(images) // (block_size * (num_shards or 1)))
-    leading = (blocks, block_size) if num_shards is None else (num_shards, blocks, block_size)
+    leading = (-(-len(images) // block_size), block_size)
     number = np.arange(np.prod(leading))
     # What fills up repeats the last image: its distances are then like the others'.
     filled = images if len(number) == len(images) else images[np.minimum(number, len(images) - 1)]
-    return Blocks(filled.reshape(*leading, *images.shape[1:]), (number < len(images)).reshape(leading), num_levels)
+    is_real = (number < len(images)).reshape(leading)
+    return Blocks(filled.reshape(*leading, *images.shape[1:]), is_real, num_levels)
 
 
 class Posterior(NamedTuple):
@@ -80,10 +77,10 @@ class Posterior(NamedTuple):
 class _Query(NamedTuple):
     """A batch of x_t, prepared so that log w_i is found without cancellation.
 
-    Let u be an image in grey levels less the middle one. With x_t/√ᾱ = whole + parts/8 + … in the same units,
+    Let u be an image in pixel values less the middle one. With x_t/√ᾱ = whole + parts/8 + … in the same units,
     log w_i = rest·u_i − gain (4 ‖u_i‖² − 8 whole·u_i − parts·u_i), up to what all images share. The bracket consists
-    of whole numbers and is computed without an error, and so is its difference between two images; `rest` stands
-    for at most a 16th of a grey level, unless x_t/√ᾱ lies far outside the grey levels, where gain is small.
+    of integers and is computed without an error, and so is its difference between two images; `rest` stands for at
+    most a 16th of a pixel value, unless x_t/√ᾱ lies far outside the pixel values, where gain is small.
     """
 
     whole: Float[Array, "b d"]
@@ -93,7 +90,7 @@ class _Query(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Sums over some images for each x_t, with log w_i counted from a whole number and from the greatest of them."""
+    """Sums over some images for each x_t, with log w_i counted from an integer and from the greatest of them."""
 
     reference: Int[Array, "*k b"]  # the smallest bracket (see _Query)
     peak: Float[Array, "*k b"]  # the greatest log w_i, counted from the reference
@@ -102,17 +99,15 @@ class _Sums(NamedTuple):
     levels: Float[Array, "*k b d"]  # Σ w_i u_i
 
 
-def posterior(data: Blocks, row: Schedule, x_t: Float[Array, "b h w c"], axis_name: str | None = None) -> Posterior:
+def posterior(data: Blocks, row: Schedule, x_t: Float[Array, "b h w c"]) -> Posterior:
     """E[x_0 | x_t] and the entropy of the weights, in one pass over the data.
 
     Args:
         data: leaves [blocks, block, ...].
         row: the schedule's rows of t ≥ 1, leaves [B].
         x_t: the batch.
-        axis_name: the mapped axis over which the data are sharded; every device gets all x_t and the whole result.
     """
-    query = _query(data.num_levels, row, x_t)
-    sums = _sums(data, query, axis_name)
+    sums = _sums(data, _query(data.num_levels, row, x_t))
     mean = sums.levels / sums.weight[:, None]
     half, middle = (data.num_levels - 1) / 2, data.num_levels // 2
     x0_mean = (mean + (middle - half)) / half
@@ -123,33 +118,40 @@ def posterior(data: Blocks, row: Schedule, x_t: Float[Array, "b h w c"], axis_na
 def weights(data: Blocks, row: Schedule, x_t: Float[Array, "b h w c"]) -> Float[Array, "b n"]:
     """The mixture's weights w_i, in the data's order; zeros for what fills up the last block. Two passes."""
     query = _query(data.num_levels, row, x_t)
-    sums = _sums(data, query, None)
+    sums = _sums(data, query)
 
     def of_block(block: Blocks) -> Array:
         bracket, rest = _exponents(_centred(block), query, block.num_levels)
-        relative = rest - query.gain[None] * (bracket - sums.reference[None]).astype(jnp.float32) - sums.peak[None]
+        from_reference = query.gain[None] * (bracket - sums.reference[None]).astype(jnp.float32)
+        relative = rest - from_reference - sums.peak[None]
         return jnp.where(block.is_real[:, None], jnp.exp(relative), 0.0) / sums.weight[None]
 
     return jax.lax.map(of_block, data).reshape(-1, len(x_t)).T
 
 
-def denoiser(
-    data: Blocks, schedule: Schedule, p: Reverse, axis_name: str | None = None
-) -> Callable[[Array, Array], Array]:
+def denoiser(data: Blocks, schedule: Schedule, p: Reverse) -> jax.tree_util.Partial:
     """The perfect network: (x_t [B, H, W, C], network_t [B]) -> what `p` wants predicted, given E[x_0 | x_t].
 
-    `p` has a fixed variance; nothing is output for a learned one. Call it where `data` are an argument of the compiled
-    function: closed over, they would become part of the program.
+    `p` has a fixed variance; nothing is output for a learned one. The result is a pytree of `data` and `schedule`, so
+    that it can be an argument of a compiled function, as a part of a `Model`: closed over, the data would become part
+    of the program.
     """
+    return jax.tree_util.Partial(_Denoise(p), data, schedule)
 
-    def one(row: Schedule, x_t: Array, x0: Array) -> Array:
-        return p.target(row, x0, x_t, (x_t - row.sqrt_alpha_bar * x0) / row.sqrt_one_minus_alpha_bar)
 
-    def denoise(x_t: Array, network_t: Array) -> Array:
+@dataclasses.dataclass(frozen=True)
+class _Denoise:
+    """The function behind `denoiser`; equal if `p` is, so that a program is compiled once."""
+
+    p: Reverse
+
+    def __call__(self, data: Blocks, schedule: Schedule, x_t: Array, network_t: Array) -> Array:
         row = schedule[jnp.searchsorted(schedule.network_t, network_t)]
-        return jax.vmap(one)(row, x_t, posterior(data, row, x_t, axis_name).x0_mean)
+        return jax.vmap(self._target)(row, x_t, posterior(data, row, x_t).x0_mean)
 
-    return denoise
+    def _target(self, row: Schedule, x_t: Array, x0: Array) -> Array:
+        eps = (x_t - row.sqrt_alpha_bar * x0) / row.sqrt_one_minus_alpha_bar
+        return self.p.target(row, x0, x_t, eps)
 
 
 def _query(num_levels: int, row: Schedule, x_t: Float[Array, "b h w c"]) -> _Query:
@@ -173,7 +175,7 @@ def _query(num_levels: int, row: Schedule, x_t: Float[Array, "b h w c"]) -> _Que
     return jax.vmap(one)(row, x_t.reshape(len(x_t), -1))
 
 
-def _sums(data: Blocks, query: _Query, axis_name: str | None) -> _Sums:
+def _sums(data: Blocks, query: _Query) -> _Sums:
     def of_block(block: Blocks) -> _Sums:
         levels = _centred(block)
         bracket, rest = _exponents(levels, query, block.num_levels)
@@ -194,7 +196,7 @@ def _sums(data: Blocks, query: _Query, axis_name: str | None) -> _Sums:
 
     # Over numbers of blocks and not over data[1:], which would be a copy of the data.
     sums, _ = jax.lax.scan(add, of_block(nth(0)), jnp.arange(1, len(data.levels)))
-    return sums if axis_name is None else _merge(jax.lax.all_gather(sums, axis_name), query.gain)
+    return sums
 
 
 def _merge(sums: _Sums, gain: Float[Array, " b"]) -> _Sums:
@@ -231,11 +233,9 @@ def _exponents(
         )
         return FRACTION * whole.astype(jnp.int32) + parts.astype(jnp.int32), rest
 
-    # Whole numbers add up without an error in float32 below 2²⁴: so many columns keep to that.
+    # Integers add up without an error in float32 below 2²⁴: so many columns keep to that.
     step = 2**24 // (num_levels * (num_levels // 2))
-    whole, rest = (
-        sum(pieces)
-        for pieces in zip(*(products(slice(k, k + step)) for k in range(0, levels.shape[1], step)), strict=True)
-    )
+    parts = [products(slice(k, k + step)) for k in range(0, levels.shape[1], step)]
+    whole, rest = (sum(column) for column in zip(*parts, strict=True))
     square = jnp.square(levels.astype(jnp.int32)).sum(axis=1, keepdims=True)
     return FRACTION // 2 * square - whole, rest

@@ -9,8 +9,8 @@ and no schedule occurs in it: a schedule only says which λ a trained network kn
 solution d log p_λ(x)/dλ = −div dx/dλ (their eq. 39), so log p(x) is the normal log density of where x ends up plus
 an integral, both from one solve.
 
-The likelihood is a density. Grey levels must be dequantized first, and −log₂ p of uniformly dequantized data bounds
-the bits of the levels from above (Theis et al. 2016) for the model that the ODE defines, which is not
+The likelihood is a density. Pixel values must be dequantized first, and −log₂ p of uniformly dequantized data bounds
+the bits of the pixel values from above (Theis et al. 2016) for the model that the ODE defines, which is not
 the reverse chain of the variational bound: see docs/bound_tightness.md.
 """
 
@@ -33,7 +33,7 @@ from diffusion.schedules import Schedule
 try:
     import diffrax
 except ImportError as error:
-    raise ImportError("diffusion.ode needs diffrax: pip install -c constraints.txt -e '.[ode]'") from error
+    raise ImportError("diffusion.exact.ode needs diffrax: pip install -c constraints.txt -e '.[ode]'") from error
 
 # (x, λ) -> ε̂(x, λ), for one example.
 PredictEps = Callable[[Array, Array], Array]
@@ -127,7 +127,10 @@ def solve(
 
     def field(log_snr: Array, state: tuple[Array, Array], _) -> tuple[Array, Array]:
         variance = jax.nn.sigmoid(-log_snr)
-        velocity = lambda x: 0.5 * (variance * x - jnp.sqrt(variance) * predict_eps(x, log_snr))  # noqa: E731
+
+        def velocity(x: Array) -> Array:
+            return 0.5 * (variance * x - jnp.sqrt(variance) * predict_eps(x, log_snr))
+
         return divergence(velocity, state[0])
 
     solution = diffrax.diffeqsolve(
@@ -154,15 +157,15 @@ def dequantized_bpd(
     divergence: Divergence = exact_divergence,
     tolerance: float = 1e-5,
 ) -> Float[Array, ""]:
-    """Bits/dim of one image by the density of its uniformly dequantized grey levels, from λ_1 to λ_T.
+    """Bits/dim of one image by the density of its uniformly dequantized pixel values, from λ_1 to λ_T.
 
     The model's density of x_0 is that of √ᾱ_1 x_0 at λ_1 by a change of variables. The mean over `uniform` bounds
-    from above the bits of the levels themselves under this density integrated over their bins.
+    from above the bits of the pixel values themselves under this density integrated over their bins.
 
     Args:
-        x0: the image in [-1, 1], on its grey levels.
+        x0: the image in [-1, 1], on its pixel values.
         uniform: in [0, 1), where in its bin each element lies.
-        num_levels: how many grey levels there are. The other arguments are those of `eps_predictor` and `solve`.
+        num_levels: how many pixel values there are. The other arguments are those of `eps_predictor` and `solve`.
     """
     bin_width = 2 / (num_levels - 1)
     y = x0 + bin_width * (uniform - 0.5)

@@ -92,7 +92,9 @@ class Experiment:
         image = jnp.zeros((1, *self.image_shape))
         params = init(randomness.stream(self.config.seed, "init"), image, jnp.zeros(1))["params"]
         if self.learns_schedule:
-            params = params | {learned_schedule.SUBTREE: learned_schedule.init(self.start_schedule)}
+            with jax.ensure_compile_time_eval():  # `init` checks its numbers, also while `abstract_state` is traced
+                start = learned_schedule.init(self.start_schedule)
+            params = params | {learned_schedule.SUBTREE: start}
         return initial_state(self.training, params, self.image_shape)
 
 

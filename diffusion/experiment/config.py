@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from diffusion import learned_schedule, likelihood, objectives, reverse, samplers, schedules, timesteps
+from diffusion.evaluation import quality
 from diffusion.experiment import names
 from diffusion.experiment.names import Choice
 from diffusion.networks import NETWORKS
@@ -33,7 +34,7 @@ def integer(at_least: int, at_most: int = 2**31 - 1) -> Constraint:
     )
 
 
-def number(low: float, high: float, words: str) -> Constraint:
+def number(low: float | int, high: float | int, words: str) -> Constraint:
     return Constraint(lambda v: names.accepts(float, v) and low <= v <= high, words)
 
 
@@ -93,10 +94,12 @@ KEYS: dict[str, Constraint | Choice] = {
     "sample.method": Choice(samplers.SAMPLERS, given=("denoise", "p", "schedule", "keys", "shape", "num_frames")),
     "sample.num_steps": integer(0),
     "sample.variance": FOR_A_TRAINED_MEAN,
+    "quality.num_images": integer(2),
+    "quality.features": Choice(quality.FEATURES, given=("images", "num_levels")),
 }
 
 # What a finished or resumed run may change: where the data lies, how it is watched, scored and sampled.
-FREE = ("data.data_dir", "train.check_replicas_every", "eval.", "sample.")
+FREE = ("data.data_dir", "train.check_replicas_every", "eval.", "sample.", "quality.")
 
 
 def network_keys() -> dict[str, Constraint]:
@@ -115,7 +118,7 @@ def all_keys() -> dict[str, Constraint | Choice]:
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """{"unet.channels": 128, ...}; a group that is no group stays under its own name."""
+    """{"unet.channels": 128, ...}; a value outside any group stays under its own name."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):

@@ -33,9 +33,9 @@ def parse(text: str) -> Call:
             return Call(node.id, {})
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
             arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
-            if None not in arguments:
+            if None not in arguments and len(arguments) == len(node.keywords):  # no **, and no name twice
                 return Call(node.func.id, arguments)
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # the last two of deep nesting
         pass
     raise ValueError(f"must be a name, or a name with arguments such as name(size=3), not {text!r}")
 

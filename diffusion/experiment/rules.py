@@ -10,7 +10,8 @@ from diffusion import learned_schedule, objectives, samplers, timesteps
 from diffusion.experiment import names
 from diffusion.experiment.config import FIXED_SCHEDULES, KEYS
 from diffusion.learned_schedule import Learned
-from diffusion.reverse import VARIANCES
+from diffusion.parameterizations import x0_per_output
+from diffusion.reverse import VARIANCES, Reverse
 from diffusion.schedules import Schedule
 
 
@@ -28,6 +29,12 @@ class Facts(NamedTuple):
     @property
     def learns_variance(self) -> bool:
         return VARIANCES[self.config.model.variance].is_learned
+
+    @property
+    def loses_x0(self) -> bool:
+        """Whether at t = T the network's output says nothing of x_0: of ε, where ᾱ_T = 0."""
+        p = Reverse(self.config.model.prediction, self.config.model.variance)
+        return not np.isfinite(x0_per_output(p, self.schedule[self.schedule.num_steps]))
 
     @property
     def method(self) -> names.Call:
@@ -66,9 +73,9 @@ RULES = (
         "objective.name={c.objective.name!r} does not have; use none, or simple or hybrid",
     ),
     Rule(
-        lambda f: f.config.model.prediction == "eps" and not np.asarray(f.schedule.sqrt_alpha_bar)[-1] > 0,
-        "schedule.name={c.schedule.name!r} with schedule.num_steps={c.schedule.num_steps} ends with ᾱ_T = 0, where x_0 "
-        "cannot be told from ε; take model.prediction=x0, v or mean, or another schedule",
+        lambda f: f.loses_x0,
+        "schedule.name={c.schedule.name!r} with schedule.num_steps={c.schedule.num_steps} ends with ᾱ_T = 0, where "
+        "model.prediction={c.model.prediction!r} says nothing of x_0; take x0, v or mean, or another schedule",
     ),
     Rule(
         lambda f: f.learned is not None and f.objective is not objectives.vlb,

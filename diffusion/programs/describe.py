@@ -1,4 +1,4 @@
-"""--mode=describe: what a config amounts to, without training: size, work, memory and the schedule's key figures."""
+"""--mode=describe: a config's network, work, memory and schedule in numbers, without training."""
 
 from pathlib import Path
 

@@ -54,7 +54,7 @@ def score(
     """Scores the EMA parameters on the test split and on as many training images.
 
     Where every term is computed, writes bpd.npz, bpd.png and rate_distortion.png too, with `prefix` before the names,
-    and a call that was cut goes on where it ended.
+    and a call that was interrupted continues where it stopped.
 
     Returns:
         The entries of summary.json that say what was scored, how, and how well.
@@ -62,7 +62,7 @@ def score(
     config = experiment.config
     model = experiment.model(state.ema_params, config.eval.variance, x0_variance)
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, len(test_set))
-    # Of a whole split it is the last images that a protocol drops.
+    # Where the whole split is scored, a protocol drops its last images.
     is_whole = config.eval.num_images == 0
     numbers = {
         "test": np.arange(num_images) if is_whole else images.subset(len(test_set), num_images),
@@ -107,7 +107,7 @@ def _full(
 ) -> dict[str, Bound]:
     """The bound by split, from every term; what is done is kept on disk."""
     bound, replicated = full_bound(build.bound_settings(config)), devices.replicate(model)
-    # Several processes would have to agree on what is missing; they start over.
+    # Multi-process runs would have to agree on what is missing; they start over.
     paths = {split: kept / f"{split}.npy" if jax.process_count() == 1 else None for split in sources}
     return {split: bound(replicated, sources[split], numbers[split], paths[split]) for split in sources}
 
@@ -122,7 +122,7 @@ def _key(config: ConfigDict, model: Model, ema_sha256: str, numbers: dict[str, n
 
 def _forget(kept: Path) -> None:
     shutil.rmtree(kept, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another evaluation, which was cut, has its terms there
+    with contextlib.suppress(OSError):  # another, interrupted evaluation has its terms there
         kept.parent.rmdir()
 
 

@@ -18,24 +18,31 @@ from diffusion.reporting import pictures
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import files, randomness
 from diffusion.training import devices
+from diffusion.training.step import TrainState
 
 TRAJECTORY_FRAMES = 12
 TRAJECTORY_IMAGES = 8
 
-# model -> images [N, H, W, C] and the trajectories [n, F, H, W, C] of x̂_0 of the first few, pixel values
-Sampler = Callable[[Model], tuple[np.ndarray, np.ndarray]]
+# (model, number of images N; by default sample.num_images) -> images [N, H, W, C] and the trajectories
+# [n, F, H, W, C] of x̂_0 of the first few, pixel values
+Sampler = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
 def run(config: ConfigDict, directory: Path) -> None:
     """Draws from the latest checkpoint of `directory`."""
+    experiment, _, model = trained(config, directory)
+    save(directory, *sampler(experiment)(model), model.num_levels)
+    print(f"{config.sample.num_images} samples: {directory / 'samples.png'}, {directory / 'samples.npz'}")
+
+
+def trained(config: ConfigDict, directory: Path) -> tuple[Experiment, TrainState, Model]:
+    """The latest checkpoint of `directory`, and the model that the config samples from: the EMA's."""
     described = data.describe(config.data.name, config.data.data_dir)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
     state = workdir.restore(experiment, directory)
     is_optimal = config.sample.variance == "optimal"
     x0_variance = workdir.load_x0_variance(directory, int(state.step)) if is_optimal else None
-    model = experiment.model(state.ema_params, config.sample.variance, x0_variance)
-    save(directory, *sampler(experiment)(model), model.num_levels)
-    print(f"{config.sample.num_images} samples: {directory / 'samples.png'}, {directory / 'samples.npz'}")
+    return experiment, state, experiment.model(state.ema_params, config.sample.variance, x0_variance)
 
 
 def sampler(experiment: Experiment) -> Sampler:
@@ -57,13 +64,13 @@ def sampler(experiment: Experiment) -> Sampler:
 
     batches = devices.over_batches(one_batch)
 
-    def draw(model: Model) -> tuple[np.ndarray, np.ndarray]:
+    def draw(model: Model, num_images: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        num_images = num_images or config.num_images
         if config.num_steps:
             model = dataclasses.replace(model, schedule=schedules.evenly_spaced(model.schedule, num_steps))
         images, trajectories, missing = [], [], TRAJECTORY_IMAGES
-        with Progress(config.num_images, desc="sample", unit="image") as progress:
-            numbers = np.arange(config.num_images)
-            for done, (x0, frames) in batches(devices.replicate(model), numbers, config.batch_size):
+        with Progress(num_images, desc="sample", unit="image") as progress:
+            for done, (x0, frames) in batches(devices.replicate(model), np.arange(num_images), config.batch_size):
                 images.append(x0)
                 trajectories.append(frames[:missing])
                 missing -= len(trajectories[-1])

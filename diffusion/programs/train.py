@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import data, schedules
@@ -134,4 +135,5 @@ def _plot_schedule(experiment: Experiment, directory: Path, state: TrainState) -
         "cosine": schedules.cosine(config.num_steps),
     }
     title = f"{experiment.config.data.name}, T = {config.num_steps}, step {state.step}"
-    plots.plot_schedules(directory / "schedule.png", {name: s.log_snr[1:] for name, s in curves.items()}, title)
+    log_snr = {name: np.asarray(schedule.log_snr)[1:] for name, schedule in curves.items()}
+    plots.plot_schedules(directory / "schedule.png", log_snr, title)

@@ -33,7 +33,7 @@ class MetricsLog:
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = path.open("a")
-        # Its thread ends where the disk is full; a short queue would then block the run for ever.
+        # Its thread ends where the disk is full; a short queue would then block the run forever.
         self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), max_queue=10_000, purge_step=step + 1)
 
     def write(self, step: int, **scalars: SupportsFloat) -> None:

@@ -40,6 +40,6 @@ def trajectory_grid(
 
 
 def save_png(path: str | Path, picture: UInt8[np.ndarray, "h w c"]) -> None:
-    """Writes a picture of one (grey) or three (RGB) channels, whole or not at all."""
+    """Writes a picture of one (grey) or three (RGB) channels, completely or not at all."""
     with files.replacing(Path(path)) as file:
         Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(file, format="png")

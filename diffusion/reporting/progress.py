@@ -1,4 +1,4 @@
-"""How far a long job is, and how long it will still take."""
+"""How much of a long job is done, and how long the rest will take."""
 
 import sys
 
@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class Progress(tqdm):
-    """A progress bar with the time left, of process 0; a line now and then where the output is no terminal.
+    """A progress bar with the time left, of process 0; one line every few seconds where the output is no terminal.
 
     Args:
         total: how many units the whole job has.

@@ -16,10 +16,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def write_json(path: Path, summary: dict[str, Any]) -> None:
-    """Writes a summary, whole or not at all.
+    """Writes a summary, completely or not at all.
 
     Raises:
-        ValueError: a number is not finite; the message names it.
+        ValueError: a number is NaN or Inf; the message names it.
     """
     plain = {name: value.item() if hasattr(value, "item") else value for name, value in summary.items()}
     files.write_text(path, json.dumps(checked_finite(plain), indent=2) + "\n")

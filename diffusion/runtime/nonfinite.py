@@ -1,14 +1,14 @@
-"""What is known of a train step whose loss or gradient is not a finite number."""
+"""What is known of a train step whose loss or gradient is NaN or Inf."""
 
 import numpy as np
 from jaxtyping import Float, Int
 
 LAST_GOOD = "the last checkpoint is from before this step"
-Metrics = dict[str, np.ndarray]  # of a call: entries [steps, ...], as `parallel.train_steps` returns them
+Metrics = dict[str, np.ndarray]  # of a call: entries [steps, ...], as `devices.train_steps` returns them
 
 
 def check(unchecked: list[tuple[range, Metrics]], groups: list[str], skipped: int, allowed: int) -> None:
-    """Raises a FloatingPointError about the first step that has a number that is not finite.
+    """Raises a FloatingPointError about the first step that has a NaN or Inf.
 
     Args:
         unchecked: steps and their metrics.
@@ -34,7 +34,7 @@ def check(unchecked: list[tuple[range, Metrics]], groups: list[str], skipped: in
 def _examples(t: Int[np.ndarray, " b"], losses: Float[np.ndarray, " b"]) -> str:
     is_bad = ~np.isfinite(losses)
     if is_bad.any():
-        return f"the loss is not finite at t = {', '.join(map(str, np.unique(t[is_bad])))}"
+        return f"the loss is NaN or Inf at t = {', '.join(map(str, np.unique(t[is_bad])))}"
     return f"every example's loss is finite, the largest is {losses.max():.3g} at t = {t[losses.argmax()]}"
 
 

@@ -22,8 +22,8 @@ class Preempted(SystemExit):
 class Preemption:
     """While entered, SIGTERM and SIGINT raise `Preempted` at once, or set `signal_name` inside `deferred`.
 
-    A second SIGINT always interrupts at once: a person at the keyboard means it. With several processes JAX's
-    coordination service receives SIGTERM and tells all of them where to stop; SIGINT keeps its usual meaning.
+    A second SIGINT always interrupts at once: a person at the keyboard means it. In a multi-process run
+    JAX's coordination service receives SIGTERM and tells every process where to stop; SIGINT keeps its usual meaning.
     """
 
     def __init__(self):
@@ -32,8 +32,8 @@ class Preemption:
         self._asked = 0
 
     def __enter__(self) -> "Preemption":
-        heeded = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        self._before = {number: signal.signal(number, self._receive) for number in heeded}
+        handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._before = {number: signal.signal(number, self._receive) for number in handled}
         return self
 
     def __exit__(self, *exception) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Int, Key
 STREAMS = ("init", "train", "monitor", "eval", "sample", "variance")
 
 
-def stream(seed: int, name: str) -> Key[Array, ""]:
+def stream(seed: int | Int[Array, ""], name: str) -> Key[Array, ""]:
     """The key of one of the STREAMS."""
     return jax.random.fold_in(jax.random.key(seed), STREAMS.index(name))
 

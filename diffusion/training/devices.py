@@ -1,18 +1,18 @@
 """Data parallelism with `jax.pmap`: the only file that knows how many devices there are.
 
-Others hand it host arrays, and get back host arrays or a `Replicated` tree, whose [devices, ...] axis is known here
-alone.
+Other modules pass host arrays in, and get back host arrays or a `Replicated` tree, whose [devices, ...] axis is known
+only here.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-import flax.jax_utils
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.typing import ArrayLike
 from jaxtyping import Int, PyTree
 
 from diffusion.runtime.digests import named_leaves
@@ -45,9 +45,20 @@ class Replicated:
 
 
 def replicate(tree: PyTree) -> Replicated:
-    """A copy of a host tree on every device."""
-    # The copies get the sharding that pmap itself returns; with another one the second step would compile again.
-    return Replicated(flax.jax_utils.replicate(jax.device_get(tree), axis_name=AXIS))
+    """A copy of a host tree on every device; the host needs no memory for it."""
+    sharding, count = _sharding(), jax.local_device_count()
+
+    def on_each(leaf: ArrayLike) -> jax.Array:
+        copy = np.asarray(leaf)[None]
+        return jax.make_array_from_callback((count, *copy.shape[1:]), sharding, lambda _: copy)
+
+    return Replicated(jax.tree.map(on_each, tree))
+
+
+def _sharding() -> jax.sharding.NamedSharding:
+    """That of what pmap returns: with another one for what it takes, the second step would compile again."""
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
 
 
 def check_batch_size(batch_size: int, grad_accum: int) -> None:
@@ -102,8 +113,7 @@ def compiled_train_steps(training: Training, devices: Sequence[jax.Device] | Non
 def _shard_steps(indices: Int[np.ndarray, "steps b"]) -> jax.Array:
     """[steps, B] -> [devices, steps, B/devices], the shares of this process's devices on each of them."""
     shares = _local_rows(np.swapaxes(indices.reshape(len(indices), jax.device_count(), -1), 0, 1))
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
-    return jax.device_put(shares, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)))
+    return jax.device_put(shares, _sharding())
 
 
 def _local_rows(array: np.ndarray) -> np.ndarray:

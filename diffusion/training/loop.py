@@ -1,4 +1,4 @@
-"""The training loop: it calls the compiled step, and between calls it logs, saves and draws."""
+"""The training loop: it calls the compiled step, and between calls it logs, saves and samples."""
 
 import dataclasses
 import math
@@ -89,15 +89,13 @@ def train(
             step = steps[-1]
             logs, saves = plan.is_due(step, plan.log_every), plan.is_due(step, plan.checkpoint_every)
             stops = preemption.is_due() and step < plan.num_steps
-            row: dict[str, SupportsFloat] = {}
             if logs or saves or stops:
                 window = state.part(lambda state: state.window).host()
                 _check_finite(unchecked, group_names, window, plan.skip_nonfinite)
                 unchecked = []
             if plan.check_replicas_every and step % plan.check_replicas_every == 0:
                 _check_replicas(step, differing_replicas(state))
-            if logs:
-                row = _means(window) | {"images_per_second": clock.images_per_second()}
+            row = _means(window) | {"images_per_second": clock.images_per_second()} if logs else {}
             if saves:
                 row["test_loss"] = _finite_loss(step, test_loss(state.part(lambda state: state.ema_params)))
             if row:
@@ -111,7 +109,7 @@ def train(
                 raise Preempted(f"stopped by a signal at step {step}, which is saved; the same command goes on")
             if logs:
                 clock.restart()
-        checkpoints.wait()  # or a signal would break off the last save
+        checkpoints.wait()  # or a signal would interrupt the last save
     return state.host()
 
 

@@ -23,7 +23,7 @@ OPTIMIZERS = {"adam": adam, "adamw": adamw}
 
 
 def constant(peak: float, num_steps: int) -> optax.Schedule:
-    """The peak, for ever."""
+    """The peak, for the whole training."""
     return optax.constant_schedule(peak)
 
 

@@ -51,7 +51,7 @@ class Training:
         num_levels: how many pixel values the data have.
         batch_size: images per step, over all devices.
         flip: whether half of the images are mirrored.
-        log_every: after how many steps `state.window` starts afresh.
+        log_every: after how many steps `state.window` starts again from zero.
         skip_nonfinite: whether an update with a NaN or Inf is left out, and counted in the window.
         grad_accum: in how many microbatches a device's share goes through the network.
         unroll: write the loop over microbatches out, for backends that are slow inside loops.
