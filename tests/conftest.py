@@ -1,7 +1,10 @@
 """Tests run on eight CPU devices, with checked shape annotations and no silent broadcasting or promotion."""
 
+import fcntl
 import os
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where an accelerator is present: eight devices are assumed below
 # JAX reads the number of devices when it is first imported, so this comes before any other import.
@@ -14,6 +17,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax  # noqa: E402
 import matplotlib  # noqa: E402
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 matplotlib.use("Agg")
@@ -24,3 +28,68 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 install_import_hook("diffusion", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """(name, make) -> a directory that `make` fills, once for all workers of a test session that need it."""
+    base = tmp_path_factory.getbasetemp()
+    common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def directory_of(name: str, make: Callable[[Path], None]) -> Path:
+        directory, done = common / "made_once" / name, common / f"{name}.done"
+        with (common / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                directory.mkdir(parents=True, exist_ok=True)
+                make(directory)
+                done.touch()
+        return directory
+
+    return directory_of
+
+
+@pytest.fixture(scope="session")
+def tiny_data_dir(made_once) -> str:
+    """A data directory of the tests' own, with the bundled digits."""
+    from diffusion import data
+
+    def prepare(directory: Path) -> None:
+        data.load("digits", "train", str(directory))
+
+    return str(made_once("digits", prepare))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_data_dir):
+    """A function of changes, tiny(train__batch_size=8): a config of the digits whose every part is real and small."""
+    from configs import digits
+
+    small = {
+        "data.data_dir": tiny_data_dir, "data.flip": True, "schedule.num_steps": 6,
+        "unet.channels": 8, "unet.channel_mult": (1, 1), "unet.num_res_blocks": 1, "unet.num_groups": 4,
+        "unet.dropout": 0.1, "unet.attention_resolutions": (4,), "unet.fourier_features": (),
+        "train.batch_size": 16, "train.num_steps": 6, "train.log_every": 2, "train.checkpoint_every": 3,
+        "train.sample_every": 4, "eval.num_images": 20, "eval.batch_size": 16, "sample.num_images": 9,
+        "optim.warmup_steps": 2,
+    }  # fmt: skip
+
+    def config_with(**changes):
+        config = digits.get_config()
+        dotted = {key.replace("__", "."): value for key, value in changes.items()}
+        with config.unlocked():
+            config.update_from_flattened_dict(small | dotted)
+        return config
+
+    return config_with
+
+
+@pytest.fixture(scope="session")
+def straight(made_once, tiny) -> Path:
+    """The working directory of the tiny run, which was never stopped. Do not write into it."""
+    from diffusion.programs import train
+
+    def run(directory: Path) -> None:
+        train.run(tiny(), directory)
+
+    return made_once("straight", run)

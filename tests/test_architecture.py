@@ -1,72 +1,47 @@
-"""The floors of diffusion/: imports go down or sideways without a circle, never up."""
+"""The order of the folders of diffusion/: imports go to the same folder or an earlier one, without a circle."""
 
 import ast
 import graphlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "diffusion"
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = REPOSITORY / "diffusion"
 
-FLOORS = {
-    "__init__": 0,
-    "schedules": 0,
-    "gaussian": 0,
-    "randomness": 0,
-    "convolution": 0,
-    "files": 0,
-    "unet": 0,
-    "process": 1,
-    "reverse": 1,
-    "learned_schedule": 1,
-    "interop": 1,
-    "objectives": 2,
-    "timesteps": 2,
-    "likelihood": 2,
-    "estimators": 2,
-    "parameterizations": 2,
-    "variances": 2,
-    "samplers": 2,
-    "oracles": 2,
-    "ode": 2,
-    "empirical": 2,
-    "data": 3,
-    "optim": 3,
-    "state": 3,
-    "step": 3,
-    "digests": 3,
-    "nonfinite": 3,
-    "watchdog": 3,
-    "preemption": 3,
-    "processes": 3,
-    "checkpoint": 3,
-    "report": 3,
-    "plots": 3,
-    "config": 4,
-    "build": 4,
-    "bound": 4,
-    "workdir": 4,
-    "memory": 4,
-    "parallel": 4,
-    "train": 5,
-    "evaluate": 5,
-    "sample": 5,
-    "describe": 5,
-}
+# The modules directly in diffusion/ are the paper: they know no folder. A folder may know the paper and what comes
+# before it here.
+PAPER = ""
+ORDER = ("runtime", "networks", "exact", "data", "reporting", "training", "evaluation", "experiment", "programs")
+KNOWS_NOTHING_ELSE = "networks"  # not even the paper
+PAPER_AND_NETWORKS = "diffusion.interop"  # published weights are those of a network
+SEE_A_CONFIG = ("experiment", "programs")
+NAMES_PMAP = "diffusion.training.devices"
+BUILT_ON_IT = {"experiments", "benchmarks", "configs", "tests", "main"}
 
-
-def source_files() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+MAX_FILE_LINES = 300
+MAX_FUNCTION_LINES = 70
+MAX_CODE_LINES = 50  # of a function, without its docstring, comments and empty lines
 
 
 def module_name(path: Path) -> str:
     """diffusion/data/digits.py -> diffusion.data.digits; diffusion/data/__init__.py -> diffusion.data."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_modules(source: str, module: str, is_package: bool) -> set[str]:
+PATHS = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+every_module = pytest.mark.parametrize("module", PATHS)
+
+
+def repository_files() -> list[Path]:
+    folders = ("diffusion", "configs", "experiments", "benchmarks", "tests")
+    nested = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
+    return sorted([*REPOSITORY.glob("*.py"), *nested])
+
+
+def imported_names(source: str, module: str, is_package: bool) -> set[str]:
     """Full dotted names that `source` imports, at any depth of nesting; relative imports are resolved."""
     names = set()
     for node in ast.walk(ast.parse(source)):
@@ -82,69 +57,175 @@ def imported_modules(source: str, module: str, is_package: bool) -> set[str]:
     return names
 
 
-def room(module: str) -> str:
-    """The room a dotted name of this package belongs to: diffusion.data.digits -> data."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "__init__"
+def names_imported_by(module: str) -> set[str]:
+    path = PATHS[module]
+    return imported_names(path.read_text(), module, path.name == "__init__.py")
 
 
-def arrows() -> dict[str, set[str]]:
-    """For each room, the other rooms it imports."""
-    graph = {}
-    for path in source_files():
-        module = module_name(path)
-        imported = imported_modules(path.read_text(), module, path.name == "__init__.py")
-        rooms = {room(name) for name in imported if name.split(".")[0] == "diffusion"}
-        graph.setdefault(room(module), set()).update(rooms - {room(module)})
-    return graph
+def module_of(name: str) -> str:
+    """The module in which a dotted name lies: diffusion.data.source.load -> diffusion.data.source."""
+    while name not in PATHS:
+        name = name.rpartition(".")[0]
+    return name
 
 
-def test_import_walker_sees_every_spelling():
+def modules_imported_by(module: str) -> set[str]:
+    """The other modules of diffusion/ that a module imports."""
+    inside = {name for name in names_imported_by(module) if name.split(".")[0] == PACKAGE.name}
+    return {module_of(name) for name in inside} - {module}
+
+
+def folder(module: str) -> str:
+    """diffusion.data.digits -> data; diffusion.schedules -> PAPER."""
+    parts = PATHS[module].relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else PAPER
+
+
+def may_import(importer: str, imported: str) -> bool:
+    """Whether the order of the folders allows that one module imports the other."""
+    own, other = folder(importer), folder(imported)
+    if own == PAPER:
+        return other == PAPER or importer == PAPER_AND_NETWORKS and other == "networks"
+    if own == KNOWS_NOTHING_ELSE:
+        return other == own
+    return other == PAPER or ORDER.index(other) <= ORDER.index(own)
+
+
+def test_the_walker_sees_every_spelling():
     source = "\n".join(
         [
-            "import diffusion.build",
-            "from diffusion import train as t, unet",
+            "import diffusion.experiment.build",
+            "from diffusion import schedules as s, likelihood",
             "from diffusion.data import digits",
-            "from . import report",
-            "from .optim import make",
-            "def lazily():\n    from diffusion import sample",
+            "from diffusion.data.source import load",
+            "from . import watchdog",
+            "from .files import replacing",
+            "from ..training import loop",
+            "from .. import process",
+            "def lazily():\n    from diffusion.programs import sample",
         ]
     )
-    found = imported_modules(source, "diffusion.checkpoint", is_package=False)
-    assert {room(name) for name in found} == {
-        "build", "train", "unet", "data", "report", "optim", "sample",
+    found = {module_of(name) for name in imported_names(source, "diffusion.runtime.checkpoint", is_package=False)}
+    assert {name.removeprefix("diffusion.") for name in found} == {
+        "experiment.build", "schedules", "likelihood", "data.digits", "data.source", "runtime.watchdog",
+        "runtime.files", "training.loop", "process", "programs.sample",
     }  # fmt: skip
 
 
-def test_every_module_has_a_floor():
-    rooms = {module_name(path).split(".")[1] for path in source_files() if path.parent != PACKAGE}
-    rooms |= {path.stem for path in source_files() if path.parent == PACKAGE}
-    assert rooms <= FLOORS.keys(), f"give a floor to {sorted(rooms - FLOORS.keys())}"
+@pytest.mark.parametrize(
+    ("importer", "imported", "allowed"),
+    [
+        ("schedules", "process", True),
+        ("schedules", "runtime.files", False),
+        ("interop", "networks.unet", True),
+        ("model", "networks.unet", False),
+        ("networks.unet", "networks.layers", True),
+        ("networks.unet", "schedules", False),
+        ("networks.unet", "runtime.files", False),
+        ("training.loop", "reporting.metrics_log", True),
+        ("training.loop", "training.step", True),
+        ("training.loop", "evaluation.bound", False),
+        ("programs.train", "experiment.build", True),
+        ("experiment.build", "programs.train", False),
+    ],
+)
+def test_what_the_order_allows(importer, imported, allowed):
+    assert may_import(f"diffusion.{importer}", f"diffusion.{imported}") == allowed
 
 
-def test_no_import_runs_up():
-    upward = [
-        f"{importer} (floor {FLOORS[importer]}) imports {imported} (floor {FLOORS[imported]})"
-        for importer, targets in arrows().items()
-        for imported in targets
-        if FLOORS[imported] > FLOORS[importer]
-    ]
-    assert not upward, upward
+def test_every_folder_has_a_place_in_the_order():
+    assert {folder(module) for module in PATHS} == {PAPER, *ORDER}
+
+
+@every_module
+def test_imports_follow_the_order_of_the_folders(module):
+    against = [imported for imported in modules_imported_by(module) if not may_import(module, imported)]
+    assert not against, f"{module} imports {', '.join(against)}: see ORDER"
 
 
 def test_no_import_circle():
-    graphlib.TopologicalSorter(arrows()).prepare()  # raises CycleError, which names the circle
+    graph = {module: modules_imported_by(module) for module in PATHS}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("path", source_files(), ids=module_name)
-def test_module_conventions(path):
-    source = path.read_text()
-    assert ast.get_docstring(ast.parse(source)), "every module says in a docstring what lives there"
-    assert len(source.splitlines()) <= 300, "a room past 300 lines is two rooms"
-    imported = imported_modules(source, module_name(path), path.name == "__init__.py")
-    on_top = {"experiments", "benchmarks", "configs", "tests", "main"}
-    assert not {name.split(".")[0] for name in imported} & on_top, "nothing imports what is built on it"
-    names = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(ast.parse(source))}
-    assert path.name == "parallel.py" or "pmap" not in names and "jax.pmap" not in imported, (
-        "parallel.py alone names pmap"
-    )
+@every_module
+def test_only_experiment_and_programs_see_a_config(module):
+    imports_it = any(name.split(".")[0] == "ml_collections" for name in names_imported_by(module))
+    assert not imports_it or folder(module) in SEE_A_CONFIG
+
+
+@every_module
+def test_nothing_imports_what_is_built_on_it(module):
+    assert not {name.split(".")[0] for name in names_imported_by(module)} & BUILT_ON_IT
+
+
+@every_module
+def test_one_module_names_pmap(module):
+    nodes = list(ast.walk(ast.parse(PATHS[module].read_text())))
+    names = {getattr(node, "id", getattr(node, "attr", None)) for node in nodes}
+    assert module == NAMES_PMAP or "pmap" not in names and "jax.pmap" not in names_imported_by(module)
+
+
+@every_module
+def test_a_module_is_short_and_says_what_lives_there(module):
+    source = PATHS[module].read_text()
+    assert ast.get_docstring(ast.parse(source))
+    assert len(source.splitlines()) <= MAX_FILE_LINES
+
+
+def function_sizes(source: str) -> Iterator[tuple[str, int, int]]:
+    """(name, lines with the docstring, lines of code) of every function; a nested one counts in its outer one, too."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        first = node.body[0]
+        docstring = range(first.lineno, first.end_lineno + 1) if ast.get_docstring(node) is not None else ()
+        own = range(node.lineno, node.end_lineno + 1)
+        text = [lines[number - 1].strip() for number in own if number not in docstring]
+        code = [line for line in text if line and not line.startswith("#")]
+        yield node.name, len(own), len(code)
+
+
+def test_function_sizes_are_counted():
+    source = 'def f():\n    """One.\n\n    Two.\n    """\n    # why\n\n    def g():\n        pass\n\n    return g\n'
+    assert list(function_sizes(source)) == [("f", 11, 4), ("g", 2, 2)]
+
+
+@every_module
+def test_functions_are_short(module):
+    sizes = function_sizes(PATHS[module].read_text())
+    long = [name for name, total, code in sizes if total > MAX_FUNCTION_LINES or code > MAX_CODE_LINES]
+    assert not long, f"{module}: {', '.join(long)}"
+
+
+def named_lambdas(source: str) -> Iterator[int]:
+    """The lines where a lambda is assigned to a name, by =, with an annotation or by :=."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr) or node.value is None:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for target in targets:
+            if isinstance(target, ast.Name):
+                pairs = [(target, node.value)]
+            elif isinstance(target, ast.Tuple | ast.List) and isinstance(node.value, ast.Tuple | ast.List):
+                pairs = zip(target.elts, node.value.elts, strict=False)
+            else:
+                pairs = []
+            if any(isinstance(name, ast.Name) and isinstance(value, ast.Lambda) for name, value in pairs):
+                yield node.lineno
+
+
+def test_every_spelling_of_a_named_lambda_is_found():
+    spellings = ["f = lambda: 1", "f: object = lambda: 1", "(f := lambda: 1)", "f, a = lambda: 1, 2"]
+    assert sorted(named_lambdas("\n".join(spellings))) == [1, 2, 3, 4]
+    assert not list(named_lambdas("table = {1: lambda: 1}\nf(lambda: 1, key=lambda: 2)\ng: int"))
+
+
+def test_no_lambda_is_assigned_to_a_name():
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{line}"
+        for path in repository_files()
+        for line in named_lambdas(path.read_text())
+    ]
+    assert not found, f"write a def: {', '.join(found)}"

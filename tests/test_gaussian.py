@@ -17,7 +17,10 @@ def normal(mean, log_var, shape=()):
 def test_kl_is_the_expected_log_ratio():
     p, q = normal(0.3, -1.0), normal(-0.2, 0.5)
     x, step = jnp.linspace(-8, 8, 20001, dtype=jnp.float32), 16 / 20000
-    on_grid = lambda g: Gaussian(jnp.full_like(x, g.mean), jnp.full_like(x, g.log_var))  # noqa: E731
+
+    def on_grid(g):
+        return Gaussian(jnp.full_like(x, g.mean), jnp.full_like(x, g.log_var))
+
     log_p, log_q = gaussian.log_prob(on_grid(p), x), gaussian.log_prob(on_grid(q), x)
     np.testing.assert_allclose(gaussian.kl(p, q), jnp.sum(jnp.exp(log_p) * (log_p - log_q)) * step, rtol=1e-4)
 
@@ -70,8 +73,8 @@ def test_gradients_are_finite_everywhere():
     for log_var in (-20.0, -9.0, 0.0, 5.0):
         for mean in (-30.0, -1.0, 0.0, 1.0, 30.0):
             g = normal(mean, log_var, levels.shape)
-            loss = lambda g: gaussian.discretized_log_prob(g, levels).sum()  # noqa: E731
-            assert all(np.isfinite(leaf).all() for leaf in jax.grad(loss)(g)), (log_var, mean)
+            gradient = jax.grad(lambda g: gaussian.discretized_log_prob(g, levels).sum())(g)
+            assert all(np.isfinite(leaf).all() for leaf in gradient), (log_var, mean)
 
 
 def test_sampling_has_the_mean_and_the_variance():

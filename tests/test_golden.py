@@ -69,7 +69,10 @@ PAIRS = [
 @pytest.mark.parametrize(("prediction", "variance"), PAIRS)
 def test_reverse_process_and_bound(case, prediction, variance, clip):
     golden, _, row = case
-    want = lambda key: golden[f"{prediction}/{variance}/{clip}/{key}"]  # noqa: E731
+
+    def want(key):
+        return golden[f"{prediction}/{variance}/{clip}/{key}"]
+
     p, output = reverse.make(prediction, variance), output_of(golden, prediction, variance)
     clip_x0 = clip == "clip"
     p_prev, x0_hat = jax.vmap(lambda r, x, out: p(r, x, out, clip_x0))(row, golden["x_t"], output)
@@ -81,16 +84,15 @@ def test_reverse_process_and_bound(case, prediction, variance, clip):
     error = np.abs(x0_hat - want("x0")).max(axis=(1, 2, 3))
     assert (error <= 4 * 1.2e-7 * np.maximum(1.0, np.abs(want("x0")).max()) / divisor).all()
 
-    term = lambda r, x0, x, out: likelihood.vlb_term_bpd(p, r, x0, x, out, clip_x0=clip_x0)  # noqa: E731
-    bpd = jax.vmap(term)(row, golden["x0"], golden["x_t"], output)
+    examples = (row, golden["x0"], golden["x_t"], output)
+    bpd = jax.vmap(lambda *example: likelihood.vlb_term_bpd(p, *example, clip_x0=clip_x0))(*examples)
     is_kl = golden["t"] > 1
     np.testing.assert_allclose(bpd[is_kl], want("vlb_bpd")[is_kl], rtol=2e-4, atol=KL_NOISE_BPD)
     if prediction == "eps":
         # The references' decoder approximates the normal CDF by a tanh; ours is exact.
         np.testing.assert_allclose(bpd[~is_kl], want("vlb_bpd")[~is_kl], rtol=2e-3)
     decoder = likelihood.PROTOCOLS["ho2020"].decoder
-    term = lambda r, x0, x, out: likelihood.vlb_term_bpd(p, r, x0, x, out, 256, clip_x0, decoder)  # noqa: E731
-    as_published = jax.vmap(term)(row, golden["x0"], golden["x_t"], output)
+    as_published = jax.vmap(lambda *example: likelihood.vlb_term_bpd(p, *example, 256, clip_x0, decoder))(*examples)
     np.testing.assert_allclose(as_published, want("vlb_bpd"), rtol=2e-4, atol=KL_NOISE_BPD)
 
 
@@ -98,10 +100,10 @@ def test_reverse_process_and_bound(case, prediction, variance, clip):
 def test_training_losses(name):
     golden, s = load(name)
     row = s[jnp.asarray(golden["t"])]
-    problem = objectives.Problem(reverse.make("eps", "learned_range"), s.num_steps)
+    p = reverse.make("eps", "learned_range")
     arguments = (row, golden["x0"], golden["x_t"], golden["eps"], output_of(golden, "eps", "learned_range"))
-    hybrid, parts = jax.vmap(lambda *example: objectives.hybrid(problem, *example))(*arguments)
-    vlb, _ = jax.vmap(lambda *example: objectives.vlb(problem, *example))(*arguments)
+    hybrid, parts = jax.vmap(objectives.make("hybrid", p, s.num_steps))(*arguments)
+    vlb, _ = jax.vmap(objectives.make("vlb", p, s.num_steps))(*arguments)
     is_kl = golden["t"] > 1
     np.testing.assert_allclose(parts["mse"], golden["hybrid/mse"], rtol=1e-5)
     for ours, want, scale in ((hybrid, "hybrid/loss", 1), (vlb, "vlb_training/loss", 1000)):

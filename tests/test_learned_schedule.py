@@ -104,7 +104,9 @@ def test_the_kl_is_a_distance_of_eps_weighted_by_gamma_alone(name, t):
     kl = gaussian.kl(process.q_posterior(row, X0, x_t), p)
     # x_0 − x̂_0 is rounded to 1e-7, where its size for small t is that of √(1 − ᾱ_t).
     scale = float(jnp.max(kl))
-    np.testing.assert_allclose(reverse.eps_kl(row, eps, eps_hat), kl, rtol=1e-3, atol=1e-4 * scale)
+    # ½ (e^{γ_t − γ_{t−1}} − 1) (ε − ε̂)²: Kingma et al. (2021, VDM), section 4.
+    distance = 0.5 * jnp.expm1(process.gamma_step(row)) * (eps - eps_hat) ** 2
+    np.testing.assert_allclose(distance, kl, rtol=1e-3, atol=1e-4 * scale)
 
 
 def test_gradients_reach_every_parameter_and_are_right():
@@ -134,13 +136,15 @@ def test_the_variance_option_trains_the_logits_by_the_squared_kl_terms_and_the_r
         return (params["weight"] * row.posterior_x_t - row.log_snr) ** 2 + row.beta, {"t": row.t}
 
     weight = jnp.array([1.0, 0.5, 2.0, 1.0])
-    mean = lambda params, inner: jnp.mean(weight * learned_schedule.losses(losses_of, params, t, inner)[0])  # noqa: E731
+
+    def mean(params, inner):
+        return jnp.mean(weight * learned_schedule.losses(losses_of, params, t, inner)[0])
 
     def squares(params):
         values, _ = losses_of(params, learned_schedule.of_params(params)[t])
         return jnp.mean(jnp.where(t > 1, weight * values**2, 0.0))
 
-    bound, variance = (jax.jit(jax.grad(mean), static_argnums=1)(params, inner) for inner in learned_schedule.INNER)
+    bound, variance = (jax.jit(jax.grad(mean), static_argnums=1)(params, inner) for inner in ("bound", "variance"))
     second_moment = jax.jit(jax.grad(squares))(params)
     np.testing.assert_allclose(mean(params, "bound"), mean(params, "variance"), rtol=1e-6)
     np.testing.assert_allclose(variance["weight"], bound["weight"], rtol=1e-6)
@@ -154,10 +158,17 @@ def test_the_variance_option_trains_the_logits_by_the_squared_kl_terms_and_the_r
     ("start", "words"),
     [
         (schedules.cosine(1), "schedule.num_steps=1 must be at least 2"),
-        (schedules.harmonic(10), r"cannot start where log SNR_T = −∞ \(schedule.start\)"),
+        (schedules.harmonic(10), r"cannot start where log SNR_T = −∞; choose another start \(schedule.name\)"),
         (schedules.from_betas([0.5, 1e-9, 0.5]), "no step below 0.01 of the mean"),
     ],
 )
-def test_a_start_that_it_cannot_have_is_one_sentence(start, words):
-    with pytest.raises(ValueError, match=words):
+def test_a_start_that_it_cannot_have_is_refused_in_one_line(start, words):
+    with pytest.raises(ValueError, match=words) as error:
         learned_schedule.init(start)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("learning_rate", [0.0, -1.0, 10.5])
+def test_its_learning_rate_has_a_range(learning_rate):
+    with pytest.raises(ValueError, match=r"schedule.name: learning_rate=.* of learned must be in \(0, 10\]"):
+        learned_schedule.Learned(learning_rate=learning_rate)

@@ -9,14 +9,17 @@ from diffusion import gaussian, likelihood, process, reverse, schedules
 from diffusion.gaussian import Gaussian
 
 
-def test_price_of_fixed_large_is_0_48642_bits():
+def test_the_kl_penalty_of_fixed_large_is_0_48642_bits():
     """A perfect mean costs nothing with β̃, and Σ_{t≥2} ½(log(β/β̃) + β̃/β − 1) with β: whatever the data."""
     s, shape = schedules.linear(1000), (2, 2, 3)
     x0, eps = (jax.random.uniform(jax.random.key(i), shape, minval=-1.0) for i in range(2))
 
     def total(variance):
         p = reverse.make("x0", variance)
-        term = lambda row: likelihood.vlb_term_bpd(p, row, x0, process.q_sample(row, x0, eps), x0)  # noqa: E731
+
+        def term(row):
+            return likelihood.vlb_term_bpd(p, row, x0, process.q_sample(row, x0, eps), x0)
+
         return jnp.sum(jax.vmap(term)(s[2:]))
 
     np.testing.assert_allclose(total("fixed_large"), 0.48642, atol=1e-5)
@@ -97,9 +100,9 @@ def test_gaussian_data_has_the_closed_form_gap(make, num_steps):
     np.testing.assert_allclose(terms[:, 0].sum() + prior - nll, closed_form, atol=2e-5)
     for fixed in (1, 2):
         log_ratio = (log_vars[:, fixed] - log_vars[:, 0])[1:]
-        price = 0.5 * np.sum(log_ratio + np.expm1(-log_ratio))
-        assert price > 5e-4  # so that the next line says something
-        np.testing.assert_allclose((terms[1:, fixed] - terms[1:, 0]).sum(), price, rtol=1e-3, atol=2e-5)
+        penalty = 0.5 * np.sum(log_ratio + np.expm1(-log_ratio))
+        assert penalty > 5e-4  # so that the next line says something
+        np.testing.assert_allclose((terms[1:, fixed] - terms[1:, 0]).sum(), penalty, rtol=1e-3, atol=2e-5)
 
 
 def test_every_image_and_term_is_scored_alone():
@@ -107,7 +110,10 @@ def test_every_image_and_term_is_scored_alone():
     s, p = schedules.cosine(6), reverse.make("eps", "fixed_small")
     x0 = jnp.round(jax.random.uniform(jax.random.key(0), (3, 4, 4, 1), minval=-1.0) * 8) / 8
     keys = jax.random.split(jax.random.key(5), 3)
-    denoise = lambda x_t, network_t: 0.5 * x_t + 0.01 * network_t[:, None, None, None]  # noqa: E731
+
+    def denoise(x_t, network_t):
+        return 0.5 * x_t + 0.01 * network_t[:, None, None, None]
+
     together, x0_mse = likelihood.vlb_terms_bpd(denoise, p, s, x0, keys, num_levels=17)
     alone, _ = likelihood.vlb_terms_bpd(denoise, p, s, x0[1:2], keys[1:2], num_levels=17)
     assert together.shape == (3, 6)
@@ -120,7 +126,8 @@ def test_every_image_and_term_is_scored_alone():
     np.testing.assert_allclose(x0_mse[1, 3], np.mean((x0[1] - x0_hat) ** 2), rtol=1e-5)
     # Pairs of images and t in any order are entries of the same table.
     image, t = np.array([2, 0, 1, 1, 0]), np.array([6, 1, 4, 1, 3])
-    pairs = likelihood.vlb_batch_bpd(denoise, p, s[t], x0[image], keys[image], num_levels=17)
+    measure = likelihood.term_and_x0_mse(p, num_levels=17)
+    pairs = likelihood.at_one_t(denoise, s[t], x0[image], keys[image], measure)
     np.testing.assert_allclose(pairs[0], together[image, t - 1], rtol=1e-5)
     np.testing.assert_allclose(pairs[1], x0_mse[image, t - 1], rtol=1e-5)
 
@@ -131,5 +138,22 @@ def test_gradients_are_finite_at_both_ends():
         x0 = jnp.sign(jax.random.normal(jax.random.key(0), (4, 4, 1)))
         output = 5 * jax.random.normal(jax.random.key(1), (4, 4, p.output_channels(1)))
         for t in (1, 2, 100):
-            loss = lambda out: likelihood.vlb_term_bpd(p, s[t], x0, x0 + 0.1, out, clip_x0=False)  # noqa: B023,E731
+
+            def loss(out, p=p, row=s[t], x0=x0):
+                return likelihood.vlb_term_bpd(p, row, x0, x0 + 0.1, out, clip_x0=False)
+
             assert np.isfinite(jax.grad(loss)(output)).all(), (variance, t)
+
+
+def test_a_measure_may_be_any_tree_and_keeps_its_place():
+    """Leaves [B, T], entry t − 1 is that of t; the ε of an image and t are the same for every measure."""
+    s = schedules.cosine(4)
+    x0, keys = jnp.zeros((2, 2, 2, 1)), jax.random.split(jax.random.key(5), 2)
+
+    def measure(row, x0, x_t, eps, output):
+        return {"t": row.t, "eps": eps[0, 0, 0]}
+
+    found = likelihood.over_all_t(lambda x_t, network_t: x_t, s, x0, keys, measure)
+    np.testing.assert_array_equal(found["t"], [[1, 2, 3, 4]] * 2)
+    drawn = [[jax.random.normal(jax.random.fold_in(key, t), (2, 2, 1))[0, 0, 0] for t in range(1, 5)] for key in keys]
+    np.testing.assert_array_equal(found["eps"], drawn)

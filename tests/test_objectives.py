@@ -8,91 +8,133 @@ import pytest
 from diffusion import likelihood, objectives, process, reverse, schedules
 
 S = schedules.cosine(40)
+ROWS = S[1:]
+SNR = np.exp(np.asarray(ROWS.log_snr, np.float64))
 X0 = jnp.round(jax.random.uniform(jax.random.key(0), (4, 4, 1), minval=-1.0) * 8) / 8
 EPS = jax.random.normal(jax.random.key(1), X0.shape)
 
 
-def problem(prediction, variance):
-    return objectives.Problem(reverse.make(prediction, variance), S.num_steps, num_levels=17)
+def make(name, p, weighting=None, **arguments):
+    return objectives.make(name, p, S.num_steps, 17, weighting, **arguments)
 
 
 @pytest.mark.parametrize("prediction", list(reverse.PREDICTIONS))
 def test_simple_vanishes_for_a_perfect_network_only(prediction):
-    pr = problem(prediction, "fixed_small")
-    x_t = process.q_sample(S[9], X0, EPS)
-    perfect = pr.p.target(S[9], X0, x_t, EPS)
-    assert objectives.simple(pr, S[9], X0, x_t, EPS, perfect)[0] == 0
-    np.testing.assert_allclose(objectives.simple(pr, S[9], X0, x_t, EPS, perfect + 0.5)[0], 0.25, rtol=1e-5)
+    p = reverse.make(prediction, "fixed_small")
+    simple, x_t = make("simple", p), process.q_sample(S[9], X0, EPS)
+    perfect = p.target(S[9], X0, x_t, EPS)
+    assert simple(S[9], X0, x_t, EPS, perfect)[0] == 0
+    np.testing.assert_allclose(simple(S[9], X0, x_t, EPS, perfect + 0.5)[0], 0.25, rtol=1e-5)
 
 
 def test_vlb_averages_over_t_to_the_bound():
-    pr = problem("eps", "learned_range")
-    output = lambda x_t: jnp.concatenate([0.7 * x_t, jnp.zeros_like(x_t)], -1)  # noqa: E731
-    x_t = jax.vmap(lambda row: process.q_sample(row, X0, EPS))(S[1:])
-    one = lambda row, x_t: objectives.vlb(pr, row, X0, x_t, EPS, output(x_t))[0]  # noqa: E731
-    term = lambda row, x_t: likelihood.vlb_term_bpd(pr.p, row, X0, x_t, output(x_t), 17, clip_x0=False)  # noqa: E731
-    losses, terms = jax.vmap(one)(S[1:], x_t), jax.vmap(term)(S[1:], x_t)
-    np.testing.assert_allclose(losses.mean(), terms.sum(), rtol=1e-5)
+    p = reverse.make("eps", "learned_range")
+    x_t = jax.vmap(lambda row: process.q_sample(row, X0, EPS))(ROWS)
+    output = jnp.concatenate([0.7 * x_t, jnp.zeros_like(x_t)], axis=-1)
+    vlb = make("vlb", p)
+
+    def term(row, x_t, output):
+        return likelihood.vlb_term_bpd(p, row, X0, x_t, output, 17, clip_x0=False)
+
+    losses = jax.vmap(lambda row, x_t, output: vlb(row, X0, x_t, EPS, output)[0])(ROWS, x_t, output)
+    np.testing.assert_allclose(losses.mean(), jax.vmap(term)(ROWS, x_t, output).sum(), rtol=1e-5)
 
 
-def test_hybrid_lets_the_bound_train_the_variance_only():
-    pr = problem("eps", "learned_range")
-    x_t = process.q_sample(S[9], X0, EPS)
+@pytest.mark.parametrize("arguments", [{}, {"vlb_weight": 0.5}], ids=["default", "0.5"])
+def test_hybrid_lets_the_bound_train_the_variance_only(arguments):
+    p, x_t = reverse.make("eps", "learned_range"), process.q_sample(S[9], X0, EPS)
     output = jax.random.normal(jax.random.key(3), (4, 4, 2))
-    gradient = lambda objective: jax.grad(lambda out: objective(pr, S[9], X0, x_t, EPS, out)[0])(output)  # noqa: E731
-    hybrid, simple, vlb = (gradient(f) for f in (objectives.hybrid, objectives.simple, objectives.vlb))
-    np.testing.assert_allclose(hybrid[..., :1], simple[..., :1], rtol=1e-6)
-    np.testing.assert_allclose(hybrid[..., 1:], 0.001 * vlb[..., 1:], rtol=1e-5)
+
+    def gradient(objective):
+        return jax.grad(lambda output: objective(S[9], X0, x_t, EPS, output)[0])(output)
+
+    vlb_weight = arguments.get("vlb_weight", 0.001)  # Nichol & Dhariwal (2021), eq. 16
+    hybrid = gradient(make("hybrid", p, **arguments))
+    np.testing.assert_allclose(hybrid[..., :1], gradient(make("simple", p))[..., :1], rtol=1e-6)
+    np.testing.assert_allclose(hybrid[..., 1:], vlb_weight * gradient(make("vlb", p))[..., 1:], rtol=1e-5)
 
 
-WEIGHTS = {
-    ("p2", "eps"): lambda snr: 1 / (1 + snr),
-    ("min_snr", "eps"): lambda snr: np.minimum(snr, 5) / snr,
-    ("min_snr", "x0"): lambda snr: np.minimum(snr, 5),
-    ("min_snr", "v"): lambda snr: np.minimum(snr, 5) / (snr + 1),
+# Choi et al. (2022), eq. 8 with k = 1, and Hang et al. (2023), section 3.4, in terms of the SNR.
+CLOSED_FORMS = {
+    ("p2", "eps"): lambda snr, gamma: (1 + snr) ** -gamma,
+    ("p2", "x0"): lambda snr, gamma: snr * (1 + snr) ** -gamma,
+    ("p2", "v"): lambda snr, gamma: snr * (1 + snr) ** (-gamma - 1),
+    ("min_snr", "eps"): lambda snr, gamma: np.minimum(snr, gamma) / snr,
+    ("min_snr", "x0"): np.minimum,
+    ("min_snr", "v"): lambda snr, gamma: np.minimum(snr, gamma) / (snr + 1),
 }
+DEFAULT_GAMMA = {"p2": 1.0, "min_snr": 5.0}
 
 
-@pytest.mark.parametrize(("name", "prediction"), WEIGHTS)
-def test_weights_follow_their_formulas(name, prediction):
-    snr = np.exp(np.asarray(S.log_snr[1:], np.float64))
-    weight = objectives.WEIGHTINGS[name](S.log_snr[1:], prediction)
-    np.testing.assert_allclose(weight, WEIGHTS[name, prediction](snr), rtol=1e-5)
+@pytest.mark.parametrize("gamma", [None, 0.5, 2.0])
+@pytest.mark.parametrize(("name", "prediction"), CLOSED_FORMS)
+def test_weights_follow_their_formulas(name, prediction, gamma):
+    p, arguments = reverse.make(prediction, "fixed_small"), {} if gamma is None else {"gamma": gamma}
+    weight = jax.vmap(objectives.WEIGHTINGS[name](p, **arguments))(ROWS)
+    wanted = CLOSED_FORMS[name, prediction](SNR, gamma or DEFAULT_GAMMA[name])
+    np.testing.assert_allclose(weight, wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", objectives.LOG_ERROR_RATIO)
+@pytest.mark.parametrize("prediction", list(reverse.PREDICTIONS))
 def test_weights_in_their_limits(prediction):
-    """γ = 0 makes P2 the loss of ε, γ = ∞ min-SNR as well; without signal every weight is finite."""
-    log_snr, to_eps = S.log_snr[1:], S.log_snr[1:] - objectives.LOG_ERROR_RATIO[prediction](S.log_snr[1:])
-    np.testing.assert_allclose(objectives.p2(log_snr, prediction, gamma=0.0), jnp.exp(to_eps), rtol=1e-5)
-    np.testing.assert_allclose(objectives.min_snr(log_snr, prediction, gamma=1e30), jnp.exp(to_eps), rtol=1e-5)
-    for weighting in objectives.WEIGHTINGS.values():
-        assert jnp.isfinite(weighting(jnp.array([-60.0, 60.0]), prediction)).all()
+    """γ = 0 makes P2 the loss of ε, whose error is √SNR times that of x̂_0, and γ = ∞ makes min-SNR the same."""
+    p = reverse.make(prediction, "fixed_small")
+    slope_squared = {
+        "eps": 1 / SNR,
+        "x0": np.ones(40),
+        "v": 1 / (1 + SNR),
+        "mean": np.asarray(ROWS.posterior_x0, np.float64) ** -2,
+    }
+    wanted = SNR * slope_squared[prediction]
+    np.testing.assert_allclose(jax.vmap(objectives.p2(p, gamma=0.0))(ROWS), wanted, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(objectives.min_snr(p, gamma=1e30))(ROWS), wanted, rtol=1e-5)
+    np.testing.assert_array_equal(jax.vmap(objectives.unweighted(p))(ROWS), np.ones(40, np.float32))
 
 
-@pytest.mark.parametrize("objective", [objectives.simple, objectives.hybrid])
-@pytest.mark.parametrize("name", ["p2", "min_snr"])
+@pytest.mark.parametrize("name", DEFAULT_GAMMA)
+def test_weights_are_finite_at_every_snr_and_vanish_without_signal(name):
+    for prediction in reverse.PREDICTIONS:
+        weight = objectives.WEIGHTINGS[name](reverse.make(prediction, "fixed_small"))
+        for s in (schedules.linear(1000), schedules.cosine(1000)):
+            assert np.isfinite(jax.vmap(weight)(s[1:])).all(), prediction
+        if prediction != "eps":  # which cannot be predicted at ᾱ_T = 0
+            assert weight(schedules.harmonic(10)[10]) == 0, prediction
+
+
+@pytest.mark.parametrize("objective", ["simple", "hybrid"])
+@pytest.mark.parametrize("name", DEFAULT_GAMMA)
 def test_a_weighted_loss_is_the_same_for_every_prediction(name, objective):
-    """One x̂_0, said in three ways: as ε̂, as itself and as v̂."""
+    """One x̂_0, said in four ways: its weighted loss is a loss of x̂_0."""
     x0_hat = 0.5 * X0 + 0.1
     raw_variance = 0.3 * jnp.ones_like(X0)
+    variance = "learned_range" if objective == "hybrid" else "fixed_small"
     for t in (1, 10, 25, 40):
         row, x_t = S[t], process.q_sample(S[t], X0, EPS)
         eps_hat = (x_t - row.sqrt_alpha_bar * x0_hat) / row.sqrt_one_minus_alpha_bar
-        v_hat = row.sqrt_alpha_bar * eps_hat - row.sqrt_one_minus_alpha_bar * x0_hat
-        losses = []
-        for prediction, output in (("eps", eps_hat), ("x0", x0_hat), ("v", v_hat)):
-            is_hybrid = objective is objectives.hybrid
-            p = reverse.make(prediction, "learned_range" if is_hybrid else "fixed_small")
-            weighted = objectives.Problem(p, S.num_steps, 17, objectives.WEIGHTINGS[name])
-            output = jnp.concatenate([output, raw_variance], -1) if is_hybrid else output
-            losses.append(objective(weighted, row, X0, x_t, EPS, output)[0])
-        np.testing.assert_allclose(losses, losses[1], rtol=2e-4)
+        losses = {}
+        for prediction in reverse.PREDICTIONS:
+            p = reverse.make(prediction, variance)
+            output = p.target(row, x0_hat, x_t, eps_hat)
+            if p.learns_variance:
+                output = jnp.concatenate([output, raw_variance], axis=-1)
+            losses[prediction] = make(objective, p, objectives.WEIGHTINGS[name](p))(row, X0, x_t, EPS, output)[0]
+        if objective == "simple":
+            wanted = CLOSED_FORMS[name, "x0"](SNR[t - 1], DEFAULT_GAMMA[name]) * jnp.mean((X0 - x0_hat) ** 2)
+            np.testing.assert_allclose(losses["x0"], wanted, rtol=1e-5)
+        for prediction, loss in losses.items():
+            np.testing.assert_allclose(loss, losses["x0"], rtol=2e-4, err_msg=f"{prediction}, t={t}")
 
 
 def test_a_weight_leaves_the_reported_error_alone():
-    x_t = process.q_sample(S[9], X0, EPS)
-    weighted = objectives.Problem(reverse.make("eps", "fixed_small"), S.num_steps, 17, objectives.min_snr)
-    loss, parts = objectives.simple(weighted, S[9], X0, x_t, EPS, 0.9 * EPS)
+    p, x_t = reverse.make("eps", "fixed_small"), process.q_sample(S[9], X0, EPS)
+    loss, parts = make("simple", p, objectives.min_snr(p))(S[9], X0, x_t, EPS, 0.9 * EPS)
     np.testing.assert_allclose(parts["mse"], 0.01 * jnp.mean(EPS**2), rtol=1e-4)
-    np.testing.assert_allclose(loss, parts["mse"] * objectives.min_snr(S[9].log_snr, "eps"), rtol=1e-6)
+    np.testing.assert_allclose(loss, parts["mse"] * objectives.min_snr(p)(S[9]), rtol=1e-6)
+
+
+def test_an_argument_out_of_its_range_is_refused_by_its_config_key():
+    p = reverse.make("eps", "learned_range")
+    with pytest.raises(ValueError, match="objective.weighting: gamma=0.0 of min_snr must be above 0"):
+        objectives.min_snr(p, gamma=0.0)
+    with pytest.raises(ValueError, match="objective.name: vlb_weight=-1.0 of hybrid must be at least 0"):
+        make("hybrid", p, vlb_weight=-1.0)

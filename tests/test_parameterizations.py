@@ -87,10 +87,10 @@ def test_one_guess_costs_the_same_said_in_four_ways(name):
 def test_float32_keeps_its_digits_where_means_cancel(prediction):
     """Where one step changes little, the KL's two means agree to several digits; the weighted error subtracts none."""
     p = make(prediction)
-    one = lambda *example: parameterizations.weighted_error(p, *example)  # noqa: E731
     table, x0, x_t, eps, output = examples(rows("linear"))
     target = jax.vmap(p.target)(table, x0, x_t, eps)
-    ours = np.asarray(jax.vmap(one)(table, x0, x_t, eps, output), np.float64)
+    ours = jax.vmap(lambda *example: parameterizations.weighted_error(p, *example))(table, x0, x_t, eps, output)
+    ours = np.asarray(ours, np.float64)
     exact = weights("linear", prediction)[:, None, None, None] * (np.float64(target) - np.float64(output)) ** 2
     far = np.abs(target - output) > 0.5  # where target and output do not themselves cancel
     np.testing.assert_allclose(ours[far], exact[far], rtol=2e-6)
@@ -153,8 +153,11 @@ def test_published_programs_have_the_same_terms(name, prediction, variance):
     if "kept_timesteps" in golden:
         schedule = schedules.respace(schedule, golden["kept_timesteps"])
     row, p = schedule[jnp.asarray(golden["t"])], make(prediction, variance)
-    one = lambda *example: parameterizations.weighted_error(p, *example).mean() / math.log(2)  # noqa: E731
-    ours = jax.vmap(one)(row, *(golden[key] for key in ("x0", "x_t", "eps", f"out_{prediction}")))
+
+    def term_bpd(*example):
+        return parameterizations.weighted_error(p, *example).mean() / math.log(2)
+
+    ours = jax.vmap(term_bpd)(row, *(golden[key] for key in ("x0", "x_t", "eps", f"out_{prediction}")))
     if variance == "fixed_large":
         beta, beta_tilde = np.float64(row.beta), np.float64(row.beta_tilde)
         with np.errstate(divide="ignore", invalid="ignore"):  # β̃_1 = 0
@@ -169,24 +172,33 @@ def test_published_programs_have_the_same_terms(name, prediction, variance):
 def test_the_training_losses_are_one_another_times_the_weight(prediction):
     """objective.name="vlb", T L_{t−1} in bits/dim, is L_simple times T w_t/log 2 for t > 1, and so are gradients."""
     p = make(prediction)
-    problem = objectives.Problem(p, num_steps=50)
     example = jax.tree.map(lambda leaf: leaf[jnp.asarray([1, 19, 49])], examples(rows("cosine of 50")))
-    simple, vlb = (
-        jax.jit(jax.vmap(jax.value_and_grad(lambda *e: objective(problem, *e)[0], argnums=4)))(*example)  # noqa: B023
-        for objective in (objectives.simple, objectives.vlb)
-    )
-    weight = jax.vmap(lambda row: parameterizations.simple_weight(p, row))(example[0])
+
+    def loss_and_gradient(name):
+        objective = objectives.make(name, p, num_steps=50)
+        return jax.jit(jax.vmap(jax.value_and_grad(lambda *e: objective(*e)[0], argnums=4)))(*example)
+
+    simple, vlb = loss_and_gradient("simple"), loss_and_gradient("vlb")
+    weight = jax.vmap(lambda row: parameterizations.bound_weight(p, row))(example[0])
     for a, b in zip(vlb, simple, strict=True):
-        factor = (50 / math.log(2) / weight).reshape(3, *[1] * (a.ndim - 1))
+        factor = (50 / math.log(2) * weight).reshape(3, *[1] * (a.ndim - 1))
         np.testing.assert_allclose(a, factor * b, rtol=1e-3, atol=1e-5 * float(jnp.abs(a).max()))
 
 
-@pytest.mark.parametrize("prediction", objectives.LOG_ERROR_RATIO)
-def test_errors_translate_as_the_other_weightings_say(prediction):
+SLOPES_SQUARED = {
+    "eps": lambda snr: 1 / snr,
+    "x0": np.ones_like,
+    "v": lambda snr: 1 / (1 + snr),
+}
+
+
+@pytest.mark.parametrize("prediction", SLOPES_SQUARED)
+def test_an_error_of_the_output_is_an_error_of_x0_by_the_snr(prediction):
+    """(∂x̂_0/∂output)²: Salimans & Ho (2022), section 4."""
     table = rows("linear")
     slope = jax.vmap(lambda row: parameterizations.x0_per_output(make(prediction), row))(table)
-    log_ratio = objectives.LOG_ERROR_RATIO[prediction](table.log_snr)
-    np.testing.assert_allclose(slope**2 * jnp.exp(log_ratio), jnp.ones(1000), rtol=5e-6)
+    snr = np.exp(np.asarray(table.log_snr, np.float64))
+    np.testing.assert_allclose(slope**2, SLOPES_SQUARED[prediction](snr), rtol=5e-6)
 
 
 def test_without_signal_only_eps_has_no_weight():

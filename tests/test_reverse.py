@@ -72,7 +72,10 @@ def test_batches_gradients_and_channels():
     p = reverse.make("v", "learned_range")
     assert (p.output_channels(3), reverse.make("v", "fixed_small").output_channels(3)) == (6, 3)
     output = jnp.concatenate([EPS, EPS], -1)
-    one = lambda t: jax.jit(p)(S[t], X0, output)[0].mean  # noqa: E731
+
+    def one(t):
+        return jax.jit(p)(S[t], X0, output)[0].mean
+
     batch = jax.vmap(p, in_axes=(0, None, None))(S[jnp.asarray([3, 900])], X0, output)[0].mean
     np.testing.assert_allclose(batch, jnp.stack([one(3), one(900)]), rtol=1e-5, atol=1e-6)
     gradient = jax.grad(lambda out: sum(leaf.sum() for leaf in p(S[3], X0, out, False)[0]))(output)

@@ -43,19 +43,22 @@ def test_that_variance_is_the_recursion_of_the_reverse_process(variance, end):
 
 @pytest.mark.parametrize("method", samplers.SAMPLERS.values(), ids=samplers.SAMPLERS.keys())
 def test_the_last_step_adds_no_noise(method):
-    """At t = 1 the mean is x̂_0 itself, so the samples are the film's last frame, exactly."""
+    """At t = 1 the mean is x̂_0 itself, so the samples are the trajectory's last frame, exactly."""
     s, p = schedules.cosine(10), reverse.make("v", "fixed_large")
-    x, film = method(lambda x, t: 0.3 * x, p, s, KEYS, (4, 4, 1), num_frames=5)
-    assert film.shape == (5, 2, 4, 4, 1)
-    np.testing.assert_array_equal(x, film[-1])
+    x, frames = method(lambda x, t: 0.3 * x, p, s, KEYS, (4, 4, 1), num_frames=5)
+    assert frames.shape == (5, 2, 4, 4, 1)
+    np.testing.assert_array_equal(x, frames[-1])
     assert jnp.abs(x).max() <= 1.0  # x̂_0 is clipped
 
 
-def test_the_film_shows_every_part_of_the_way():
+def test_the_trajectory_shows_every_part_of_the_way():
     s, p = schedules.cosine(6), reverse.make("x0", "fixed_small")
-    show_t = lambda x, network_t: jnp.ones_like(x) * network_t[:, None, None, None] / 10.0  # noqa: E731
-    _, film = samplers.ancestral(show_t, p, s, KEYS, (2, 2, 1), num_frames=3)
-    np.testing.assert_allclose(film[:, 0, 0, 0, 0], [0.4, 0.2, 0.0], atol=1e-6)  # t − 1 = 4, 2, 0 end the parts
+
+    def show_t(x, network_t):
+        return jnp.ones_like(x) * network_t[:, None, None, None] / 10.0
+
+    _, frames = samplers.ancestral(show_t, p, s, KEYS, (2, 2, 1), num_frames=3)
+    np.testing.assert_allclose(frames[:, 0, 0, 0, 0], [0.4, 0.2, 0.0], atol=1e-6)  # t − 1 = 4, 2, 0 end the parts
 
 
 def test_ddim_with_eta_1_is_ancestral_with_the_small_variance():
@@ -67,7 +70,7 @@ def test_ddim_with_eta_1_is_ancestral_with_the_small_variance():
 
 
 def test_a_ddim_step_equals_float64_also_near_the_data():
-    """1 − ᾱ_{t−1} from a float32 ᾱ would be off by 8e-5 (relative) at t = 2."""
+    """1 − ᾱ_{t−1} from a float32 ᾱ would have a relative error of 8e-5 at t = 2."""
     s = schedules.linear(1000)
     alpha_bar = np.cumprod(np.concatenate([[1.0], 1 - np.linspace(1e-4, 0.02, 1000)]))
     for t in (2, 3, 500):
@@ -169,9 +172,9 @@ def test_images_do_not_depend_on_the_batch():
     assert not np.allclose(both[0], both[1])
 
 
-def test_an_impossible_film_is_refused():
+def test_more_frames_than_steps_are_refused():
     s, p = schedules.cosine(3), reverse.make("eps", "fixed_small")
-    with pytest.raises(ValueError, match="4 frames cannot be cut from 3 steps"):
+    with pytest.raises(ValueError, match="num_frames=4 must be in 1…3, the number of steps"):
         samplers.ancestral(exact_eps(s), p, s, KEYS, (4, 4, 1), num_frames=4)
 
 

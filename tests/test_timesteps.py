@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from diffusion import objectives, reverse, schedules, timesteps
+from diffusion.data.levels import to_unit
 from diffusion.runtime import randomness
 from diffusion.runtime.checkpoint import Checkpoints
-from diffusion.training import devices
-from diffusion.training.step import Training, losses, to_unit, train_step
+from diffusion.training import devices, optimizer
+from diffusion.training.step import Training, initial_state, losses, train_step
 
 T = 10
 LOSSES = np.array([9.0, 0.0, 0.5, 3.0, 1.0, 1.0, 0.2, 0.01, 4.0, 2.0], np.float32)  # of t = 1…T
@@ -20,14 +22,15 @@ DRAWS = 200_000
 FULL = timesteps.History(jnp.tile(jnp.asarray(LOSSES)[:, None], (1, 10)), jnp.full(T, 10, jnp.int32))
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def loss_aware(history, key, batch_size=DRAWS, num_steps=T):
-    return timesteps.loss_aware(history, key, batch_size, num_steps)
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def loss_aware(history, key, batch_size=DRAWS, num_steps=T, uniform_share=0.001):
+    sampler = timesteps.loss_aware(uniform_share=uniform_share)
+    return sampler.draw(history, key, batch_size, num_steps)
 
 
 @pytest.mark.parametrize("name", timesteps.SAMPLERS)
 def test_before_any_loss_is_known_every_t_is_drawn_equally_often(name):
-    sampler = timesteps.SAMPLERS[name]
+    sampler = timesteps.SAMPLERS[name]()
     memory = sampler.init(T)
     t, weight = jax.vmap(lambda key: sampler.draw(memory, key, 16, T))(jax.random.split(jax.random.key(0), 2000))
     counts = np.bincount(np.asarray(t).ravel(), minlength=T + 1)
@@ -39,13 +42,14 @@ def test_before_any_loss_is_known_every_t_is_drawn_equally_often(name):
 
 def test_low_discrepancy_fills_every_stratum_in_every_batch():
     for i in range(50):
-        t = np.sort(timesteps.low_discrepancy(jax.random.key(i), 20, 100))
-        assert np.diff(t).max() <= 6 and np.diff(t).min() >= 4  # 100/20 = 5 apart, up to rounding
+        t, _ = timesteps.low_discrepancy().draw((), jax.random.key(i), 20, 100)
+        gaps = np.diff(np.sort(t))
+        assert gaps.max() <= 6 and gaps.min() >= 4  # 100/20 = 5 apart, up to rounding
 
 
 def test_what_is_uniform_remembers_nothing():
     for name in ("uniform", "low_discrepancy"):
-        sampler = timesteps.SAMPLERS[name]
+        sampler = timesteps.SAMPLERS[name]()
         assert jax.tree.leaves(sampler.update(sampler.init(T), jnp.ones(4, jnp.int32), jnp.ones(4))) == []
 
 
@@ -69,7 +73,7 @@ def test_the_weighted_loss_is_an_unbiased_estimate_of_the_uniform_mean():
     estimates = np.asarray(weight * today[t - 1], np.float64)
     stderr = estimates.std() / np.sqrt(len(estimates))
     assert abs(estimates.mean() - today.mean()) < 4 * stderr
-    uniform = timesteps.uniform(jax.random.key(2), DRAWS, T)
+    uniform, _ = timesteps.uniform().draw((), jax.random.key(2), DRAWS, T)
     assert estimates.std() < 0.5 * np.asarray(today)[np.asarray(uniform) - 1].std()  # and that is why
 
 
@@ -80,7 +84,7 @@ def test_the_probabilities_are_exact_for_many_steps():
     history = timesteps.History(jnp.tile(losses[:, None], (1, 10)), jnp.full(num_steps, 10, jnp.int32))
     t, weight = loss_aware(history, jax.random.key(0), 2_000_000, num_steps)
     rare = np.asarray(t) > 1
-    np.testing.assert_allclose(np.asarray(weight)[rare], 1000.0, rtol=3e-3)  # 268 tickets, rounded to whole ones
+    np.testing.assert_allclose(np.asarray(weight)[rare], 1000.0, rtol=3e-3)  # 268 tickets, rounded to integers
     # 2,000 rare draws expected, each of weight 1000: their number has a standard deviation of √2000 = 45.
     np.testing.assert_allclose(rare.sum(), 2000, atol=4 * 45)
 
@@ -93,11 +97,13 @@ def test_the_draw_is_uniform_until_every_t_has_ten_losses():
     assert np.ptp(weight) > 0
 
 
-def test_the_history_is_that_of_a_plain_loop():
-    """Batches of 64 draws of 6 t's, so that some t's come more than ten times in one batch."""
+@pytest.mark.parametrize("history_length", [10, 3])
+def test_the_history_is_that_of_a_plain_loop(history_length):
+    """Batches of 64 draws of 6 t's, so that some t's come more often in one batch than is remembered."""
     rng = np.random.RandomState(3)
-    history, plain = timesteps.empty_history(6), [[] for _ in range(6)]
-    update = jax.jit(timesteps.record)
+    sampler = timesteps.loss_aware(history_length)
+    history, plain = sampler.init(6), [[] for _ in range(6)]
+    update = jax.jit(sampler.update)
     for step in range(8):
         t = rng.choice(6, size=64 if step % 2 else 5, p=[0.5, 0.2, 0.1, 0.1, 0.09, 0.01]).astype(np.int32) + 1
         losses = rng.exponential(size=len(t)).astype(np.float32)
@@ -106,53 +112,79 @@ def test_the_history_is_that_of_a_plain_loop():
             plain[one_t - 1] = plain[one_t - 1] + [loss]
         np.testing.assert_array_equal(history.counts, [len(all_losses) for all_losses in plain])
         for row, all_losses in zip(np.asarray(history.losses), plain, strict=True):
-            last = all_losses[-10:]
-            np.testing.assert_array_equal(np.sort(row), np.sort(last + [0.0] * (10 - len(last))))
-            for n in range(max(0, len(all_losses) - 10), len(all_losses)):
-                assert row[n % 10] == all_losses[n]
+            last = all_losses[-history_length:]
+            np.testing.assert_array_equal(np.sort(row), np.sort(last + [0.0] * (history_length - len(last))))
+            for n in range(max(0, len(all_losses) - history_length), len(all_losses)):
+                assert row[n % history_length] == all_losses[n]
+
+
+def test_the_share_of_uniform_draws_is_what_is_asked_for():
+    """t = 2 has no loss: only uniform draws find it, each with the weight 1/share."""
+    t, weight = loss_aware(FULL, jax.random.key(1), DRAWS, T, 0.25)
+    expected = DRAWS * 0.25 / T
+    np.testing.assert_allclose((np.asarray(t) == 2).sum(), expected, atol=4 * expected**0.5)
+    np.testing.assert_allclose(np.asarray(weight)[np.asarray(t) == 2], 4.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"history_length": 0}, "history_length=0 of loss_aware must be at least 1"),
+        ({"uniform_share": 0.0}, r"uniform_share=0.0 of loss_aware must be in \(0, 1\]"),
+        ({"uniform_share": 1.5}, "uniform_share=1.5 of loss_aware"),
+    ],
+)
+def test_an_argument_out_of_its_range_is_refused_by_its_config_key(arguments, words):
+    with pytest.raises(ValueError, match=f"objective.timesteps: {words}"):
+        timesteps.loss_aware(**arguments)
+
+
+class Scale(nn.Module):
+    """A network with one parameter."""
+
+    @nn.compact
+    def __call__(self, x, network_t, dropout_keys=None):
+        return self.param("scale", nn.initializers.constant(0.5), ()) * x
 
 
 class Steps:
-    """Train steps that draw t by its losses, of a network with one parameter: on 8 devices, or on one in two pieces."""
+    """Train steps that draw t by its losses: on 8 devices, or on one in two microbatches."""
 
     def __init__(self):
         schedule, p = schedules.cosine(6), reverse.make("eps", "fixed_small")
         self.training = Training(
-            apply=lambda params, x_t, network_t, keys: params["scale"] * x_t,
-            objective=objectives.simple,
-            problem=objectives.Problem(p, 6, num_levels=17),
-            timesteps=timesteps.SAMPLERS["loss_aware"],
+            network=Scale(),
+            objective=objectives.make("simple", p, 6, num_levels=17),
+            timesteps=timesteps.loss_aware(),
             schedule_of=lambda params: schedule,
             inner_schedule=None,
-            optimizer=optim.adam(1e-2, num_steps=9),
+            optimizer=optimizer.make(optimizer.adam, optimizer.constant, 1e-2, num_steps=9),
             ema_decay=0.9,
-            seed=0,
+            num_levels=17,
             batch_size=32,
             flip=False,
             log_every=1,
         )
-        memory = self.training.timesteps.init(6)
-        names = ("loss", "mse", "grad_norm")
-        self.start = state.create({"scale": jnp.full((), 0.5)}, self.training.optimizer, memory, names)
+        self.start = initial_state(self.training, {"scale": jnp.full((), 0.5)}, (4, 4, 1))
         self.images = np.random.RandomState(0).randint(0, 17, size=(64, 4, 4, 1)).astype(np.uint8)
-        self.on_eight = devices.train_steps(self.training)
-        in_pieces = dataclasses.replace(self.training, grad_accum=2)
-        one = partial(train_step, in_pieces, axis_name="devices")
+        self.on_eight = devices.train_steps(self.training, seed=0)
+        microbatches = dataclasses.replace(self.training, grad_accum=2)
+        one = partial(train_step, microbatches, axis_name="devices")
         self.on_one = jax.jit(jax.vmap(one, axis_size=1, axis_name="devices", in_axes=(None, None, 0)))
 
     def indices(self, step):
         return np.arange(32, dtype=np.int32) + 32 * (step % 2)
 
     def eight(self, steps, start=None):
-        now, images = devices.replicate(jax.device_get(start or self.start)), devices.replicate(self.images)
+        now, images = devices.replicate(start or self.start), devices.replicate(self.images)
         for step in steps:
-            now, metrics = self.on_eight(now, images, devices.shard_steps(self.indices(step)[None]))
-        return now, metrics
+            now, metrics = self.on_eight(now, images, self.indices(step)[None])
+        return now, metrics.host()
 
     def one(self, steps):
         now = self.start
         for step in steps:
-            batched, metrics = self.on_one(now, jnp.asarray(self.images), self.indices(step)[None])
+            batched, metrics = self.on_one(jnp.int32(0), now, jnp.asarray(self.images[self.indices(step)])[None])
             now = jax.tree.map(lambda leaf: leaf[0], batched)
         return now, metrics
 
@@ -164,15 +196,13 @@ def steps():
 
 def test_every_device_remembers_the_losses_of_the_whole_batch(steps):
     many, metrics = steps.eight(range(8))
-    for leaf in jax.tree.leaves(many):
-        copies = np.asarray(leaf)
-        np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))
-    many = devices.unreplicate(many)
+    assert devices.differing_replicas()(many) == []
+    many = many.host()
     assert many.timesteps.counts.sum() == 8 * 32 and many.timesteps.counts.min() >= 10
     other, other_metrics = steps.one(range(8))
     np.testing.assert_array_equal(many.timesteps.counts, other.timesteps.counts)
     np.testing.assert_allclose(many.timesteps.losses, other.timesteps.losses, rtol=1e-4)
-    np.testing.assert_allclose(metrics["loss"][0], other_metrics["loss"], rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], other_metrics["loss"], rtol=1e-4)
     np.testing.assert_allclose(many.params["scale"], other.params["scale"], rtol=1e-4)
 
 
@@ -181,7 +211,7 @@ def test_the_step_learns_from_weighted_losses_and_remembers_unweighted_ones(step
     after, metrics = steps.one(range(9))
     step_key = jax.random.fold_in(randomness.stream(0, "train"), 8)
     t_key, examples_key, _ = jax.random.split(step_key, 3)
-    t, weight = timesteps.loss_aware(before.timesteps, t_key, 32, 6)
+    t, weight = loss_aware(before.timesteps, t_key, 32, 6)
     keys = randomness.per_item(examples_key, jnp.arange(32))
     x0 = to_unit(jnp.asarray(steps.images[steps.indices(8)]), 17)
     loss, _ = losses(steps.training, before.params, t, keys, x0, dropout=True)
@@ -197,8 +227,7 @@ def test_a_resumed_run_draws_the_same_t(steps, tmp_path):
     straight, _ = steps.eight(range(9))
     half, _ = steps.eight(range(7))
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(7, devices.unreplicate(half), {})
+        checkpoints.save(7, half.host(), {})
         restored = checkpoints.restore(None, jax.eval_shape(lambda: steps.start))
     resumed, _ = steps.eight(range(7, 9), start=restored)
-    for one, other in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
-        np.testing.assert_array_equal(one, other)
+    jax.tree.map(np.testing.assert_array_equal, straight.host(), resumed.host())

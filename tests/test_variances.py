@@ -49,7 +49,7 @@ def gaussian_images(n, shape=(8, 8, 1)):
 def test_the_estimate_covers_the_closed_form(prediction, make):
     s, p = make(40), reverse.make(prediction, "fixed_small")
     x0, keys = gaussian_images(400)
-    terms = variances.x0_terms(exact(s, p), p, s, x0, keys, clip_x0=False)
+    terms = likelihood.over_all_t(exact(s, p), s, x0, keys, variances.x0_terms(p, clip_x0=False))
     for name, per_image in terms._asdict().items():
         estimate = variances.X0Variance.over_images(per_image)
         assert np.all(np.abs(estimate.mean - x0_variance(s)) < 4 * estimate.stderr + 1e-6), name
@@ -87,15 +87,16 @@ def test_a_schedule_without_the_estimate_is_refused_by_name():
 def test_clipping_does_not_reach_the_analytic_estimate():
     s, p = schedules.cosine(5), reverse.make("eps", "fixed_small")
     x0, keys = gaussian_images(3)
-    clipped, free = (variances.x0_terms(exact(s, p), p, s, x0, keys, clip_x0=clip) for clip in (True, False))
+    clipped, free = (
+        likelihood.over_all_t(exact(s, p), s, x0, keys, variances.x0_terms(p, clip_x0)) for clip_x0 in (True, False)
+    )
     np.testing.assert_array_equal(clipped.analytic, free.analytic)
     assert np.any(clipped.error != free.error)
 
 
 def account(s, p, x0, keys, denoise, candidates, clip_x0=False):
-    return jax.jit(
-        lambda: variances.split_terms_bpd(denoise, p, candidates, s, x0, keys, num_levels=17, clip_x0=clip_x0)
-    )()
+    measure = variances.split_terms_bpd(p, candidates, num_levels=17, clip_x0=clip_x0)
+    return jax.jit(lambda: likelihood.over_all_t(denoise, s, x0, keys, measure))()
 
 
 SCALAR = {name: reverse.VARIANCES[name] for name in ("fixed_small", "fixed_large", "optimal")} | {

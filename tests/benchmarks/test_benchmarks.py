@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import compiled, scaling, timing
+from benchmarks import compiled, sampling, scaling, timing
+from diffusion.experiment import build, memory
 
 
 def test_arms_take_turns():
@@ -48,3 +49,18 @@ def test_the_work_of_a_compiled_loop_is_that_of_its_kernels_times_its_trips():
     copies = kernels - 3 * 1000  # of what the loop begins with, if XLA makes any
     assert copies in (0, 1, 2)
     np.testing.assert_allclose(moved, 1000 * (2 * 40_000 + 16 + 4 + 4 + 12), atol=copies * 2 * 40_000)
+
+
+def test_the_programs_for_absent_devices_take_what_training_and_sampling_take(tiny):
+    """Every device holds the seed, the state and the images, or the model; and its share of the batch."""
+    experiment, targets = build.experiment(tiny(), (8, 8, 1), 17), jax.devices()[:2]
+
+    def argument_bytes(program):
+        return memory.num_bytes(jax.tree.leaves(program.args_info)) / len(targets)
+
+    state = experiment.abstract_state()
+    training = compiled.lower_training(experiment, 8, targets, steps=3, num_images=50)
+    assert argument_bytes(training) == 4 + memory.num_bytes(state) + 50 * 64 + 3 * 8 * 4
+    spaced = jax.eval_shape(lambda params: sampling.spaced(experiment.model(params), 4), state.params)
+    chain = compiled.lower_sampling(experiment, 8, targets, steps=4)
+    assert argument_bytes(chain) == memory.num_bytes(spaced) + 8 * 4

@@ -13,7 +13,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from diffusion import data
-from diffusion.data import cifar10, prepared
+from diffusion.data import cifar10
+from diffusion.data import tfds as prepared
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def archive(tmp_path, monkeypatch):
     with tarfile.open(path, "w:gz") as tar:
         for name, batch in batches.items():
             planes = batch.transpose(0, 3, 1, 2).reshape(len(batch), 3072)
-            labels = np.full((len(batch), 1), 7, np.uint8)
+            labels = planes[:, :1] % 10  # a picture's own, so that it can be found again
             member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             content = np.concatenate([labels, planes], axis=1).tobytes()
             member.size = len(content)
@@ -61,8 +62,9 @@ def test_cifar10_is_downloaded_and_prepared(archive, tmp_path, capfd):
     root = tmp_path / "data"
     for split in ("train", "test"):
         loaded = data.load("cifar10", split, str(root))
-        assert_same_pictures(loaded.images, pictures[split])
-        assert loaded.num_levels == 256
+        assert_same_pictures(loaded.images(), pictures[split])
+        np.testing.assert_array_equal(loaded.labels(), loaded.images()[:, 0, 0, 0] % 10)
+        assert (loaded.num_levels, loaded.num_classes) == (256, 10)
     assert (root / "downloads" / "cifar-10-binary.tar.gz").exists()
     assert data.describe("cifar10:3.0.2", str(root)).num_train == 10
     screen = capfd.readouterr()
@@ -77,7 +79,7 @@ def test_cifar10_takes_the_copy_the_user_has(archive, tmp_path, monkeypatch, fol
     (root / folder).mkdir(parents=True)
     shutil.copy(path, root / folder)
     monkeypatch.setattr(cifar10, "download", None)
-    assert_same_pictures(data.load("cifar10", "test", str(root)).images, pictures["test"])
+    assert_same_pictures(data.load("cifar10", "test", str(root)).images(), pictures["test"])
 
 
 def test_wrong_checksum_is_refused_and_leaves_nothing(archive, tmp_path, monkeypatch):
@@ -108,8 +110,8 @@ def test_pinned_checksum_is_the_one_tfds_ships():
 def test_tfds_prepared_cifar10():
     root = os.environ["DIFFUSION_TFDS_DIR"]
     test = data.load("cifar10", "test", root)
-    assert test.images.shape == (10_000, 32, 32, 3)
+    assert test.images().shape == (10_000, 32, 32, 3)
     directory = prepared.find("cifar10", prepared.resolve_data_dir(root))
     source = tfds.builder_from_directory(directory).as_data_source("test")
     for index in (0, 1234, 9_999):
-        np.testing.assert_array_equal(test.images[index], source[index]["image"])
+        np.testing.assert_array_equal(test.images()[index], source[index]["image"])

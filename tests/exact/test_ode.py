@@ -26,8 +26,8 @@ def test_exact_trace_gives_the_exact_likelihood(data, log_snr):
     """To 1e-4 nats: at a finite log-SNR the diffused mixture's, at a large one the data's own."""
     x0 = jax.vmap(data.sample)(jax.random.split(jax.random.key(0), 16))
     signal = np.sqrt(1 / (1 + np.exp(-log_snr)))
-    run = lambda x: ode.solve(data.eps, x, log_snr, END, tolerance=1e-6)  # noqa: E731
-    solution = jax.jit(jax.vmap(run))(jnp.float32(signal) * x0)
+    solve = jax.jit(jax.vmap(lambda x: ode.solve(data.eps, x, log_snr, END, tolerance=1e-6)))
+    solution = solve(jnp.float32(signal) * x0)
     exact = jax.vmap(data.diffused(jnp.float32(log_snr)).log_prob)(jnp.float32(signal) * x0)
     np.testing.assert_allclose(solution.log_prob_nats, exact, atol=1e-4)
     if log_snr > 10:
@@ -40,8 +40,11 @@ def test_hutchinson_is_unbiased(probes):
     """The mean over 2,000 probes is the exact log p(x) within 3 standard errors, and the spread is not zero."""
     x = PLANE.mean[0] + 0.1
     probe = probes(jax.random.key(3), (2000, *x.shape), jnp.float32)
-    run = lambda probe: ode.solve(PLANE.eps, x, 4.0, END, ode.hutchinson(probe), 1e-4).log_prob_nats  # noqa: E731
-    estimates = np.asarray(jax.jit(jax.vmap(run))(probe), np.float64)
+
+    def log_prob(probe):
+        return ode.solve(PLANE.eps, x, 4.0, END, ode.hutchinson(probe), 1e-4).log_prob_nats
+
+    estimates = np.asarray(jax.jit(jax.vmap(log_prob))(probe), np.float64)
     stderr = estimates.std(ddof=1) / len(estimates) ** 0.5
     exact = PLANE.diffused(jnp.float32(4.0)).log_prob(x)
     assert 1e-4 < stderr < 0.05
@@ -50,7 +53,10 @@ def test_hutchinson_is_unbiased(probes):
 
 def test_divergences_of_a_linear_map():
     matrix = jax.random.normal(jax.random.key(0), (6, 6))
-    f = lambda x: (matrix @ x.ravel()).reshape(x.shape)  # noqa: E731
+
+    def f(x):
+        return (matrix @ x.ravel()).reshape(x.shape)
+
     x, probe = jax.random.normal(jax.random.key(1), (2, 1, 2, 3))
     for divergence, expected in (
         (ode.exact_divergence, jnp.trace(matrix)),
@@ -75,7 +81,10 @@ def test_a_network_is_the_oracle_at_its_own_steps(prediction, make):
 
 def test_between_steps_the_network_is_asked_for_a_fraction():
     s, p = schedules.cosine(20), reverse.make("eps", "fixed_small")
-    echo = lambda x, network_t: jnp.broadcast_to(network_t[:, None, None, None], x.shape)  # noqa: E731
+
+    def echo(x, network_t):
+        return jnp.broadcast_to(network_t[:, None, None, None], x.shape)
+
     predict, x = ode.eps_predictor(echo, p, s, clip_x0=False), jnp.zeros((1, 1, 1))
     between = 0.25 * s.log_snr[8] + 0.75 * s.log_snr[7]
     np.testing.assert_allclose(predict(x, between), 6.25, rtol=1e-3)
@@ -87,7 +96,7 @@ def test_between_steps_the_network_is_asked_for_a_fraction():
 
 
 def test_dequantized_bits_of_a_known_density():
-    """A wide Gaussian's bits per grey level: the mean over the bin is the integral of −log₂(p · bin) over it."""
+    """A wide Gaussian's bits per pixel value: the mean over the bin is the integral of −log₂(p · bin) over it."""
     std, num_levels = 0.8, 17
     data = oracles.normal(jnp.zeros((1, 1, 1)), jnp.full((1, 1, 1), std))
     s, p = schedules.linear(1000), reverse.make("eps", "fixed_small")

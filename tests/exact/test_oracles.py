@@ -60,9 +60,12 @@ def test_samples_have_the_mixture_s_moments():
 def test_every_prediction_gives_the_same_reverse_process(prediction):
     s = schedules.cosine(20)
     x_t, t = jax.random.normal(jax.random.key(0), (4, *SHAPE)), np.array([1, 3, 11, 20])
-    of = lambda name: jax.vmap(lambda row, x, out: reverse.make(name, "learned")(row, x, out, False)[0])(  # noqa: E731
-        s[t], x_t, GAUSSIAN.denoiser(reverse.make(name, "learned"), s)(x_t, s.network_t[t])
-    )
+
+    def of(name):
+        p = reverse.make(name, "learned")
+        output = GAUSSIAN.denoiser(p, s)(x_t, s.network_t[t])
+        return jax.vmap(lambda row, x, out: p(row, x, out, False)[0])(s[t], x_t, output)
+
     ours, x0s = of(prediction), of("x0")
     np.testing.assert_allclose(ours.mean, x0s.mean, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(ours.log_var, x0s.log_var, rtol=1e-6)
@@ -105,7 +108,7 @@ def test_with_exact_mean_and_variance_only_the_prior_is_missing(name, num_steps)
     end_var = alpha_bar * var + 1 - alpha_bar
     prior = 0.5 * np.sum(alpha_bar * mean**2 + end_var - 1 - np.log(end_var))
     assert stderr < 0.1  # nats, for both dimensions together
-    # Each of T float32 terms is off by some 1e-6.
+    # Each of T float32 terms has an error of some 1e-6.
     assert abs(gap - prior) < 3 * stderr + 1e-6 * num_steps, (gap, prior, stderr)
     closed = oracles.gaussian_gap_nats(GAUSSIAN, "learned", s)
     np.testing.assert_allclose(closed.prior, prior, rtol=1e-4, atol=1e-6)
@@ -115,7 +118,7 @@ def test_with_exact_mean_and_variance_only_the_prior_is_missing(name, num_steps)
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_fixed_variances_cost_the_closed_form(variance, name):
-    """The price of β̃ or β for T = 100 from β alone in float64, and from the bound itself to 1e-4 nats.
+    """The KL penalty of β̃ or β for T = 100 from β alone in float64, and from the bound itself to 1e-4 nats.
 
     A KL term of Gaussian data is quadratic in (x_0, ε), so four points per element, m ± s and ±1, have its mean.
     """
@@ -130,10 +133,10 @@ def test_fixed_variances_cost_the_closed_form(variance, name):
     )
     chosen = (beta if variance == "fixed_large" else beta_tilde) + np.zeros_like(exact)
     chosen[:, 0] = beta_tilde[1]  # the decoder's width
-    price = 0.5 * (np.log(chosen / exact) + exact / chosen - 1)
+    penalty = 0.5 * (np.log(chosen / exact) + exact / chosen - 1)
     closed = oracles.gaussian_gap_nats(GAUSSIAN, variance, s)
-    np.testing.assert_allclose(closed.mismatch.sum(), price.sum(), atol=1e-4)
-    assert price[:, 1:].sum() > 0.01
+    np.testing.assert_allclose(closed.mismatch.sum(), penalty.sum(), atol=1e-4)
+    assert penalty[:, 1:].sum() > 0.01
 
     signs = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
     x0 = jnp.asarray((mean.T + np.sqrt(var).T * signs[:, :1]).reshape(4, *SHAPE), jnp.float32)
@@ -142,15 +145,17 @@ def test_fixed_variances_cost_the_closed_form(variance, name):
     def term(row, p):
         x_t = jax.vmap(lambda x0, eps: row.sqrt_alpha_bar * x0 + row.sqrt_one_minus_alpha_bar * eps)(x0, eps)
         output = GAUSSIAN.denoiser(p, s)(x_t, jnp.full(4, row.network_t))
-        one = lambda x0, x_t, output: likelihood.vlb_term_bpd(  # noqa: E731
-            p, row, x0, x_t, output, clip_x0=False, decoder=oracles.continuous_decoder
-        )
+
+        def one(x0, x_t, output):
+            decoder = oracles.continuous_decoder
+            return likelihood.vlb_term_bpd(p, row, x0, x_t, output, clip_x0=False, decoder=decoder)
+
         return jax.vmap(one)(x0, x_t, output).mean() * 2 * jnp.log(2.0)
 
     measured, exactly = (
         jax.jit(jax.vmap(lambda row, v=v: term(row, reverse.make("v", v))))(s[1:]) for v in (variance, "learned")
     )
-    np.testing.assert_allclose((measured - exactly).sum(), price.sum(), atol=1e-4)
+    np.testing.assert_allclose((measured - exactly).sum(), penalty.sum(), atol=1e-4)
 
 
 def test_a_mixture_has_no_closed_form():

@@ -17,7 +17,7 @@ from diffusion.programs import evaluate, sample
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import tree_sha256
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def tiny(published):
 def pictures(monkeypatch):
     """A data set of 16 × 16 pictures."""
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
-    monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.ImageSet(name, split, images, 256))
-    monkeypatch.setattr(data, "describe", lambda name, data_dir: data.Description(name, 12, 12, (16, 16, 3), 256))
+    monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.Source(name, split, images))
+    monkeypatch.setattr(data, "describe", lambda name, data_dir: data.Description(name, 12, 12, (16, 16, 3), 256, 0))
 
 
 def test_the_start_is_the_published_network_and_its_ema(tiny):
@@ -59,7 +59,7 @@ def test_the_start_is_the_published_network_and_its_ema(tiny):
     state = experiment.initial_state()
     reference = np.load(GOLDEN / "unet_tiny_io.npz")
     x, network_t = jnp.asarray(reference["x"]), jnp.asarray(reference["network_t"])
-    output = jax.jit(experiment.unet.apply)({"params": state.ema_params}, x, network_t)
+    output = jax.jit(lambda model: model.denoise(x, network_t))(experiment.model(state.ema_params))
     assert np.linalg.norm(output - reference["y"]) < 1e-4 * np.linalg.norm(reference["y"])
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
     same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, experiment.abstract_state())
@@ -67,11 +67,12 @@ def test_the_start_is_the_published_network_and_its_ema(tiny):
 
 
 def test_weights_are_scored_and_sampled_without_a_checkpoint(tiny, pictures, tmp_path, capsys):
-    unet = UNet(channels=4, multipliers=(1,), blocks=1, attention_resolutions=(), groups=2, out_channels=3)
+    fields = {"channels": 4, "channel_mult": (1,), "num_res_blocks": 1, "num_groups": 2, "attention_resolutions": ()}
+    unet = UNet(**fields)
     params = jax.jit(unet.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros(1))["params"]
     interop.save_diffusers(tmp_path / "weights", unet, params, sample_size=16)
-    fields = {f"unet__{field}": getattr(unet, field) for field in ("channels", "multipliers", "blocks", "groups")}
-    config = tiny(init_from=str(tmp_path / "weights"), unet__attention_resolutions=(), **fields)
+    keys = {f"unet__{field}": value for field, value in fields.items()}
+    config = tiny(init_from=str(tmp_path / "weights"), **keys)
     evaluate.run(config, tmp_path / "run")
     printed = json.loads(capsys.readouterr().out)
     assert printed["ema_sha256"] == tree_sha256(params) and printed["test_images"] == 9 and printed["step"] == 0
@@ -95,7 +96,11 @@ def test_a_checkpoint_that_was_trained_from_them_comes_first(tiny, tmp_path):
     ("keys", "image_shape", "words"),
     [
         ({"unet__channels": 16}, (16, 16, 3), "unet.channels: 8 there, 16 here$"),
-        ({"unet__num_heads": 2, "unet__num_res_blocks": 1}, (16, 16, 3), "unet.num_res_blocks: 2 there, 1 here; unet.num_heads: 1 there, 2 h"),
+        (
+            {"unet__num_heads": 2, "unet__num_res_blocks": 1},
+            (16, 16, 3),
+            "unet.num_res_blocks: 2 there, 1 here; unet.num_heads: 1 there, 2 here$",
+        ),
         ({"model__variance": "learned", "objective__name": "vlb"}, (16, 16, 3), "unet.out_channels: 3 there, 6 here$"),
         # Attention at height 8 is another level there.
         ({}, (32, 32, 3), r"images are \(32, 32, 3\): down_1_attention_0/key/bias, .*down_2_attention_0/key/bias"),

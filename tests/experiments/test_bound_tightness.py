@@ -1,7 +1,6 @@
 """The study's own quadratures against closed forms, and its commands on what is small."""
 
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import scipy.stats
 
 from diffusion import reverse, schedules
 from diffusion.exact import oracles
+from diffusion.model import Model
 from experiments import bound_tightness, tightness_capacity, tightness_known
 
 
@@ -78,16 +78,16 @@ def test_every_likelihood_of_one_network(tmp_path, monkeypatch):
     def denoise(x_t, network_t):
         return jax.vmap(data.eps)(x_t, jnp.interp(network_t, schedule.network_t[1:], schedule.log_snr[1:]))
 
-    experiment = types.SimpleNamespace(p=reverse.make("eps", "fixed_large"), schedule=schedule, num_levels=num_levels)
+    model = Model(denoise, reverse.make("eps", "fixed_large"), schedule, num_levels)
     sizes = {"NUM_IMAGES": 64, "NUM_FEW": 2, "NUM_TRAJECTORIES": 200, "TRAJECTORIES_AT_ONCE": 200}
     for name, value in sizes.items():
         monkeypatch.setattr(tightness_trained, name, value)
     keys = jax.random.split(jax.random.key(0), 64)
     x0 = jnp.clip(jnp.round(jax.vmap(data.sample)(keys) * 8), -8, 8) / 8
-    found = tightness_trained.compare(experiment, denoise, x0, keys)
+    found = tightness_trained.compare(model, x0, keys)
 
     bpd = {name: np.asarray(values) for name, values in found["per_image_bpd"].items()}
-    y = np.asarray(tightness_trained.dequantized(experiment, x0, keys), np.float64)
+    y = np.asarray(tightness_trained.dequantized(model, x0, keys), np.float64)
     log_density = -0.5 * (np.log(2 * np.pi * std**2) + y**2 / std**2) + np.log(2 / 16)
     # The solver's tolerance, and λ_1 in the place of clean data.
     np.testing.assert_allclose(bpd["ode_dequantized"], -log_density.mean(axis=(1, 2, 3)) / np.log(2), atol=0.03)

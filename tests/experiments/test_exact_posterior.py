@@ -8,8 +8,9 @@ import pytest
 
 from configs import digits
 from diffusion import data
+from diffusion.evaluation.bound import full_bound
+from diffusion.evaluation.images import subset
 from diffusion.experiment import build, workdir
-from diffusion.programs import evaluate
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.training import devices
 from experiments import exact_posterior
@@ -24,8 +25,8 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
     settings = digits.get_config()
     small = {
-        "schedule.num_steps": 20, "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1, "unet.num_groups": 4,
-        "unet.attention_resolutions": (), "unet.fourier_features": (), "eval.batch_size": 32,
+        "schedule.num_steps": 20, "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1,
+        "unet.num_groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (), "eval.batch_size": 32,
     }  # fmt: skip
     with settings.unlocked():
         settings.update_from_flattened_dict(small | {"data.data_dir": str(tmp_path_factory.mktemp("data"))})
@@ -45,12 +46,11 @@ def results(directory):
 
 
 def test_the_network_is_scored_as_the_evaluation_scores_it(directory, results):
-    experiment = build.experiment(workdir.read_config(directory), (8, 8, 1), 17)
-    params = devices.replicate(workdir.restore(experiment, directory).ema_params)
+    run = workdir.load(directory)
+    bound, model = full_bound(build.bound_settings(run.config)), devices.replicate(run.model)
     for split in ("train", "test"):
-        image_set = data.load("digits", split, experiment.config.data.data_dir)
-        bound = evaluate.bound_of(experiment)(params, image_set, evaluate.subset(len(image_set.images), NUM_IMAGES))
-        expected = bound.terms_bpd.sum(axis=1).mean()
+        source = data.load("digits", split, run.config.data.data_dir)
+        expected = bound(model, source, subset(len(source), NUM_IMAGES)).terms_bpd.sum(axis=1).mean()
         np.testing.assert_allclose(results["bpd"][split][NETWORK]["mean"], expected, rtol=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_the_pictures_are_written(directory):
         assert (directory / f"exact_posterior_{name}.png").stat().st_size > 10_000
 
 
-def test_mistakes_are_one_sentence(directory, monkeypatch, capsys):
+def test_a_mistake_prints_a_one_line_error(directory, monkeypatch, capsys):
     def fails(*arguments):
         monkeypatch.setattr("sys.argv", ["exact_posterior", f"--workdir={directory}", *arguments])
         with pytest.raises(SystemExit, match="2"):

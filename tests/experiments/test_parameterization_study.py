@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion import parameterizations, reverse, schedules
+from diffusion import reverse, schedules
 from diffusion.experiment import build, config, workdir
 from diffusion.runtime.checkpoint import Checkpoints
 from experiments import parameterizations as study
@@ -20,8 +20,8 @@ def settings_of(prediction="v", variance="learned_range", objective="vlb"):
     settings = digits.get_config()
     changes = {
         "schedule.num_steps": NUM_STEPS, "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1,
-        "unet.num_groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (), "objective.name": objective,
-        "model.prediction": prediction, "model.variance": variance,
+        "unet.num_groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (),
+        "model.prediction": prediction, "model.variance": variance, "objective.name": objective,
     }  # fmt: skip
     with settings.unlocked():
         settings.update_from_flattened_dict(changes)
@@ -64,11 +64,14 @@ def test_shares_are_of_the_same_guess(errors):
     shares = study.shares(errors)
     for share in shares.values():
         np.testing.assert_allclose(share.sum(), 1)
-    for prediction in reverse.PREDICTIONS:
-        p = reverse.make(prediction, "fixed_small")
-        factor = [parameterizations.simple_weight(p, errors.schedule[t]) for t in range(2, NUM_STEPS + 1)]
-        by_factor = shares["L"][1:] * np.float64(factor)  # L_simple is the bound's terms times simple_weight
-        np.testing.assert_allclose(shares[prediction][1:] / shares[prediction][1], by_factor / by_factor[0], rtol=1e-4)
+    snr = 1 / np.expm1(-np.cumsum(np.float64(errors.schedule.log_alpha))[1:])
+    drop, beta_tilde = snr[:-1] - snr[1:], np.float64(errors.schedule.beta_tilde[2:])
+    weights = {"eps": drop / snr[1:], "x0": drop, "v": drop / (1 + snr[1:]), "mean": 1 / beta_tilde}
+    assert weights.keys() == reverse.PREDICTIONS.keys()
+    for prediction, weight in weights.items():
+        # L_simple leaves out the weight of the bound's terms.
+        unweighted, found = shares["L"][1:] / weight, shares[prediction][1:]
+        np.testing.assert_allclose(found / found[0], unweighted / unweighted[0], rtol=1e-4)
 
 
 def write_run(directory, prediction, objective, image_bpd):

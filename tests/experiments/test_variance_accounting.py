@@ -1,4 +1,4 @@
-"""The command that prices variances, on a network that was never trained: prices need none."""
+"""The accounting of variances, on a network that was never trained: what a variance costs needs none."""
 
 import csv
 import json
@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from configs import digits
-from diffusion import data, variances
+from diffusion import data
+from diffusion.evaluation.bound import full_bound
+from diffusion.evaluation.images import subset
 from diffusion.experiment import build, config, workdir
 from diffusion.programs import evaluate, sample
 from diffusion.runtime.checkpoint import Checkpoints
@@ -24,8 +26,8 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
     settings = digits.get_config()
     small = {
-        "schedule.num_steps": 6, "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1, "unet.num_groups": 4,
-        "unet.attention_resolutions": (), "unet.fourier_features": (), "eval.batch_size": 16,
+        "schedule.num_steps": 6, "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1,
+        "unet.num_groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (), "eval.batch_size": 16,
     }  # fmt: skip
     with settings.unlocked():
         settings.update_from_flattened_dict(
@@ -47,10 +49,10 @@ def rows(directory):
 
 def test_the_table_repeats_the_evaluation_and_adds_up(directory, rows):
     """Same images, same noise, same parameters: the model's own variance has the bound that evaluation prints."""
-    experiment = build.experiment(workdir.read_config(directory), (8, 8, 1), 17)
-    params = devices.replicate(workdir.restore(experiment, directory).ema_params)
-    test_set = data.load("digits", "test", experiment.config.data.data_dir)
-    bound = evaluate.bound_of(experiment)(params, test_set, evaluate.subset(len(test_set.images), NUM_IMAGES))
+    run = workdir.load(directory)
+    test_set = data.load("digits", "test", run.config.data.data_dir)
+    score = full_bound(build.bound_settings(run.config))
+    bound = score(devices.replicate(run.model), test_set, subset(len(test_set), NUM_IMAGES))
     np.testing.assert_allclose(rows["learned_range"]["bpd"], bound.image_bpd.mean(), rtol=1e-5)
     for name, row in rows.items():
         parts = row["decoder"] + row["mismatch"] + row["mean_error"] + bound.prior_bpd.mean()
@@ -76,9 +78,9 @@ def test_the_report_is_written(directory):
     text = (directory / "variance_accounting.md").read_text()
     assert "24 test images" in text and "| fixed_small | " in text and "clipped" in text
     assert (directory / "variance_accounting.png").stat().st_size > 10_000
-    assert variances.load(directory, step=0).mean.shape == (7,)
+    assert workdir.load_x0_variance(directory, step=0).mean.shape == (7,)
     with pytest.raises(ValueError, match="was estimated at step 0, but the checkpoint is of step 5"):
-        variances.load(directory, step=5)
+        workdir.load_x0_variance(directory, step=5)
 
 
 @pytest.mark.parametrize("variance", ["fixed_large", "optimal"])
@@ -104,12 +106,12 @@ def test_a_checkpoint_is_sampled_with_the_optimal_variance(directory, tmp_path):
         drawn[variance] = np.load(directory / "samples.npz")["images"]
     assert np.any(drawn["model"] != drawn["optimal"])
     with pytest.raises(ValueError, match="the optimal variance needs a trained mean"):
-        sample.sampler(build.experiment(settings, (8, 8, 1), 17))
+        workdir.load(directory).experiment.model({}, variance="optimal")
     with pytest.raises(FileNotFoundError, match="x0_variance.npz, which python -m experiments.variance_accounting"):
-        variances.load(tmp_path, step=0)
+        workdir.load_x0_variance(tmp_path, step=0)
 
 
-def test_mistakes_are_one_sentence(directory, tmp_path, monkeypatch, capsys):
+def test_a_mistake_prints_a_one_line_error(directory, tmp_path, monkeypatch, capsys):
     def fails(*arguments):
         monkeypatch.setattr("sys.argv", ["variance_accounting", *arguments])
         with pytest.raises(SystemExit, match="2"):

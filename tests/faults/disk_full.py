@@ -26,9 +26,9 @@ def main(root: Path) -> None:
     limited = launch.start(root / "run")
     resource.prlimit(limited.pid, resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
     launch.wait(limited, code=2)
-    sentence = (root / "run.log").read_text().strip().splitlines()[-1]
-    print(f"file sizes limited to {largest // 2:,} bytes: {sentence}")
-    assert sentence.startswith("error: ") and "could not be written" in sentence
+    message = (root / "run.log").read_text().strip().splitlines()[-1]
+    print(f"file sizes limited to {largest // 2:,} bytes: {message}")
+    assert message.startswith("error: ") and "could not be written" in message
     assert all((root / "run" / "checkpoints" / step).exists() for step in saved)
     launch.wait(launch.start(root / "run"))
     assert launch.end(root / "run") == launch.end(root / "straight")

@@ -36,16 +36,17 @@ def seconds(action, times: int = 3) -> float:
     return statistics.median(taken)
 
 
-def step_seconds(experiment: build.Experiment, state) -> float:
+def step_seconds(experiment: build.Experiment, state: devices.Replicated) -> float:
     """One train step on random pictures."""
     batch_size = experiment.training.batch_size
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *experiment.image_shape), np.uint8)
-    indices = devices.shard_steps(np.arange(batch_size, dtype=np.int32)[None])
-    step, images, held = devices.train_steps(experiment.training), devices.replicate(images), [state]
+    indices = np.arange(batch_size, dtype=np.int32)[None]
+    train_steps = devices.train_steps(experiment.training, experiment.config.seed)
+    images, held = devices.replicate(images), [state]
 
     def take():
-        held[0], metrics = step(held[0], images, indices)
-        jax.block_until_ready(metrics)
+        held[0], metrics = train_steps(held[0], images, indices)
+        metrics.wait()
 
     return seconds(take)
 
@@ -62,7 +63,7 @@ def main(batch_size: int, step: float | None) -> None:
         stalls = []
         for number in (1, 2, 3):
             started = time.monotonic()
-            checkpoints.save(number, devices.unreplicate(replicated), {})
+            checkpoints.save(number, replicated.host(), {})
             stalls.append(time.monotonic() - started)
             checkpoints.wait()
     step = step_seconds(experiment, replicated) if step is None else step

@@ -1,4 +1,4 @@
-"""The same run on 1 process × 4 devices, on 2 × 2, and moved from 4 devices to 2 and to 1: how far the ends are apart.
+"""The same run on 1 process × 4 devices, on 2 × 2, and moved from 4 devices to 2 and to 1: do the ends agree?
 
     python tests/faults/several_processes.py [--toy] [--workdir=DIR]
 
@@ -55,13 +55,13 @@ def processes(root: Path, **options) -> None:
 
     pair = launch.start_two(root / "two", 2, **options | {"seed": 1})
     launch.wait(*pair, code=2 if "toy" not in options else 1)
-    print("a workdir that the first process refuses: both refused it", flush=True)
+    print("a workdir that process 0 refuses: both refused it", flush=True)
     if "toy" not in options:
         failing_alone(root / "full", **options)
 
 
 def failing_alone(workdir: Path, **options) -> None:
-    """The first of two processes cannot write its second checkpoint, of which the other knows nothing."""
+    """Process 0 of two cannot write its second checkpoint, of which the other knows nothing."""
     first, second = launch.start_two(workdir, 1, **options | {"train.num_steps": 100_000})
     launch.until_saved(workdir, 4)
     largest = max(path.stat().st_size for path in (workdir / "checkpoints").rglob("*") if path.is_file())
@@ -69,7 +69,7 @@ def failing_alone(workdir: Path, **options) -> None:
     launch.wait(first, code=2, seconds=120)
     second.wait(120)
     assert "error: the checkpoint of step 8 could not be written" in workdir.with_suffix(".log").read_text()
-    print("a first process that fails alone: it said so and ended with 2, and the other ended too", flush=True)
+    print("a process 0 that fails alone: it said so and ended with 2, and the other ended too", flush=True)
 
 
 def cut(source: Path, target: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Whatever is wrong with what a user gives is one sentence before any compilation, and nothing is written."""
+"""Whatever is wrong with what a user gives is a one-line error before any compilation, and nothing is written."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffusion import interop
-from diffusion.data import prepared
+from diffusion.data import tfds
 from diffusion.networks.unet import UNet
 
 BAD_CONFIGS = Path(__file__).parent / "bad_configs.py"
@@ -20,21 +20,21 @@ BAD_CONFIGS = Path(__file__).parent / "bad_configs.py"
 @pytest.mark.parametrize("number", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_generated_bad_configs(number):
     result = subprocess.run([sys.executable, str(BAD_CONFIGS), str(number)], capture_output=True, text=True)
-    words = f"{number} bad configs: {number} one-sentence errors with exit code 2, nothing written"
+    words = f"{number} bad configs: {number} one-line errors with exit code 2, nothing written"
     assert result.returncode == 0 and words in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("name", ["..", "a/..", "../a", "a/../b", "/etc", "a/.", "", "a/b/c", "a\0", "a\n"])
 def test_the_name_of_a_data_set_does_not_leave_its_directory(name, tmp_path):
     with pytest.raises(ValueError, match="must look like"):
-        prepared.find(name, tmp_path)
+        tfds.find(name, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A small network in the published layout."""
     directory = tmp_path_factory.mktemp("published")
-    unet = UNet(channels=4, multipliers=(1,), blocks=1, attention_resolutions=(), groups=2, out_channels=1)
+    unet = UNet(channels=4, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=2, out_channels=1)
     shapes = interop._param_shapes(unet, (8, 8, 1))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
     interop.save_diffusers(directory, unet, params, sample_size=8)

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import toy
 from jax.experimental import multihost_utils
 
-from diffusion import data, timesteps
+from diffusion import timesteps
 from diffusion.experiment import memory
+from diffusion.networks import NETWORKS
 from diffusion.reporting import metrics_log
 from diffusion.runtime import preemption as preemption_lib
 from diffusion.runtime import randomness
@@ -20,9 +22,11 @@ from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preempted, Preemption
 from diffusion.runtime.watchdog import Watchdog
-from diffusion.training import devices
+from diffusion.training import devices, loop
+from diffusion.training.devices import Replicated
 
-POISON = 7.0  # of network_t, so t = 8
+POISONED = "layer(poison=7.0)"  # network_t = 7 is t = 8
+POISONED_T = 8
 
 
 def rows_without_time(directory):
@@ -31,7 +35,7 @@ def rows_without_time(directory):
 
 def interrupt(monkeypatch, steps, action):
     """`action()` while the examples of one of `steps` are chosen; each step is interrupted once."""
-    batch_indices, remaining = data.batch_indices, set(steps)
+    batch_indices, remaining = loop.batch_indices, set(steps)
 
     def interrupted(seed, step, *sizes):
         if step in remaining:
@@ -39,7 +43,7 @@ def interrupt(monkeypatch, steps, action):
             action()
         return batch_indices(seed, step, *sizes)
 
-    monkeypatch.setattr(data, "batch_indices", interrupted)
+    monkeypatch.setattr(loop, "batch_indices", interrupted)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,6 +52,13 @@ def every_program_compiles_once():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     yield
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_layer_is_a_network():
+    toy.register()
+    yield
+    del NETWORKS["layer"]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +81,16 @@ def test_a_signal_saves_within_one_step_and_the_run_ends_where_it_would_have_end
     assert [row["step"] for row in rows_without_time(tmp_path)] == [5, 10, 15, 20, 25, 30]
 
 
+def test_a_row_is_the_mean_of_the_steps_since_the_row_before(straight, tmp_path):
+    toy.run(toy.experiment(train__log_every=1), tmp_path)
+    of_steps = rows_without_time(tmp_path)
+    for row in rows_without_time(straight[0]):
+        since = of_steps[row["step"] - 5 : row["step"]]
+        assert [one["step"] for one in since] == list(range(row["step"] - 4, row["step"] + 1))
+        for name in ("loss", "vlb_bpd", "grad_norm"):
+            np.testing.assert_allclose(row[name], np.mean([one[name] for one in since]), rtol=1e-5)
+
+
 def test_a_signal_outside_the_loop_stops_at_once_and_the_old_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Preempted):
@@ -90,7 +111,7 @@ def test_a_second_interrupt_from_the_keyboard_does_not_wait():
                 time.sleep(10)
 
 
-def test_a_signal_that_comes_with_the_last_step_is_heeded_after_it(tmp_path, monkeypatch, straight):
+def test_a_signal_that_comes_with_the_last_step_is_handled_after_it(tmp_path, monkeypatch, straight):
     interrupt(monkeypatch, (29,), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Preempted):
         toy.run(toy.experiment(), tmp_path)
@@ -124,20 +145,20 @@ def poisoned_steps(num_steps):
     settings, found = toy.config(), []
     for step in range(num_steps):
         step_key = jax.random.fold_in(randomness.stream(settings.seed, "train"), step)
-        sampler = timesteps.SAMPLERS[settings.objective.timesteps]
+        sampler = timesteps.SAMPLERS[settings.objective.timesteps]()
         t, _ = sampler.draw((), jax.random.split(step_key, 3)[0], settings.train.batch_size, 50)
-        if POISON + 1 in np.asarray(t):
+        if POISONED_T in np.asarray(t):
             found.append(step + 1)
     return found
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
+def test_a_loss_that_is_nan_stops_the_run_and_says_where(tmp_path):
     first = poisoned_steps(30)[0]
     with pytest.raises(FloatingPointError) as raised:
-        toy.run(toy.experiment(POISON), tmp_path)
+        toy.run(toy.experiment(model__network=POISONED), tmp_path)
     message = str(raised.value)
     assert message.startswith(f"step {first}: ") and "grad_norm = nan, loss = nan, vlb_bpd = nan;" in message
-    assert "the loss is not finite at t = 8;" in message and "\n" not in message
+    assert f"the loss is NaN or Inf at t = {POISONED_T};" in message and "\n" not in message
     of_parameters = rf"norms of the parameters before step {first}: pixel \d[\d.]*, time \d[\d.]*; "
     assert re.search(of_parameters + "norms of the gradient: pixel nan", message)
     steps = [int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")]
@@ -147,10 +168,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
 def test_bad_updates_are_left_out_counted_and_resumed_over(tmp_path, monkeypatch):
     bad = poisoned_steps(30)
     assert 3 <= len(bad) < 25
-    settings = {"train__skip_nonfinite": len(bad), "eval__num_images": 1}
+    settings = {"train__skip_nonfinite": len(bad), "model__network": POISONED}
     # The monitored loss is of t = 8 as well, so it is told another one.
-    monkeypatch.setattr(timesteps, "low_discrepancy", lambda key, n, num_steps: np.full(n, 20))
-    state = toy.run(toy.experiment(POISON, **settings), tmp_path / "straight")
+    other_t = SimpleNamespace(evenly_spaced=lambda key, n, num_steps: np.full(n, 20))
+    monkeypatch.setattr(loop, "timesteps", other_t)
+    state = toy.run(toy.experiment(**settings), tmp_path / "straight")
     assert int(state.step) == 30 and int(state.opt_state[-1][0].count) == 30 - len(bad)
     rows = rows_without_time(tmp_path / "straight")
     assert [row["skipped"] for row in rows] == [sum(step <= row["step"] for step in bad) for row in rows]
@@ -158,8 +180,8 @@ def test_bad_updates_are_left_out_counted_and_resumed_over(tmp_path, monkeypatch
 
     interrupt(monkeypatch, (bad[1],), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Preempted):
-        toy.run(toy.experiment(POISON, **settings), tmp_path / "resumed")
-    again = toy.run(toy.experiment(POISON, **settings), tmp_path / "resumed")
+        toy.run(toy.experiment(**settings), tmp_path / "resumed")
+    again = toy.run(toy.experiment(**settings), tmp_path / "resumed")
     assert tree_sha256(again) == tree_sha256(state)
     assert rows_without_time(tmp_path / "resumed") == rows
 
@@ -167,17 +189,16 @@ def test_bad_updates_are_left_out_counted_and_resumed_over(tmp_path, monkeypatch
     with pytest.raises(
         FloatingPointError, match=f"{len(bad)} updates were left out, train.skip_nonfinite={len(bad) - 1}"
     ):
-        toy.run(toy.experiment(POISON, **fewer), tmp_path / "fewer")
+        toy.run(toy.experiment(**fewer), tmp_path / "fewer")
 
 
 def test_a_bad_step_changes_nothing_but_the_count_of_steps():
-    experiment, first = toy.experiment(POISON, train__skip_nonfinite=99), poisoned_steps(30)[0]
+    experiment, first = toy.experiment(model__network=POISONED, train__skip_nonfinite=99), poisoned_steps(30)[0]
     start = jax.device_get(experiment.initial_state())
-    step = devices.train_steps(experiment.training)
-    indices = devices.shard_steps(np.arange(16, dtype=np.int32)[None])
-    images = devices.replicate(toy.image_set("train").images)
+    train_steps = devices.train_steps(experiment.training, experiment.config.seed)
+    images = devices.replicate(toy.source("train").images())
     bad = start.replace(step=np.int32(first - 1))
-    after = devices.unreplicate(step(devices.replicate(bad), images, indices)[0])
+    after = train_steps(devices.replicate(bad), images, np.arange(16, dtype=np.int32)[None])[0].host()
     assert after.step == first and after.window["skipped"] == 1 and after.window["count"] == 0
     unchanged = {name: getattr(after, name) for name in ("params", "ema_params", "opt_state", "timesteps")}
     assert tree_sha256(unchanged) == tree_sha256({name: getattr(bad, name) for name in unchanged})
@@ -191,32 +212,35 @@ def test_a_replica_with_one_flipped_bit_is_found_and_named(tmp_path):
     assert names(replicated) == []
     rng = np.random.default_rng(0)
     for name in ("pixel", "time"):
-        copies = np.array(replicated.params[name]["kernel"])
+        params = replicated.leaves.params
+        copies = np.array(params[name]["kernel"])
         bits = copies.view(np.uint32)
         bits[rng.integers(1, 8), 0, rng.integers(2)] ^= np.uint32(1) << np.uint32(rng.integers(32))
-        sharding = replicated.params[name]["kernel"].sharding
-        params = replicated.params | {name: replicated.params[name] | {"kernel": jax.device_put(copies, sharding)}}
-        assert names(replicated.replace(params=params)) == [f"params/{name}/kernel"]
+        changed = params[name] | {"kernel": jax.device_put(copies, params[name]["kernel"].sharding)}
+        state = replicated.leaves.replace(params=params | {name: changed})
+        assert names(Replicated(state)) == [f"params/{name}/kernel"]
 
 
 def test_replicas_that_differ_stop_the_run_before_the_next_checkpoint(tmp_path, monkeypatch):
     found = iter([[], ["params/pixel/kernel"]])
-    monkeypatch.setattr(parallel, "differing_replicas", lambda: lambda state: next(found))
+    monkeypatch.setattr(devices, "differing_replicas", lambda: lambda state: next(found))
     with pytest.raises(RuntimeError, match="step 20: the devices no longer hold the same state, params/pixel/kernel"):
         toy.run(toy.experiment(), tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["10"]
 
 
-def test_too_little_memory_is_one_sentence():
+@pytest.mark.parametrize(("network", "advice"), [("unet", "unet.remat=True, or train"), ("layer", "train")])
+def test_too_little_memory_is_a_one_line_error_that_names_the_keys(network, advice):
+    experiment = toy.experiment(model__network=network)
     words = (
         r"train.batch_size=16 is 2 images per device at a time, which keep about \d\.\d\d GiB .* "
-        r"set unet.remat=True, or train.grad_accum higher, or train.batch_size lower"
+        rf"set {advice}.grad_accum higher, or train.batch_size lower"
     )
     with pytest.raises(MemoryError, match=words):
-        with memory.explained(toy.experiment()):
+        with memory.explained(experiment):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        with memory.explained(toy.experiment()):
+        with memory.explained(experiment):
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 

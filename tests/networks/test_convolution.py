@@ -52,8 +52,11 @@ def test_vmap_over_examples_and_over_kernels():
     x, kernel, *_ = inputs()
     close(jax.vmap(lambda one: layers.conv_3x3(one[None], kernel)[0])(x), reference(x, kernel))
     kernels = jnp.stack([kernel, 2 * kernel])
-    loss = lambda conv: lambda kernel: jnp.sin(conv(x, kernel)).sum()  # noqa: E731
-    close(jax.vmap(jax.grad(loss(layers.conv_3x3)))(kernels), jax.vmap(jax.grad(loss(reference)))(kernels))
+
+    def gradients(conv):
+        return jax.vmap(jax.grad(lambda kernel: jnp.sin(conv(x, kernel)).sum()))(kernels)
+
+    close(gradients(layers.conv_3x3), gradients(reference))
 
 
 @pytest.mark.parametrize("strides, padding, kernel_size", [((2, 2), ((0, 1), (0, 1)), 3), ((1, 1), "SAME", 1)])
@@ -67,8 +70,11 @@ def test_other_convolutions_are_left_to_xla(strides, padding, kernel_size):
 def test_on_cpus_the_weight_gradient_is_one_product_and_no_convolution(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     x, kernel, g, *_ = inputs(16, 16)
-    conv = lambda kernel: layers.conv_general_dilated(x, kernel, *SAME, **DIMENSIONS)  # noqa: E731
-    hlo = jax.jit(lambda kernel, g: jax.vjp(conv, kernel)[1](g)).lower(kernel, g).as_text()
+
+    def gradient(kernel, g):
+        return jax.vjp(lambda kernel: layers.conv_general_dilated(x, kernel, *SAME, **DIMENSIONS), kernel)[1](g)
+
+    hlo = jax.jit(gradient).lower(kernel, g).as_text()
     assert hlo.count("stablehlo.dot_general") == 1
     assert "stablehlo.convolution" not in hlo
 

@@ -1,4 +1,4 @@
-"""Laws of the network: its size, its initialization, its layers, its precision, and what it refuses."""
+"""Laws of the network: its size, its initialization, its blocks, its precision, and what it refuses."""
 
 import dataclasses
 from functools import partial
@@ -10,10 +10,11 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from diffusion.networks.unet import Attention, GroupNorm, ResidualBlock, UNet, dropout, fourier_features, time_embedding
+from diffusion.networks.layers import GroupNorm
+from diffusion.networks.unet import ResidualBlock, UNet
 
-TINY = UNet(channels=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), groups=4, out_channels=1)
-ONE_LEVEL = TINY.copy(multipliers=(1,), attention_resolutions=())  # compiles faster where levels do not matter
+TINY = UNet(channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4, out_channels=1)
+ONE_LEVEL = TINY.copy(channel_mult=(1,), attention_resolutions=())  # compiles faster where levels do not matter
 
 
 def inputs(batch=2, height=8, width=8, channels=1):
@@ -40,8 +41,8 @@ def apply(unet, params, x, network_t):
 
 
 @partial(jax.jit, static_argnums=(0,))
-def apply_in_training(unet, params, x, network_t, key):
-    return unet.apply({"params": params}, x, network_t, train=True, rngs={"dropout": key})
+def apply_with_dropout(unet, params, x, network_t, keys):
+    return unet.apply({"params": params}, x, network_t, keys)
 
 
 def param_shapes(unet, image_shape):
@@ -85,24 +86,6 @@ def test_initial_output_and_residual_branches_are_nearly_but_not_exactly_zero():
             assert np.all(leaf == (1.0 if path[-1] == "scale" else 0.0)), path
 
 
-def test_time_embedding_is_the_formula_in_float64():
-    network_t, half = np.array([0, 1, 17, 500, 999]), 64
-    frequencies = 10.0 ** (-4 * np.arange(half, dtype=np.float64) / (half - 1))
-    angles = np.array([[t * f for f in frequencies] for t in network_t])
-    expected = np.hstack([np.sin(angles), np.cos(angles)])
-    for dtype in (jnp.int32, jnp.float32):
-        embedding = time_embedding(jnp.asarray(network_t, dtype), 2 * half)
-        np.testing.assert_allclose(embedding, expected, atol=2e-4)  # 999 times a float32 rounding
-
-
-def test_fourier_features_separate_neighbouring_grey_levels():
-    levels = jnp.array([-1.0, -0.875, 0.5]).reshape(1, 3, 1, 1)
-    features = fourier_features(levels, (2, 3))[0, :, 0]
-    np.testing.assert_allclose(features[:, 0], [-1.0, -0.875, 0.5])
-    expected = [[0, 1, 0, 1], [1, 0, 0, -1], [0, 1, 0, 1]]  # sin 4 pi x, cos 4 pi x, sin 8 pi x, cos 8 pi x
-    np.testing.assert_allclose(features[:, 1:], expected, atol=1e-5)
-
-
 def test_fourier_features_change_only_the_first_convolution():
     plain = flatten_dict(param_shapes(TINY, (8, 8, 1)))
     featured = flatten_dict(param_shapes(TINY.copy(fourier_features=(2, 3, 4)), (8, 8, 1)))
@@ -124,37 +107,12 @@ def test_downsampling_pads_at_the_bottom_and_right_only(tiny_params):
     np.testing.assert_allclose(maps["down_0_downsample"]["__call__"][0][0], expected, atol=1e-5)
 
 
-def test_attention_is_equivariant_under_permutations_of_positions_and_equals_its_definition():
-    h = jax.random.normal(jax.random.key(2), (1, 2, 3, 8))
-    attention = Attention(groups=2, heads=2, dtype="float32")
-    params = random_params(attention, h)
-    output = attention.apply({"params": params}, h)
-    order = jnp.array([4, 2, 0, 5, 1, 3])
-    permuted = attention.apply({"params": params}, h.reshape(1, 6, 8)[:, order].reshape(h.shape))
-    np.testing.assert_allclose(permuted.reshape(6, 8), output.reshape(6, 8)[order], atol=1e-5)
-
-    def dense(name, value):
-        return value @ np.float64(params[name]["kernel"]) + np.float64(params[name]["bias"])
-
-    groups = np.float64(h).reshape(6, 2, 4)
-    normed = (groups - groups.mean((0, 2), keepdims=True)) / np.sqrt(groups.var((0, 2), keepdims=True) + 1e-6)
-    normed = normed.reshape(6, 8) * params["norm"]["scale"] + params["norm"]["bias"]
-    query, key, value = (dense(name, normed).reshape(6, 2, 4) for name in ("query", "key", "value"))
-    attended = np.empty((6, 2, 4))
-    for head in range(2):
-        for position in range(6):
-            weights = np.exp(key[:, head] @ query[position, head] / np.sqrt(4))
-            attended[position, head] = weights @ value[:, head] / weights.sum()
-    expected = np.float64(h).reshape(6, 8) + dense("projection", attended.reshape(6, 8))
-    np.testing.assert_allclose(output.reshape(6, 8), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_time_acts_on_a_block_as_an_addition_or_as_a_scale_and_shift(scale_shift):
     """The block recomputed from its layers."""
     h = jax.random.normal(jax.random.key(4), (1, 4, 4, 8))
     embedding = jax.random.normal(jax.random.key(5), (1, 6))
-    block = ResidualBlock(features=8, groups=4, dropout=0.0, scale_shift=scale_shift, dtype="float32")
+    block = ResidualBlock(features=8, num_groups=4, dropout=0.0, scale_shift_norm=scale_shift, dtype="float32")
     params = random_params(block, h, embedding, None)
     norm = GroupNorm(4)
     conv = nn.Conv(8, (3, 3))
@@ -203,8 +161,8 @@ def test_remat_changes_neither_parameters_nor_values_nor_gradients():
     assert param_shapes(remat, (4, 4, 1)) == param_shapes(ONE_LEVEL, (4, 4, 1))
 
     def loss(unet, params):
-        rngs = {"dropout": random_key(6)}
-        return jnp.mean(unet.apply({"params": params}, x, network_t, train=True, rngs=rngs) ** 2)
+        keys = jax.random.split(random_key(6), len(x))
+        return jnp.mean(unet.apply({"params": params}, x, network_t, keys) ** 2)
 
     value, gradient = jax.jit(jax.value_and_grad(partial(loss, ONE_LEVEL)))(params)
     remat_value, remat_gradient = jax.jit(jax.value_and_grad(partial(loss, remat)))(params)
@@ -214,11 +172,11 @@ def test_remat_changes_neither_parameters_nor_values_nor_gradients():
     assert "remat" in str(jax.make_jaxpr(partial(loss, remat))(params))
 
 
-def test_dropout_acts_in_training_only_and_follows_its_key():
+def test_dropout_acts_where_keys_are_given_and_follows_them():
     x, network_t = inputs(height=4, width=4)
     params = random_params(ONE_LEVEL, x, network_t)
-    keys = [random_key(7), random_key(7), random_key(8)]
-    first, again, other = (apply_in_training(ONE_LEVEL, params, x, network_t, key) for key in keys)
+    keys = [jax.random.split(random_key(seed), len(x)) for seed in (7, 7, 8)]
+    first, again, other = (apply_with_dropout(ONE_LEVEL, params, x, network_t, key) for key in keys)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-3
     without = apply(ONE_LEVEL, params, x, network_t)
@@ -229,29 +187,16 @@ def test_dropout_acts_in_training_only_and_follows_its_key():
 def test_an_example_keeps_its_dropout_wherever_it_stands_in_the_batch():
     x, network_t = inputs(batch=3, height=4, width=4)
     params = random_params(ONE_LEVEL, x, network_t)
-    forward = jax.jit(lambda *batch: ONE_LEVEL.apply({"params": params}, *batch[:2], True, batch[2]))
+    forward = partial(apply_with_dropout, ONE_LEVEL, params)
     keys = jax.random.split(jax.random.key(9), 3)
     order = np.array([2, 0, 1])
-    np.testing.assert_allclose(
-        forward(x[order], network_t[order], keys[order]), forward(x, network_t, keys)[order], rtol=0, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
-    h = jnp.ones((4, 64, 64, 16))
-    dropped = np.asarray(dropout(h, rate, jax.random.split(jax.random.key(10), 4)))
-    standard_error = np.sqrt(rate * (1 - rate) / h.size)
-    assert abs((dropped == 0).mean() - rate) < 4 * standard_error
-    # What is kept is worth 1 / (1 - rate), up to the 2^-17 by which 16 bits miss the rate.
-    np.testing.assert_allclose(dropped[dropped > 0], 1 / (1 - rate), rtol=2**-16)
-    patterns = (dropped == 0).reshape(4, -1)
-    assert abs(np.corrcoef(patterns)[np.triu_indices(4, 1)]).max() < 5 / np.sqrt(patterns.shape[1])
+    moved = forward(x[order], network_t[order], keys[order])
+    np.testing.assert_allclose(moved, forward(x, network_t, keys)[order], rtol=0, atol=1e-5)
 
 
 def test_every_block_drops_for_itself():
     h, embedding = jax.random.normal(jax.random.key(4), (1, 4, 4, 8)), jax.random.normal(jax.random.key(5), (1, 6))
-    fields = {"features": 8, "groups": 4, "dropout": 0.5, "scale_shift": False, "dtype": "float32"}
+    fields = {"features": 8, "num_groups": 4, "dropout": 0.5, "scale_shift_norm": False, "dtype": "float32"}
     params = random_params(ResidualBlock(**fields), h, embedding, None)
     keys = jax.random.split(jax.random.key(11), 1)
     first, again, other = (
@@ -264,7 +209,7 @@ def test_every_block_drops_for_itself():
 
 @pytest.mark.parametrize("image_shape", [(8, 8, 1), (64, 64, 3), (16, 24, 2)])
 def test_output_has_the_shape_of_the_image(image_shape):
-    unet = TINY.copy(multipliers=(1, 2, 2), attention_resolutions=(), out_channels=2 * image_shape[-1])
+    unet = TINY.copy(channel_mult=(1, 2, 2), attention_resolutions=(), out_channels=2 * image_shape[-1])
     x = jnp.zeros((2, *image_shape))
     output = jax.eval_shape(lambda: unet.init_with_output(jax.random.key(0), x, jnp.zeros(2))[0])
     assert (output.shape, output.dtype) == ((2, *image_shape[:2], 2 * image_shape[2]), jnp.float32)
@@ -273,12 +218,17 @@ def test_output_has_the_shape_of_the_image(image_shape):
 @pytest.mark.parametrize(
     "changes, image_shape, key",
     [
-        ({}, (9, 8, 1), r"unet\.multipliers=\(1, 2\) .* 2, not 9x8"),
-        ({"multipliers": (1, 1, 1, 1, 1)}, (8, 8, 1), r"unet\.multipliers.* 16, not 8x8"),
-        ({"groups": 3}, (8, 8, 1), r"unet\.groups=3 .*\[8, 16\]"),
-        ({"channels": 4, "multipliers": (2, 2), "groups": 8}, (8, 8, 1), r"unet\.groups=8 .*\[4, 8\]"),
-        ({"heads": 3}, (8, 8, 1), r"unet\.heads=3 .*\[8, 16\]"),
-        ({"channels": 5, "groups": 5}, (8, 8, 1), r"unet\.channels=5"),
+        ({}, (9, 8, 1), r"unet\.channel_mult=\(1, 2\) .* 2, not 9×8"),
+        ({"channel_mult": (1, 1, 1, 1, 1)}, (8, 8, 1), r"unet\.channel_mult.* 16, not 8×8"),
+        ({"channel_mult": ()}, (8, 8, 1), r"unet\.channel_mult=\(\) must be integers ≥ 1"),
+        ({"channel_mult": (1, 0)}, (8, 8, 1), r"unet\.channel_mult=\(1, 0\) must be integers ≥ 1"),
+        ({"num_res_blocks": 0}, (8, 8, 1), r"unet\.num_res_blocks=0 must be at least 1"),
+        ({"dropout": 1.0}, (8, 8, 1), r"unet\.dropout=1\.0 must be in \[0, 1\)"),
+        ({"fourier_features": (2, -1)}, (8, 8, 1), r"unet\.fourier_features=\(2, -1\) must be integers ≥ 0"),
+        ({"num_groups": 3}, (8, 8, 1), r"unet\.num_groups=3 .*\[8, 16\]"),
+        ({"channels": 4, "channel_mult": (2, 2), "num_groups": 8}, (8, 8, 1), r"unet\.num_groups=8 .*\[4, 8\]"),
+        ({"num_heads": 3}, (8, 8, 1), r"unet\.num_heads=3 .*\[8, 16\]"),
+        ({"channels": 5, "num_groups": 5}, (8, 8, 1), r"unet\.channels=5"),
         ({"attention_resolutions": (16,)}, (8, 8, 1), r"unet\.attention_resolutions=\(16,\) .*\[8, 4\]"),
     ],
 )

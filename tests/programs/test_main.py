@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(*arguments, cwd=ROOT, env=None):
@@ -32,13 +32,16 @@ def test_help_is_quick_and_names_the_flags():
         (["--config=configs/digits.py", "--mode=trian"], "trian"),
         (["--config=configs/digits.py", "--config.unet.chanels=3"], "did you mean unet.channels?"),
         (["--config=configs/digits.py", "--config.unet.channels=many"], "unet.channels"),
-        (["--config=configs/digits.py", "--config.unet.channels=-1"], "unet.channels must be a whole number"),
+        (["--config=configs/digits.py", "--config.unet.channels=-1"], "unet.channels=-1 must be even"),
+        (["--config=configs/digits.py", "--config.train.num_steps=-1"], "train.num_steps must be an integer"),
+        (["--config=configs/digits.py", "--config.sample.method=ddim(eta=2)"], "eta must be in [0, 1]"),
+        (["--config=configs/digits.py", "--config.optim.name=adam(beta=1)"], "adam has no argument beta"),
         (["--config=configs/digits.py", "--config.data.name=nowhere"], "data.name='nowhere'"),
         (["--config=configs/digits.py", "extra"], "unexpected argument 'extra'"),
         (["--config=configs/digits.py", "--mode=sample", "--workdir=nothing"], "no checkpoint"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, words, tmp_path):
+def test_a_mistake_is_a_one_line_error_and_exit_code_2(arguments, words, tmp_path):
     result = main(*arguments)
     assert result.returncode == 2, result.stderr
     assert words in result.stderr and "Traceback" not in result.stderr
@@ -46,7 +49,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, words, tmp_path):
 
 
 def test_an_error_of_a_library_keeps_its_traceback(tmp_path):
-    """One sentence is for what the user can mend; a bug must show where it is."""
+    """A one-line error is for what the user can mend; a bug must show where it is."""
     config = tmp_path / "broken.py"
     config.write_text(
         "from configs import digits\nimport numpy as np\nimport diffusion.data\n"

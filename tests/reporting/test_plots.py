@@ -43,3 +43,30 @@ def test_the_progressive_curve_runs_from_noise_to_image(tmp_path, monkeypatch):
     assert curves[1] == [[2, 0.75], [1, 0.5], [0, 0]]
     assert curves[2] == [[0.75, 1], [0.5, 2], [0, 4]]
     assert "0–16" in figures[0].axes[0].get_ylabel()
+
+
+def test_schedules_of_any_length_share_one_axis_and_the_first_is_on_top(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    curves = {"learned": np.array([4.0, 0.0, -4.0]), "cosine": np.array([5.0, -5.0])}
+    plots.plot_schedules(tmp_path / "schedule.png", curves, title="digits")
+    (axes,) = figures[0].axes
+    learned, cosine = axes.get_lines()
+    np.testing.assert_allclose(learned.get_xydata(), [[1 / 3, 4.0], [2 / 3, 0.0], [1.0, -4.0]])
+    np.testing.assert_allclose(cosine.get_xydata(), [[0.5, 5.0], [1.0, -5.0]])
+    assert learned.get_zorder() > cosine.get_zorder()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["learned", "cosine"]
+
+
+def test_the_running_mean_of_the_loss_is_a_mean_of_the_rows_there_are(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    loss = np.random.default_rng(0).uniform(1, 2, 60)
+    rows = [{"step": 10 * (i + 1), "loss": value} for i, value in enumerate(loss)] + [{"step": 605, "test_loss": 1.5}]
+    plots.plot_loss(rows, tmp_path / "loss.png")
+    train, mean, test = figures[0].axes[0].get_lines()
+    np.testing.assert_allclose(train.get_xydata(), [[row["step"], row["loss"]] for row in rows[:-1]])
+    # Of 60 rows a twentieth, 3: two of them at both ends.
+    wanted = [loss[max(0, i - 1) : i + 2].mean() for i in range(60)]
+    np.testing.assert_allclose(mean.get_ydata(), wanted)
+    np.testing.assert_allclose(test.get_xydata(), [[605, 1.5]])

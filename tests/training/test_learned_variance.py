@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -31,15 +30,15 @@ def test_learned_variance_trains_without_a_nan(variance, objective, dtype, tmp_p
     }  # fmt: skip
     with config.unlocked():
         config.update_from_flattened_dict(changes)
-    images = data.load("digits", "train").images
+    images = data.load("digits", "train").images()
     experiment = build.experiment(config, images.shape[1:], num_levels=17)
     one = partial(train_step, experiment.training, axis_name="devices")
     step_fn = jax.jit(jax.vmap(one, axis_size=1, axis_name="devices", in_axes=(None, None, 0)))
 
-    state, on_device, rows = experiment.initial_state(), jnp.asarray(images), []
+    state, rows, seed = experiment.initial_state(), [], np.int32(config.seed)
     for step in range(NUM_STEPS):
         indices = data.batch_indices(config.seed, step, config.train.batch_size, len(images))
-        batched, metrics = step_fn(state, on_device, indices[None])
+        batched, metrics = step_fn(seed, state, images[indices][None])
         state = jax.tree.map(lambda leaf: leaf[0], batched)
         rows.append({name: np.asarray(value[0]) for name, value in metrics.items()})  # some per example
         assert all(np.isfinite(value).all() for value in rows[-1].values()), f"step {step + 1}: {rows[-1]}"

@@ -1,0 +1,117 @@
+"""What a data set is: the bundled digits with their labels, sets of other builders, and the decoded copies."""
+
+import os
+
+import numpy as np
+import pytest
+from sklearn import datasets
+
+from diffusion import data
+from diffusion.data import source
+from diffusion.data import tfds as prepared
+
+HELD_OUT = np.arange(1797) % 6 == 5
+
+
+def load(split, directory):
+    return data.load("digits", split, str(directory))
+
+
+def test_digits_are_scikit_learns(digits_dir):
+    original = datasets.load_digits()
+    pixels = original.images.astype(np.uint8)[..., None]
+    train, test = load("train", digits_dir), load("test", digits_dir)
+    for split, chosen in ((train, ~HELD_OUT), (test, HELD_OUT)):
+        np.testing.assert_array_equal(split.images(), pixels[chosen])
+        np.testing.assert_array_equal(split.labels(), original.target[chosen])
+        assert (split.num_levels, split.num_classes, split.image_shape) == (17, 10, (8, 8, 1))
+    np.testing.assert_array_equal(test.images()[0, ..., 0], original.images[5])
+    assert (len(train), len(test), train.images().max()) == (1498, 299, 16)
+    assert (train.name, train.split, train.split_number, test.split_number) == ("digits", "train", 0, 1)
+
+
+def test_examples_are_taken_by_index_or_slice_and_all_of_them_without_a_copy(digits_dir):
+    test, indices = load("test", digits_dir), np.array([7, 0, 7, 298])
+    images, labels = test.images(indices), test.labels(indices)
+    assert (images.shape, images.dtype, labels.dtype) == ((4, 8, 8, 1), np.uint8, np.int32)
+    for i, index in enumerate(indices):
+        np.testing.assert_array_equal(images[i], test.images()[index])
+        assert labels[i] == test.labels()[index]
+    np.testing.assert_array_equal(test.images(slice(3, 5)), test.images()[3:5])
+    np.testing.assert_array_equal(test.labels(slice(3, 5)), test.labels()[3:5])
+    assert np.shares_memory(test.images(), test.pixels)
+
+
+def test_describe_says_before_preparing_what_it_says_after(digits_dir, tmp_path):
+    before = data.describe("digits", str(tmp_path / "empty"))
+    assert not (tmp_path / "empty").exists()
+    assert before == data.describe("digits", str(digits_dir))
+    assert before == data.Description("digits", 1498, 299, (8, 8, 1), 17, 10)
+    full = data.Description("cifar10", 50_000, 10_000, (32, 32, 3), 256, 10)
+    assert data.describe("cifar10", str(tmp_path)) == full
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 3), (6, 5, 1)])
+def test_a_set_without_labels_is_read_and_refuses_labels(tmp_path, write_foreign, shape):
+    pixels = write_foreign(shape)
+    loaded = data.load("foreign", "train", str(tmp_path))
+    np.testing.assert_array_equal(loaded.images(), pixels)
+    assert (loaded.num_levels, loaded.num_classes) == (256, 0)
+    assert data.describe("foreign", str(tmp_path)).num_classes == 0
+    with pytest.raises(ValueError, match="data.name='foreign' has no labels"):
+        loaded.labels(np.arange(2))
+
+
+# --- the decoded copies
+
+
+def copies(directory, split="test"):
+    """The files in which the pictures and the classes of a split are kept."""
+    return [next((directory / "digits" / "1.0.0").glob(f"{what}-{split}-*.npy")) for what in ("decoded", "classes")]
+
+
+def test_the_copies_are_used_and_notice_new_data(digits_copy, monkeypatch):
+    first = load("test", digits_copy)
+    monkeypatch.setattr(prepared, "RECORDS_PER_READ", None)  # decoding again fails
+    again = load("test", digits_copy)
+    np.testing.assert_array_equal(again.images(), first.images())
+    np.testing.assert_array_equal(again.labels(), first.labels())
+    os.utime(digits_copy / "digits" / "1.0.0" / "digits-test.array_record-00000-of-00001", (0, 0))
+    with pytest.raises(ValueError, match="cannot decode"):
+        load("test", digits_copy)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "length", "missing"])
+@pytest.mark.parametrize("which", [0, 1], ids=["pictures", "classes"])
+def test_a_damaged_copy_is_decoded_anew(digits_copy, which, damage):
+    expected = load("test", digits_copy)
+    path = copies(digits_copy)[which]
+    if damage == "missing":
+        path.unlink()
+    elif damage == "length":
+        np.save(path, np.load(path)[1:])
+    else:
+        path.write_bytes(path.read_bytes()[:100] if damage == "cut" else b"")
+    again = load("test", digits_copy)
+    np.testing.assert_array_equal(again.images(), expected.images())
+    np.testing.assert_array_equal(again.labels(), expected.labels())
+    for kept, array in zip(copies(digits_copy), (expected.images(), expected.labels()), strict=True):
+        np.testing.assert_array_equal(np.load(kept), array)
+
+
+def test_a_read_only_directory_is_decoded_in_memory(digits_copy, monkeypatch):
+    def refuse(*args):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(prepared.files.os, "replace", refuse)
+    assert len(load("test", digits_copy)) == 299
+    assert not [*digits_copy.rglob("decoded-*"), *digits_copy.rglob("classes-*")]
+
+
+def test_too_many_pictures_and_wrong_levels(digits_copy, monkeypatch):
+    (digits_copy / "digits" / "1.0.0" / "metadata.json").write_text('{"num_levels": 16}')
+    with pytest.raises(ValueError, match="pixel value 16, but only 16 levels"):
+        load("train", digits_copy)
+    monkeypatch.setattr(source, "MAX_BYTES", 1498 * 64 - 1)
+    with pytest.raises(ValueError, match=r"shape \(1498, 8, 8, 1\), more than"):
+        load("train", digits_copy)

@@ -1,0 +1,181 @@
+"""From a config to objects: names and their arguments reach the functions, and a model is what its config says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from diffusion import learned_schedule, objectives, process, reverse, schedules
+from diffusion.experiment import build
+from diffusion.training import optimizer
+from diffusion.variances import X0Variance
+
+SHAPE, NUM_LEVELS = (8, 8, 1), 17
+X = jax.random.normal(jax.random.key(0), (2, *SHAPE))
+T = jnp.asarray([0.0, 3.0])
+
+
+def tiny(**keys):
+    config = digits.get_config()
+    small = {
+        "unet.channels": 4, "unet.num_groups": 2, "unet.channel_mult": (1,), "unet.attention_resolutions": (),
+        "unet.fourier_features": (), "schedule.num_steps": 5,
+    }  # fmt: skip
+    with config.unlocked():
+        config.update_from_flattened_dict(small | {key.replace("__", "."): value for key, value in keys.items()})
+    return config
+
+
+def made(**keys):
+    return build.experiment(tiny(**keys), SHAPE, NUM_LEVELS)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Of the tiny network, of ordinary size everywhere: at the start it outputs almost nothing."""
+    rng = np.random.default_rng(0)
+    shapes = made().abstract_state().params
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / 3, shapes)
+
+
+def test_arguments_of_the_network_go_before_its_group_and_both_before_its_defaults():
+    network = made(model__network="unet(channels=8, dropout=0.25)", unet__dropout=0.5).training.network
+    assert (network.channels, network.dropout, network.num_groups, network.out_channels) == (8, 0.25, 2, 2)
+    config = tiny(model__network="unet(channels=16, num_groups=4, attention_resolutions=(4,), channel_mult=(1, 2))")
+    with config.unlocked():
+        del config.unet
+    network = build.experiment(config, SHAPE, NUM_LEVELS).training.network
+    assert (network.channels, network.num_groups, network.num_res_blocks) == (16, 4, 2)
+
+
+def test_what_a_network_refuses_is_refused_here():
+    with pytest.raises(ValueError, match="unet.channel_mult=.* halves images 4 times, so .* not 8×8"):
+        made(unet__channel_mult=(1, 1, 1, 1, 1))
+
+
+def test_arguments_of_the_optimizer_and_its_decay_reach_them():
+    keys = {"name": "adamw(b2=0.9, weight_decay=1)", "decay": "cosine(end=0.5)", "learning_rate": 0.1}
+    keys |= {"warmup_steps": 2, "grad_clip": 3.0}
+    ours = made(train__num_steps=6, **{f"optim__{key}": value for key, value in keys.items()}).training.optimizer
+
+    def rule(rate):
+        return optimizer.adamw(rate, b2=0.9, weight_decay=1.0)
+
+    def decay(peak, num_steps):
+        return optimizer.cosine(peak, num_steps, end=0.5)
+
+    wanted = optimizer.make(rule, decay, 0.1, 6, warmup_steps=2, grad_clip=3.0)
+    params = {"w": jnp.asarray([1.0, -2.0])}
+    states = [made_of.init(params) for made_of in (ours, wanted)]
+    for step in range(8):
+        gradient = {"w": jnp.asarray([5.0, 0.1 * step])}
+        with jax.numpy_dtype_promotion("standard"):
+            (update, states[0]), (other, states[1]) = (
+                made_of.update(gradient, state, params) for made_of, state in zip((ours, wanted), states, strict=True)
+            )
+        np.testing.assert_array_equal(update["w"], other["w"])
+
+
+def test_arguments_of_objective_weighting_and_timesteps_reach_them():
+    training = made(
+        model__prediction="eps",
+        objective__name="hybrid(vlb_weight=0.25)",
+        objective__weighting="min_snr(gamma=2)",
+        objective__timesteps="loss_aware(history_length=3)",
+    ).training
+    p, row = reverse.make("eps", "learned_range"), schedules.cosine(5)[3]
+    wanted = objectives.make("hybrid", p, 5, NUM_LEVELS, objectives.min_snr(p, gamma=2.0), vlb_weight=0.25)
+    x0, eps, output = X[0].clip(-1, 1), X[1], jnp.concatenate([0.5 * X[1], X[0]], axis=-1)
+    example = (row, x0, process.q_sample(row, x0, eps), eps, output)
+    assert training.objective(*example)[0] == wanted(*example)[0]
+    assert training.timesteps.init(5).losses.shape == (5, 3)
+
+
+def test_arguments_of_the_sampler_reach_it():
+    method = build.sample_method(tiny(sample__method="ddim(eta=1)"))
+    assert method.keywords == {"eta": 1}
+
+
+def test_settings_are_those_of_the_config():
+    config = tiny(seed=4, train__sample_every=7, eval__terms_per_image=3, eval__batch_size=9, eval__protocol="ho2020")
+    plan, settings = build.plan(config), build.bound_settings(config)
+    for field in dataclasses.fields(plan):
+        assert getattr(plan, field.name) == (4 if field.name == "seed" else config.train[field.name])
+    assert dataclasses.asdict(settings) == {
+        "seed": 4, "batch_size": 9, "protocol": "ho2020", "terms_per_image": 3,
+    }  # fmt: skip
+
+
+# --- the model of an experiment
+
+
+def test_a_model_is_the_network_with_its_reverse_process_and_schedule(params):
+    experiment = made()
+    model = experiment.model(params)
+    output = experiment.training.network.apply({"params": params}, X, T)
+    assert output.shape == (2, 8, 8, 2)
+    np.testing.assert_allclose(jax.jit(lambda model: model.denoise(X, T))(model), output, rtol=1e-5, atol=1e-5)
+    assert (model.p, model.num_levels) == (reverse.make("v", "learned_range"), NUM_LEVELS)
+    np.testing.assert_array_equal(model.schedule.beta, schedules.cosine(5).beta)
+
+
+def test_under_another_variance_the_network_s_own_is_not_read(params):
+    experiment = made()
+    fixed = experiment.model(params, "fixed_small")
+    assert fixed.p == reverse.make("v", "fixed_small")
+    whole = experiment.model(params).denoise(X, T)
+    np.testing.assert_allclose(fixed.denoise(X, T), whole[..., :1], rtol=1e-6)
+
+
+def test_the_optimal_variance_needs_its_estimate(params):
+    with pytest.raises(ValueError, match="the optimal variance needs a trained mean"):
+        made().model(params, "optimal")
+    table = np.linspace(0, 1, 6, dtype=np.float32)
+    model = made().model(params, "optimal", X0Variance(table, table))
+    np.testing.assert_array_equal(model.schedule.x0_variance, table)
+    assert model.p.variance == "optimal"
+
+
+def test_models_of_equal_configs_are_one_program(params):
+    traced = []
+
+    @jax.jit
+    def output(model):
+        traced.append(None)
+        return model.denoise(X, T)
+
+    for experiment in (made(), made()):
+        output(experiment.model(params))
+        output(experiment.model(jax.tree.map(lambda leaf: 2 * leaf, params)))
+    assert len(traced) == 1
+
+
+def test_a_learned_schedule_is_in_the_parameters(params):
+    experiment = made(schedule__name="learned(start='cosine', inner='variance')")
+    assert experiment.learns_schedule and experiment.training.inner_schedule == "variance"
+    own = learned_schedule.init(experiment.start_schedule) | {"gamma_1": jnp.float32(-3.0)}
+    model = experiment.model(params | {learned_schedule.SUBTREE: own})
+    np.testing.assert_allclose(model.schedule.log_snr[1], 3.0, rtol=1e-6)
+    np.testing.assert_allclose(experiment.start_schedule.beta, schedules.cosine(5).beta, rtol=1e-6)
+    np.testing.assert_array_equal(model.denoise(X, T), experiment.model(params | {"schedule": own}).denoise(X, T))
+    assert not made().learns_schedule
+
+
+def test_a_schedule_that_cannot_be_learned_is_refused_before_anything_is_computed():
+    with pytest.raises(ValueError, match="cannot start where log SNR_T = −∞"):
+        made(schedule__name="learned(start='harmonic')")
+    with pytest.raises(ValueError, match="learning_rate=0.0 of learned must be in"):
+        made(schedule__name="learned(learning_rate=0)")
+
+
+def test_the_start_follows_the_seed_and_the_average_is_a_copy():
+    first, again, other = (made(seed=seed).initial_state() for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    jax.tree.map(np.testing.assert_array_equal, first.params, first.ema_params)
+    kernels = [state.params["conv_in"]["kernel"] for state in (first, other)]
+    assert not np.array_equal(*kernels)
+    shapes = made().abstract_state()
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, first, shapes))

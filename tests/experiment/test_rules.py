@@ -1,0 +1,149 @@
+"""Impossible combinations: every rule is broken by some config, says which keys are in it, and judges by properties."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import cifar10, digits
+from diffusion import objectives, process, reverse, schedules
+from diffusion.experiment import config as config_lib
+from diffusion.experiment import rules
+
+
+def changed(**keys):
+    config = cifar10.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in keys.items()})
+    config_lib.check(config)
+    return config
+
+
+def facts(config):
+    return rules.Facts(config, *rules.start_schedule(config))
+
+
+def refusal(**keys):
+    with pytest.raises(ValueError) as error:
+        rules.check(changed(**keys))
+    return str(error.value)
+
+
+# For each rule a config that breaks it and no other.
+BREAKING = (
+    {"model__variance": "learned"},
+    {"objective__name": "hybrid(vlb_weight=0.01)"},
+    {"objective__name": "vlb", "objective__weighting": "p2(gamma=0.5)"},
+    {"schedule__name": "harmonic"},
+    {"schedule__name": "learned(start='cosine')"},
+    {
+        "schedule__name": "learned(inner='variance')",
+        "objective__name": "vlb",
+        "objective__timesteps": "loss_aware(history_length=5)",
+    },
+    {"eval__terms_per_image": 11, "schedule__num_steps": 11, "model__prediction": "x0", "schedule__name": "cosine"},
+    {"sample__method": "heun", "sample__variance": "optimal"},
+    {"sample__method": "ddim(eta=1.5)"},
+    {"sample__num_steps": 1001},
+)
+
+
+@pytest.mark.parametrize(("rule", "keys"), zip(rules.RULES, BREAKING, strict=True), ids=range(len(BREAKING)))
+def test_every_rule_is_broken_by_some_config_and_its_message_names_keys_and_values(rule, keys):
+    config = changed(**keys)
+    broken = [other for other in rules.RULES if other.is_broken(facts(config))]
+    assert broken == [rule]
+    message = refusal(**keys)
+    assert "\n" not in message
+    named = re.findall(r"\{c\.([\w.]+)", rule.message)
+    assert named
+    flat = config_lib.flatten(config)
+    for key in named:
+        assert re.search(rf"{re.escape(key)}=({re.escape(repr(flat[key]))}|{re.escape(str(flat[key]))})", message), key
+    assert {key.replace("__", ".") for key in keys} & set(named)
+
+
+@pytest.mark.parametrize("get_config", [cifar10.get_config, digits.get_config])
+def test_the_configs_break_no_rule(get_config):
+    config = get_config()
+    rules.check(config)
+    assert not [rule for rule in rules.RULES if rule.is_broken(facts(config))]
+
+
+# --- what counts is ᾱ_T, not the schedule's name
+
+WITHOUT_SIGNAL = [("harmonic", 1000), ("harmonic", 7), ("linear", 20), ("quadratic", 20)]
+
+
+@pytest.mark.parametrize(("name", "num_steps"), WITHOUT_SIGNAL)
+def test_eps_is_refused_where_nothing_of_x0_is_left(name, num_steps):
+    keys = {"schedule__name": name, "schedule__num_steps": num_steps}
+    message = refusal(**keys)
+    assert f"schedule.name='{name}' with schedule.num_steps={num_steps} ends with ᾱ_T = 0" in message
+    for prediction in ("x0", "v", "mean"):
+        rules.check(changed(**keys, model__prediction=prediction))
+
+
+def test_the_mean_is_refused_too_where_the_step_before_has_no_signal_either():
+    """β = 1 in every step: μ̃_T does not depend on x_0."""
+    keys = {"schedule__name": "constant", "schedule__num_steps": 20}
+    for prediction in ("eps", "mean"):
+        assert f"model.prediction='{prediction}'" in refusal(**keys, model__prediction=prediction)
+    for prediction in ("x0", "v"):
+        rules.check(changed(**keys, model__prediction=prediction))
+
+
+@pytest.mark.parametrize(("num_steps", "is_bounded"), [(20, False), (21, True)])
+def test_the_loss_of_eps_is_bounded_exactly_where_it_is_allowed(num_steps, is_bounded):
+    """For t > 1 it is T · ½ (SNR_{t−1}/SNR_t − 1) (ε − ε̂)² in nats: Kingma et al. (2021), section 4."""
+    s, p = schedules.linear(num_steps), reverse.make("eps", "fixed_small")
+    x0, eps = (jax.random.uniform(jax.random.key(i), (4, 4, 1), minval=-1.0) for i in range(2))
+    vlb = objectives.make("vlb", p, num_steps)
+
+    def loss(row):
+        return vlb(row, x0, process.q_sample(row, x0, eps), eps, jnp.zeros_like(eps))[0]
+
+    losses = jax.vmap(loss)(s[2:])
+    assert np.isfinite(losses[:-1]).all() and bool(np.isfinite(losses[-1])) == is_bounded
+    if is_bounded:
+        alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, num_steps) * 1000 / num_steps)
+        snr = alpha_bar / (1 - alpha_bar)
+        weight = num_steps * 0.5 * (snr[:-1] / snr[1:] - 1) / np.log(2)
+        np.testing.assert_allclose(losses, weight * np.mean(np.float64(eps) ** 2), rtol=1e-3)
+        rules.check(changed(schedule__num_steps=num_steps))
+
+
+# --- the schedule that a config means
+
+
+def test_arguments_of_a_schedule_reach_it():
+    schedule, learned = rules.start_schedule(changed(schedule__name="linear(beta_end=0.03)"))
+    assert learned is None
+    np.testing.assert_array_equal(schedule.beta, schedules.linear(1000, beta_end=0.03).beta)
+
+
+def test_a_learned_schedule_starts_from_a_name_with_arguments():
+    text = "learned(start='warmup(fraction=0.5)', inner='variance', learning_rate=1)"
+    schedule, learned = rules.start_schedule(changed(schedule__name=text))
+    np.testing.assert_array_equal(schedule.beta, schedules.warmup(1000, fraction=0.5).beta)
+    assert (learned.inner, learned.learning_rate) == ("variance", 1.0)
+
+
+@pytest.mark.parametrize("start", ["linaer", "learned", "linear(beta=3)", "linear(beta_end=f())", "cosine(offset='x')"])
+def test_a_start_that_is_no_fixed_schedule_is_refused_by_key(start):
+    text = f'learned(start="{start}")'
+    message = refusal(schedule__name=text)
+    assert message.startswith(f"schedule.name={text!r}: start ") and "\n" not in message
+
+
+def test_every_pair_of_prediction_and_variance_has_an_objective():
+    for prediction, variance in itertools.product(("eps", "x0", "v", "mean"), ("fixed_small", "learned_range")):
+        rules.check(changed(model__prediction=prediction, model__variance=variance, objective__name="vlb"))
+
+
+def test_every_prediction_has_every_weighting():
+    for prediction, weighting in itertools.product(("eps", "x0", "v", "mean"), ("none", "p2", "min_snr(gamma=3)")):
+        rules.check(changed(model__prediction=prediction, objective__weighting=weighting))

@@ -1,0 +1,35 @@
+"""README.md: its quickstart runs as it stands, its links lead somewhere, and it stays short."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_quickstart_runs_after_the_demo(straight, tiny_data_dir, tmp_path):
+    shutil.copytree(straight, tmp_path / "runs" / "digits")
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(tiny_data_dir)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    numbers = [float(number) for number in re.findall(r"\d+\.?\d*", result.stdout)]
+    digit, bits_per_dim = numbers[:64], numbers[64:]
+    assert len(bits_per_dim) == 16 and all(0 <= pixel <= 16 for pixel in digit)
+    # An untrained model codes a pixel of 17 values worse than log2(17) = 4.09 bits, and not absurdly so.
+    assert all(1 < bits < 100 for bits in bits_per_dim)
+
+
+def test_every_link_leads_to_a_file():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    local = [link for link in links if not link.startswith("http")]
+    assert local and all((ROOT / link).exists() for link in local), local
+
+
+def test_it_is_at_most_8_kilobytes():
+    assert len(README.encode()) <= 8192

@@ -1,0 +1,172 @@
+"""Data parallelism: eight devices take the steps of one, and every item of a batch is computed once."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion import data
+from diffusion.experiment import build
+from diffusion.training import devices
+from diffusion.training.step import group_norms, train_step
+
+
+class Steps:
+    """A few train steps of a config, each program compiled once: on all devices with pmap, or on one without."""
+
+    def __init__(self, config):
+        self.config = config
+        self.images = data.load(config.data.name, "train", config.data.data_dir).images()
+        self.experiment = build.experiment(config, (8, 8, 1), 17)
+        self.start = jax.device_get(self.experiment.initial_state())
+        self.pmapped = devices.train_steps(self.experiment.training, config.seed)
+        one = partial(train_step, self.experiment.training, axis_name="devices")
+        self.single = jax.jit(jax.vmap(one, axis_size=1, axis_name="devices", in_axes=(None, None, 0)))
+
+    def indices(self, *steps):
+        """[steps, B]."""
+        size, number = self.config.train.batch_size, len(self.images)
+        return np.stack([data.batch_indices(self.config.seed, step, size, number) for step in steps])
+
+    def on_all_devices(self, num_steps):
+        """The replicated state after so many steps, and the host's metrics [1, ...] of the last one."""
+        state, images = devices.replicate(self.start), devices.replicate(self.images)
+        for step in range(num_steps):
+            state, metrics = self.pmapped(state, images, self.indices(step))
+        return state, metrics.host()
+
+    def on_one_device(self, num_steps):
+        """The state after so many steps, and the metrics of the last one."""
+        state = self.start
+        for step in range(num_steps):
+            stepped = self.single(np.int32(self.config.seed), state, self.images[self.indices(step)])
+            state, metrics = jax.tree.map(lambda leaf: leaf[0], stepped)
+        return state, metrics
+
+
+@pytest.fixture(scope="module")
+def steps_of(tiny):
+    """A function of changes: the steps of the tiny config with them, and with a network that compiles sooner."""
+
+    def steps_with(**changes):
+        return Steps(tiny(unet__channel_mult=(1,), unet__attention_resolutions=(), **changes))
+
+    return steps_with
+
+
+@pytest.fixture(scope="module")
+def steps(steps_of):
+    return steps_of()
+
+
+def assert_same_parameters(a, b):
+    # Adam divides by √v, so a rounding in a gradient near 0 may move a parameter by a part of the learning rate.
+    for one, other in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_eight_devices_take_the_same_steps_as_one(steps):
+    many, metrics = steps.on_all_devices(3)
+    one, one_metrics = steps.on_one_device(3)
+    np.testing.assert_allclose(metrics["loss"][0], one_metrics["loss"], rtol=1e-5)
+    for leaf in jax.tree.leaves(many.leaves.params):
+        copies = np.asarray(leaf)
+        np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))  # replicas stay equal
+    assert_same_parameters(many.host(), one)
+
+
+def test_accumulated_gradients_are_the_batch_gradient(steps, steps_of):
+    at_once, metrics = steps.on_one_device(2)
+    in_parts, part_metrics = steps_of(train__grad_accum=2).on_one_device(2)
+    np.testing.assert_allclose(metrics["grad_norm"], part_metrics["grad_norm"], rtol=1e-4)
+    assert_same_parameters(at_once, in_parts)
+
+
+def test_several_steps_in_one_call_are_the_same_steps(steps):
+    single, _ = steps.on_all_devices(2)
+    state, images = devices.replicate(steps.start), devices.replicate(steps.images)
+    both, metrics = steps.pmapped(state, images, steps.indices(0, 1))
+    metrics = metrics.host()
+    assert metrics["loss"].shape == (2,)
+    norms = group_norms(steps.start.params)  # those before the call, for both of its steps
+    np.testing.assert_allclose(metrics["param_norms"], np.broadcast_to(norms, (2, len(norms))), rtol=1e-5)
+    assert_same_parameters(single.host(), both.host())
+
+
+def test_the_step_compiles_once_moves_nothing_and_reuses_the_state(steps):
+    compiled = []
+
+    def listen(event, seconds, **kwargs):
+        if "backend_compile" in event:
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    state, images = devices.replicate(steps.start), devices.replicate(steps.images)
+    train_steps, counts = devices.train_steps(steps.experiment.training, steps.config.seed), []
+    for step in range(4):
+        # What a call moves between host and devices, or between devices, must be asked for: the indices alone are.
+        indices, before = steps.indices(step), state
+        with jax.transfer_guard("disallow" if step else "allow"):
+            state, _ = train_steps(state, images, indices)
+        counts.append(len(compiled))
+        leaves = jax.tree.leaves(before.leaves)
+        assert all(leaf.is_deleted() for leaf in leaves), "the state's memory was not donated"
+    assert counts[0] > 0, "the listener heard nothing"
+    assert counts[1:] == [counts[0]] * 3
+
+
+def test_a_replicated_tree_comes_back_as_it_was():
+    tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": (np.int32(7),)}
+    replicated = devices.replicate(tree)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(replicated.leaves)} == {8}
+    back = replicated.host()
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        assert isinstance(one, np.ndarray) and one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(replicated.part(lambda tree: tree["a"]).host(), tree["a"])
+
+
+def test_a_replica_that_differs_is_named():
+    names = devices.differing_replicas()
+    replicated = devices.replicate({"kernel": np.ones(5, np.float32), "count": np.int32(3)})
+    assert names(replicated) == []
+    copies = np.array(replicated.leaves["kernel"])
+    copies.view(np.uint32)[6, 2] ^= 1  # the last bit of one number of one device
+    kernel = jax.device_put(copies, replicated.leaves["kernel"].sharding)
+    assert names(devices.Replicated(replicated.leaves | {"kernel": kernel})) == ["kernel"]
+
+
+@pytest.mark.parametrize(("num_items", "batch_size"), [(20, 16), (3, 256), (16, 16), (17, 8), (1, 1)])
+def test_batches_hold_every_item_once_and_have_one_shape(num_items, batch_size):
+    shapes = []
+
+    def fn(shared, items):
+        number, image = items
+        shapes.append(number.shape)  # when it is traced: once for each shape
+        return {"sum": shared["offset"] + number, "image": 2 * image}
+
+    items = np.arange(num_items), np.arange(3 * num_items, dtype=np.float32).reshape(num_items, 3)
+    shared = {"offset": devices.replicate(np.int32(100))}
+    numbers, results = zip(*devices.over_batches(fn)(shared, items, batch_size), strict=True)
+    assert np.concatenate(numbers).tolist() == list(range(num_items))
+    np.testing.assert_array_equal(np.concatenate([result["sum"] for result in results]), items[0] + 100)
+    np.testing.assert_array_equal(np.concatenate([result["image"] for result in results]), 2 * items[1])
+    assert len(shapes) == 1
+    # The batches are as equal as they can be, and the devices' shares of them, too.
+    assert len(results) == -(-num_items // batch_size) if batch_size >= 8 else len(results) == 1
+    assert shapes[0] == (-(-num_items // len(results) // 8),)
+
+
+def test_no_items_are_no_batches():
+    batches = devices.over_batches(lambda shared, items: items)
+    assert list(batches(devices.replicate(np.int32(0)), np.arange(0), 4)) == []
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused_by_name():
+    devices.check_batch_size(16, 2)
+    with pytest.raises(ValueError, match="train.batch_size=12 does not divide by 8 devices"):
+        devices.check_batch_size(12, 1)
+    with pytest.raises(ValueError, match=r"train.batch_size=16 does not divide by 8 devices × train.grad_accum=4"):
+        devices.check_batch_size(16, 4)
