@@ -4,24 +4,28 @@
     python -m benchmarks.compiled                        # for an H200; two minutes of compilation a row
     python -m benchmarks.compiled --target="TPU v4"      # a quarter of an hour a row
 
-XLA's compilers run without the device that they compile for. The programs are those of training and sampling, whole.
-Nothing is run: the figures are counts, and the times follow from the device's data sheet. On a GPU the compiler chooses
-algorithms by timing them: here it cannot, so matrix products and the workspace of libraries may differ.
+XLA's compilers run without the device that they compile for. The programs are the complete ones of training and
+sampling. Nothing is run: the figures are counts, and the times follow from the device's data sheet. On a GPU the
+compiler chooses algorithms by timing them: here it cannot, so matrix products and the workspace of libraries may
+differ.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jaxtyping import PyTree
 
 from benchmarks import networks, sampling, scaling, timing
 from diffusion.experiment import build
+from diffusion.experiment.build import Experiment
 from diffusion.programs import describe
+from diffusion.training import devices
 
 # As the compiler describes a card; the data sheet's figures, and the versions of jax[cuda12]'s libraries.
 H200 = """
@@ -77,14 +81,14 @@ def main() -> None:
 def row(program: Program, target: str) -> dict[str, Any]:
     """The figures of one program, for each of its devices and each of its steps."""
     (device,) = (device for device in scaling.DEVICES if device.name == target)
-    devices = topology(target, program.devices)
+    targets = topology(target, program.devices)
     # The network is written another way for CPUs; it asks JAX where it is.
-    with mock.patch.object(jax, "default_backend", return_value=devices[0].platform):
+    with mock.patch.object(jax, "default_backend", return_value=targets[0].platform):
         config = networks.config_of("full", dtype="bfloat16", remat=program.remat)
         config.train.batch_size = program.batch
         experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
         lower = lower_training if program.name == "train step" else lower_sampling
-        compiled = lower(experiment, program.batch // program.devices, devices).compile()
+        compiled = lower(experiment, program.batch // program.devices, targets).compile()
     passes = 1 if program.name != "train step" else 4 if program.remat else 3
     flops = passes * program.batch / program.devices * describe.forward_flops(experiment)
     memory, counted = compiled.memory_analysis(), (compiled.cost_analysis() or {}).get("bytes accessed")
@@ -116,21 +120,36 @@ def topology(target: str, count: int) -> list[jax.Device]:
     return found.devices[:count]
 
 
-def lower_training(experiment, local_batch: int, devices) -> Any:
-    """The call of the train loop, on all of CIFAR-10."""
-    images = jax.ShapeDtypeStruct((50_000, *experiment.image_shape), jnp.uint8)
-    indices = jax.ShapeDtypeStruct((STEPS, local_batch), jnp.int32)
-    arguments = on_all((experiment.abstract_state(), images, indices), len(devices))
-    return devices.train_steps(experiment.training, devices).lower(*arguments)
+def lower_training(
+    experiment: Experiment,
+    local_batch: int,
+    targets: Sequence[jax.Device],
+    steps: int = STEPS,
+    num_images: int = 50_000,
+) -> jax.stages.Lowered:
+    """The call of the train loop on so many images; by default all of CIFAR-10."""
+    seed = jax.ShapeDtypeStruct((), jnp.int32)
+    images = jax.ShapeDtypeStruct((num_images, *experiment.image_shape), jnp.uint8)
+    indices = jax.ShapeDtypeStruct((steps, local_batch), jnp.int32)
+    arguments = on_all((seed, experiment.abstract_state(), images, indices), len(targets))
+    return devices.compiled_train_steps(experiment.training, targets).lower(*arguments)
 
 
-def lower_sampling(experiment, local_batch: int, devices) -> Any:
-    arguments = (experiment.abstract_state().params, jax.ShapeDtypeStruct((local_batch,), jnp.int32))
-    program = jax.pmap(sampling.chain(experiment, "ancestral", STEPS), axis_name=devices.AXIS, devices=devices)
-    return program.lower(*on_all(arguments, len(devices)))
+def lower_sampling(
+    experiment: Experiment, local_batch: int, targets: Sequence[jax.Device], steps: int = STEPS
+) -> jax.stages.Lowered:
+    """A chain of the ancestral sampler."""
+
+    def spaced(params):
+        return sampling.spaced(experiment.model(params), steps)
+
+    model = jax.eval_shape(spaced, experiment.abstract_state().params)
+    numbers = jax.ShapeDtypeStruct((local_batch,), jnp.int32)
+    program = jax.pmap(sampling.chain(experiment, "ancestral"), axis_name=devices.AXIS, devices=targets)
+    return program.lower(*on_all((model, numbers), len(targets)))
 
 
-def on_all(tree, count: int):
+def on_all(tree: PyTree, count: int) -> PyTree:
     """The shapes of a copy for each device."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), tree)
 

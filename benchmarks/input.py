@@ -3,8 +3,8 @@
     python -m benchmarks.input
     python -m benchmarks.input --data=cifar10 --batch-size=128
 
-The whole split lies on the device, so that a step moves its indices only. The DataLoader collates the same images,
-flips half of each batch and maps it to [-1, 1], in this process and in two workers.
+All images of the split lie on the device, so that a step moves its indices only. The DataLoader collates the same
+images, flips half of each batch and maps it to [-1, 1], in this process and in two workers.
 """
 
 import itertools
@@ -18,8 +18,8 @@ import numpy as np
 from benchmarks import networks, timing
 from benchmarks.networks import torch
 from diffusion import data
-from diffusion.training import devices
-from diffusion.training.step import to_unit
+from diffusion.data import Source
+from diffusion.data.levels import to_unit
 
 BATCHES = 100
 
@@ -30,13 +30,13 @@ def main() -> None:
     parser.add_argument("--data-dir", default="")
     parser.add_argument("--batch-size", type=int, default=128)
     args = parser.parse_args()
-    images = data.load(args.data, "train", args.data_dir).images
+    source = data.load(args.data, "train", args.data_dir)
     arms: dict[str, Callable[[], Any]] = {
-        "ours: choose indices": lambda: [index for index in indices(args, images)],
-        "ours: choose, move, gather, flip": our_batches(args, images),
+        "ours: choose indices": lambda: list(indices(args, source)),
+        "ours: choose, move, gather, flip": our_batches(args, source),
     }
-    if torch is not None:
-        arms |= {f"DataLoader, {workers} workers": peer_batches(args, images, workers) for workers in (0, 2)}
+    for workers in (0, 2) if torch is not None else ():
+        arms[f"DataLoader, {workers} workers"] = peer_batches(args, source, workers)
     seconds = timing.alternate(arms, args.rounds)
     rows = [
         {
@@ -49,31 +49,33 @@ def main() -> None:
     timing.finish(args.out, vars(args), rows)
 
 
-def indices(args, images: np.ndarray) -> Iterator[np.ndarray]:
+def indices(args, source: Source) -> Iterator[np.ndarray]:
     for step in range(BATCHES):
-        yield data.batch_indices(0, step, args.batch_size, len(images))
+        yield data.batch_indices(0, step, args.batch_size, len(source))
 
 
-def our_batches(args, images: np.ndarray) -> Callable[[], None]:
-    """What a train step does before the network, in a compiled call of its own."""
+def our_batches(args, source: Source) -> Callable[[], None]:
+    """What a train step does before the network, in a compiled call of its own on one device."""
 
+    @jax.jit
     def batch(images, indices):
-        x0 = to_unit(images[indices], 256)
+        x0 = to_unit(images[indices], source.num_levels)
         mirrored = jax.random.bernoulli(jax.random.key(0), shape=(len(x0),))
         return jnp.where(mirrored[:, None, None, None], x0[:, :, ::-1], x0)
 
-    compiled, on_device = devices.over_devices(batch), devices.replicate(images)
+    on_device = jax.device_put(source.images())
 
     def run() -> None:
-        for chosen in indices(args, images):
-            x0 = compiled(on_device, chosen.reshape(jax.local_device_count(), -1))
+        for chosen in indices(args, source):
+            x0 = batch(on_device, chosen)
         jax.block_until_ready(x0)
 
     return run
 
 
-def peer_batches(args, images: np.ndarray, workers: int) -> Callable[[], None]:
-    dataset = torch.utils.data.TensorDataset(torch.tensor(images.transpose(0, 3, 1, 2).copy()))
+def peer_batches(args, source: Source, workers: int) -> Callable[[], None]:
+    channels_first = source.images().transpose(0, 3, 1, 2).copy()
+    dataset = torch.utils.data.TensorDataset(torch.tensor(channels_first))
     loader = torch.utils.data.DataLoader(
         dataset, args.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
     )
@@ -81,7 +83,7 @@ def peer_batches(args, images: np.ndarray, workers: int) -> Callable[[], None]:
     def run() -> None:
         epochs = itertools.chain.from_iterable(itertools.repeat(loader))
         for (batch,) in itertools.islice(epochs, BATCHES):
-            x0 = batch.to(networks.device()).float() / 127.5 - 1
+            x0 = batch.to(networks.device()).float() / ((source.num_levels - 1) / 2) - 1
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0.flip(3), x0)
 
     return networks.synchronized(run)

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import networks, timing
 from benchmarks.networks import torch
-from diffusion.data import ImageSet
+from diffusion.data import Source
 from diffusion.evaluation import bound
 from diffusion.experiment import build
 from diffusion.training import devices
@@ -54,10 +54,10 @@ def our_arm(args, batch_size: int, params):
     config.schedule.name, config.schedule.num_steps, config.eval.batch_size = "cosine", args.batches, batch_size
     experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
     params = experiment.initial_state().params if params is None else params
-    replicated, score = devices.replicate(jax.device_get(params)), bound.bound_of(experiment)
+    model, score = devices.replicate(experiment.model(params)), bound.full_bound(build.bound_settings(config))
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *networks.IMAGE_SHAPE), np.uint8)
-    image_set = ImageSet("random", "test", images, 256)
-    return lambda: score(replicated, image_set, np.arange(batch_size))
+    source = Source("random", "test", images)
+    return lambda: score(model, source, np.arange(batch_size))
 
 
 def peer_arm(args, batch_size: int, module):

@@ -20,8 +20,8 @@ try:
 except ImportError:  # the peers are optional: pip install -e '.[peers]'
     diffusers = torch = None
 
-# Of Ho et al.'s network: the whole (35.7M parameters), and one a sixteenth as large.
-SIZES = {"full": {"channels": 128, "groups": 32}, "small": {"channels": 32, "groups": 8}}
+# Ho et al.'s network (35.7M parameters), and one a sixteenth as large.
+SIZES = {"full": {"channels": 128, "num_groups": 32}, "small": {"channels": 32, "num_groups": 8}}
 IMAGE_SHAPE = (32, 32, 3)
 
 

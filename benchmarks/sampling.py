@@ -7,10 +7,12 @@
 Speed: the whole chain of our ancestral sampler is one compiled program; the peer is diffusers' DDPMPipeline with the
 same weights, as it comes. Quality: DDIM, DPM-Solver++ and Heun solve one ODE, so that from the same noise they all end
 at the same image if the steps are small enough. The error is the distance to Heun's result with all of the schedule's
-steps, as a root mean square in grey levels, and in bits: how many binary digits of the range [-1, 1] are right.
+steps, as a root mean square in pixel values, and in bits: how many binary digits of the range [-1, 1] are right.
 """
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ import jax
 import numpy as np
 
 from benchmarks import networks, timing
-from diffusion import data, samplers, schedules
+from diffusion import samplers, schedules
 from diffusion.experiment import build, workdir
+from diffusion.experiment.build import Experiment
+from diffusion.model import Model
 from diffusion.runtime import randomness
 from diffusion.training import devices
+from diffusion.training.devices import Replicated
 
 ODE_SAMPLERS = ("ddim", "dpm_solver_pp", "heun")
 
@@ -45,18 +50,11 @@ def speed(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     params, module = networks.peer(args.size) if has_peer else (None, None)
     experiment = build.experiment(networks.config_of(args.size, dtype=args.dtype), networks.IMAGE_SHAPE, 256)
     params = experiment.initial_state().params if params is None else params
-    draw = sampler(experiment, "ancestral", args.num_steps)
-    replicated, numbers = devices.replicate(jax.device_get(params)), np.arange(args.num_images)
-    arms: dict[str, Callable[[], Any]] = {"ours": lambda: draw(replicated, numbers)}
+    model = devices.replicate(spaced(experiment.model(params), args.num_steps))
+    draw = sampler(experiment, "ancestral")
+    arms: dict[str, Callable[[], Any]] = {"ours": lambda: draw(model, args.num_images)}
     if has_peer:
-        scheduler = networks.diffusers.DDPMScheduler(1000, beta_schedule="linear", variance_type="fixed_large")
-        if args.dtype == "bfloat16":
-            module = module.to(networks.torch.bfloat16)
-        pipeline = networks.diffusers.DDPMPipeline(module, scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        arms["diffusers DDPMPipeline"] = networks.synchronized(
-            lambda: pipeline(args.num_images, num_inference_steps=args.num_steps, output_type="np")
-        )
+        arms["diffusers DDPMPipeline"] = peer_arm(args, module)
     seconds = timing.alternate(arms, args.rounds)
     rows = [
         {
@@ -70,28 +68,38 @@ def speed(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, ratios
 
 
+def peer_arm(args, module) -> Callable[[], None]:
+    scheduler = networks.diffusers.DDPMScheduler(1000, beta_schedule="linear", variance_type="fixed_large")
+    if args.dtype == "bfloat16":
+        module = module.to(networks.torch.bfloat16)
+    pipeline = networks.diffusers.DDPMPipeline(module, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw() -> None:
+        pipeline(args.num_images, num_inference_steps=args.num_steps, output_type="np")
+
+    return networks.synchronized(draw)
+
+
 def quality(args) -> list[dict[str, Any]]:
     """The error of every ODE sampler at fewer and fewer steps, with the seconds that they take."""
-    config = workdir.read_config(args.quality)
-    described = data.describe(config.data.name, config.data.data_dir)
-    experiment = build.experiment(config, described.image_shape, described.num_levels)
-    params = workdir.restore(experiment, args.quality).ema_params
-    experiment, replicated = experiment.with_fixed_schedule(params), devices.replicate(params)
-    numbers, all_steps = np.arange(args.num_images), experiment.schedule.num_steps
-    reference = sampler(experiment, "heun", all_steps)(replicated, numbers)
+    run = workdir.load(args.quality)
+    all_steps = run.model.schedule.num_steps
+    draws = {method: sampler(run.experiment, method) for method in ODE_SAMPLERS}
+    reference = draws["heun"](devices.replicate(run.model), args.num_images)
     rows = []
     for num_steps in sorted({max(2, all_steps // divisor) for divisor in (1, 2, 5, 10, 20, 50, 100)}, reverse=True):
-        for method in ODE_SAMPLERS:
-            draw = sampler(experiment, method, num_steps)
-            images = draw(replicated, numbers)
-            seconds = timing.alternate({"": lambda draw=draw: draw(replicated, numbers)}, args.rounds)[""]
+        model = devices.replicate(spaced(run.model, num_steps))
+        for method, draw in draws.items():
+            images = draw(model, args.num_images)
+            seconds = timing.alternate({"": partial(draw, model, args.num_images)}, args.rounds)[""]
             rms = float(np.sqrt(np.mean((images - reference) ** 2)))
             rows.append(
                 {
                     "sampler": method,
                     "steps": num_steps,
                     "network evaluations": 2 * num_steps - 1 if method == "heun" else num_steps,
-                    "error, grey levels": rms * (described.num_levels - 1) / 2,
+                    "error, pixel values": rms * (run.model.num_levels - 1) / 2,
                     "bits right": float(-np.log2(rms / 2)) if rms else "reference",
                     "seconds": timing.quartiles(seconds),
                 }
@@ -99,25 +107,29 @@ def quality(args) -> list[dict[str, Any]]:
     return rows
 
 
-def sampler(experiment, method: str, num_steps: int) -> Callable[..., np.ndarray]:
-    """(replicated parameters, image numbers [N]) -> images [N, H, W, C] in [-1, 1]; N is a multiple of the devices."""
-    compiled = devices.over_devices(chain(experiment, method, num_steps))
+def spaced(model: Model, num_steps: int) -> Model:
+    """The model on so many of its schedule's steps."""
+    return dataclasses.replace(model, schedule=schedules.evenly_spaced(model.schedule, num_steps))
 
-    def draw(params, numbers: np.ndarray) -> np.ndarray:
-        return devices.gather(compiled(params, numbers.reshape(jax.local_device_count(), -1)), len(numbers))
+
+def sampler(experiment: Experiment, method: str) -> Callable[[Replicated, int], np.ndarray]:
+    """(replicated model, number of images N) -> images [N, H, W, C] in [-1, 1], all of them as one batch."""
+    batches = devices.over_batches(chain(experiment, method))
+
+    def draw(model: Replicated, num_images: int) -> np.ndarray:
+        ((_, images),) = batches(model, np.arange(num_images), num_images)
+        return images
 
     return draw
 
 
-def chain(experiment, method: str, num_steps: int) -> Callable[..., jax.Array]:
-    """One device's program: (parameters, image numbers [n]) -> images [n, H, W, C] in [-1, 1]."""
-    schedule = schedules.evenly_spaced(experiment.schedule, num_steps)
+def chain(experiment: Experiment, method: str) -> Callable[[Model, jax.Array], jax.Array]:
+    """One device's program: (model, image numbers [n]) -> images [n, H, W, C] in [-1, 1]."""
     seed_key = randomness.stream(experiment.config.seed, "sample")
 
-    def one_batch(params, numbers):
+    def one_batch(model: Model, numbers: jax.Array) -> jax.Array:
         keys = randomness.per_item(seed_key, numbers)
-        denoise = experiment.denoiser(params)
-        return samplers.SAMPLERS[method](denoise, experiment.p, schedule, keys, experiment.image_shape)[0]
+        return samplers.SAMPLERS[method](model.denoise, model.p, model.schedule, keys, experiment.image_shape)[0]
 
     return one_batch
 

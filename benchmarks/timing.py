@@ -1,4 +1,4 @@
-"""Timing arms against one another on a machine that is never quiet, and keeping what was found."""
+"""Timing arms against one another on a machine that is never quiet, and the results as a table and JSON."""
 
 import argparse
 import datetime
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.reporting import metrics_log
+from diffusion.reporting import summary
 
 PAUSE_SECONDS = 0.05  # between two arms: OpenMP's and XLA's threads spin for a while before they sleep
 
@@ -28,7 +28,7 @@ def arguments(doc: str, name: str) -> argparse.ArgumentParser:
 def alternate(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of every arm in every round: A B C, A B C, …, all in this process, one at a time.
 
-    What else the machine does changes from second to second, so that only times of the same round compare. Every arm
+    The load of the machine changes from second to second, so that only times of the same round compare. Every arm
     runs twice before the first round and must not return before its work is done.
     """
     for arm in arms.values():
@@ -72,7 +72,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def finish(out: Path, settings: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
     """Prints the table and writes everything as JSON, with what the numbers depend on."""
-    versions = metrics_log.versions()
+    versions = summary.versions()
     for package in ("torch", "diffusers"):
         try:
             versions[package] = importlib.metadata.version(package)
@@ -80,7 +80,7 @@ def finish(out: Path, settings: dict[str, Any], rows: list[dict[str, Any]], **mo
             versions[package] = "not installed"
     facts = {
         "date": datetime.date.today().isoformat(),
-        "device": metrics_log.device_name(),
+        "device": summary.device_name(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
         "versions": versions,
@@ -91,5 +91,5 @@ def finish(out: Path, settings: dict[str, Any], rows: list[dict[str, Any]], **mo
     for name, value in more.items():
         print(f"\n{name}: {json.dumps(value, ensure_ascii=False)}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    metrics_log.write_json(out, facts | more)
+    summary.write_json(out, facts | more)
     print(f"\n{facts['date']}, {facts['device']}, {facts['cpu_cores']} CPU cores; {out}")

@@ -12,12 +12,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from diffusion.reporting import metrics_log
+from diffusion.reporting import summary
 from experiments import tightness_capacity, tightness_known
 
 
 def main() -> None:
-    """The command; what is wrong with its input is one sentence and exit code 2."""
+    """The command; what is wrong with its input prints a one-line error, with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="where the results go")
     parser.add_argument("--run", type=Path, help="a run with a checkpoint, such as make demo leaves in runs/digits")
@@ -31,7 +31,7 @@ def main() -> None:
 def run(directory: Path, trained: Path | None) -> None:
     """All parts, the trained network first: if something is wrong with it, it fails before the rest is computed."""
     directory.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"device": metrics_log.device_name(), "versions": metrics_log.versions()}
+    results: dict[str, Any] = {"device": summary.device_name(), "versions": summary.versions()}
     text = []
     if trained is not None:
         from experiments import tightness_trained  # needs diffrax, the other parts do not
@@ -46,7 +46,7 @@ def run(directory: Path, trained: Path | None) -> None:
     results["capacity"] = tightness_capacity.rows()
     tightness_capacity.plot(directory / "capacity.png", results["capacity"])
     text = [gaussian_table(results["gaussian"]), capacity_table(results["capacity"]), *text]
-    metrics_log.write_json(directory / "bound_tightness.json", results)
+    summary.write_json(directory / "bound_tightness.json", results)
     (directory / "bound_tightness.md").write_text("\n".join(text))
     print("\n".join(text))
 

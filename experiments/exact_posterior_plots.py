@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
-from diffusion.data import ImageSet
-from diffusion.reporting import metrics_log
+from diffusion.data import Source
+from diffusion.reporting import pictures
 
 EXACT, NETWORK = "exact posterior", "network"
 COLORS = {EXACT: "tab:red", NETWORK: "tab:blue", "test images": "tab:gray"}
@@ -50,21 +50,22 @@ def save_samples(
     path: Path,
     images: dict[str, UInt8[np.ndarray, "n h w c"]],
     neighbours: dict[str, tuple[np.ndarray, np.ndarray]],
-    train_set: ImageSet,
+    train_set: Source,
 ) -> None:
     """For each model a row of its images, under each its nearest training image."""
     figure = Figure(figsize=(12, 7.2), layout="constrained")
     for panel, name in zip(figure.subfigures(len(images), 1), images, strict=True):
         index, rmse = neighbours[name]
         panel.suptitle(
-            f"{name} (top) and the nearest training images (bottom); RMS difference in grey levels of 0–"
-            f"{train_set.num_levels - 1}",
+            f"{name} (top) and the nearest training images (bottom); "
+            f"RMS difference in pixel values of 0–{train_set.num_levels - 1}",
             fontsize="medium",
         )
         axes = panel.subplots(2, SHOWN)
         for k in range(SHOWN):
-            for axis, image in zip(axes[:, k], (images[name][k], train_set.images[index[k]]), strict=True):
-                axis.imshow(metrics_log.image_grid(image[None], train_set.num_levels), cmap="gray", vmin=0, vmax=255)
+            pair = images[name][[k]], train_set.images(index[[k]])
+            for axis, image in zip(axes[:, k], pair, strict=True):
+                axis.imshow(pictures.image_grid(image, train_set.num_levels), cmap="gray", vmin=0, vmax=255)
                 axis.set(xticks=[], yticks=[])
             axes[1, k].set_xlabel(f"{rmse[k]:.2f}")
     figure.savefig(path, dpi=100)
@@ -74,7 +75,7 @@ def plot_nearest(path: Path, neighbours: dict[str, tuple[np.ndarray, np.ndarray]
     """How far samples, and test images, are from the nearest training image."""
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.add_subplot(
-        xlabel=f"RMS difference to the nearest training image (grey levels of 0–{num_levels - 1})",
+        xlabel=f"RMS difference to the nearest training image (pixel values of 0–{num_levels - 1})",
         ylabel="share of the images below",
         title=title,
     )

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -22,27 +21,28 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from diffusion import data
-from diffusion.data import ImageSet
-from diffusion.evaluation.bound import bound_of
+from diffusion.data import Source
+from diffusion.evaluation.bound import full_bound
+from diffusion.evaluation.images import subset
 from diffusion.experiment import build
 from diffusion.experiment.build import Experiment
-from diffusion.programs import evaluate
-from diffusion.reporting import metrics_log
+from diffusion.model import Model
+from diffusion.reporting import summary
+from diffusion.reporting.progress import Progress
 from diffusion.training import devices
-from diffusion.training.step import TrainState, train_step
 
 FILE = "learned_schedule"
 START = "cosine"
 FIXED = "fixed"
-ARMS = {
-    FIXED: {"schedule.name": START},
-    "learned by the bound": {"schedule.name": "learned", "schedule.start": START, "schedule.inner": "bound"},
-    "learned by the variance": {"schedule.name": "learned", "schedule.start": START, "schedule.inner": "variance"},
+ARMS = {  # schedule.name of each
+    FIXED: START,
+    "learned by the bound": f"learned(start={START!r}, inner='bound')",
+    "learned by the variance": f"learned(start={START!r}, inner='variance')",
 }
 
 
 def main() -> None:
-    """The command; what is wrong with its input is one sentence and exit code 2."""
+    """The command; what is wrong with its input prints a one-line error, with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="gets the numbers, the table and the figure")
     parser.add_argument("--T", type=int, default=20, help="the number of latents")
@@ -56,19 +56,19 @@ def main() -> None:
 
 
 def run(directory: Path, num_steps: int, train_steps: int, seeds: list[int]) -> None:
-    """Trains and scores every arm and seed; prints and saves what came out."""
-    train_set, test_set = (data.load("digits", split, "") for split in ("train", "test"))
+    """Trains and scores every arm and seed; prints and saves the results."""
+    train_set, test_set = (data.load("digits", split) for split in ("train", "test"))
     directory.mkdir(parents=True, exist_ok=True)
     rows = []
     for arm in ARMS:
         config = arm_config(arm, num_steps, train_steps)
-        experiment = build.experiment(config, test_set.images.shape[1:], test_set.num_levels)
-        train, score = trainer(experiment, train_set), scorer(experiment, train_set, test_set)
+        experiment = build.experiment(config, test_set.image_shape, test_set.num_levels)
+        score = scorer(config, train_set, test_set)
         for seed in seeds:
-            rows.append({"arm": arm, "seed": seed, **score(train(seed))})
+            rows.append({"arm": arm, "seed": seed, **score(train(experiment, train_set, seed))})
             print(f"{arm}, seed {seed}: {rows[-1]['test_bpd']:.4f} bits/dim", flush=True)
-    setting = {"T": num_steps, "train_steps": train_steps, "test_images": len(test_set.images), "start": START}
-    metrics_log.write_json(directory / f"{FILE}.json", setting | {"device": metrics_log.device_name(), "runs": rows})
+    setting = {"T": num_steps, "train_steps": train_steps, "test_images": len(test_set), "start": START}
+    summary.write_json(directory / f"{FILE}.json", setting | {"device": summary.device_name(), "runs": rows})
     text = markdown(rows, setting)
     (directory / f"{FILE}.md").write_text(text)
     plot(directory / f"{FILE}.png", rows, f"digits, T = {num_steps}, {train_steps} steps, {len(seeds)} seeds")
@@ -78,50 +78,40 @@ def run(directory: Path, num_steps: int, train_steps: int, seeds: list[int]) -> 
 def arm_config(arm: str, num_steps: int, train_steps: int) -> ConfigDict:
     """The digits' config with a network of one resolution and few channels, and the arm's schedule."""
     config = digits.get_config()
-    small = {
+    changes = {
         "unet.channels": 16, "unet.channel_mult": (1,), "unet.attention_resolutions": (),
-        "train.num_steps": train_steps, "schedule.num_steps": num_steps,
+        "train.num_steps": train_steps, "schedule.num_steps": num_steps, "schedule.name": ARMS[arm],
     }  # fmt: skip
     with config.unlocked():
-        config.update_from_flattened_dict(small | ARMS[arm])
+        config.update_from_flattened_dict(changes)
     return config
 
 
-def trainer(experiment: Experiment, train_set: ImageSet) -> Callable[[int], TrainState]:
-    """seed -> the state after training. The seed is an argument of the compiled step, which serves all of them."""
-    config = experiment.config
-
-    def one_step(seed, state, images, indices):
-        training = dataclasses.replace(experiment.training, seed=seed)
-        return train_step(training, state, images, indices, devices.AXIS)
-
-    compiled, images = devices.over_devices(one_step), devices.replicate(train_set.images)
-
-    def train(seed: int) -> TrainState:
-        seeded = ConfigDict(config.to_dict() | {"seed": seed})
-        state = devices.replicate(jax.device_get(dataclasses.replace(experiment, config=seeded).initial_state()))
-        seeds = devices.replicate(np.asarray(seed, np.int32))
-        with metrics_log.Progress(config.train.num_steps, desc=f"{config.schedule.name}, seed {seed}") as progress:
-            for step in range(config.train.num_steps):
-                indices = data.batch_indices(seed, step, config.train.batch_size, len(train_set.images))
-                state, metrics = compiled(seeds, state, images, devices.shard_steps(indices[None])[:, 0])
-                progress.update(1)
-                if not np.isfinite(devices.unreplicate(metrics)["loss"]):
-                    raise FloatingPointError(f"the loss of seed {seed} at step {step + 1} is not finite")
-        return devices.unreplicate(state)
-
-    return train
+def train(experiment: Experiment, train_set: Source, seed: int) -> Model:
+    """The model of the EMA parameters after training with this seed."""
+    config = ConfigDict(experiment.config.to_dict() | {"seed": seed})
+    train_steps = devices.train_steps(experiment.training, seed)
+    images = devices.replicate(train_set.images())
+    state = devices.replicate(dataclasses.replace(experiment, config=config).initial_state())
+    with Progress(config.train.num_steps, desc=f"{config.schedule.name}, seed {seed}") as progress:
+        for step in range(config.train.num_steps):
+            indices = data.batch_indices(seed, step, config.train.batch_size, len(train_set))
+            state, metrics = train_steps(state, images, indices[None])
+            progress.update(1)
+            if not np.isfinite(metrics.part(lambda metrics: metrics["loss"]).host()).all():
+                raise FloatingPointError(f"the loss of seed {seed} at step {step + 1} is NaN or Inf")
+    return experiment.model(state.part(lambda state: state.ema_params).host())
 
 
-def scorer(experiment: Experiment, train_set: ImageSet, test_set: ImageSet) -> Callable[[TrainState], dict[str, Any]]:
-    """state -> its numbers: the test bound, and how the training loss of the EMA parameters varies."""
-    bound, num_steps = bound_of(experiment), experiment.config.schedule.num_steps
-    train_numbers = evaluate.subset(len(train_set.images), len(test_set.images))
+def scorer(config: ConfigDict, train_set: Source, test_set: Source) -> Callable[[Model], dict[str, Any]]:
+    """model -> its numbers: the test bound, and how the training loss varies."""
+    bound, num_steps = full_bound(build.bound_settings(config)), config.schedule.num_steps
+    train_numbers = subset(len(train_set), len(test_set))
 
-    def score(state: TrainState) -> dict[str, Any]:
-        params = devices.replicate(state.ema_params)
-        test = bound(params, test_set, np.arange(len(test_set.images)))
-        train = bound(params, train_set, train_numbers)
+    def score(model: Model) -> dict[str, Any]:
+        replicated = devices.replicate(model)
+        test = bound(replicated, test_set, np.arange(len(test_set)))
+        train = bound(replicated, train_set, train_numbers)
         # With t uniform an image's loss is T times its term of t (and its prior's term, which hardly varies).
         losses = num_steps * train.terms_bpd
         return {
@@ -132,7 +122,7 @@ def scorer(experiment: Experiment, train_set: ImageSet, test_set: ImageSet) -> C
             "loss_variance": losses.var(),
             "kl_loss_variance": losses[:, 1:].var(),
             "loss_per_t": losses.mean(axis=0).tolist(),
-            "log_snr": np.asarray(experiment.schedule_of(state.ema_params).log_snr)[1:].tolist(),
+            "log_snr": np.asarray(model.schedule.log_snr)[1:].tolist(),
         }
 
     return score

@@ -14,6 +14,7 @@ Cost     8 runs of 163,905 parameters, 400 steps of 32 images: 80 seconds of CPU
          --seed=0,1 repeats them; --set train.num_steps=2000 eval.num_images=0 trains longer and scores every image.
 """
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,12 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion import data, gaussian, likelihood, parameterizations, process, reverse, schedules
-from diffusion.experiment import build, workdir
-from diffusion.programs import evaluate
-from diffusion.reporting import metrics_log
+from diffusion.data.levels import to_unit
+from diffusion.evaluation.images import subset
+from diffusion.experiment import workdir
+from diffusion.reporting import summary
 from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
-from diffusion.training.step import to_unit
 from experiments import results, sweep
 from experiments.parameterization_report import OBJECTIVES, SYMBOLS, markdown, plot_shares, plot_training, plot_weights
 
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", default="0", metavar="A,B,...", help="values of seed")
     parser.add_argument("--network", type=Path, help="the run whose errors per t are shown")
     arguments = parser.parse_args(argv)
-    axes = AXES | {"seed": arguments.seed.split(",")}
+    axes = AXES | {"seed": sweep.split_values(arguments.seed)}
     cells = sweep.grid(BASE, axes, SMALL | sweep.overrides(arguments.set))
     code = sweep.execute(arguments, cells, lambda run: None)
     if not arguments.list and arguments.index is None:
@@ -96,7 +97,7 @@ def write(directory: Path, network: Path) -> None:
         "output_of_zero_bpd": of_zero,
         "training": trained,
     }
-    metrics_log.write_json(directory / "parameterizations.json", numbers)
+    summary.write_json(directory / "parameterizations.json", numbers)
     text = markdown(checks, errors.title, errors.deviation, parts, of_zero, trained)
     (directory / "parameterizations.md").write_text(text)
     plot_weights(directory / "weights.png", weights)
@@ -170,28 +171,27 @@ class Errors(NamedTuple):
 
 def network_errors(directory: Path, num_images: int) -> Errors:
     """The errors of a run's latest EMA parameters on test images, one ε per image and t."""
-    config = workdir.read_config(directory)
+    run = workdir.load(directory)
+    config = run.config
     test_set = data.load(config.data.name, "test", config.data.data_dir)
-    experiment = build.experiment(config, test_set.images.shape[1:], test_set.num_levels)
-    state = workdir.restore(experiment, directory)
-    experiment = experiment.with_fixed_schedule(state.ema_params)
-    numbers = evaluate.subset(len(test_set.images), min(num_images, len(test_set.images)))
+    numbers = subset(len(test_set), min(num_images, len(test_set)))
     keys = randomness.per_item(randomness.stream(config.seed, "eval"), jnp.asarray(numbers))
-    p, schedule = reverse.make(config.model.prediction, "fixed_small"), experiment.schedule
+    model = run.experiment.model(run.state.ema_params, variance="fixed_small")
+    schedule = model.schedule
 
     @jax.jit
-    def score(params, images):
-        x0 = to_unit(images, experiment.num_levels)
-        network = experiment.denoiser(params)
-        denoise = lambda x_t, network_t: experiment.p.split(network(x_t, network_t))[0]  # noqa: E731
-        return likelihood.vlb_terms_bpd(denoise, p, schedule, x0, keys, experiment.num_levels, clip_x0=False)
+    def score(model, images):
+        x0 = to_unit(images, model.num_levels)
+        return likelihood.vlb_terms_bpd(
+            model.denoise, model.p, model.schedule, x0, keys, model.num_levels, clip_x0=False
+        )
 
-    terms, x0_mse = score(state.ema_params, test_set.images[numbers])
+    terms, x0_mse = score(model, test_set.images(numbers))
     terms, x0_mse = (np.asarray(array, np.float64).mean(axis=0) for array in (terms, x0_mse))
     terms *= np.log(2)
     title = (
         f"{config.data.name}, {config.model.prediction}-prediction trained with {config.objective.name} for "
-        f"{int(state.step):,} steps, {len(numbers)} test images"
+        f"{int(run.state.step):,} steps, {len(numbers)} test images"
     )
     deviation = np.abs(bound_weights(schedule)["x0"] * x0_mse / terms - 1)[1:].max()
     return Errors(title, schedule, x0_mse, terms, float(deviation))
@@ -217,18 +217,19 @@ def output_of_zero() -> dict[str, float]:
     config = sweep.Cell("base", BASE, {}).config()
     test_set = data.load(config.data.name, "test", config.data.data_dir)
     schedule = schedules.SCHEDULES[AXES["schedule"][0]](int(AXES["T"][0]))
-    keys = jax.random.split(jax.random.key(0), len(test_set.images))
+    x0 = to_unit(jnp.asarray(test_set.images()), test_set.num_levels)
+    keys = jax.random.split(jax.random.key(0), len(test_set))
+
+    def zero(x_t, network_t):
+        return jnp.zeros_like(x_t)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def terms(p, x0):
+        return likelihood.vlb_terms_bpd(zero, p, schedule, x0, keys, test_set.num_levels, clip_x0=False)[0]
 
     def bpd(prediction):
-        p = reverse.make(prediction, "fixed_small")
-
-        @jax.jit
-        def terms(images):
-            zero = lambda x_t, network_t: jnp.zeros_like(x_t)  # noqa: E731
-            x0 = to_unit(images, test_set.num_levels)
-            return likelihood.vlb_terms_bpd(zero, p, schedule, x0, keys, test_set.num_levels, clip_x0=False)[0]
-
-        return float(terms(test_set.images).sum(axis=1).mean())
+        per_image = terms(reverse.make(prediction, "fixed_small"), x0).sum(axis=1)
+        return float(per_image.mean())
 
     return {prediction: bpd(prediction) for prediction in SYMBOLS}
 

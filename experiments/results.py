@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from ml_collections import ConfigDict
 from scipy import stats
 
 from diffusion.experiment import config as config_lib
@@ -26,7 +25,7 @@ AXES = {
 }
 LOG = "log.txt"  # in a run's folder: what it printed
 # What may differ between the runs of one row: nothing here changes what is trained or how it is scored.
-WITHIN_A_ROW = ("seed", "data.data_dir", "sample.")
+WITHIN_A_ROW = ("seed", "data.data_dir", "train.check_replicas_every", "sample.", "quality.")
 
 
 class Target(NamedTuple):
@@ -115,7 +114,7 @@ def read(directory: Path) -> tuple[list[Run], dict[str, str]]:
         if not (folder / "summary.json").exists():
             unfinished[folder.name] = last_line(folder)
             continue
-        config = config_lib.flatten(ConfigDict(json.loads((folder / "config.json").read_text())))
+        config = config_lib.flatten(config_lib.from_json((folder / "config.json").read_text()))
         summary = json.loads((folder / "summary.json").read_text())
         with np.load(folder / "bpd.npz") as saved:
             runs.append(Run(folder.name, config, summary, saved["test_image_bpd"], saved["test_terms_bpd"]))

@@ -1,4 +1,4 @@
-"""Many runs of main.py, each in a process and a folder of its own, so that one that fails takes no other with it.
+"""Many runs of main.py, each in a process and a folder of its own, so that one that fails does not affect the others.
 
 What is finished is skipped and what was cut resumes, so a sweep that was killed at any moment goes on when it is
 started again: it has lost what its running cell did since that cell's last checkpoint.
@@ -7,6 +7,7 @@ started again: it has lost what its running cell did since that cell's last chec
 import argparse
 import fcntl
 import itertools
+import re
 import shlex
 import signal
 import subprocess
@@ -19,8 +20,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diffusion.experiment import config as config_lib
-from diffusion.experiment import workdir
-from diffusion.reporting import metrics_log
+from diffusion.experiment import rules, workdir
+from diffusion.reporting.metrics_log import read_metrics
+from diffusion.reporting.progress import Progress
 from experiments import table
 from experiments.results import AXES, LOG, Published, last_line
 
@@ -45,7 +47,7 @@ class Cell(NamedTuple):
             ValueError: the file cannot be read, a key does not exist, or a value is none that the key may have.
         """
         for key in self.overrides:
-            if key not in config_lib.KEYS:
+            if key not in config_lib.all_keys():
                 raise ValueError(config_lib.unknown(key))
         argv = ["main.py", *self.arguments()]
         values = flags.FlagValues()
@@ -54,11 +56,7 @@ class Cell(NamedTuple):
             values(argv)
         except (flags.Error, TypeError, ValueError, ImportError, OSError) as error:
             raise ValueError(f"{self.name}: {error}") from error
-        flat = config_lib.flatten(holder.value)
-        for key in self.overrides:
-            allowed = config_lib.KEYS[key]
-            if not allowed.accepts(flat[key]):
-                raise ValueError(f"config key {key} must be {allowed.words}, not {flat[key]!r}")
+        config_lib.check(holder.value)
         return holder.value
 
 
@@ -71,17 +69,43 @@ def grid(base: str, axes: dict[str, list[str]], extra: dict[str, str]) -> list[C
         extra: config key -> value.
 
     Raises:
-        ValueError: an override is that of an axis.
+        ValueError: an override is that of an axis, or two cells would share a folder.
     """
     for axis, key in AXES.items():
         if key in extra:
             raise ValueError(f"--set {key}={extra[key]} is an axis of the grid; use --{axis}={extra[key]}")
-    cells = []
+    cells: dict[str, Cell] = {}
     for values in itertools.product(*(dict.fromkeys(axes[axis]) for axis in AXES)):
         chosen = dict(zip(AXES, values, strict=True))
-        name = "-".join(f"{axis if axis in ('T', 'seed') else ''}{value}" for axis, value in chosen.items())
-        cells.append(Cell(name, base, {AXES[axis]: value for axis, value in chosen.items()} | extra))
-    return cells
+        name = folder_name(chosen)
+        if name in cells:
+            raise ValueError(f"two cells of the sweep would share the folder {name}; write equal values alike")
+        cells[name] = Cell(name, base, {AXES[axis]: value for axis, value in chosen.items()} | extra)
+    return list(cells.values())
+
+
+def folder_name(values: dict[str, str]) -> str:
+    """The values of the axes in letters that every file system and shell takes as they are.
+
+    {"schedule": "linear(beta_end=0.03)", "T": "50"} -> "linear_beta_end_0.03-T50".
+    """
+    plain = {axis: re.sub(r"[^A-Za-z0-9_.+-]+", "_", value).strip("_") for axis, value in values.items()}
+    return "-".join(f"{axis if axis in ('T', 'seed') else ''}{value}" for axis, value in plain.items())
+
+
+def split_values(text: str) -> list[str]:
+    """The values of a list with commas: "cosine,linear(beta_start=1e-4, beta_end=0.03)" has two.
+
+    A comma inside brackets belongs to its value.
+    """
+    values, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += letter
+    return [value.strip() for value in values]
 
 
 def possible(cells: list[Cell]) -> tuple[list[Cell], dict[str, list[str]]]:
@@ -94,7 +118,7 @@ def possible(cells: list[Cell]) -> tuple[list[Cell], dict[str, list[str]]]:
     for cell in cells:
         config = cell.config()
         try:
-            config_lib.check(config)
+            rules.check(config)
             kept.append(cell)
         except ValueError as error:
             excluded.setdefault(str(error), []).append(cell.name)
@@ -136,7 +160,7 @@ def _wait(process: subprocess.Popen, directory: Path, watch: Callable[[str], Non
             try:
                 return process.wait(timeout=5)
             except subprocess.TimeoutExpired:
-                rows = metrics_log.read_metrics(directory)
+                rows = read_metrics(directory)
                 if rows:
                     watch(f"step {rows[-1]['step']}")
     finally:  # no run survives the sweep that was asked to end
@@ -148,7 +172,7 @@ def run_cells(cells: list[Cell], directory: Path) -> dict[str, str]:
     """Runs the cells one after the other; returns the reasons of those that failed by their names."""
     failures = {}
     finished = sum(workdir.is_finished(directory / cell.name) for cell in cells)
-    with metrics_log.Progress(len(cells), initial=finished, desc="sweep", unit="cell") as progress:
+    with Progress(len(cells), initial=finished, desc="sweep", unit="cell") as progress:
         for cell in cells:
             was_finished = workdir.is_finished(directory / cell.name)
 
@@ -207,7 +231,7 @@ def execute(arguments: argparse.Namespace, cells: list[Cell], published: Publish
 
 
 def exit_with(main: Callable[[], int]) -> None:
-    """Ends the program with the exit code of `main`; what is wrong with its input is one sentence and code 2."""
+    """Ends the program with the exit code of `main`; what is wrong with its input prints one line, with code 2."""
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:

@@ -13,7 +13,9 @@ from experiments.results import Difference, Published, Row, Run, differences, re
 NOTES = """\
 Bits/dim of the test images: the mean over seeds ± its standard error over images, and the standard deviation over
 seeds; then the parts, L_0 (decoder), the sum of L_{t−1} (KL) and L_T (prior), and the bits/dim of as many training
-images. The papers' numbers (recalled) are of CIFAR-10, of fully trained networks.
+images. Published numbers are of fully trained networks on CIFAR-10: those of Ho et al. (2020) as its tables 1 and 2
+print them, with train bits/dim of 49,920 images; those of Nichol & Dhariwal (2021) from transcriptions of its table 2,
+not checked with the paper itself.
 """
 PAIRED = """\
 Bits/dim of the first variance less those of the second, image by image for the same images, noise and seeds, with

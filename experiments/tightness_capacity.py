@@ -3,6 +3,7 @@
 A 2-D mixture of which E[x_0 | x_t] is known; multilayer perceptrons of growing width learn it from fresh samples.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from matplotlib.figure import Figure
 from diffusion import likelihood, reverse, schedules
 from diffusion.exact import oracles
 from diffusion.exact.oracles import Mixture
-from diffusion.networks.unet import time_embedding
+from diffusion.networks.layers import time_embedding
+from diffusion.reverse import Denoise
 from experiments.tightness_known import bound_nats
 
 ANGLES = np.arange(8) * np.pi / 4
@@ -51,14 +53,13 @@ def train(network: Perceptron) -> Any:
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, NUM_STEPS))
     params = network.init(jax.random.key(0), jnp.zeros((1, 1, 1, 2)), jnp.zeros(1))
     t = jnp.arange(BATCH_SIZE) % SCHEDULE.num_steps + 1
+    measure = likelihood.term_and_x0_mse(P, clip_x0=False, decoder=oracles.continuous_decoder)
 
     def loss(params, key):
         x0 = jax.vmap(RING.sample)(jax.random.split(key, BATCH_SIZE))
         keys = jax.random.split(jax.random.fold_in(key, 1), BATCH_SIZE)
-        terms, _ = likelihood.vlb_batch_bpd(
-            lambda x, n: network.apply(params, x, n), P, SCHEDULE[t], x0, keys,
-            clip_x0=False, decoder=oracles.continuous_decoder,
-        )  # fmt: skip
+        denoise = functools.partial(network.apply, params)
+        terms, _ = likelihood.at_one_t(denoise, SCHEDULE[t], x0, keys, measure)
         return terms.mean() * SCHEDULE.num_steps
 
     def step(state, i):
@@ -68,7 +69,11 @@ def train(network: Perceptron) -> Any:
             updates, moments = optimizer.update(gradient, moments)
         return (optax.apply_updates(params, updates), moments), None
 
-    run = jax.jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(NUM_STEPS))[0][0])
+    @jax.jit
+    def run(params):
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(NUM_STEPS))
+        return params
+
     return run(params)
 
 
@@ -77,16 +82,20 @@ def rows() -> list[dict[str, Any]]:
     x0 = jax.vmap(RING.sample)(jax.random.split(jax.random.key(2), NUM_SCORED))
     keys = jax.random.split(jax.random.key(3), NUM_SCORED)
     log_prob = np.asarray(jax.vmap(RING.log_prob)(x0), np.float64)
-    bound = lambda denoise: np.asarray(  # noqa: E731
-        jax.jit(lambda x0, keys: bound_nats(denoise, P, SCHEDULE, x0, keys))(x0, keys), np.float64
-    )
-    mean = lambda values: (float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5))  # noqa: E731
+
+    def bound(denoise: Denoise) -> np.ndarray:
+        compiled = jax.jit(lambda x0, keys: bound_nats(denoise, P, SCHEDULE, x0, keys))
+        return np.asarray(compiled(x0, keys), np.float64)
+
+    def mean(values: np.ndarray) -> tuple[float, float]:
+        return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+
     exact = bound(RING.denoiser(P, SCHEDULE))
     result = [{"width": None, "num_params": None, "gap": mean(exact + log_prob), "mean_error": (0.0, 0.0)}]
     for width in WIDTHS:
         network = Perceptron(width)
         params = train(network)
-        learned = bound(lambda x, n: network.apply(params, x, n))  # noqa: B023
+        learned = bound(functools.partial(network.apply, params))
         result.append(
             {
                 "width": width,

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 from diffusion import data, gaussian, likelihood, process
+from diffusion.data.levels import to_unit
+from diffusion.evaluation.images import subset
 from diffusion.exact import ode
-from diffusion.experiment import build, workdir
-from diffusion.experiment.build import Experiment
-from diffusion.programs import evaluate
+from diffusion.experiment import workdir
+from diffusion.model import Model
 from diffusion.runtime import randomness
-from diffusion.training.step import to_unit
 
 NUM_IMAGES = 16  # test images under every likelihood
 NUM_FEW = 2  # of them under those that cost a thousand network passes per t
@@ -26,10 +26,10 @@ TRAJECTORIES_AT_ONCE = 250
 TOLERANCE = 1e-3  # of the ODE solver, per step: by far less than the spread of dequantization
 TRAJECTORY, DEQUANTIZATION, PROBE = range(3)  # which noise of an image
 
-# What is measured, of which data, and what it says about the bits of the grey levels.
+# What is measured, of which data, and what it says about the bits of the pixel values.
 ROWS = {
-    "bound": "grey levels; upper bound on −log₂ P of the reverse chain",
-    "ode_behind_decoder": "grey levels; upper bound on −log₂ P, same decoder, but x_1 has the ODE's law",
+    "bound": "pixel values; upper bound on −log₂ P of the reverse chain",
+    "ode_behind_decoder": "pixel values; upper bound on −log₂ P, same decoder, but x_1 has the ODE's law",
     "bound_dequantized": "uniformly dequantized; upper bound, chain with a Gaussian density as its decoder",
     "ode_dequantized": "uniformly dequantized; the ODE's density, exact for each y",
 }
@@ -37,115 +37,101 @@ ROWS = {
 
 def measure(directory: Path) -> dict[str, Any]:
     """Every likelihood of the latest checkpoint (EMA) in `directory`, in bits/dim, per image and as means."""
-    config = workdir.read_config(directory)
+    run = workdir.load(directory)
+    config, model = run.config, run.model
     test_set = data.load(config.data.name, "test", config.data.data_dir)
-    experiment = build.experiment(config, test_set.images.shape[1:], test_set.num_levels)
-    state = workdir.restore(experiment, directory)
-    experiment = experiment.with_fixed_schedule(state.ema_params)
-    numbers = evaluate.subset(len(test_set.images), NUM_IMAGES)
-    x0 = to_unit(jnp.asarray(test_set.images[numbers]), test_set.num_levels)
+    numbers = subset(len(test_set), NUM_IMAGES)
+    x0 = to_unit(jnp.asarray(test_set.images(numbers)), test_set.num_levels)
     # The keys of the evaluation, so that the bound here is the bound there.
     key = jax.random.fold_in(randomness.stream(config.seed, "eval"), test_set.split_number)
     keys = randomness.per_item(key, jnp.asarray(numbers))
-    found = compare(experiment, experiment.denoiser(state.ema_params), x0, keys)
     return {
         "run": str(directory),
-        "step": int(state.step),
-        "num_steps": experiment.schedule.num_steps,
+        "step": int(run.state.step),
+        "num_steps": model.schedule.num_steps,
         "image_numbers": numbers.tolist(),
-        **found,
+        **compare(model, x0, keys),
     }
 
 
-def compare(experiment: Experiment, denoise, x0: Float[Array, "b h w c"], keys: Array) -> dict[str, Any]:
-    """What `measure` returns of one network, for images on their grey levels with a key each."""
+def compare(model: Model, x0: Float[Array, "b h w c"], keys: Array) -> dict[str, Any]:
+    """What `measure` returns of one network, for images on their pixel values with a key each."""
+    few, few_keys = x0[:NUM_FEW], keys[:NUM_FEW]
+    y = dequantized(model, x0, keys)
     per_image = {
-        "bound": bound_bpd(experiment, denoise, x0, keys, gaussian.discretized_log_prob),
-        "ode_behind_decoder": jax.jit(partial(ode_behind_decoder_bpd, experiment, denoise))(x0, keys),
-        "bound_dequantized": bound_bpd(experiment, denoise, dequantized(experiment, x0, keys), keys, _binned_density),
-        "ode_dequantized": jax.jit(partial(ode_dequantized_bpd, experiment, denoise))(x0, keys),
+        "bound": bound_bpd(model, x0, keys, gaussian.discretized_log_prob),
+        "ode_behind_decoder": jax.jit(partial(ode_behind_decoder_bpd, model))(x0, keys),
+        "bound_dequantized": bound_bpd(model, y, keys, _binned_density),
+        "ode_dequantized": jax.jit(partial(ode_dequantized_bpd, model))(x0, keys),
     }
-    exact_trace = jax.jit(partial(ode_dequantized_bpd, experiment, denoise, exact=True))(x0[:NUM_FEW], keys[:NUM_FEW])
+    exact_trace = jax.jit(partial(ode_dequantized_bpd, model, exact=True))(few, few_keys)
     return {
         "per_image_bpd": {name: np.asarray(values, np.float64).tolist() for name, values in per_image.items()},
         "exact_trace_bpd": np.asarray(exact_trace, np.float64).tolist(),
-        "importance_weighted": importance_weighted(experiment, denoise, x0[:NUM_FEW], keys[:NUM_FEW]),
-        "fraction_eps_mse": between_steps(experiment, denoise, x0, keys),
+        "importance_weighted": importance_weighted(model, few, few_keys),
+        "fraction_eps_mse": between_steps(model, x0, keys),
     }
 
 
-def dequantized(experiment: Experiment, x0: Float[Array, "b h w c"], keys: Array) -> Float[Array, "b h w c"]:
-    """Every image with noise that is uniform over each grey level's bin."""
-    bin_width = 2 / (experiment.num_levels - 1)
+def dequantized(model: Model, x0: Float[Array, "b h w c"], keys: Array) -> Float[Array, "b h w c"]:
+    """Every image with noise that is uniform over each pixel value's bin."""
+    bin_width = 2 / (model.num_levels - 1)
     return x0 + bin_width * (_uniform(keys, x0.shape[1:]) - 0.5)
 
 
-def bound_bpd(experiment: Experiment, denoise, x0, keys, decoder) -> Float[Array, " b"]:
+def bound_bpd(model: Model, x0, keys, decoder) -> Float[Array, " b"]:
     """The variational bound of each image, one ε per t."""
 
     @jax.jit
-    def bound(x0, keys):
+    def bound(model, x0, keys):
         terms, _ = likelihood.vlb_terms_bpd(
-            denoise, experiment.p, experiment.schedule, x0, keys, experiment.num_levels, decoder=decoder
+            model.denoise, model.p, model.schedule, x0, keys, model.num_levels, decoder=decoder
         )
-        return terms.sum(axis=1) + jax.vmap(lambda image: likelihood.prior_bpd(experiment.schedule, image))(x0)
+        prior = jax.vmap(lambda image: likelihood.prior_bpd(model.schedule, image))(x0)
+        return terms.sum(axis=1) + prior
 
-    return bound(x0, keys)
+    return bound(model, x0, keys)
 
 
-def ode_behind_decoder_bpd(experiment: Experiment, denoise, x0, keys) -> Float[Array, " b"]:
+def ode_behind_decoder_bpd(model: Model, x0, keys) -> Float[Array, " b"]:
     """L_0 + E[log q(x_1 | x_0) − log p(x_1)] with the chain's decoder and the ODE's p(x_1), Hutchinson's trace.
 
     By Jensen's inequality a bound on −log P(x_0) = −log ∫ p(x_1) P(x_0 | x_1) dx_1, as the variational bound is.
     """
-    schedule, p = experiment.schedule, experiment.p
-    row = schedule[1]
-    predict = ode.eps_predictor(denoise, p, schedule)
+    schedule = model.schedule
+    row, start, end = schedule[1], schedule.log_snr[1], schedule.log_snr[-1]
+    predict = ode.eps_predictor(model.denoise, model.p, schedule)
 
     def one(x0, key):
         # The ε of t = 1 in `vlb_terms_bpd`, so that the decoder's term is the bound's own.
         eps = jax.random.normal(jax.random.fold_in(key, 1), x0.shape)
         marginal = process.q_marginal(row, x0)
         x_1 = marginal.sample(eps)
-        output = denoise(x_1[None], row.network_t[None])[0]
-        decoder = likelihood.vlb_term_bpd(p, row, x0, x_1, output, experiment.num_levels)
+        output = model.denoise(x_1[None], row.network_t[None])[0]
+        decoder = likelihood.vlb_term_bpd(model.p, row, x0, x_1, output, model.num_levels)
         trace = ode.hutchinson(_signs(key, x0.shape))
-        solution = ode.solve(predict, x_1, schedule.log_snr[1], schedule.log_snr[-1], trace, TOLERANCE)
+        solution = ode.solve(predict, x_1, start, end, trace, TOLERANCE)
         ratio = gaussian.log_prob(marginal, x_1).sum() - solution.log_prob_nats
         return decoder + ratio / (x0.size * math.log(2))
 
     return jax.vmap(one)(x0, keys)
 
 
-def ode_dequantized_bpd(experiment: Experiment, denoise, x0, keys, exact: bool = False) -> Float[Array, " b"]:
+def ode_dequantized_bpd(model: Model, x0, keys, exact: bool = False) -> Float[Array, " b"]:
     """The ODE's bits of each dequantized image, by Hutchinson's trace or the exact one."""
-    predict = ode.eps_predictor(denoise, experiment.p, experiment.schedule)
+    schedule, num_levels = model.schedule, model.num_levels
+    predict = ode.eps_predictor(model.denoise, model.p, schedule)
 
     def one(image, key, uniform):
         divergence = ode.exact_divergence if exact else ode.hutchinson(_signs(key, image.shape))
-        return ode.dequantized_bpd(
-            predict, experiment.schedule, image, uniform, experiment.num_levels, divergence, TOLERANCE
-        )
+        return ode.dequantized_bpd(predict, schedule, image, uniform, num_levels, divergence, TOLERANCE)
 
     return jax.vmap(one)(x0, keys, _uniform(keys, x0.shape[1:]))
 
 
-def importance_weighted(experiment: Experiment, denoise, x0, keys) -> dict[str, Any]:
+def importance_weighted(model: Model, x0, keys) -> dict[str, Any]:
     """The bound with K trajectories for each image, in bits/dim, with its standard error over groups of K."""
-
-    @jax.jit
-    def weights(image, keys):
-        copies = jnp.broadcast_to(image[None], (len(keys), *image.shape))
-        return likelihood.log_weights_nats(
-            denoise, experiment.p, experiment.schedule, copies, keys, experiment.num_levels
-        )
-
-    log_weights = []
-    for image, key in zip(x0, keys, strict=True):
-        trajectory_keys = jax.random.split(jax.random.fold_in(_stream(key, TRAJECTORY), 0), NUM_TRAJECTORIES)
-        parts = jnp.split(trajectory_keys, NUM_TRAJECTORIES // TRAJECTORIES_AT_ONCE)
-        log_weights.append(np.concatenate([weights(image, part) for part in parts]))
-    log_weights = jnp.asarray(np.stack(log_weights))
+    log_weights = jnp.asarray(_log_weights(model, x0, keys))
     nats_per_bpd = x0[0].size * math.log(2)
     counts = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if NUM_TRAJECTORIES % k == 0]
     result = {"k": counts, "bpd": [], "stderr": []}
@@ -161,9 +147,25 @@ def importance_weighted(experiment: Experiment, denoise, x0, keys) -> dict[str, 
     return result
 
 
-def between_steps(experiment: Experiment, denoise, x0, keys) -> dict[str, list[float]]:
+def _log_weights(model: Model, x0, keys) -> Float[np.ndarray, "images trajectories"]:
+    """log p_θ/q in nats of NUM_TRAJECTORIES of each image."""
+
+    @jax.jit
+    def weights(model, image, keys):
+        copies = jnp.broadcast_to(image[None], (len(keys), *image.shape))
+        return likelihood.log_weights_nats(model.denoise, model.p, model.schedule, copies, keys, model.num_levels)
+
+    found = []
+    for image, key in zip(x0, keys, strict=True):
+        trajectory_keys = jax.random.split(jax.random.fold_in(_stream(key, TRAJECTORY), 0), NUM_TRAJECTORIES)
+        parts = jnp.split(trajectory_keys, NUM_TRAJECTORIES // TRAJECTORIES_AT_ONCE)
+        found.append(np.concatenate([weights(model, image, part) for part in parts]))
+    return np.stack(found)
+
+
+def between_steps(model: Model, x0, keys) -> dict[str, list[float]]:
     """Mean squared error of ε̂ at the middle of neighbouring log-SNRs, and the mean of the errors at both ends."""
-    predict = jax.vmap(ode.eps_predictor(denoise, experiment.p, experiment.schedule), in_axes=(0, None))
+    predict = jax.vmap(ode.eps_predictor(model.denoise, model.p, model.schedule), in_axes=(0, None))
     eps = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), x0.shape[1:]))(keys)
 
     @jax.jit
@@ -171,7 +173,7 @@ def between_steps(experiment: Experiment, denoise, x0, keys) -> dict[str, list[f
         x = jnp.sqrt(jax.nn.sigmoid(log_snr)) * x0 + jnp.sqrt(jax.nn.sigmoid(-log_snr)) * eps
         return jnp.mean((predict(x, log_snr) - eps) ** 2)
 
-    log_snr = np.asarray(experiment.schedule.log_snr)[1:]
+    log_snr = np.asarray(model.schedule.log_snr)[1:]
     log_snr = log_snr[np.isfinite(log_snr)]
     at = np.asarray([error(value) for value in log_snr], np.float64)
     middle = np.asarray([error(value) for value in (log_snr[1:] + log_snr[:-1]) / 2], np.float64)
@@ -212,7 +214,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     side_by_side.set_ylim(len(names) - 0.5, -0.7)
     side_by_side.margins(x=0.35)
     side_by_side.set(xlabel=f"bits/dim, mean of {NUM_IMAGES} images ± 2 standard errors")
-    side_by_side.set_title("blue: grey levels; orange: uniformly dequantized", fontsize="medium")
+    side_by_side.set_title("blue: pixel values; orange: uniformly dequantized", fontsize="medium")
     for axes in (over_k, side_by_side):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -4,33 +4,34 @@
 
 Two passes of the network per image: over training images for σ*_t, over test images for the bound under β̃, β, three
 interpolations, σ*_t and, where the network has it, the learned variance, all with the same mean and noise. Leaves in
-the working directory x0_variance.npz (see `variances.save`) and variance_accounting.md, .csv and .png.
+the working directory variance_accounting.md, .csv and .png, and x0_variance.npz, which eval.variance=optimal reads.
 """
 
 import argparse
 import csv
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from diffusion import data, likelihood, variances
-from diffusion.data import ImageSet
-from diffusion.experiment import build, workdir
-from diffusion.experiment.build import Experiment
-from diffusion.programs import evaluate
-from diffusion.reporting import metrics_log
+from diffusion.data import Source
+from diffusion.data.levels import to_unit
+from diffusion.evaluation.images import subset
+from diffusion.evaluation.pairs import Pairs, every_t
+from diffusion.experiment import workdir
+from diffusion.likelihood import Measure
+from diffusion.model import Model
 from diffusion.reverse import VARIANCES, Variance
-from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
 from diffusion.training import devices
-from diffusion.training.step import to_unit
 from diffusion.variances import Split, X0Terms, X0Variance
 
 FILE = "variance_accounting"
@@ -52,7 +53,7 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    """The command; what is wrong with its input is one sentence and exit code 2."""
+    """The command; what is wrong with its input prints a one-line error, with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint")
     parser.add_argument(
@@ -69,109 +70,91 @@ def main() -> None:
 
 
 def run(directory: Path, num_images: int) -> None:
-    """Estimates σ*_t, scores the test images under every variance, prints and saves what came out."""
+    """Estimates σ*_t, scores the test images under every variance, prints and saves the results."""
     config = workdir.read_config(directory)
     train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
-    num_images = num_images or len(test_set.images)
-    if not 2 <= num_images <= len(test_set.images):
-        raise ValueError(
-            f"--num_images={num_images} must be 0 or in 2…{len(test_set.images)}, the size of the test split"
-        )
-    experiment = build.experiment(config, test_set.images.shape[1:], test_set.num_levels)
-    state = workdir.restore(experiment, directory)
-    params = devices.replicate(state.ema_params)
+    num_images = num_images or len(test_set)
+    if not 2 <= num_images <= len(test_set):
+        raise ValueError(f"--num_images={num_images} must be 0 or in 2…{len(test_set)}, the size of the test split")
+    trained = workdir.load(directory)
+    model, own = trained.model, config.model.variance
 
-    train_numbers = evaluate.subset(len(train_set.images), min(num_images, len(train_set.images)))
-    terms = x0_terms(experiment, params, train_set, train_numbers)
+    train_numbers = subset(len(train_set), min(num_images, len(train_set)))
+    terms = x0_terms(config, model, train_set, train_numbers)
     analytic, error = X0Variance.over_images(terms.analytic), X0Variance.over_images(terms.error)
-    variances.save(directory, analytic, error, int(state.step))
-    test_numbers = evaluate.subset(len(test_set.images), num_images)
-    splits, prior = account(experiment, params, test_set, test_numbers, analytic, error)
-    rows = table(splits, prior, config.model.variance)
+    workdir.save_x0_variance(directory, analytic, error, int(trained.state.step))
+    optimal = {OPTIMAL: analytic, OPTIMAL_FOR_MEAN: error}
+    test_numbers = subset(len(test_set), num_images)
+    splits = account(config, model, test_set, test_numbers, optimal)
+    prior = prior_bpd(model, test_set, test_numbers)
+    rows = table(splits, prior, own)
 
     title = (
-        f"{config.data.name}, {num_images} test images, step {state.step} (EMA), {config.schedule.name} schedule, "
-        f"T = {config.schedule.num_steps}"
+        f"{config.data.name}, {num_images} test images, step {trained.state.step} (EMA), "
+        f"{config.schedule.name} schedule, T = {config.schedule.num_steps}"
     )
-    text = markdown(rows, config.model.variance, title, len(terms.error), prior.mean())
+    text = markdown(rows, own, title, len(terms.error), prior.mean())
     (directory / f"{FILE}.md").write_text(text)
     with (directory / f"{FILE}.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *rows])
-    optimal = {OPTIMAL: analytic, OPTIMAL_FOR_MEAN: error}
-    schedule = experiment.schedule_of(state.ema_params)
-    plot(directory / f"{FILE}.png", splits, optimal, config.model.variance, schedule, title)
+    plot(directory / f"{FILE}.png", splits, optimal, own, model.schedule, title)
     print(text)
 
 
-def x0_terms(experiment: Experiment, params: PyTree, image_set: ImageSet, numbers: Int[np.ndarray, " n"]) -> X0Terms:
+def x0_terms(config: ConfigDict, model: Model, source: Source, numbers: Int[np.ndarray, " n"]) -> X0Terms:
     """Each training image's two estimates of Var(x_0 | x_t): leaves [N, T]."""
 
-    def one_batch(denoise, schedule, x0, keys):
-        return variances.x0_terms(denoise, experiment.p, schedule, x0, keys)
+    def measure_of(model: Model) -> Measure:
+        return variances.x0_terms(model.p)
 
-    return _over_images(experiment, params, image_set, numbers, one_batch, "variance", "estimate σ*")
+    pairs = Pairs(measure_of, config.seed, config.eval.batch_size, stream="variance")
+    t = every_t(len(numbers), model.schedule.num_steps)
+    return pairs.all(devices.replicate(model), source, numbers, t, "estimate σ*")
 
 
 def account(
-    experiment: Experiment,
-    params: PyTree,
-    image_set: ImageSet,
+    config: ConfigDict,
+    model: Model,
+    source: Source,
     numbers: Int[np.ndarray, " n"],
-    analytic: X0Variance,
-    error: X0Variance,
-) -> tuple[dict[str, Split], Float[np.ndarray, " n"]]:
-    """Each image's bound under every variance, split (leaves [N, T]), and its prior term [N]; in bits/dim.
+    optimal: dict[str, X0Variance],
+) -> dict[str, Split]:
+    """Each image's terms under every variance, in bits/dim and split: leaves [N, T].
 
-    The noise is that of `evaluate.bound_of`, so the model's own variance repeats its numbers.
+    The noise is that of `evaluation.bound`, so the model's own variance repeats its numbers.
     """
-    own = experiment.config.model.variance
     candidates = {
         "fixed_small": VARIANCES["fixed_small"],
         **{f"interpolated {fraction:g}": variances.interpolated(fraction) for fraction in (0.25, 0.5, 0.75)},
         "fixed_large": VARIANCES["fixed_large"],
-        OPTIMAL: _optimal_given(analytic),
-        OPTIMAL_FOR_MEAN: _optimal_given(error),
-        own: VARIANCES[own],
+        **{name: _optimal_given(estimate) for name, estimate in optimal.items()},
+        config.model.variance: VARIANCES[config.model.variance],
     }
 
-    def one_batch(denoise, schedule, x0, keys):
-        splits = variances.split_terms_bpd(denoise, experiment.p, candidates, schedule, x0, keys, experiment.num_levels)
-        return splits, jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
+    def measure_of(model: Model) -> Measure:
+        return variances.split_terms_bpd(model.p, candidates, model.num_levels)
 
-    return _over_images(experiment, params, image_set, numbers, one_batch, "eval", "score")
+    pairs = Pairs(measure_of, config.seed, config.eval.batch_size)
+    t = every_t(len(numbers), model.schedule.num_steps)
+    return pairs.all(devices.replicate(model), source, numbers, t, f"score {source.split}")
 
 
 def _optimal_given(estimate: X0Variance) -> Variance:
     known = jnp.asarray(estimate.mean)
-    with_estimate = lambda row: dataclasses.replace(row, x0_variance=known[row.t])  # noqa: E731
-    return Variance(lambda row, raw: VARIANCES["optimal"].log_var(with_estimate(row), raw), is_learned=False)
+
+    def log_var(row: Schedule, raw: jax.Array) -> jax.Array:
+        return VARIANCES["optimal"].log_var(dataclasses.replace(row, x0_variance=known[row.t]), raw)
+
+    return Variance(log_var, is_learned=False)
 
 
-def _over_images(
-    experiment: Experiment,
-    params: PyTree,
-    image_set: ImageSet,
-    numbers: Int[np.ndarray, " n"],
-    one_batch: Callable[..., PyTree],
-    stream: str,
-    name: str,
-) -> PyTree:
-    """one_batch(denoise, schedule, x0 [B, H, W, C], keys [B]) over all images: float64 leaves [N, ...]."""
-    seed_key = randomness.stream(experiment.config.seed, stream)
+def prior_bpd(model: Model, source: Source, numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """L_T of every image."""
 
-    def on_device(params, images, image_numbers, split_number):
-        keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), image_numbers)
-        x0 = to_unit(images, experiment.num_levels)
-        return one_batch(experiment.denoiser(params), experiment.schedule_of(params), x0, keys)
+    def one(image: jax.Array) -> jax.Array:
+        return likelihood.prior_bpd(model.schedule, to_unit(image, model.num_levels))
 
-    compiled, results = devices.over_devices(on_device), []
-    with metrics_log.Progress(len(numbers), desc=name, unit="image") as progress:
-        for items, num_real in devices.padded_batches(len(numbers), experiment.config.eval.batch_size):
-            split = np.full(len(items), image_set.split_number)
-            batch = compiled(params, image_set.images[numbers[items]], numbers[items], split)
-            results.append(jax.tree.map(lambda array: devices.gather(array, num_real), batch))  # noqa: B023
-            progress.update(num_real)
-    return jax.tree.map(lambda *parts: np.concatenate(parts).astype(np.float64), *results)
+    return np.asarray(jax.jit(jax.vmap(one))(source.images(numbers)), np.float64)
 
 
 def table(splits: dict[str, Split], prior: Float[np.ndarray, " n"], own: str) -> list[Row]:
@@ -183,18 +166,10 @@ def table(splits: dict[str, Split], prior: Float[np.ndarray, " n"], own: str) ->
 
     rows = []
     for name, split in splits.items():
-        difference = totals[name] - totals[own]
+        total, difference = totals[name], totals[name] - totals[own]
+        means = float(total.mean()), stderr(total), float(difference.mean()), stderr(difference)
         parts = (float(part.sum(axis=1).mean()) for part in split)
-        rows.append(
-            Row(
-                name,
-                float(totals[name].mean()),
-                stderr(totals[name]),
-                float(difference.mean()),
-                stderr(difference),
-                *parts,
-            )
-        )
+        rows.append(Row(name, *means, *parts))
     return sorted(rows, key=lambda row: row.bpd)
 
 
@@ -241,21 +216,28 @@ def plot(
     per_t.set_ylabel("KL term of t (bits/dim)")
     per_t.legend(title="sum over t > 1", fontsize="small")
     cumulative.set_ylabel(f"sum up to t, less {own}\n(bits/dim)")
-
-    beta_tilde, beta = (np.asarray(leaf, np.float64)[2:] for leaf in (schedule.beta_tilde, schedule.beta))
-    sigma.loglog(t, beta / beta_tilde, color=colors["fixed_large"], label="fixed_large")
-    for name, estimate in optimal.items():
-        low, mean, high = (
-            1 + np.asarray(schedule.posterior_x0)[2:] ** 2 * np.clip(x0_variance[2:], 0, 1) / beta_tilde
-            for x0_variance in (estimate.mean + k * estimate.stderr for k in (-2, 0, 2))
-        )
-        sigma.loglog(t, mean, color=colors[name], label=f"{name}, ± 2 standard errors")
-        sigma.fill_between(t, low, high, alpha=0.3, color=colors[name])
-    sigma.set(xlabel="t", ylabel="variance / β̃")
-    sigma.legend(fontsize="small")
+    _plot_sigma(sigma, optimal, schedule, colors)
     for axes in (per_t, cumulative, sigma):
         axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)
+
+
+def _plot_sigma(axes: Axes, optimal: dict[str, X0Variance], schedule: Schedule, colors: dict[str, str]) -> None:
+    """σ*²/β̃ of each estimate, and β/β̃, for t > 1."""
+    t = np.arange(2, schedule.num_steps + 1)
+    beta_tilde, beta = (np.asarray(leaf, np.float64)[2:] for leaf in (schedule.beta_tilde, schedule.beta))
+    posterior_x0 = np.asarray(schedule.posterior_x0)[2:]
+
+    def ratio(x0_variance: np.ndarray) -> np.ndarray:
+        return 1 + posterior_x0**2 * np.clip(x0_variance[2:], 0, 1) / beta_tilde
+
+    axes.loglog(t, beta / beta_tilde, color=colors["fixed_large"], label="fixed_large")
+    for name, estimate in optimal.items():
+        low, high = (ratio(estimate.mean + k * estimate.stderr) for k in (-2, 2))
+        axes.loglog(t, ratio(estimate.mean), color=colors[name], label=f"{name}, ± 2 standard errors")
+        axes.fill_between(t, low, high, alpha=0.3, color=colors[name])
+    axes.set(xlabel="t", ylabel="variance / β̃")
+    axes.legend(fontsize="small")
 
 
 if __name__ == "__main__":

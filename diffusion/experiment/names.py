@@ -8,7 +8,6 @@ import ast
 import difflib
 import functools
 import inspect
-import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -90,7 +89,7 @@ class Choice(NamedTuple):
 def accepts(annotation: Any, value: Any) -> bool:
     """Whether a literal is of the annotated type; integers are numbers, True and False are neither."""
     if annotation is float:
-        return type(value) is int or type(value) is float and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) < 1e300
     if annotation in (int, bool, str):
         return type(value) is annotation
     if get_origin(annotation) is Literal:

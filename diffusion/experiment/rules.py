@@ -75,7 +75,7 @@ RULES = (
     Rule(
         lambda f: f.loses_x0,
         "schedule.name={c.schedule.name!r} with schedule.num_steps={c.schedule.num_steps} ends with ᾱ_T = 0, where "
-        "model.prediction={c.model.prediction!r} says nothing of x_0; take x0, v or mean, or another schedule",
+        "model.prediction={c.model.prediction!r} says nothing of x_0; take another prediction or another schedule",
     ),
     Rule(
         lambda f: f.learned is not None and f.objective is not objectives.vlb,

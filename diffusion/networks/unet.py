@@ -28,6 +28,9 @@ from diffusion.networks.layers import (
     time_embedding,
 )
 
+# Far above any published network: what is larger is a typing error that would compile for hours.
+MAX_WIDTH, MAX_BLOCKS, MAX_EXPONENT = 2**16, 256, 24
+
 
 class ResidualBlock(nn.Module):
     """h + conv(dropout(swish(norm(conv(swish(norm(h))) + embedding)))), h projected if its width changes.
@@ -109,16 +112,19 @@ class UNet(nn.Module):
         """Raises a ValueError that names the config key if these fields do not fit images of [H, W, C]."""
         height, width, _ = image_shape
         halvings = len(self.channel_mult) - 1
-        if self.channels < 4 or self.channels % 2:
-            raise ValueError(f"unet.channels={self.channels} must be even and at least 4")
-        if halvings < 0 or min(self.channel_mult) < 1:
-            raise ValueError(f"unet.channel_mult={self.channel_mult} must be integers ≥ 1, at least one")
-        if self.num_res_blocks < 1:
-            raise ValueError(f"unet.num_res_blocks={self.num_res_blocks} must be at least 1")
+        if not 4 <= self.channels <= MAX_WIDTH or self.channels % 2:
+            raise ValueError(f"unet.channels={self.channels} must be even and in 4…{MAX_WIDTH}")
+        if halvings < 0 or min(self.channel_mult) < 1 or self.channels * max(self.channel_mult) > MAX_WIDTH:
+            raise ValueError(
+                f"unet.channel_mult={self.channel_mult} must be integers ≥ 1, at least one, and no map wider than "
+                f"{MAX_WIDTH} channels"
+            )
+        if not 1 <= self.num_res_blocks <= MAX_BLOCKS:
+            raise ValueError(f"unet.num_res_blocks={self.num_res_blocks} must be in 1…{MAX_BLOCKS}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"unet.dropout={self.dropout} must be in [0, 1)")
-        if min(self.fourier_features, default=0) < 0:
-            raise ValueError(f"unet.fourier_features={self.fourier_features} must be integers ≥ 0, or ()")
+        if not all(0 <= exponent <= MAX_EXPONENT for exponent in self.fourier_features):
+            raise ValueError(f"unet.fourier_features={self.fourier_features} must be in 0…{MAX_EXPONENT}, or ()")
         if height % 2**halvings or width % 2**halvings:
             raise ValueError(
                 f"unet.channel_mult={self.channel_mult} halves images {halvings} times, so height and width "
