@@ -86,7 +86,7 @@ def quality(args) -> list[dict[str, Any]]:
     run = workdir.load(args.quality)
     all_steps = run.model.schedule.num_steps
     draws = {method: sampler(run.experiment, method) for method in ODE_SAMPLERS}
-    reference = draws["heun"](devices.replicate(run.model), args.num_images)
+    reference = draws["heun"](devices.replicate(spaced(run.model, all_steps)), args.num_images)
     rows = []
     for num_steps in sorted({max(2, all_steps // divisor) for divisor in (1, 2, 5, 10, 20, 50, 100)}, reverse=True):
         model = devices.replicate(spaced(run.model, num_steps))

@@ -99,7 +99,8 @@ def trained_table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {tightness_trained.ROWS[name]} | {mean:.3f} ± {stderr:.3f} | {paired} |")
     weighted = result["importance_weighted"]
     for image, number in enumerate(result["image_numbers"][: tightness_trained.NUM_FEW]):
-        over_k = ", ".join(f"{bpd[image]:.4f} (K = {k})" for k, bpd in zip(weighted["k"], weighted["bpd"], strict=True))
+        by_k = zip(weighted["k"], weighted["bpd"], strict=True)
+        over_k = ", ".join(f"{bpd[image]:.4f} (K = {k})" for k, bpd in by_k)
         hutchinson = result["per_image_bpd"]["ode_dequantized"][image]
         lines += [
             "",

@@ -22,22 +22,49 @@ def markdown(
     trained: list[dict[str, Any]],
 ) -> str:
     """The three tables, with what they were measured on."""
+    steps, images = (", ".join(sorted({str(row[key]) for row in trained})) for key in ("steps", "images"))
+    return "\n".join(
+        [
+            "# Parameterizations",
+            "\nLargest relative deviations over t > 1, σ_t² = β̃_t:\n",
+            _deviations(checks),
+            f"What each range of t contributes, for the errors of one network ({title}; unclipped, σ_t² = β̃_t; "
+            f"its terms are the weight times the error to {deviation:.1e}):\n",
+            _contributions(parts),
+            f"Trained for {steps} steps and scored on {images} test images: ± one standard error over images; x̂_0 "
+            "clipped except where the mean is predicted; bits/dim less v's with its 95% interval, paired by image. "
+            "Output 0: the bound, unclipped, of a network that outputs 0.\n",
+            _trained(trained, of_zero),
+        ]
+    )
+
+
+def _deviations(checks: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A row per schedule and prediction."""
     names = list(next(iter(next(iter(checks.values())).values())))
-    deviations = [
+    rows = [
         [schedule, prediction, *(f"{of_one[name]:.1e}" for name in names)]
         for schedule, by_prediction in checks.items()
         for prediction, of_one in by_prediction.items()
     ]
+    return _table(["schedule", "prediction", *names], rows)
+
+
+def _contributions(parts: dict[str, Float[np.ndarray, " t"]]) -> str:
+    """A row for L and for each L_simple: the share of each range of t."""
     num_steps = len(parts["L"])
     ends = sorted({0, 1, num_steps // 10, num_steps // 3, num_steps})
-    ranges = [f"t = {low + 1}…{high}" if high > low + 1 else f"t = {high}" for low, high in itertools.pairwise(ends)]
-    contributions = [
-        [
-            "L" if name == "L" else f"L_simple of {name}",
-            *(f"{100 * share[low:high].sum():.2f}%" for low, high in itertools.pairwise(ends)),
-        ]
-        for name, share in parts.items()
-    ]
+    ranges = list(itertools.pairwise(ends))
+    head = [f"t = {low + 1}…{high}" if high > low + 1 else f"t = {high}" for low, high in ranges]
+    rows = []
+    for name, share in parts.items():
+        label = "L" if name == "L" else f"L_simple of {name}"
+        rows.append([label, *(f"{100 * share[low:high].sum():.2f}%" for low, high in ranges)])
+    return _table(["", *head], rows)
+
+
+def _trained(trained: list[dict[str, Any]], of_zero: dict[str, float]) -> str:
+    """A row per prediction and loss: the results of training."""
     rows = []
     for row in trained:
         difference = "–"
@@ -46,25 +73,10 @@ def markdown(
         bpd = f"{row['test_bpd']:.3f} ± {row['test_bpd_stderr']:.3f}"
         by_seed = ", ".join(f"{value:.3f}" for value in row["test_bpd_by_seed"])
         objective = "L" if row["objective"] == "vlb" else "L_simple"
+        zero = f"{of_zero[row['prediction']]:,.1f}"
         parts_bpd = [f"{row[key]:.3f}" for key in ("decoder_bpd", "kl_bpd")]
-        rows.append(
-            [row["prediction"], objective, f"{of_zero[row['prediction']]:,.1f}", bpd, by_seed, *parts_bpd, difference]
-        )
-    steps, images = (", ".join(sorted({str(row[key]) for row in trained})) for key in ("steps", "images"))
-    return "\n".join(
-        [
-            "# Parameterizations",
-            "\nLargest relative deviations over t > 1, σ_t² = β̃_t:\n",
-            _table(["schedule", "prediction", *names], deviations),
-            f"What each range of t contributes, for the errors of one network ({title}; unclipped, σ_t² = β̃_t; "
-            f"its terms are the weight times the error to {deviation:.1e}):\n",
-            _table(["", *ranges], contributions),
-            f"Trained for {steps} steps and scored on {images} test images: ± one standard error over images; x̂_0 "
-            "clipped except where the mean is predicted; bits/dim less v's with its 95% interval, paired by image. "
-            "Output 0: the bound, unclipped, of a network that outputs 0.\n",
-            _table(["prediction", "loss", "output 0", "bits/dim", "by seed", "L_0", "KL", "less v"], rows),
-        ]
-    )
+        rows.append([row["prediction"], objective, zero, bpd, by_seed, *parts_bpd, difference])
+    return _table(["prediction", "loss", "output 0", "bits/dim", "by seed", "L_0", "KL", "less v"], rows)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

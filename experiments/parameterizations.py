@@ -240,8 +240,10 @@ def training(runs: list[results.Run]) -> list[dict[str, Any]]:
     table = []
     for (prediction, objective), row in by_pair.items():
         v = by_pair.get(("v", objective))
-        paired = v and len(v.runs) == len(row.runs)
-        differences = [a.image_bpd - b.image_bpd for a, b in zip(row.runs, v.runs, strict=True)] if paired else None
+        less_v_bpd = None
+        if v and len(v.runs) == len(row.runs):
+            differences = [a.image_bpd - b.image_bpd for a, b in zip(row.runs, v.runs, strict=True)]
+            less_v_bpd = results.confidence_interval(np.mean(differences, axis=0))
         table.append(
             {
                 "prediction": prediction,
@@ -252,7 +254,7 @@ def training(runs: list[results.Run]) -> list[dict[str, Any]]:
                 "test_bpd_by_seed": [run.summary["test_bpd"] for run in row.runs],
                 "decoder_bpd": row.mean("test_decoder_bpd"),
                 "kl_bpd": row.mean("test_kl_bpd"),
-                "less_v_bpd": results.confidence_interval(np.mean(differences, axis=0)) if paired else None,
+                "less_v_bpd": less_v_bpd,
                 "terms_bpd": np.mean([run.terms_bpd for run in row.runs], axis=0).tolist(),
                 "steps": row.runs[0].config["train.num_steps"],
                 "images": len(row.runs[0].image_bpd),

@@ -25,7 +25,7 @@ AXES = {
 }
 LOG = "log.txt"  # in a run's folder: what it printed
 # What may differ between the runs of one row: nothing here changes what is trained or how it is scored.
-WITHIN_A_ROW = ("seed", "data.data_dir", "train.check_replicas_every", "sample.", "quality.")
+WITHIN_A_ROW = ("seed", *(key for key in config_lib.FREE if key != "eval."))
 
 
 class Target(NamedTuple):
@@ -85,7 +85,8 @@ class Row:
     @property
     def spread_bpd(self) -> float:
         """The standard deviation over seeds, of bits/dim; nan for one."""
-        return float(np.std([run.summary["test_bpd"] for run in self.runs], ddof=1)) if len(self.runs) > 1 else np.nan
+        by_seed = [run.summary["test_bpd"] for run in self.runs]
+        return float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else np.nan
 
 
 class Difference(NamedTuple):
@@ -151,12 +152,12 @@ def differences(table: list[Row]) -> list[Difference]:
         if rest != {column: value for column, value in other.setting.items() if column != "variance"}:
             continue
         by_seed = {run.config["seed"]: run.image_bpd for run in other.runs}
-        pairs = [(run.image_bpd, by_seed[run.config["seed"]]) for run in one.runs if run.config["seed"] in by_seed]
-        if pairs:
-            by_image = np.stack([a - b for a, b in pairs])
+        both = [run for run in one.runs if run.config["seed"] in by_seed]
+        if both:
+            by_image = np.stack([run.image_bpd - by_seed[run.config["seed"]] for run in both])
             interval = confidence_interval(by_image.mean(axis=0))
-            by_seed_bpd = by_image.mean(axis=1).tolist()
-            found.append(Difference(rest, one.setting["variance"], other.setting["variance"], *interval, by_seed_bpd))
+            a, b = (row.setting["variance"] for row in (one, other))
+            found.append(Difference(rest, a, b, *interval, by_image.mean(axis=1).tolist()))
     return found
 
 

@@ -56,7 +56,8 @@ def test_the_programs_for_absent_devices_take_what_training_and_sampling_take(ti
     experiment, targets = build.experiment(tiny(), (8, 8, 1), 17), jax.devices()[:2]
 
     def argument_bytes(program):
-        return memory.num_bytes(jax.tree.leaves(program.args_info)) / len(targets)
+        leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(program.args_info)]
+        return memory.num_bytes(leaves) / len(targets)
 
     state = experiment.abstract_state()
     training = compiled.lower_training(experiment, 8, targets, steps=3, num_images=50)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,6 +32,7 @@ TINY = {
 @pytest.fixture(autouse=True)
 def from_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
+    jax.devices()  # JAX reads the flags at its first use, and these are not for the tests' own process
     # The runs have one device, and compile as the tests do: without optimization.
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     monkeypatch.setenv("XLA_FLAGS", flags)
