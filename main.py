@@ -19,11 +19,15 @@ _MODES = {
     "quality": "quality",
     "describe": "describe",
 }
+_READ_A_CHECKPOINT = ("eval", "sample", "quality")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a file in configs/; --config.KEY=VALUE changes one of its keys."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; by default runs/ and the config's name.")
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "What to do; train resumes automatically.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "latest", "Of eval, sample and quality: latest, best (the lowest test_loss that is kept) or a step."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Multi-process: HOST:PORT of process 0, or auto; not needed under srun or on TPU slices."
 )
@@ -56,8 +60,11 @@ def main(argv: list[str]) -> None:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/diffusion/compiled"))
         name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         mode = importlib.import_module(f"diffusion.programs.{_MODES[_MODE.value]}")
+        if _CHECKPOINT.value != "latest" and _MODE.value not in _READ_A_CHECKPOINT:
+            raise ValueError(f"--checkpoint={_CHECKPOINT.value} has no part in --mode={_MODE.value}")
+        which = {"checkpoint": _CHECKPOINT.value} if _MODE.value in _READ_A_CHECKPOINT else {}
         try:
-            mode.run(_CONFIG.value, workdir.parse(_WORKDIR.value or f"runs/{name}"))
+            mode.run(_CONFIG.value, workdir.parse(_WORKDIR.value or f"runs/{name}"), **which)
         except preemption.Preempted as stop:
             _stop(stop.reason, stop.code)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
@@ -94,10 +101,10 @@ def _fail(reason: Exception | str) -> NoReturn:
 def _stop(reason: str, code: int) -> NoReturn:
     """Ends the process with `code`, and with `reason` as the last line that it prints.
 
-    Everything is closed and saved by then, but threads of XLA and Orbax may still be running. If Python shuts down
-    while they run, they can crash, which would lose the exit code, or print after the error line. So Python is not
-    shut down, except in a multi-process run, where the processes wait for each other at their exits. If the others do
-    not exit, because only this one failed, it ends without them: JAX would wait for minutes and then lose the code.
+    Everything is closed and saved by then, but threads of XLA, Orbax and TensorBoard may still be running. If Python
+    shuts down while they run, they can crash, which would lose the exit code, or print after the error line. So Python
+    is not shut down. In a multi-process run the processes wait for each other, as JAX would at Python's exit. If the
+    others do not come, because only this one failed, it ends without them: JAX would wait for minutes.
     """
     from jax import distributed
 
@@ -107,10 +114,12 @@ def _stop(reason: str, code: int) -> NoReturn:
         impatience.daemon = True
         impatience.start()
     with contextlib.suppress(OSError):  # the disk that is full may hold the log as well
-        print(reason, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{reason}\n")  # at once, or the lines of two processes with one log would mix
+        sys.stderr.flush()
         sys.stdout.flush()
     if is_one_of_several:
-        sys.exit(code)
+        with contextlib.suppress(RuntimeError):  # another process is gone
+            distributed.shutdown()
     os._exit(code)
 
 

@@ -21,14 +21,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="where the results go")
     parser.add_argument("--run", type=Path, help="a run with a checkpoint, such as make demo leaves in runs/digits")
+    parser.add_argument("--checkpoint", default="latest", help="of --run: latest, best or a step")
     arguments = parser.parse_args()
     try:
-        run(arguments.workdir, arguments.run)
+        run(arguments.workdir, arguments.run, arguments.checkpoint)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
 
 
-def run(directory: Path, trained: Path | None) -> None:
+def run(directory: Path, trained: Path | None, checkpoint: str = "latest") -> None:
     """All parts, the trained network first: if something is wrong with it, it fails before the rest is computed."""
     directory.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"device": summary.device_name(), "versions": summary.versions()}
@@ -36,7 +37,7 @@ def run(directory: Path, trained: Path | None) -> None:
     if trained is not None:
         from experiments import tightness_trained  # needs diffrax, the other parts do not
 
-        results["trained"] = tightness_trained.measure(trained)
+        results["trained"] = tightness_trained.measure(trained, checkpoint)
         tightness_trained.plot(directory / "trained.png", results["trained"])
         text.append(trained_table(results["trained"]))
     results["gaussian"] = tightness_known.gaussian_rows()

@@ -61,17 +61,18 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=299, help="images of either split to score")
     parser.add_argument("--num_samples", type=int, default=128, help="samples of either model")
     parser.add_argument("--base", help="a config file: measure only the cost, with an untrained network")
+    parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     arguments = parser.parse_args()
     try:
         if arguments.base:
             run_cost(arguments.base, arguments.workdir)
         else:
-            run(arguments.workdir, arguments.num_images, arguments.num_samples)
+            run(arguments.workdir, arguments.num_images, arguments.num_samples, arguments.checkpoint)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
 
-def run(directory: Path, num_images: int, num_samples: int) -> None:
+def run(directory: Path, num_images: int, num_samples: int, checkpoint: str = "latest") -> None:
     """Compares the exact posterior with the network in `directory`, and saves the results."""
     config = workdir.read_config(directory)
     train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
@@ -79,7 +80,7 @@ def run(directory: Path, num_images: int, num_samples: int) -> None:
         raise ValueError(f"--num_images={num_images} must be in 2…{len(test_set)}, the size of the test split")
     if num_samples < plots.SHOWN:
         raise ValueError(f"--num_samples={num_samples} must be at least {plots.SHOWN}, which are shown")
-    trained = workdir.load(directory)
+    trained = workdir.load(directory, checkpoint)
     title = _title(config, len(train_set))
     network = trained.model
     models = {EXACT: exact_model(train_set, network.schedule), NETWORK: network}

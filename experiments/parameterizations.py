@@ -60,16 +60,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = sweep.argument_parser(__doc__)
     parser.add_argument("--seed", default="0", metavar="A,B,...", help="values of seed")
     parser.add_argument("--network", type=Path, help="the run whose errors per t are shown")
+    parser.add_argument("--checkpoint", default="latest", help="of --network: latest, best or a step")
     arguments = parser.parse_args(argv)
     axes = AXES | {"seed": sweep.split_values(arguments.seed)}
     cells = sweep.grid(BASE, axes, SMALL | sweep.overrides(arguments.set))
     code = sweep.execute(arguments, cells, lambda run: None)
     if not arguments.list and arguments.index is None:
-        write(arguments.workdir, arguments.network or arguments.workdir / cells[0].name)
+        write(arguments.workdir, arguments.network or arguments.workdir / cells[0].name, arguments.checkpoint)
     return code
 
 
-def write(directory: Path, network: Path) -> None:
+def write(directory: Path, network: Path, checkpoint: str = "latest") -> None:
     """Computes the weights and the shares, reads the finished runs, and writes the numbers, tables and figures."""
     shown = {
         "linear, T = 1000": schedules.linear(1000),
@@ -78,7 +79,7 @@ def write(directory: Path, network: Path) -> None:
     }
     weights = {name: bound_weights(schedule) for name, schedule in shown.items()}
     checks = {name: check(schedule) for name, schedule in shown.items()}
-    errors = network_errors(network, NETWORK_IMAGES)
+    errors = network_errors(network, NETWORK_IMAGES, checkpoint)
     parts = shares(errors)
     runs, _ = results.read(directory)
     trained = training(runs)
@@ -169,9 +170,9 @@ class Errors(NamedTuple):
     deviation: float  # the largest relative one of terms_nats from weight × x0_mse over t > 1
 
 
-def network_errors(directory: Path, num_images: int) -> Errors:
-    """The errors of a run's latest EMA parameters on test images, one ε per image and t."""
-    run = workdir.load(directory)
+def network_errors(directory: Path, num_images: int, checkpoint: str = "latest") -> Errors:
+    """The errors of a run's EMA parameters on test images, one ε per image and t."""
+    run = workdir.load(directory, checkpoint)
     config = run.config
     test_set = data.load(config.data.name, "test", config.data.data_dir)
     numbers = subset(len(test_set), min(num_images, len(test_set)))

@@ -135,7 +135,7 @@ def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None]) -> str:
     try:
         config = cell.config()
         workdir.check(config, directory)
-        if workdir.is_finished(directory):
+        if workdir.is_finished(directory, config):
             return ""
         workdir.claim(config, directory)
         with (directory / LOG).open("a") as log:

@@ -35,9 +35,9 @@ ROWS = {
 }
 
 
-def measure(directory: Path) -> dict[str, Any]:
-    """Every likelihood of the latest checkpoint (EMA) in `directory`, in bits/dim, per image and as means."""
-    run = workdir.load(directory)
+def measure(directory: Path, checkpoint: str = "latest") -> dict[str, Any]:
+    """Every likelihood of a checkpoint (EMA) in `directory`, in bits/dim, per image and as means."""
+    run = workdir.load(directory, checkpoint)
     config, model = run.config, run.model
     test_set = data.load(config.data.name, "test", config.data.data_dir)
     numbers = subset(len(test_set), NUM_IMAGES)

@@ -62,21 +62,22 @@ def main() -> None:
         default=256,
         help="test images, and as many training images for σ*; 0: every test image",
     )
+    parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     arguments = parser.parse_args()
     try:
-        run(arguments.workdir, arguments.num_images)
+        run(arguments.workdir, arguments.num_images, arguments.checkpoint)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
 
-def run(directory: Path, num_images: int) -> None:
+def run(directory: Path, num_images: int, checkpoint: str = "latest") -> None:
     """Estimates σ*_t, scores the test images under every variance, prints and saves the results."""
     config = workdir.read_config(directory)
     train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
     num_images = num_images or len(test_set)
     if not 2 <= num_images <= len(test_set):
         raise ValueError(f"--num_images={num_images} must be 0 or in 2…{len(test_set)}, the size of the test split")
-    trained = workdir.load(directory)
+    trained = workdir.load(directory, checkpoint)
     model, own = trained.model, config.model.variance
 
     train_numbers = subset(len(train_set), min(num_images, len(train_set)))

@@ -17,7 +17,7 @@ from diffusion.evaluation import estimators
 from diffusion.evaluation.pairs import Pairs, every_t
 from diffusion.likelihood import Measure
 from diffusion.model import Model
-from diffusion.runtime import files, randomness
+from diffusion.runtime import files, processes, randomness
 from diffusion.training.devices import Replicated
 
 PILOT_IMAGES = 8  # every term of so many images is computed to see which t matter
@@ -81,22 +81,23 @@ class Settings:
     terms_per_image: int = 0  # 0: all; fewer: an odd number, for an estimate
 
 
-def full_bound(settings: Settings) -> Callable[..., Bound]:
+def full_bound(settings: Settings, stop: Callable[[], None] | None = None) -> Callable[..., Bound]:
     """The bound as a function of (replicated model, source, numbers of the images to score), compiled once.
 
     Every term of every image is computed exactly once: the last batch is padded and the padding dropped. With a fourth
-    argument, the path of a file, finished terms are kept there, and a call that finds some computes the others.
+    argument, the path of a file, process 0 keeps finished terms there, and a call that finds some computes the others;
+    then the result is whole on process 0 alone. `stop` is called after each batch and may raise.
     """
-    pairs = _terms(settings)
+    pairs = _terms(settings, stop)
 
     def bound(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], kept: Path | None = None) -> Bound:
         t = every_t(len(numbers), _num_steps(model))
         shape = (2, *t.shape)
-        scores = np.full(shape, np.nan, np.float32) if kept is None else _on_disk(kept, shape)
+        is_kept = kept is not None and processes.is_first()
+        scores = _on_disk(kept, shape) if is_kept else np.full(shape, np.nan, np.float32)
         terms, mse = scores.reshape(2, -1)
-        for done, (term, x0_mse) in pairs.some(
-            model, source, numbers, t, np.flatnonzero(np.isnan(terms)), f"score {source.split}"
-        ):
+        missing = np.flatnonzero(processes.from_first(np.isnan(terms)))
+        for done, (term, x0_mse) in pairs.some(model, source, numbers, t, missing, f"score {source.split}"):
             # The term last: it is what says that a pair is done.
             mse[done] = _in_levels(x0_mse, source.num_levels)
             terms[done] = term
@@ -108,13 +109,15 @@ def full_bound(settings: Settings) -> Callable[..., Bound]:
     return bound
 
 
-def estimated_bound(settings: Settings) -> Callable[[Replicated, Source, np.ndarray], Bound]:
+def estimated_bound(
+    settings: Settings, stop: Callable[[], None] | None = None
+) -> Callable[[Replicated, Source, np.ndarray], Bound]:
     """`full_bound` from a few terms of each image: see `estimators`.
 
     A term is the number that the full evaluation would compute, with the same ε, so that what is estimated is
     that evaluation's result.
     """
-    pairs, seed_key = _terms(settings), randomness.stream(settings.seed, "eval")
+    pairs, seed_key = _terms(settings, stop), randomness.stream(settings.seed, "eval")
 
     def bound(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"]) -> Bound:
         pilot = numbers[np.linspace(0, len(numbers) - 1, min(PILOT_IMAGES, len(numbers))).astype(int)]
@@ -134,14 +137,14 @@ def estimated_bound(settings: Settings) -> Callable[[Replicated, Source, np.ndar
     return bound
 
 
-def _terms(settings: Settings) -> Pairs:
+def _terms(settings: Settings, stop: Callable[[], None] | None) -> Pairs:
     """The bound's terms and the errors of x̂_0, clipped, with the protocol's decoder."""
     decoder = likelihood.PROTOCOLS[settings.protocol].decoder
 
     def measure_of(model: Model) -> Measure:
         return likelihood.term_and_x0_mse(model.p, model.num_levels, clip_x0=True, decoder=decoder)
 
-    return Pairs(measure_of, settings.seed, settings.batch_size)
+    return Pairs(measure_of, settings.seed, settings.batch_size, stop=stop)
 
 
 def _num_steps(model: Replicated) -> int:

@@ -17,6 +17,8 @@ from diffusion.training import devices
 from diffusion.training.devices import Replicated
 
 Measured = Iterator[tuple[np.ndarray, PyTree]]
+# Accelerators multiply float32 in bfloat16 or TF32 unless they are told not to; likelihoods need every digit.
+PRECISION = "highest"
 
 
 class Pairs:
@@ -30,9 +32,17 @@ class Pairs:
         batch_size: pairs at a time, over all devices.
         stream: of the noise, one of `randomness.STREAMS`; the evaluation's by default, so that a study can repeat
             its terms.
+        stop: called after each batch; raises to stop.
     """
 
-    def __init__(self, measure_of: Callable[[Model], Measure], seed: int, batch_size: int, stream: str = "eval"):
+    def __init__(
+        self,
+        measure_of: Callable[[Model], Measure],
+        seed: int,
+        batch_size: int,
+        stream: str = "eval",
+        stop: Callable[[], None] | None = None,
+    ):
         seed_key = randomness.stream(seed, stream)
 
         def one_batch(shared: PyTree, items: tuple[Array, Array]) -> PyTree:
@@ -40,10 +50,11 @@ class Pairs:
             image, t = items
             x0 = to_unit(images[image], model.num_levels)
             keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), numbers[image])
-            return likelihood.at_one_t(model.denoise, model.schedule[t], x0, keys, measure_of(model))
+            with jax.default_matmul_precision(PRECISION):
+                return likelihood.at_one_t(model.denoise, model.schedule[t], x0, keys, measure_of(model))
 
         self._batches = devices.over_batches(one_batch)
-        self._batch_size = batch_size
+        self._batch_size, self._stop = batch_size, stop
 
     def some(
         self,
@@ -65,6 +76,8 @@ class Pairs:
             for done, measures in self._batches((model, data), items, self._batch_size):
                 yield wanted[done], measures
                 progress.update(len(done))
+                if self._stop is not None:
+                    self._stop()
 
     def all(
         self, model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], t: Int[np.ndarray, "n k"], desc: str

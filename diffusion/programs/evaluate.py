@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,49 @@ from diffusion import data, likelihood
 from diffusion.data import Source
 from diffusion.evaluation import images
 from diffusion.evaluation.bound import Bound, estimated_bound, full_bound
-from diffusion.experiment import build, workdir
+from diffusion.evaluation.pairs import PRECISION
+from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
 from diffusion.reporting import plots, summary
-from diffusion.runtime import files
+from diffusion.runtime import files, processes
 from diffusion.runtime.digests import tree_sha256
+from diffusion.runtime.preemption import Preemption
 from diffusion.training import devices
 from diffusion.training.step import TrainState
 from diffusion.variances import X0Variance
 
-UNFINISHED = "unfinished_eval"  # in the workdir: the terms that are done
+EVALUATIONS = "evaluations"  # in the workdir: a folder for each evaluation that --mode=eval made
+UNFINISHED = "unfinished_eval"  # beside the results: the terms that are done
 
 
-def run(config: ConfigDict, directory: Path) -> None:
-    """Scores the latest checkpoint of `directory`, and leaves what the run itself wrote as it is."""
+def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
+    """Scores a checkpoint of `directory`, and leaves what the run itself wrote as it is.
+
+    The results go into a folder that is named by what was measured; eval.json is a copy of the last ones.
+    """
     described = data.describe(config.data.name, config.data.data_dir)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
-    images.num_scored(config.eval.num_images, config.eval.protocol, described.num_test)
-    state = workdir.restore(experiment, directory)
+    num_images = images.num_scored(config.eval.num_images, config.eval.protocol, described.num_test)
+    state = workdir.restore(experiment, directory, checkpoint)
     train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
     is_optimal = config.eval.variance == "optimal"
     x0_variance = workdir.load_x0_variance(directory, int(state.step)) if is_optimal else None
-    scores = score(experiment, directory, state, train_set, test_set, "eval_", x0_variance)
-    summary.write_json(directory / "eval.json", scores)
-    print(json.dumps(scores, indent=2))
+    out = directory / EVALUATIONS / name(experiment, int(state.step), num_images)
+    with Preemption() as preemption, workdir.locked(out), memory.explained(experiment, "eval.batch_size"):
+        scores = score(experiment, out, state, train_set, test_set, x0_variance, preemption.check)
+        if processes.is_first():
+            summary.write_json(out / "eval.json", scores)
+            summary.write_json(directory / "eval.json", scores)
+            print(json.dumps(scores, indent=2))
+
+
+def name(experiment: Experiment, step: int, num_images: int) -> str:
+    """What tells one evaluation from another: checkpoint, protocol, variance, estimator and images."""
+    settings = experiment.config.eval
+    variance = experiment.p.variance if settings.variance == "model" else settings.variance
+    terms = f"{settings.terms_per_image}terms" if settings.terms_per_image else "all"
+    return f"step{step}-{settings.protocol}-{variance}-{terms}-{num_images}images"
 
 
 def score(
@@ -48,16 +67,24 @@ def score(
     state: TrainState,
     train_set: Source,
     test_set: Source,
-    prefix: str = "",
     x0_variance: X0Variance | None = None,
+    stop: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Scores the EMA parameters on the test split and on as many training images.
 
-    Where every term is computed, writes bpd.npz, bpd.png and rate_distortion.png too, with `prefix` before the names,
-    and a call that was interrupted continues where it stopped.
+    Where every term is computed, process 0 writes bpd.npz, bpd.png and rate_distortion.png, and a call that was
+    interrupted continues where it stopped.
+
+    Args:
+        experiment: says how it is scored.
+        directory: where the curves go, and the terms that are done.
+        state: on the host.
+        train_set, test_set: what is scored.
+        x0_variance: what the optimal variance needs.
+        stop: called between batches; raises to stop.
 
     Returns:
-        The entries of summary.json that say what was scored, how, and how well.
+        The entries of summary.json that say what was scored, how, and how well; on process 0 alone, {} elsewhere.
     """
     config = experiment.config
     model = experiment.model(state.ema_params, config.eval.variance, x0_variance)
@@ -68,19 +95,18 @@ def score(
         "test": np.arange(num_images) if is_whole else images.subset(len(test_set), num_images),
         "train": images.subset(len(train_set), min(num_images, len(train_set))),
     }
-    protocol = protocol_of(config, model.p.variance) | {
+    ema_sha256, sources = tree_sha256(state.ema_params), {"test": test_set, "train": train_set}
+    kept = directory / UNFINISHED / _key(config, model, ema_sha256, numbers)
+    bounds = _bounds(config, model, sources, numbers, kept, stop)
+    if not processes.is_first():
+        return {}
+    protocol = protocol_of(experiment, model.p.variance) | {
         "test_images": f"{num_images} of {len(test_set)}",
         "train_images": f"{len(numbers['train'])} of {len(train_set)}",
     }
-    ema_sha256 = tree_sha256(state.ema_params)
-    sources = {"test": test_set, "train": train_set}
-    if config.eval.terms_per_image:
-        bounds = _estimated(config, model, sources, numbers)
-    else:
-        kept = directory / UNFINISHED / _key(config, model, ema_sha256, numbers)
-        bounds = _full(config, model, sources, numbers, kept)
+    if not config.eval.terms_per_image:
         title = f"{test_set.name}, {num_images} test images, protocol {config.eval.protocol}"
-        _save_curves(directory, prefix, bounds, protocol, title, test_set.num_levels)
+        _save_curves(directory, bounds, protocol, title, test_set.num_levels)
         _forget(kept)
     return {
         "step": int(state.step),
@@ -94,22 +120,21 @@ def score(
     }
 
 
-def _estimated(
-    config: ConfigDict, model: Model, sources: dict[str, Source], numbers: dict[str, np.ndarray]
+def _bounds(
+    config: ConfigDict,
+    model: Model,
+    sources: dict[str, Source],
+    numbers: dict[str, np.ndarray],
+    kept: Path,
+    stop: Callable[[], None] | None,
 ) -> dict[str, Bound]:
-    """The bound by split, from a few terms of each image."""
-    bound, replicated = estimated_bound(build.bound_settings(config)), devices.replicate(model)
-    return {split: bound(replicated, sources[split], numbers[split]) for split in sources}
-
-
-def _full(
-    config: ConfigDict, model: Model, sources: dict[str, Source], numbers: dict[str, np.ndarray], kept: Path
-) -> dict[str, Bound]:
-    """The bound by split, from every term; what is done is kept on disk."""
-    bound, replicated = full_bound(build.bound_settings(config)), devices.replicate(model)
-    # Multi-process runs would have to agree on what is missing; they start over.
-    paths = {split: kept / f"{split}.npy" if jax.process_count() == 1 else None for split in sources}
-    return {split: bound(replicated, sources[split], numbers[split], paths[split]) for split in sources}
+    """The bound by split: from a few terms of each image, or from every term, which are kept on disk meanwhile."""
+    settings, replicated = build.bound_settings(config), devices.replicate(model)
+    if settings.terms_per_image:
+        estimate = estimated_bound(settings, stop)
+        return {split: estimate(replicated, sources[split], numbers[split]) for split in sources}
+    bound = full_bound(settings, stop)
+    return {split: bound(replicated, sources[split], numbers[split], kept / f"{split}.npy") for split in sources}
 
 
 def _key(config: ConfigDict, model: Model, ema_sha256: str, numbers: dict[str, np.ndarray]) -> str:
@@ -126,8 +151,9 @@ def _forget(kept: Path) -> None:
         kept.parent.rmdir()
 
 
-def protocol_of(config: ConfigDict, variance: str) -> dict[str, Any]:
+def protocol_of(experiment: Experiment, variance: str) -> dict[str, Any]:
     """How the bits/dim are measured: what a reader must know to compare them with others."""
+    config = experiment.config
     few = config.eval.terms_per_image
     return {
         "name": config.eval.protocol,
@@ -139,18 +165,20 @@ def protocol_of(config: ConfigDict, variance: str) -> dict[str, Any]:
         "num_steps": config.schedule.num_steps,
         "estimator": f"{few} terms per image: t = 1 and two samples of {few // 2}" if few else "every term",
         "draws_per_term": 1,
+        "matmul_precision": PRECISION,
+        "network_dtype": str(getattr(experiment.training.network, "dtype", "float32")),
         "seed": config.seed,
     }
 
 
 def _save_curves(
-    directory: Path, prefix: str, bounds: dict[str, Bound], protocol: dict, title: str, num_levels: int
+    directory: Path, bounds: dict[str, Bound], protocol: dict, title: str, num_levels: int
 ) -> None:
     """Writes bpd.npz with every curve's numbers and how they were measured, bpd.png and rate_distortion.png."""
     test, train = bounds["test"], bounds["train"]
     test_terms = test.terms_bpd.mean(axis=0)
     rate_bpd, rmse = test.progressive_coding()
-    with files.replacing(directory / f"{prefix}bpd.npz") as file:
+    with files.replacing(directory / "bpd.npz") as file:
         np.savez_compressed(
             file,
             protocol=json.dumps(protocol),
@@ -161,5 +189,5 @@ def _save_curves(
             test_rate_bpd=rate_bpd,
             test_distortion_rmse=rmse,
         )
-    plots.plot_bpd(directory / f"{prefix}bpd.png", test_terms, test.prior_bpd.mean(), title)
-    plots.plot_rate_distortion(directory / f"{prefix}rate_distortion.png", rate_bpd, rmse, num_levels, title)
+    plots.plot_bpd(directory / "bpd.png", test_terms, test.prior_bpd.mean(), title)
+    plots.plot_rate_distortion(directory / "rate_distortion.png", rate_bpd, rmse, num_levels, title)

@@ -11,20 +11,23 @@ from ml_collections import ConfigDict
 from diffusion import data
 from diffusion.data import Source
 from diffusion.evaluation import quality
+from diffusion.experiment import memory
 from diffusion.experiment.config import KEYS
 from diffusion.programs import sample
 from diffusion.reporting import summary
 from diffusion.runtime import processes
 from diffusion.runtime.digests import tree_sha256
+from diffusion.runtime.preemption import Preemption
 
 USUAL_IMAGES = 50_000  # of published Fréchet distances
 
 
-def run(config: ConfigDict, directory: Path) -> None:
-    """Draws from the latest checkpoint of `directory`, writes quality.json and prints it."""
-    experiment, state, model = sample.trained(config, directory)
+def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
+    """Draws from a checkpoint of `directory`, writes quality.json and prints it."""
+    experiment, state, model = sample.trained(config, directory, checkpoint)
     train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
-    images, _ = sample.sampler(experiment)(model, config.quality.num_images)
+    with Preemption(), memory.explained(experiment, "sample.batch_size"):
+        images = sample.Sampler(experiment).images(model, config.quality.num_images)
     scores = score(config, images, train_set, test_set) | {
         "sampler": {
             "method": config.sample.method,

@@ -1,93 +1,179 @@
 """--mode=sample: images from a trained model, as a grid, as a denoising trajectory, and as arrays."""
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Int, UInt8
 from ml_collections import ConfigDict
 
 from diffusion import data, schedules
 from diffusion.data.levels import to_levels
-from diffusion.experiment import build, workdir
+from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
 from diffusion.reporting import pictures
 from diffusion.reporting.progress import Progress
-from diffusion.runtime import files, randomness
+from diffusion.runtime import files, processes, randomness
+from diffusion.runtime.preemption import Preemption
 from diffusion.training import devices
 from diffusion.training.step import TrainState
 
-TRAJECTORY_FRAMES = 12
-TRAJECTORY_IMAGES = 8
-
-# (model, number of images N; by default sample.num_images) -> images [N, H, W, C] and the trajectories
-# [n, F, H, W, C] of x̂_0 of the first few, pixel values
-Sampler = Callable[..., tuple[np.ndarray, np.ndarray]]
-
-
-def run(config: ConfigDict, directory: Path) -> None:
-    """Draws from the latest checkpoint of `directory`."""
-    experiment, _, model = trained(config, directory)
-    save(directory, *sampler(experiment)(model), model.num_levels)
-    print(f"{config.sample.num_images} samples: {directory / 'samples.png'}, {directory / 'samples.npz'}")
+SAMPLES = "samples"  # in the workdir: a folder for each way of sampling, with its images in shards
+SHARD_IMAGES = 1000
+TRAJECTORY_FRAMES, TRAJECTORY_IMAGES = 12, 8
+MAX_ARCHIVE_BYTES = 2**30  # more images than that stay in their shards
+ARCHIVE, GRID, TRAJECTORY = "samples.npz", "samples.png", "progressive.png"
 
 
-def trained(config: ConfigDict, directory: Path) -> tuple[Experiment, TrainState, Model]:
-    """The latest checkpoint of `directory`, and the model that the config samples from: the EMA's."""
+def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
+    """Draws from a checkpoint of `directory`, or goes on where an earlier call was stopped."""
+    experiment, state, model = trained(config, directory, checkpoint)
+    with Preemption() as preemption, memory.explained(experiment, "sample.batch_size"):
+        folder = save(experiment, directory, model, int(state.step), preemption.check)
+    if processes.is_first():
+        print(f"{config.sample.num_images} samples: {folder}; the last ones also as {directory / GRID}")
+
+
+def trained(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> tuple[Experiment, TrainState, Model]:
+    """A checkpoint of `directory`, and the model that the config samples from: the EMA's."""
     described = data.describe(config.data.name, config.data.data_dir)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
-    state = workdir.restore(experiment, directory)
+    state = workdir.restore(experiment, directory, checkpoint)
     is_optimal = config.sample.variance == "optimal"
     x0_variance = workdir.load_x0_variance(directory, int(state.step)) if is_optimal else None
     return experiment, state, experiment.model(state.ema_params, config.sample.variance, x0_variance)
 
 
-def sampler(experiment: Experiment) -> Sampler:
-    """The config's sampler, compiled once.
+class Sampler:
+    """The config's sampler, compiled once. Image n is the same whatever the batch size and the number of devices."""
 
-    Image n is the same whatever the batch size and the number of devices.
-    """
-    config, shape = experiment.config.sample, experiment.image_shape
-    method = build.sample_method(experiment.config)
-    num_steps = config.num_steps or experiment.config.schedule.num_steps
-    num_frames = min(TRAJECTORY_FRAMES, num_steps)
-    seed_key = randomness.stream(experiment.config.seed, "sample")
+    def __init__(self, experiment: Experiment):
+        self._config, self._shape = experiment.config.sample, experiment.image_shape
+        self._method = build.sample_method(experiment.config)
+        self._num_steps = self._config.num_steps or experiment.config.schedule.num_steps
+        self._seed_key = randomness.stream(experiment.config.seed, "sample")
+        self._images = devices.over_batches(lambda model, numbers: self._draw(model, numbers, num_frames=1)[0])
+        num_frames = min(TRAJECTORY_FRAMES, self._num_steps)
+        self._trajectories = devices.over_batches(lambda model, numbers: self._draw(model, numbers, num_frames)[1])
 
-    def one_batch(model, numbers):
-        keys = randomness.per_item(seed_key, numbers)
-        x0, frames = method(model.denoise, model.p, model.schedule, keys, shape=shape, num_frames=num_frames)
+    def _draw(self, model: Model, numbers: Int[Array, " n"], num_frames: int) -> tuple[Array, Array]:
+        keys = randomness.per_item(self._seed_key, numbers)
+        x0, frames = self._method(
+            model.denoise, model.p, model.schedule, keys, shape=self._shape, num_frames=num_frames
+        )
         frames = jnp.swapaxes(frames, 0, 1)  # the images first, as everywhere in a batch
         return to_levels(x0, model.num_levels), to_levels(frames, model.num_levels)
 
-    batches = devices.over_batches(one_batch)
+    def _ready(self, model: Model) -> devices.Replicated:
+        if self._config.num_steps:
+            model = dataclasses.replace(model, schedule=schedules.evenly_spaced(model.schedule, self._num_steps))
+        return devices.replicate(model)
 
-    def draw(model: Model, num_images: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        num_images = num_images or config.num_images
-        if config.num_steps:
-            model = dataclasses.replace(model, schedule=schedules.evenly_spaced(model.schedule, num_steps))
-        images, trajectories, missing = [], [], TRAJECTORY_IMAGES
-        with Progress(num_images, desc="sample", unit="image") as progress:
-            for done, (x0, frames) in batches(devices.replicate(model), np.arange(num_images), config.batch_size):
-                images.append(x0)
-                trajectories.append(frames[:missing])
-                missing -= len(trajectories[-1])
+    def batches(self, model: Model, begin: int, end: int, total: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+        """The images begin…end − 1 of `total`, batch by batch, pixel values."""
+        numbers = np.arange(begin, end)
+        with Progress(total, initial=begin, desc="sample", unit="image") as progress:
+            for done, images in self._images(self._ready(model), numbers, self._config.batch_size):
+                yield images
                 progress.update(len(done))
-        return np.concatenate(images), np.concatenate(trajectories)
 
-    return draw
+    def images(self, model: Model, num_images: int) -> UInt8[np.ndarray, "n h w c"]:
+        """The first images, pixel values."""
+        return np.concatenate(list(self.batches(model, 0, num_images, num_images)))
+
+    def trajectories(self, model: Model, num_images: int) -> UInt8[np.ndarray, "n f h w c"]:
+        """x̂_0 of the first images along the way from noise to data, pixel values."""
+        found = self._trajectories(self._ready(model), np.arange(num_images), self._config.batch_size)
+        return np.concatenate([frames for _, frames in found])
 
 
 def save(
+    experiment: Experiment,
     directory: Path,
-    images: UInt8[np.ndarray, "n h w c"],
-    trajectories: UInt8[np.ndarray, "m f h w c"],
-    num_levels: int,
-) -> None:
-    """Writes samples.png, progressive.png and samples.npz (pixel values, uint8 [N, H, W, C])."""
-    pictures.save_png(directory / "samples.png", pictures.image_grid(images, num_levels))
-    pictures.save_png(directory / "progressive.png", pictures.trajectory_grid(trajectories, num_levels))
-    with files.replacing(directory / "samples.npz") as file:
-        np.savez_compressed(file, images=images, num_levels=num_levels)
+    model: Model,
+    step: int,
+    stop: Callable[[], None] | None = None,
+    sampler: Sampler | None = None,
+) -> Path:
+    """Draws sample.num_images images into a folder of samples/ that is named by how they were drawn.
+
+    They are written in shards, so a call that was stopped goes on where it was, and a call for more images draws the
+    others. Beside them a grid of the first sample.num_previews, their denoising trajectories, and all images in one
+    file (uint8 [N, H, W, C]) if that is not too large; what was drawn last lies in `directory` itself, too.
+
+    Args:
+        stop: called after each shard; raises to stop.
+        sampler: one that is compiled already.
+    """
+    config, sampler = experiment.config.sample, sampler or Sampler(experiment)
+    folder = directory / SAMPLES / name(experiment, model.p.variance, step)
+    with workdir.locked(folder):
+        _fill(sampler, model, folder, config.num_images, stop)
+        trajectories = sampler.trajectories(model, min(TRAJECTORY_IMAGES, config.num_images))
+        if processes.is_first():
+            previews = read(folder, min(config.num_previews, config.num_images))
+            pictures.save_png(folder / GRID, pictures.image_grid(previews, model.num_levels))
+            pictures.save_png(folder / TRAJECTORY, pictures.trajectory_grid(trajectories, model.num_levels))
+            _save_archive(folder, config.num_images, model.num_levels)
+            _publish(folder, directory)
+    return folder
+
+
+def name(experiment: Experiment, variance: str, step: int) -> str:
+    """What tells one set of samples from another: checkpoint, method, number of steps and variance."""
+    config = experiment.config.sample
+    num_steps = config.num_steps or experiment.config.schedule.num_steps
+    return re.sub(r"[^\w.=+-]+", "_", f"step{step}-{config.method}-{num_steps}steps-{variance}")
+
+
+def shard(folder: Path, number: int) -> Path:
+    return folder / f"shard_{number:05d}.npy"
+
+
+def _fill(sampler: Sampler, model: Model, folder: Path, num_images: int, stop: Callable[[], None] | None) -> None:
+    """Draws the shards that are not there yet; the last one may be incomplete, and is then drawn again."""
+    for begin in range(0, num_images, SHARD_IMAGES):
+        end, path = min(begin + SHARD_IMAGES, num_images), shard(folder, begin // SHARD_IMAGES)
+        if processes.agreed(processes.is_first() and _holds(path, end - begin)):
+            continue
+        images = np.concatenate(list(sampler.batches(model, begin, end, num_images)))
+        if processes.is_first():
+            with files.replacing(path) as file:
+                np.save(file, images)
+        if stop is not None:
+            stop()
+
+
+def _holds(path: Path, num_images: int) -> bool:
+    """Whether a shard has so many images."""
+    return path.exists() and len(np.load(path, mmap_mode="r")) >= num_images
+
+
+def read(folder: Path, num_images: int) -> UInt8[np.ndarray, "n h w c"]:
+    """The first images of a folder of samples/."""
+    numbers = range(-(-num_images // SHARD_IMAGES))
+    return np.concatenate([np.load(shard(folder, number)) for number in numbers])[:num_images]
+
+
+def _save_archive(folder: Path, num_images: int, num_levels: int) -> None:
+    """samples.npz, or none if it were too large."""
+    size = num_images * np.load(shard(folder, 0), mmap_mode="r")[0].size
+    if size > MAX_ARCHIVE_BYTES:
+        (folder / ARCHIVE).unlink(missing_ok=True)
+        return
+    with files.replacing(folder / ARCHIVE) as file:
+        np.savez_compressed(file, images=read(folder, num_images), num_levels=num_levels)
+
+
+def _publish(folder: Path, directory: Path) -> None:
+    """Puts the last samples' files into the workdir itself, under the same names."""
+    for file_name in (ARCHIVE, GRID, TRAJECTORY):
+        if not (folder / file_name).exists():
+            (directory / file_name).unlink(missing_ok=True)
+            continue
+        with files.replacing(directory / file_name) as file:
+            file.write((folder / file_name).read_bytes())

@@ -59,6 +59,14 @@ class Preemption:
             return multihost_utils.reached_preemption_sync_point(self._asked)
         return bool(self.signal_name)
 
+    def check(self) -> None:
+        """Raises `Preempted` if a signal asked to stop: between parts of work that need no saving of their own.
+
+        Alone, a process stops as the signal comes; in a multi-process run every process has to ask at the same point.
+        """
+        if jax.process_count() > 1 and self.is_due():
+            raise Preempted("stopped by a signal; the same command goes on")
+
     def _receive(self, number: int, _frame) -> None:
         is_first, self.signal_name = not self.signal_name, signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)

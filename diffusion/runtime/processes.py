@@ -71,6 +71,11 @@ def from_first(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda sent, array: np.asarray(sent).view(array.dtype).reshape(array.shape), received, arrays)
 
 
+def agreed(value: bool) -> bool:
+    """What process 0 says, on every process."""
+    return bool(from_first(np.asarray(value)))
+
+
 def on_first(action: Callable[[], Any]) -> Any:
     """Calls `action` on process 0 alone, and returns its result there and None elsewhere.
 

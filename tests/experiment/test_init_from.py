@@ -76,7 +76,7 @@ def test_weights_are_scored_and_sampled_without_a_checkpoint(tiny, pictures, tmp
     evaluate.run(config, tmp_path / "run")
     printed = json.loads(capsys.readouterr().out)
     assert printed["ema_sha256"] == tree_sha256(params) and printed["test_images"] == 9 and printed["step"] == 0
-    assert (tmp_path / "run" / "eval_bpd.npz").exists() and not workdir.is_finished(tmp_path / "run")
+    assert list((tmp_path / "run" / "evaluations").glob("*/bpd.npz")) and not workdir.is_finished(tmp_path / "run")
     sample.run(config, tmp_path / "run")
     assert np.load(tmp_path / "run" / "samples.npz")["images"].shape == (8, 16, 16, 3)
     with pytest.raises(ValueError, match=r"another config \(init_from: .*weights → .*published"):

@@ -1,115 +1,111 @@
-"""Evaluation: a checkpoint's scores are the run's, every image counts once, and an estimate is of the full bound."""
+"""--mode=eval: a checkpoint's scores are the run's, and no evaluation disturbs another."""
 
-import dataclasses
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
-from diffusion import data
-from diffusion.evaluation import images
-from diffusion.evaluation.bound import Settings, estimated_bound, full_bound
-from diffusion.experiment import build
+from diffusion.experiment import workdir
 from diffusion.programs import evaluate
-from diffusion.training import devices
-
-SEED = 0
-
-
-@pytest.fixture(scope="module")
-def untrained(tiny):
-    """The tiny network before training, as a replicated model."""
-    experiment = build.experiment(tiny(), (8, 8, 1), 17)
-    return devices.replicate(experiment.model(jax.device_get(experiment.initial_state().params)))
+from diffusion.runtime import preemption
+from diffusion.runtime.preemption import Preempted
 
 
-@pytest.fixture(scope="module")
-def test_set(tiny_data_dir):
-    return data.load("digits", "test", tiny_data_dir)
+@pytest.fixture
+def run(straight, tmp_path):
+    """A copy of the finished run to evaluate."""
+    return shutil.copytree(straight, tmp_path / "run")
 
 
-@pytest.fixture(scope="module")
-def score():
-    """Scores pairs in batches of 16."""
-    return full_bound(Settings(SEED, batch_size=16))
+def evaluation(run, name):
+    return json.loads((run / evaluate.EVALUATIONS / name / "eval.json").read_text())
 
 
-def test_the_scores_of_a_checkpoint_are_those_of_the_run(straight, tiny, tmp_path, capsys):
-    shutil.copytree(straight, tmp_path / "run")
-    scored = (tmp_path / "run" / "bpd.npz").read_bytes()
-    assert not (tmp_path / "run" / evaluate.UNFINISHED).exists()
-    unfinished = tmp_path / "run" / evaluate.UNFINISHED / "of another evaluation" / "test.npy"
-    unfinished.parent.mkdir(parents=True)
-    unfinished.touch()
-    evaluate.run(tiny(eval__batch_size=7), tmp_path / "run")  # another batch size, the same images and noise
+def test_the_scores_of_a_checkpoint_are_those_of_the_run(run, straight, tiny, capsys):
+    scored = (run / "bpd.npz").read_bytes()
+    assert not (run / evaluate.UNFINISHED).exists()
+    evaluate.run(tiny(eval__batch_size=7), run)  # another batch size, the same images and noise
     printed = json.loads(capsys.readouterr().out)
     summary = json.loads((straight / "summary.json").read_text())
     assert printed["ema_sha256"] == summary["ema_sha256"]
     np.testing.assert_allclose(printed["test_bpd"], summary["test_bpd"], rtol=1e-5)
-    assert printed == json.loads((tmp_path / "run" / "eval.json").read_text())
-    assert (tmp_path / "run" / "bpd.npz").read_bytes() == scored  # what summary.json speaks of
-    assert list(unfinished.parent.parent.rglob("*")) == [unfinished.parent, unfinished]
+    assert printed == json.loads((run / "eval.json").read_text())
+    assert printed == evaluation(run, "step6-exact-learned_range-all-20images")
+    assert (run / "bpd.npz").read_bytes() == scored  # what summary.json speaks of
+
+
+def test_each_evaluation_is_named_by_what_was_measured(run, tiny, capsys):
+    variants = {
+        "step6-exact-learned_range-3terms-20images": {"eval__terms_per_image": 3},
+        "step6-exact-fixed_small-all-4images": {"eval__variance": "fixed_small", "eval__num_images": 4},
+        "step3-exact-fixed_small-all-4images": {"eval__variance": "fixed_small", "eval__num_images": 4},
+    }
+    for name, changes in variants.items():
+        evaluate.run(tiny(**changes), run, checkpoint=name[4])
+    assert {path.name for path in (run / evaluate.EVALUATIONS).iterdir()} == variants.keys()
+    scores = {name: evaluation(run, name) for name in variants}
+    assert [found["step"] for found in scores.values()] == [6, 6, 3]
+    assert len({found["test_bpd"] for found in scores.values()}) == 3
+    assert json.loads((run / "eval.json").read_text()) == scores["step3-exact-fixed_small-all-4images"]
+
+
+def test_latest_and_best_are_the_checkpoints_that_the_docs_name(run, tiny):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["test_loss"] for row in rows if "test_loss" in row}
+    assert set(losses) == {3, 6}
+    best = workdir.load(run, checkpoint="best").state.step
+    assert best == min(losses, key=losses.get)
+    assert workdir.load(run).state.step == workdir.load(run, "latest").state.step == 6
+    assert workdir.load(run, "3").state.step == 3
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4 in .* \(sound ones: \[3, 6\]\)"):
+        workdir.load(run, "4")
+    with pytest.raises(ValueError, match="--checkpoint=bets must be latest, best or the step"):
+        workdir.load(run, "bets")
+
+
+def test_an_evaluation_that_was_stopped_goes_on_and_others_keep_their_terms(run, tiny, monkeypatch):
+    """It is stopped after some batches: what was scored is on disk, and is not scored again."""
+    other = run / evaluate.UNFINISHED / "of another evaluation" / "test.npy"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    calls = []
+
+    def stop_at_the_third(self):
+        calls.append(self)
+        if len(calls) == 3:
+            raise Preempted("stopped by a signal")
+
+    out = run / evaluate.EVALUATIONS / "step6-exact-learned_range-all-20images"
+    with monkeypatch.context() as patch:
+        patch.setattr(preemption.Preemption, "check", stop_at_the_third)
+        with pytest.raises(Preempted):
+            evaluate.run(tiny(), run)
+        (kept,) = (out / evaluate.UNFINISHED).glob("*/test.npy")
+        done = ~np.isnan(np.load(kept)[0])
+        assert 0 < done.sum() < done.size and not (out / "eval.json").exists()
+    evaluate.run(tiny(), run)
+    summary = json.loads((run / "summary.json").read_text())
+    np.testing.assert_allclose(json.loads((out / "eval.json").read_text())["test_bpd"], summary["test_bpd"], rtol=1e-6)
+    assert not (out / evaluate.UNFINISHED).exists()
+    assert list((run / evaluate.UNFINISHED).rglob("*")) == [other.parent, other]
+
+
+def test_two_evaluations_of_the_same_things_do_not_clash_and_two_of_others_do_not_wait(run, tiny):
+    out = run / evaluate.EVALUATIONS / "step6-exact-learned_range-all-20images"
+    with workdir.locked(out):
+        with pytest.raises(ValueError, match="is in use by process"):
+            evaluate.run(tiny(), run)
+        evaluate.run(tiny(eval__num_images=2), run)
+    assert not (out / "eval.json").exists()
+
+
+def test_the_protocol_says_how_products_were_computed(run, tiny):
+    evaluate.run(tiny(eval__num_images=2), run)
+    protocol = json.loads((run / "eval.json").read_text())["protocol"]
+    assert protocol["matmul_precision"] == "highest" and protocol["network_dtype"] == "float32"
 
 
 def test_without_a_checkpoint_there_is_nothing_to_score(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         evaluate.run(tiny(), tmp_path)
-
-
-def test_the_bound_counts_every_image_once(untrained, test_set, score):
-    """66 pairs in batches of 16 on 8 devices, the last one padded, equal fewer pairs in other batches."""
-    numbers = np.arange(20, 31)
-    whole = score(untrained, test_set, numbers)
-    assert whole.terms_bpd.shape == (11, 6)
-    in_eights = full_bound(Settings(SEED, batch_size=8))
-    again = in_eights(untrained, test_set, numbers[3:])  # fewer images: each keeps its own noise
-    np.testing.assert_allclose(again.image_bpd, whole.image_bpd[3:], rtol=1e-5)
-    other_split = dataclasses.replace(test_set, split="train")
-    assert not np.allclose(in_eights(untrained, other_split, numbers[3:]).image_bpd, again.image_bpd)
-    np.testing.assert_allclose(whole.summary("test")["test_bpd"], whole.image_bpd.mean())
-    parts = whole.terms_bpd[:, 0], whole.terms_bpd[:, 1:].sum(axis=1), whole.prior_bpd
-    np.testing.assert_allclose(whole.image_bpd, sum(parts))
-
-
-def test_a_bound_that_was_cut_computes_what_is_missing(untrained, test_set, score, tmp_path):
-    """Finished terms are read from the file and not computed again; the others come out as without a file."""
-    numbers, kept = np.arange(5), tmp_path / "kept" / "test.npy"
-    whole = score(untrained, test_set, numbers)
-    np.testing.assert_array_equal(score(untrained, test_set, numbers, kept).terms_bpd, whole.terms_bpd)
-    terms = np.load(kept, mmap_mode="r+")
-    terms[0, :3], terms[0, 3:] = 7.0, np.nan
-    terms.flush()
-    again = score(untrained, test_set, numbers, kept).terms_bpd
-    np.testing.assert_array_equal(again[:3], 7.0)
-    np.testing.assert_allclose(again[3:], whole.terms_bpd[3:], rtol=1e-5)
-
-
-def test_the_estimate_is_of_the_full_evaluation(untrained, test_set):
-    """From the same terms: the decoder's are equal, the sum of the others has the error that is stated."""
-    numbers = np.arange(60)
-    estimate = estimated_bound(Settings(SEED, batch_size=64, terms_per_image=3))(untrained, test_set, numbers)
-    full = full_bound(Settings(SEED, batch_size=64))(untrained, test_set, numbers)
-    np.testing.assert_allclose(estimate.decoder_bpd, full.decoder_bpd, rtol=1e-5)
-    np.testing.assert_allclose(estimate.decoded_mse, full.decoded_mse, rtol=1e-5)
-    np.testing.assert_allclose(estimate.prior_bpd, full.prior_bpd, rtol=1e-5)
-    assert 0 < estimate.sampling_stderr < 0.2 * full.kl_bpd.mean() and full.sampling_stderr == 0
-    assert abs(estimate.image_bpd.mean() - full.image_bpd.mean()) < 3 * estimate.sampling_stderr
-
-
-def test_ho_et_al_drop_the_remainder_of_256():
-    for wanted, num_test, scored in ((0, 10_000, 9_984), (1000, 10_000, 768), (256, 299, 256)):
-        assert images.num_scored(wanted, "ho2020", num_test) == scored
-    assert images.num_scored(0, "exact", 299) == 299
-    with pytest.raises(ValueError, match=r"eval.protocol='ho2020' scores multiples of 256 images, not 20 \("):
-        images.num_scored(20, "ho2020", 299)
-    with pytest.raises(ValueError, match="eval.num_images=300 exceeds the 299"):
-        images.num_scored(300, "exact", 299)
-
-
-def test_a_subset_is_drawn_from_the_whole_set():
-    chosen = images.subset(1000, 100)
-    assert len(np.unique(chosen)) == 100 and np.all(np.diff(chosen) > 0)
-    assert np.bincount(chosen // 100, minlength=10).min() > 0  # every tenth of a set that is sorted by class
-    np.testing.assert_array_equal(images.subset(1000, 1000), np.arange(1000))

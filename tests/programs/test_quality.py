@@ -26,7 +26,7 @@ def test_a_run_is_compared_with_the_training_split(straight, tiny, sources, tmp_
     assert json.loads(capsys.readouterr().out) == scores
 
     experiment, state, model = sample.trained(config, tmp_path / "run")
-    images, _ = sample.sampler(experiment)(model, 30)
+    images = sample.Sampler(experiment).images(model, 30)
     assert len(images) == 30
     found = program.score(config, images, *sources)
     assert {key: scores[key] for key in found} == found

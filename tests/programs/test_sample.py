@@ -1,36 +1,86 @@
-"""Sampling from a checkpoint: the run's own images again, or others by another method and with fewer steps."""
+"""Sampling from a checkpoint: in shards that an interrupted call keeps, named by how they were drawn."""
 
 import shutil
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.programs import sample
+from diffusion.experiment import workdir
+from diffusion.programs import evaluate, quality, sample
+from diffusion.runtime import preemption
+from diffusion.runtime.preemption import Preempted
+
+
+@pytest.fixture
+def run(straight, tmp_path):
+    """A copy of the finished run to sample from."""
+    return shutil.copytree(straight, tmp_path / "run")
 
 
 def saved_images(directory):
     return np.load(directory / "samples.npz")["images"]
 
 
-def test_the_samples_of_a_checkpoint_are_those_of_the_run(straight, tiny, tmp_path):
-    shutil.copytree(straight, tmp_path / "run")
-    sample.run(tiny(sample__batch_size=5), tmp_path / "run")
-    again, before = saved_images(tmp_path / "run"), saved_images(straight)
+def test_the_samples_of_a_checkpoint_are_those_of_the_run(run, straight, tiny):
+    shutil.rmtree(run / sample.SAMPLES)
+    sample.run(tiny(sample__batch_size=5), run)
+    again, before = saved_images(run), saved_images(straight)
     # A pixel value may round the other way where the batch size changed the order of sums.
     assert np.mean(again != before) < 0.01 and np.abs(again.astype(int) - before).max() <= 1
 
 
-def test_another_method_with_fewer_steps_and_images(straight, tiny, tmp_path):
-    shutil.copytree(straight, tmp_path / "run")
-    config = tiny(sample__method="ddim(eta=0.5)", sample__num_steps=3, sample__num_images=2)
-    sample.run(config, tmp_path / "run")
-    few = saved_images(tmp_path / "run")
+def test_another_method_with_fewer_steps_and_images_keeps_the_others(run, tiny):
+    few_config = tiny(sample__method="ddim(eta=0.5)", sample__num_steps=3, sample__num_images=2)
+    sample.run(few_config, run)
+    few = saved_images(run)
     assert few.shape == (2, 8, 8, 1) and few.dtype == np.uint8 and few.max() <= 16
-    sample.run(config, tmp_path / "run")
-    np.testing.assert_array_equal(saved_images(tmp_path / "run"), few)
     # A row of pictures for each image, a column for each of the three steps; 48 pixels and a margin of 2 each.
-    assert Image.open(tmp_path / "run" / "progressive.png").size == (3 * 50 + 2, 2 * 50 + 2)
+    assert Image.open(run / "progressive.png").size == (3 * 50 + 2, 2 * 50 + 2)
+    folders = {path.name for path in (run / sample.SAMPLES).iterdir()}
+    assert folders == {"step6-ancestral-6steps-learned_range", "step6-ddim_eta=0.5_-3steps-learned_range"}
+    assert len(saved_images(run / sample.SAMPLES / "step6-ancestral-6steps-learned_range")) == 9
+
+
+def test_an_interrupted_call_keeps_its_shards_and_more_images_are_drawn_beside_them(run, tiny, monkeypatch):
+    monkeypatch.setattr(sample, "SHARD_IMAGES", 4)
+    shutil.rmtree(run / sample.SAMPLES)
+    folder = run / sample.SAMPLES / "step6-ancestral-6steps-learned_range"
+
+    def stop(self):
+        raise Preempted("stopped by a signal")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preemption.Preemption, "check", stop)
+        with pytest.raises(Preempted):
+            sample.run(tiny(), run)
+    (first,) = folder.glob("shard_*.npy")
+    marked = np.full_like(np.load(first), 3)
+    np.save(first, marked)
+    sample.run(tiny(), run)  # 9 images: 4, 4 and 1
+    np.testing.assert_array_equal(saved_images(run)[:4], marked)  # not drawn again
+    assert [len(np.load(path)) for path in sorted(folder.glob("shard_*.npy"))] == [4, 4, 1]
+    sample.run(tiny(sample__num_images=11), run)
+    assert [len(np.load(path)) for path in sorted(folder.glob("shard_*.npy"))] == [4, 4, 3]
+    assert len(saved_images(run)) == 11
+
+
+def test_the_grid_shows_the_previews_and_many_images_stay_in_their_shards(run, tiny, monkeypatch):
+    monkeypatch.setattr(sample, "MAX_ARCHIVE_BYTES", 9 * 64 - 1)
+    sample.run(tiny(sample__num_previews=4), run)
+    assert Image.open(run / "samples.png").size == (2 * 50 + 2, 2 * 50 + 2)
+    assert not (run / "samples.npz").exists()
+    assert sum(len(np.load(path)) for path in (run / sample.SAMPLES).glob("*/shard_*.npy")) == 9
+
+
+def test_whatever_is_written_is_known_to_the_check_for_foreign_files(run, tiny):
+    """Or a run could begin in a folder where it would overwrite what it does not list."""
+    evaluate.run(tiny(eval__num_images=2), run)
+    quality.run(tiny(quality__num_images=4), run)
+    known = (*workdir.WRITTEN, workdir.LOCK, "config.json")
+    unknown = [path.name for path in run.iterdir() if not any(fnmatch(path.name, pattern) for pattern in known)]
+    assert not unknown
 
 
 def test_without_a_checkpoint_there_is_nothing_to_sample_from(tiny, tmp_path):

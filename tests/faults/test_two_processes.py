@@ -1,0 +1,89 @@
+"""Two processes as one run: process 0 alone writes, both agree on what is missing, and a signal stops both."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+KEYS = ("--train.num_steps=10", "--train.checkpoint_every=10", "--sample.num_images=24", "--sample.batch_size=16")
+
+
+def start(mode: str, workdir: Path, *flags: str) -> subprocess.Popen:
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+    }
+    command = [sys.executable, str(HERE / "toy_program.py"), mode, str(workdir), *KEYS, *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_two(mode: str, workdir: Path, *flags: str) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    of_both = (f"--coordinator=localhost:{port}", "--num_processes=2", *flags)
+    return [start(mode, workdir, *of_both, f"--process_id={i}") for i in range(2)]
+
+
+def finish(*running: subprocess.Popen, code: int = 0) -> None:
+    for process in running:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == code, output
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of one process: trained, sampled and scored."""
+    directory = tmp_path_factory.mktemp("alone") / "run"
+    finish(start("train", directory))
+    return directory
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def test_two_processes_train_sample_and_score_as_one_does(alone, tmp_path):
+    finish(*start_two("train", tmp_path / "run"))
+    one, two = read(alone / "summary.json"), read(tmp_path / "run" / "summary.json")
+    # The sums over four devices are added in another order than those over two.
+    assert abs(one["test_bpd"] - two["test_bpd"]) < 1e-4 * one["test_bpd"]
+    images, again = (np.load(run / "samples.npz")["images"] for run in (alone, tmp_path / "run"))
+    assert images.shape == again.shape and np.mean(images != again) < 0.01
+    files = {path.relative_to(alone) for path in alone.rglob("*.npz")}
+    assert files == {path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*.npz")}
+
+
+def test_scoring_that_a_signal_stopped_goes_on_with_two_processes(alone, tmp_path):
+    run = Path(shutil.copytree(alone, tmp_path / "run"))
+    few_at_a_time = "--eval.batch_size=4"  # 400 batches, so that the signal comes between two of them
+    both = start_two("evaluate", run, few_at_a_time)
+    deadline = time.monotonic() + 120
+    while not list(run.glob("evaluations/*/unfinished_eval/*/test.npy")):
+        assert time.monotonic() < deadline and both[0].poll() is None
+        time.sleep(0.01)
+    both[1].send_signal(signal.SIGTERM)
+    finish(*both, code=75)
+    (kept,) = run.glob("evaluations/*/unfinished_eval/*/test.npy")
+    assert np.isnan(np.load(kept)).any() and not (run / "eval.json").exists()
+    finish(*start_two("evaluate", run, few_at_a_time))
+    scored, summary = read(run / "eval.json"), read(run / "summary.json")
+    assert abs(scored["test_bpd"] - summary["test_bpd"]) < 1e-5 * summary["test_bpd"]
+    assert not list(run.glob("evaluations/*/unfinished_eval"))
+
+
+def test_a_finished_run_is_finished_for_both(alone, tmp_path):
+    run = Path(shutil.copytree(alone, tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    finish(*start_two("train", run))
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}

@@ -1,0 +1,94 @@
+"""Signals: when they stop a run, alone and as one of several processes. What a run saves is in tests/faults."""
+
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from diffusion.runtime.preemption import EXIT_CODE, Preempted, Preemption
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def handlers() -> tuple:
+    return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+
+@pytest.fixture
+def two_processes(monkeypatch) -> list[int]:
+    """The counts with which one of two processes asks JAX, which says to stop at the third time."""
+    counts = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda count: counts.append(count) or len(counts) == 3
+    )
+    return counts
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_outside_the_loop_stops_at_once_and_the_old_handlers_come_back(number):
+    before = handlers()
+    with pytest.raises(Preempted, match="75") as stop, Preemption():
+        send(number)
+        time.sleep(10)
+        pytest.fail("it did not stop")
+    assert stop.value.code == EXIT_CODE == 75
+    assert stop.value.reason == f"stopped by {number.name}; the same command goes on"
+    assert handlers() == before
+
+
+def test_inside_the_loop_a_signal_waits_for_the_step_to_end():
+    with Preemption() as preemption:
+        with pytest.raises(Preempted, match="75"):
+            with preemption.deferred():
+                assert not preemption.is_due()
+                send(signal.SIGTERM)
+                time.sleep(0.1)
+                assert preemption.is_due()
+        # What comes after the loop is stopped at once again.
+        assert preemption.signal_name == "SIGTERM"
+
+
+def test_a_loop_without_a_signal_ends_as_any_other():
+    with Preemption() as preemption:
+        with preemption.deferred():
+            assert not preemption.is_due()
+        preemption.check()
+
+
+def test_a_second_interrupt_from_the_keyboard_does_not_wait():
+    with Preemption() as preemption, pytest.raises(Preempted):
+        with preemption.deferred():
+            send(signal.SIGTERM)
+            send(signal.SIGTERM)
+            assert preemption.is_due()
+            with pytest.raises(KeyboardInterrupt):
+                send(signal.SIGINT)
+                time.sleep(10)
+
+
+def test_several_processes_leave_the_signals_to_jax(two_processes):
+    before = handlers()
+    with Preemption():
+        assert handlers() == before
+
+
+def test_several_processes_ask_for_the_signal_with_a_count_that_goes_up_by_one(two_processes):
+    # JAX answers true where the count equals one past the furthest process's: a count that skips never gets there.
+    preemption = Preemption()
+    assert [preemption.is_due() for _ in range(3)] == [False, False, True]
+    assert np.diff(two_processes).tolist() == [1, 1]
+
+
+def test_several_processes_stop_between_parts_of_work_where_jax_says_so(two_processes):
+    preemption = Preemption()
+    preemption.check()
+    assert not preemption.is_due()  # both are one sequence of questions
+    with pytest.raises(Preempted, match="75"):
+        preemption.check()
