@@ -1,19 +1,26 @@
-# make demo   train, sample and score a small diffusion model on the bundled digits
-# make test   the whole test suite
-# make lint   the linter
+# make demo     train, sample and score a small diffusion model on the bundled digits
+# make test     the whole test suite
+# make faults kills, bad configs, full disks and several processes, on real runs: see docs/reliability.md
+# make lint     the linter
 # Each sets up .venv first, once. Another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: demo test lint
+.PHONY: demo test faults lint
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python main.py --config=configs/digits.py --workdir=runs/digits
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile --durations=15
+
+faults: $(VENV)/.installed-dev
+	$(VENV)/bin/python tests/faults/bad_configs.py 20
+	$(VENV)/bin/python tests/faults/disk_full.py
+	$(VENV)/bin/python tests/faults/several_processes.py --toy
+	$(VENV)/bin/python tests/faults/kills.py 3
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check .

@@ -71,6 +71,7 @@ def get_config() -> ConfigDict:
     config.train.checkpoint_every = 5000
     config.train.keep_checkpoints = 3
     config.train.sample_every = 50_000  # 0: only at the end
+    config.train.monitor_images = 256  # test images whose loss is followed and ranks the checkpoints; at most all
     config.train.skip_nonfinite = 0  # how many updates with a NaN or Inf are left out before it stops
     config.train.check_replicas_every = 1000  # steps after which all devices must hold the same state; 0: never
 
@@ -83,6 +84,7 @@ def get_config() -> ConfigDict:
 
     config.sample = ConfigDict()
     config.sample.num_images = 64
+    config.sample.num_previews = 64  # of these, how many the grid shows
     config.sample.batch_size = 256
     config.sample.method = "ancestral"  # ancestral, ddim(eta=0.0); for few steps dpm_solver_pp, heun
     config.sample.num_steps = 0  # 0: all; fewer: evenly spaced

@@ -144,12 +144,16 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
 
 
 def plan(config: ConfigDict) -> loop.Plan:
-    """When what happens in training."""
+    """When what happens in training.
+
+    On the CPU backend a call has one step, because gradients of convolutions are many times slower inside a loop.
+    """
     settings = config.train
+    steps_per_call = settings.steps_per_call
     return loop.Plan(
         seed=config.seed,
         num_steps=settings.num_steps,
-        steps_per_call=settings.steps_per_call,
+        steps_per_call=1 if jax.default_backend() == "cpu" else steps_per_call,
         log_every=settings.log_every,
         checkpoint_every=settings.checkpoint_every,
         sample_every=settings.sample_every,
@@ -231,5 +235,5 @@ def _published(config: ConfigDict, network: nn.Module, image_shape: tuple[int, i
     )
     if differ := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
         raise ValueError(f"{prefix}, whose images are {image_shape}: {', '.join(differ)} differ")
-    return params
+    return jax.device_get(params)  # on a device they would stay beside the state that is trained
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import learned_schedule, likelihood, objectives, reverse, samplers, schedules, timesteps
@@ -80,6 +82,7 @@ KEYS: dict[str, Constraint | Choice] = {
     "train.checkpoint_every": integer(1),
     "train.keep_checkpoints": integer(1),
     "train.sample_every": integer(0),
+    "train.monitor_images": integer(1),
     "train.skip_nonfinite": integer(0),
     "train.check_replicas_every": integer(0),
     "eval.num_images": integer(0),
@@ -90,6 +93,7 @@ KEYS: dict[str, Constraint | Choice] = {
         lambda v: names.accepts(int, v) and (v == 0 or v >= 3 and v % 2 == 1), "0 (all) or an odd number ≥ 3"
     ),
     "sample.num_images": integer(1),
+    "sample.num_previews": integer(1),
     "sample.batch_size": integer(1),
     "sample.method": Choice(samplers.SAMPLERS, given=("denoise", "p", "schedule", "keys", "shape", "num_frames")),
     "sample.num_steps": integer(0),
@@ -98,8 +102,13 @@ KEYS: dict[str, Constraint | Choice] = {
     "quality.features": Choice(quality.FEATURES, given=("images", "num_levels")),
 }
 
-# What a finished or resumed run may change: where the data lies, how it is watched, scored and sampled.
-FREE = ("data.data_dir", "train.check_replicas_every", "eval.", "sample.", "quality.")
+# What may change between the legs of a run: where the data lies, with what means the same is computed, how it is
+# watched, scored and sampled. PARTLY_FREE has two more.
+FREE = (
+    *("data.data_dir", "unet.remat", "train.grad_accum", "train.steps_per_call"),
+    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every"),
+    *("train.check_replicas_every", "eval.", "sample.", "quality."),
+)
 
 
 def network_keys() -> dict[str, Constraint]:
@@ -169,11 +178,42 @@ def from_json(text: str) -> ConfigDict:
 
 
 def differing(config: ConfigDict, saved: ConfigDict) -> list[str]:
-    """ "key: saved → now" for each key that shaped the saved run and differs now."""
+    """ "key: saved → now" for each key that shaped the saved run and differs now, with the reason where it has one."""
     now, then = flatten(config), flatten(saved)
-    keys = [key for key in sorted(now.keys() | then.keys()) if not key.startswith(FREE)]
-    return [
-        f"{key}: {then.get(key, 'absent')} → {now.get(key, 'absent')}"
-        for key in keys
-        if then.get(key) != now.get(key)
-    ]
+    changes = []
+    for key in sorted(now.keys() | then.keys()):
+        if key.startswith(FREE) or now.get(key) == then.get(key):
+            continue
+        change = f"{key}: {then.get(key, 'absent')} → {now.get(key, 'absent')}"
+        if key not in PARTLY_FREE or key not in then:
+            changes.append(change)
+        elif reason := PARTLY_FREE[key](config, then[key]):
+            changes.append(f"{change}, {reason}")
+    return changes
+
+
+def _why_not_longer(config: ConfigDict, old: int) -> str:
+    """Why a run of `old` steps cannot become longer; "" if it can, because none of them depends on their number."""
+    if config.train.num_steps < old:
+        return "but a run can only become longer"
+    if names.parse(config.schedule.name).name == learned_schedule.NAME:
+        return "on which the learning rate of a learned schedule depends"
+    made = np.linspace(0, max(0, old - 1 - config.optim.warmup_steps), 100).astype(int)
+    decay = KEYS["optim.decay"].bind(config.optim.decay)
+    rates = [decay(1.0, num_steps - config.optim.warmup_steps) for num_steps in (old, config.train.num_steps)]
+    with jax.numpy_dtype_promotion("standard"):  # Optax multiplies integer steps with floats
+        is_same = np.array_equal(*(rate(made) for rate in rates))
+    return "" if is_same else f"on which optim.decay={config.optim.decay!r} depends"
+
+
+def _why_not_skipping(config: ConfigDict, old: int) -> str:
+    """Why another number of updates cannot be left out; "" if it can."""
+    is_same = (config.train.skip_nonfinite > 0) == (old > 0)
+    return "" if is_same else "but 0 or more than 0 is settled when a run begins"
+
+
+# Keys that may change in part: (config, saved value) -> why this change is refused, or "".
+PARTLY_FREE: dict[str, Callable[[ConfigDict, int], str]] = {
+    "train.num_steps": _why_not_longer,
+    "train.skip_nonfinite": _why_not_skipping,
+}

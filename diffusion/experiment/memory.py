@@ -1,6 +1,7 @@
 """What training needs of a device's memory, and the error message when that is more than it has."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import jax
@@ -15,6 +16,11 @@ def state_bytes(experiment: Experiment) -> int:
     """The parameters, their EMA, the optimizer's state and the gradient, on every device."""
     state = experiment.abstract_state()
     return num_bytes((state, state.params))
+
+
+def data_bytes(experiment: Experiment, num_images: int) -> int:
+    """The training images as uint8, on every device."""
+    return num_images * math.prod(experiment.image_shape)
 
 
 def local_batch(experiment: Experiment) -> int:
@@ -44,8 +50,13 @@ def num_bytes(tree: PyTree) -> int:
 
 
 @contextlib.contextmanager
-def explained(experiment: Experiment) -> Iterator[None]:
+def explained(experiment: Experiment, batch_key: str = "train.batch_size", num_train: int = 0) -> Iterator[None]:
     """Turns a device's lack of memory into a one-line error.
+
+    Args:
+        experiment: what is computed.
+        batch_key: the config key that says how much at a time.
+        num_train: how many training images are on every device.
 
     Raises:
         MemoryError: says what needs how much and which config key lowers it.
@@ -55,14 +66,22 @@ def explained(experiment: Experiment) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        keys = ["train.grad_accum higher", "train.batch_size lower"]
-        if not getattr(experiment.training.network, "remat", True):
-            keys.insert(0, "unet.remat=True")
-        num_images = local_batch(experiment)
-        raise MemoryError(
-            f"a device is out of memory: train.batch_size={experiment.training.batch_size} is "
-            f"{num_images} images per device at a time, which keep about "
-            f"{residual_bytes(experiment, num_images) / 2**30:.2f} GiB for the backward pass, beside "
-            f"{state_bytes(experiment) / 2**30:.2f} GiB of parameters, EMA, optimizer and gradients; set "
-            f"{', or '.join(keys)} (evaluation and samples: eval.batch_size and sample.batch_size lower)"
-        ) from error
+        group, _, key = batch_key.partition(".")
+        batch_size = experiment.config[group][key]
+        per_device = f"{-(-batch_size // jax.device_count())} images per device at a time; set {batch_key} lower"
+        what = _training_need(experiment, num_train) if group == "train" else per_device
+        raise MemoryError(f"a device is out of memory: {batch_key}={batch_size} is {what}") from error
+
+
+def _training_need(experiment: Experiment, num_train: int) -> str:
+    """What training keeps, and the keys that lower it; a run may go on with another value of all but the last."""
+    num_images = local_batch(experiment)
+    keys = [] if getattr(experiment.training.network, "remat", True) else ["unet.remat=True"]
+    keys += ["train.grad_accum higher"] if num_images > 1 else []
+    data = f" and {data_bytes(experiment, num_train) / 2**30:.2f} GiB of training images" if num_train else ""
+    return (
+        f"{num_images} images per device at a time, which keep about "
+        f"{residual_bytes(experiment, num_images) / 2**30:.2f} GiB for the backward pass, beside "
+        f"{state_bytes(experiment) / 2**30:.2f} GiB of parameters, EMA, optimizer and gradients{data}; set "
+        f"{', or '.join([*keys, 'train.batch_size lower (which needs another --workdir)'])}"
+    )

@@ -26,11 +26,14 @@ from diffusion.training.step import TrainState
 from diffusion.variances import X0Variance
 
 X0_VARIANCE = "x0_variance.npz"  # what the optimal variance needs
+SUMMARY, SECONDS = "summary.json", "seconds.json"
 LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, which ends with the process
 # What a run or its evaluation writes, apart from the lock and config.json.
 WRITTEN = (
-    *("metrics.jsonl", "checkpoints", "tensorboard", "summary.json", "eval.json", "quality.json", "samples.npz"),
-    *("samples*.png", "progressive.png", "loss.png", "*bpd.png", "*bpd.npz", "*rate_distortion.png"),
+    *("metrics.jsonl", "checkpoints", "tensorboard", "loss.png", "schedule.png", "x0_variance.npz"),
+    *("summary*.json", SECONDS),
+    *("samples", "samples*.png", "samples.npz", "progressive.png", "quality.json"),
+    *("evaluations", "unfinished_eval", "eval.json", "bpd.npz", "bpd.png", "rate_distortion.png"),
 )
 
 
@@ -70,9 +73,15 @@ def check(config: ConfigDict, directory: Path) -> None:
 
 
 def claim(config: ConfigDict, directory: Path) -> None:
-    """Makes `directory` this run's by writing config.json. Raises what `check` raises."""
+    """Makes `directory` this run's by writing config.json. Raises what `check` raises.
+
+    Where a finished run is made longer, its summary.json becomes summary_STEP.json.
+    """
     check(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
+    summary = directory / SUMMARY
+    if summary.exists() and not is_finished(directory, config):
+        os.replace(summary, summary.with_stem(f"summary_{read_config(directory).train.num_steps}"))
     files.write_text(directory / "config.json", config_lib.to_json(config))
 
 
@@ -85,14 +94,21 @@ def owned(config: ConfigDict, directory: Path) -> Iterator[Path]:
     Raises:
         ValueError: another process, which the message names, runs here, or what `check` raises.
     """
-    with contextlib.ExitStack() as stack:
-
-        def own():
-            stack.enter_context(_locked(directory))
-            claim(config, directory)
-
-        processes.on_first(own)
+    with locked(directory), contextlib.ExitStack() as stack:
+        processes.on_first(lambda: claim(config, directory))
         yield directory if processes.is_first() else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps others out of `directory`, which it makes. In a multi-process run process 0 holds the lock.
+
+    Raises:
+        ValueError: another process, which the message names, is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+        processes.on_first(lambda: stack.enter_context(_locked(directory)))
+        yield
 
 
 @contextlib.contextmanager
@@ -137,18 +153,26 @@ def read_config(directory: Path) -> ConfigDict:
     return _saved(path)
 
 
-def is_finished(directory: Path) -> bool:
-    """Whether the run trained to its end and was scored."""
-    return (directory / "summary.json").exists()
+def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:
+    """Whether the run trained to its end and was scored; with a config, whether to the end that this one sets."""
+    if not (directory / SUMMARY).exists():
+        return False
+    return config is None or config.train.num_steps == read_config(directory).train.num_steps
 
 
-def restore(experiment: Experiment, directory: Path) -> TrainState:
-    """The state in the latest checkpoint, for evaluation or sampling; without one, the weights of config.init_from.
+def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest") -> TrainState:
+    """The state in a checkpoint, for evaluation or sampling; without any, the weights of config.init_from.
+
+    Args:
+        checkpoint: "latest"; "best", the one with the lowest test_loss of those that are kept; or a step.
 
     Raises:
-        FileNotFoundError: there is neither.
-        ValueError: the checkpoint was trained with another config, or is not that of its network.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: `checkpoint` is none of these, the checkpoint was trained with another config, or it is not that
+            of its network.
     """
+    if checkpoint not in ("latest", "best") and not checkpoint.isdecimal():
+        raise ValueError(f"--checkpoint={checkpoint} must be latest, best or the step of a checkpoint")
     check(experiment.config, directory)
 
     def read() -> TrainState:
@@ -156,7 +180,10 @@ def restore(experiment: Experiment, directory: Path) -> TrainState:
             if experiment.config.init_from and checkpoints.latest_step() is None:
                 claim(experiment.config, directory)
                 return experiment.initial_state()
-            return checkpoints.restore(None, like=experiment.abstract_state())
+            step = int(checkpoint) if checkpoint.isdecimal() else None
+            if checkpoint == "best":
+                step = checkpoints.best_step()
+            return checkpoints.restore(step, like=experiment.abstract_state())
 
     return processes.from_first(processes.on_first(read) or experiment.initial_state())
 
@@ -182,8 +209,11 @@ class Run(NamedTuple):
         return self.experiment.model(self.state.ema_params)
 
 
-def load(directory: str | Path) -> Run:
+def load(directory: str | Path, checkpoint: str = "latest") -> Run:
     """The run in `directory`, to sample from it, score it or study it; nothing is written.
+
+    Args:
+        checkpoint: which one; see `restore`.
 
     Raises:
         FileNotFoundError: there is no run in it, or no checkpoint, or its data set is missing.
@@ -192,7 +222,7 @@ def load(directory: str | Path) -> Run:
     config = read_config(Path(directory))
     described = data.describe(config.data.name, config.data.data_dir)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
-    return Run(experiment, restore(experiment, Path(directory)))
+    return Run(experiment, restore(experiment, Path(directory), checkpoint))
 
 
 def save_x0_variance(directory: Path, analytic: X0Variance, error: X0Variance, step: int) -> None:

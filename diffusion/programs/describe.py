@@ -22,21 +22,22 @@ def run(config_dict: ConfigDict, _directory: Path) -> None:
     figures = {
         "data": f"{described.name}: {described.num_train:,} training and {described.num_test:,} test images",
         "  images": f"{shape}, {described.num_levels} pixel values",
-        **network(experiment),
+        **network(experiment, described.num_train),
         **schedule_figures(experiment),
     }
     print(config.to_json(config_dict))
     for name, value in figures.items():
-        print(f"{name:<34}{value}")
+        print(f"{name:<36}{value}")
 
 
-def network(experiment: Experiment) -> dict[str, str]:
-    """Parameters, work and memory of training on one device."""
+def network(experiment: Experiment, num_train: int) -> dict[str, str]:
+    """Parameters, work and memory of training on one device, which holds all training images."""
     state = experiment.abstract_state()
     batch_size, local_size = experiment.training.batch_size, memory.local_batch(experiment)
     flops = forward_flops(experiment)
     giga = {
         "parameters, EMA, Adam, gradients": memory.state_bytes(experiment) / 2**30,
+        "all training images": memory.data_bytes(experiment, num_train) / 2**30,
         "kept for the backward pass": memory.residual_bytes(experiment, local_size) / 2**30,
     }
     return {

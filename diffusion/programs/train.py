@@ -3,10 +3,10 @@
 What a run needs to go on is its config.json and its latest checkpoint: the same command resumes by itself.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,6 +19,7 @@ from diffusion.programs import evaluate, sample
 from diffusion.programs.sample import Sampler
 from diffusion.reporting import pictures, plots, summary
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
+from diffusion.reporting.summary import Stopwatch
 from diffusion.runtime import processes
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.preemption import Preemption
@@ -26,11 +27,11 @@ from diffusion.training import devices, loop
 from diffusion.training.devices import Replicated
 from diffusion.training.step import TrainState
 
-MONITORED_IMAGES = 256  # how many test images' loss is followed during training, if as many are to be scored
-
 
 def run(config: ConfigDict, directory: Path) -> None:
     """Trains to config.train.num_steps, resuming if `directory` holds a part of this run; then samples and scores.
+
+    A run that is finished goes on if num_steps is larger now: see `config.differing` for what may change.
 
     Raises:
         ValueError, OSError: what does not fit or is missing, in one line and before any compilation; or what
@@ -40,31 +41,43 @@ def run(config: ConfigDict, directory: Path) -> None:
         MemoryError: a device has too little of it.
         Preempted: a signal asked to stop.
     """
-    started = time.monotonic()
     experiment = prepare(config, directory)
-    if workdir.is_finished(directory):
-        print(f"{directory} holds this run, finished: see {directory / 'summary.json'}")
+    if processes.agreed(processes.is_first() and workdir.is_finished(directory, config)):
+        if processes.is_first():
+            print(f"{directory} holds this run, finished: see {directory / workdir.SUMMARY}")
         return
     train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
-    draw = sample.sampler(experiment)
+    sampler = Sampler(experiment)
 
-    with Preemption() as preemption, workdir.owned(config, directory) as directory, memory.explained(experiment):
-        state = train(experiment, directory, train_set, test_set, draw, preemption)
+    with (
+        Preemption() as preemption,
+        workdir.owned(config, directory) as directory,
+        Stopwatch(directory / workdir.SECONDS) as stopwatch,
+    ):
+
+        def between_batches() -> None:
+            stopwatch.tick()
+            preemption.check()
+
+        with memory.explained(experiment, num_train=len(train_set)):
+            state = train(experiment, directory, train_set, test_set, sampler, preemption, stopwatch.tick)
         plots.plot_loss(read_metrics(directory), directory / "loss.png")
         model = experiment.model(state.ema_params, config.sample.variance)
-        sample.save(directory, *draw(model), train_set.num_levels)
+        with memory.explained(experiment, "sample.batch_size"):
+            sample.save(experiment, directory, model, int(state.step), between_batches, sampler)
         if experiment.learns_schedule:
             _plot_schedule(experiment, directory, state)
-        scores = evaluate.score(experiment, directory, state, train_set, test_set)
+        with memory.explained(experiment, "eval.batch_size"):
+            scores = evaluate.score(experiment, directory, state, train_set, test_set, stop=between_batches)
         scores |= {
-            "seconds": time.monotonic() - started,
+            "seconds": stopwatch.seconds(),
             "device": summary.device_name(),
             "versions": summary.versions(),
         }
-        summary.write_json(directory / "summary.json", scores)
+        summary.write_json(directory / workdir.SUMMARY, scores)
     if processes.is_first():
         print("protocol: " + ", ".join(f"{name} {value}" for name, value in scores["protocol"].items()))
-        print(f"test {scores['test_bpd']:.4f} bits/dim; see {directory / 'summary.json'} and the pictures beside it")
+        print(f"test {scores['test_bpd']:.4f} bits/dim; see {directory / workdir.SUMMARY} and the pictures beside it")
 
 
 def prepare(config: ConfigDict, directory: Path) -> Experiment:
@@ -87,39 +100,44 @@ def train(
     directory: Path,
     train_set: Source,
     test_set: Source,
-    draw: Sampler,
+    sampler: Sampler,
     preemption: Preemption,
+    after_row: Callable[[], None] | None = None,
 ) -> TrainState:
     """Trains to the end from the latest checkpoint in `directory`, or from the start; returns the last state."""
     config, plan = experiment.config, build.plan(experiment.config)
-    scored = config.eval.num_images or len(test_set)
-    numbers = images.subset(len(test_set), min(MONITORED_IMAGES, scored))
+    numbers = images.subset(len(test_set), min(config.train.monitor_images, len(test_set)))
     test_loss = loop.monitor(experiment.training, config.seed, config.schedule.num_steps, test_set, numbers)
     with Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
         state = resume(experiment, checkpoints)
         if state.step == plan.num_steps:
             return state
-        with MetricsLog(directory, step=int(state.step)) as log:
-            show = _shower(experiment, directory, draw, log)
+        with MetricsLog(directory, int(state.step), after_row) as log:
+            show = _shower(experiment, directory, sampler, log)
             training = experiment.training
             return loop.train(training, plan, state, train_set, test_loss, show, checkpoints, log, preemption)
 
 
 def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
-    """The state to go on from, or the initial one: what process 0 reads, on every process."""
-    state = experiment.initial_state()
-    resumed = processes.on_first(lambda: checkpoints.resume(like=state))
-    return processes.from_first(state if resumed is None else resumed)
+    """The state to go on from, or the initial one: what process 0 reads, on every process.
+
+    It is on the host: on a device it would stay there beside the state that is trained.
+    """
+    like = experiment.abstract_state()
+    resumed = processes.on_first(lambda: checkpoints.resume(like))
+    return processes.from_first(jax.device_get(experiment.initial_state()) if resumed is None else resumed)
 
 
 def _shower(
-    experiment: Experiment, directory: Path, draw: Sampler, log: MetricsLog
+    experiment: Experiment, directory: Path, sampler: Sampler, log: MetricsLog
 ) -> Callable[[int, Replicated], None]:
     """Shows samples of EMA parameters as samples_STEP.png and in TensorBoard."""
+    num_previews = min(experiment.config.sample.num_previews, experiment.config.sample.num_images)
 
     def show(step: int, ema_params: Replicated) -> None:
         model = experiment.model(ema_params.host(), experiment.config.sample.variance)
-        grid = pictures.image_grid(draw(model)[0], model.num_levels)
+        with memory.explained(experiment, "sample.batch_size"):
+            grid = pictures.image_grid(sampler.images(model, num_previews), model.num_levels)
         pictures.save_png(directory / f"samples_{step}.png", grid)
         log.images(step, "samples", grid)
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -24,10 +25,11 @@ class MetricsLog:
     Args:
         workdir: gets metrics.jsonl (the source of truth) and tensorboard/.
         step: the step that the run starts from.
+        after_row: called after each row.
     """
 
-    def __init__(self, workdir: str | Path, step: int = 0):
-        self._last_step = step
+    def __init__(self, workdir: str | Path, step: int = 0, after_row: Callable[[], None] | None = None):
+        self._last_step, self._after_row = step, after_row
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
@@ -55,6 +57,8 @@ class MetricsLog:
             raise OSError(f"the metrics of step {step} could not be written to {self._rows.name} ({error})") from error
         for name, value in row.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._after_row is not None:
+            self._after_row()
 
     def images(self, step: int, name: str, grid: UInt8[np.ndarray, "h w c"]) -> None:
         """Shows a picture in TensorBoard."""

@@ -1,8 +1,10 @@
 """Summaries: JSON files of finite numbers, and what the numbers depend on."""
 
+import contextlib
 import json
 import math
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,78 @@ def write_json(path: Path, summary: dict[str, Any]) -> None:
     """Writes a summary, completely or not at all.
 
     Raises:
-        ValueError: a number is NaN or Inf; the message names it.
+        ValueError: a number is NaN or Inf, however deep it lies; the message names it.
     """
-    plain = {name: value.item() if hasattr(value, "item") else value for name, value in summary.items()}
-    files.write_text(path, json.dumps(checked_finite(plain), indent=2) + "\n")
+    # JSON has no word for NaN; Python would write one that other programs refuse.
+    files.write_text(path, json.dumps(checked_finite(_plain(summary)), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """The same with arrays as lists and numbers of NumPy and JAX as Python's."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def checked_finite(numbers: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers; raises a ValueError that names the first one that is NaN or Inf."""
+    """The same numbers; raises a ValueError that names the first one that is NaN or Inf, such as runs[2].test_bpd."""
     for name, value in numbers.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, not a finite number")
+        _check_finite(name, value)
     return numbers
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_finite(f"{name}.{key}", item)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_finite(f"{name}[{i}]", item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, not a finite number")
+
+
+class Stopwatch:
+    """How long a run took, over all its legs, whatever ended them; a context manager, from a leg's begin to its end.
+
+    Args:
+        path: a file that keeps the seconds between the legs.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+
+    SAVE_SECONDS = 10  # about what a leg that is killed loses
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._begun = self._saved = time.monotonic()
+        try:
+            self._before = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged; delete it, and summary.json counts seconds from now on") from error
+
+    def seconds(self) -> float:
+        """The time of the earlier legs and of this one so far."""
+        return self._before + time.monotonic() - self._begun
+
+    def tick(self) -> None:
+        """Saves the seconds if the last time was a while ago; called again and again, because a leg may be killed."""
+        if time.monotonic() - self._saved >= self.SAVE_SECONDS:
+            self._save()
+
+    def _save(self) -> None:
+        write_json(self._path, {"seconds": self.seconds()})
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> "Stopwatch":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        with contextlib.suppress(OSError):  # a full disk has had its error message
+            self._save()
 
 
 def versions() -> dict[str, str]:

@@ -8,8 +8,9 @@ Orbax silently restores a file with a flipped bit.
 import contextlib
 import logging
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -24,8 +25,27 @@ from diffusion.runtime import verification
 from diffusion.runtime.digests import leaf_sha256, named_leaves
 from diffusion.runtime.verification import DamagedCheckpoint
 
-# Orbax reports every phase of every save through absl's logger; failures reach the caller as exceptions.
+# Orbax reports every phase of every save through absl's logger, and where a save fails, asyncio's reports each of its
+# writes that failed too. The failure reaches the caller as an exception.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+
+
+def _without_late_writes(show: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`show`, a sys.unraisablehook, for all but the writes that end after another one of their save has failed.
+
+    Orbax closes its event loop at the first failure. Each write that is still going on then finds it closed: hundreds
+    of tracebacks, in which the error that the caller gets would be lost.
+    """
+
+    def hook(unraisable: Any) -> None:
+        if not (unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"):
+            show(unraisable)
+
+    return hook
+
+
+sys.unraisablehook = _without_late_writes(sys.unraisablehook)
 
 DAMAGED = "damaged"  # where `resume` moves what cannot be used; nothing is ever deleted from it
 
@@ -46,7 +66,7 @@ class Checkpoints:
             raise ValueError(f"cannot keep the last {keep} checkpoints: at least 1 is needed to resume")
         self.directory = Path(directory).absolute()
         self._metric = metric
-        self._last_saved: int | None = None
+        self._unfinished: int | None = None  # the step whose save is not known to be on disk
         # Orbax keeps what sorts last in descending order; a checkpoint that was not scored comes first.
         best = checkpoint_managers.BestN(get_metric_fn=self._score, reverse=True, n=1)
         last = checkpoint_managers.LatestN(keep)
@@ -85,7 +105,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(traverse_util.unflatten_dict(host)), digests=ocp.args.JsonSave(digests)
         )
         self.wait()
-        self._last_saved = step
+        self._unfinished = step
         with self._named_failure():
             # Forced, because Orbax would silently skip a step below the latest one.
             self._manager.save(step, args=items, metrics=scores, force=True)
@@ -215,6 +235,7 @@ class Checkpoints:
         """Blocks until the save in progress is on disk, and raises what went wrong in it."""
         with self._named_failure():
             self._manager.wait_until_finished()
+            self._unfinished = None
 
     def close(self) -> None:
         """Waits for the save in progress and releases Orbax's threads."""
@@ -232,9 +253,11 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
+            if self._unfinished is None:  # no save can have raised it
+                raise
             reason = str(error).partition("\n")[0][:200]
             raise OSError(
-                f"the checkpoint of step {self._last_saved} could not be written to {self.directory} ({reason}); "
+                f"the checkpoint of step {self._unfinished} could not be written to {self.directory} ({reason}); "
                 "those before it are untouched"
             ) from error
 

@@ -1,5 +1,6 @@
 """The training loop: it calls the compiled step, and between calls it logs, saves and samples."""
 
+import collections
 import dataclasses
 import math
 import time
@@ -27,7 +28,10 @@ from diffusion.training.step import Training, TrainState, groups, losses
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How long training is, and what happens when between its steps; 0 is never. See the config group `train`."""
+    """How long training is, and what happens when between its steps; 0 is never. See the config group `train`.
+
+    `steps_per_call` is 1 where several steps in one compiled call are slow: see `build.plan`.
+    """
 
     seed: int
     num_steps: int
@@ -41,6 +45,18 @@ class Plan:
     def is_due(self, step: int, every: int) -> bool:
         """Whether what happens every so many steps happens after this one; at the last step all does."""
         return step == self.num_steps or bool(every) and step % every == 0
+
+    def call_length(self, step: int) -> int:
+        """How many steps the compiled call after this step takes: as many as a call may have, or 1.
+
+        Each length is a compilation, so there are two. No call goes beyond a step after which something happens: what
+        is left before it is made of single steps.
+        """
+        every = (self.log_every, self.checkpoint_every, self.sample_every, self.check_replicas_every)
+        intervals = [interval for interval in every if interval]
+        longest = min([self.steps_per_call, self.num_steps, *intervals])
+        left = min([self.num_steps - step, *(interval - step % interval for interval in intervals)])
+        return longest if longest <= left else 1
 
 
 def train(
@@ -75,10 +91,11 @@ def train(
     begin, group_names = int(state.step), groups(state.params)
     train_steps, differing_replicas = devices.train_steps(training, plan.seed), devices.differing_replicas()
     images, state = devices.replicate(train_set.images()), devices.replicate(state)
-    watchdog, clock, unchecked = Watchdog(), Clock(training.batch_size), []
+    watchdogs, clock, unchecked = collections.defaultdict(Watchdog), Clock(training.batch_size), []
     with Progress(plan.num_steps, initial=begin, desc="train") as progress, preemption.deferred():
         for steps, indices in _calls(plan, begin, training.batch_size, len(train_set)):
-            with watchdog.step():
+            # What is timed is this call's start and the end of the one before, so their lengths tell what is usual.
+            with watchdogs[len(steps), len(unchecked[-1][0]) if unchecked else 0].step():
                 state, metrics = train_steps(state, images, indices)
                 if unchecked:  # wait for the call before: one call is in flight, and the progress shown is made
                     unchecked[-1][1].wait()
@@ -103,13 +120,14 @@ def train(
                 progress.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
             if plan.is_due(step, plan.sample_every) and step < plan.num_steps:
                 draw(step, state.part(lambda state: state.ema_params))
-            if (saves or stops) and processes.is_first():
-                checkpoints.save(step, state.host(), {"test_loss": row["test_loss"]} if saves else {})
+            if saves or stops:
+                _save(checkpoints, step, state, {"test_loss": row["test_loss"]} if saves else {})
             if stops:
+                processes.on_first(checkpoints.wait)
                 raise Preempted(f"stopped by a signal at step {step}, which is saved; the same command goes on")
             if logs:
                 clock.restart()
-        checkpoints.wait()  # or a signal would interrupt the last save
+        processes.on_first(checkpoints.wait)  # or a signal would interrupt the last save
     return state.host()
 
 
@@ -131,18 +149,18 @@ class Clock:
 
 
 def _calls(plan: Plan, begin: int, batch_size: int, num_examples: int) -> Iterator[tuple[range, np.ndarray]]:
-    """The compiled calls still to make: the steps each one completes, and the examples it takes, [steps, B].
+    """The compiled calls still to make: the steps each one completes, and the examples it takes, [steps, B]."""
+    step = begin
+    while step < plan.num_steps:
+        before = range(step, step + plan.call_length(step))
+        taken = [batch_indices(plan.seed, number, batch_size, num_examples) for number in before]
+        step = before.stop
+        yield range(before.start + 1, step + 1), np.stack(taken)
 
-    All calls have the same number of steps, or there would be a second compilation; so that number divides
-    everything that happens between calls. On the CPU it is 1: see `devices.compiled_train_steps`.
-    """
-    wanted = 1 if jax.default_backend() == "cpu" else plan.steps_per_call
-    between = (plan.log_every, plan.checkpoint_every, plan.sample_every, plan.check_replicas_every)
-    # A run that was stopped elsewhere, where a call had fewer steps, may begin between two of ours.
-    steps_per_call = math.gcd(wanted, *between, plan.num_steps, begin)
-    for step in range(begin, plan.num_steps, steps_per_call):
-        taken = [batch_indices(plan.seed, step + i, batch_size, num_examples) for i in range(steps_per_call)]
-        yield range(step + 1, step + steps_per_call + 1), np.stack(taken)
+
+def _save(checkpoints: Checkpoints, step: int, state: Replicated, metrics: dict[str, float]) -> None:
+    """Process 0 begins to save; where it cannot, or the save before has failed, every process raises it."""
+    processes.on_first(lambda: checkpoints.save(step, state.host(), metrics))
 
 
 def _check_finite(

@@ -122,15 +122,52 @@ def test_a_network_s_own_keys_may_be_left_out():
 def test_only_what_shaped_the_run_may_not_differ():
     saved = changed()
     assert config_lib.differing(changed(), saved) == []
-    free = {"eval__num_images": 3, "sample__method": "ddim(eta=0.5)", "data__data_dir": "x"}
-    assert config_lib.differing(changed(**free, train__check_replicas_every=7), saved) == []
+    free = {"eval__num_images": 3, "sample__method": "ddim(eta=0.5)", "data__data_dir": "x", "unet__remat": True}
+    free |= {f"train__{name}": 7 for name in (
+        "grad_accum", "steps_per_call", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every",
+        "check_replicas_every",
+    )}  # fmt: skip
+    assert config_lib.differing(changed(**free), saved) == []
+    assert config_lib.differing(changed(train__monitor_images=7), saved) == ["train.monitor_images: 256 → 7"]
     differing = config_lib.differing(changed(seed=1, unet__channel_mult=(1, 2)), saved)
     assert differing == ["seed: 0 → 1", "unet.channel_mult: (1, 2, 2, 2) → (1, 2)"]
     other = changed()
     with other.unlocked():
-        del other.unet.remat
-    assert config_lib.differing(other, saved) == ["unet.remat: False → absent"]
-    assert config_lib.differing(saved, other) == ["unet.remat: absent → False"]
+        del other.unet.dropout
+    assert config_lib.differing(other, saved) == ["unet.dropout: 0.1 → absent"]
+    assert config_lib.differing(saved, other) == ["unet.dropout: absent → 0.1"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "old", "new", "reason"),
+    [
+        ({"optim__decay": "constant"}, 6000, 6001, None),
+        ({"optim__decay": "constant"}, 6001, 6000, "but a run can only become longer"),
+        ({"optim__decay": "cosine"}, 6000, 6001, "on which optim.decay='cosine' depends"),
+        ({"optim__decay": "cosine(end=0.5)"}, 6000, 9000, "on which optim.decay='cosine(end=0.5)' depends"),
+        ({"optim__decay": "cosine"}, 5000, 6000, None),  # all of it was warm-up
+        ({"schedule__name": "learned"}, 6000, 9000, "on which the learning rate of a learned schedule depends"),
+    ],
+)
+def test_a_run_becomes_longer_only_where_its_learning_rates_stay_what_they_were(keys, old, new, reason):
+    found = config_lib.differing(changed(**keys, train__num_steps=new), changed(**keys, train__num_steps=old))
+    assert found == ([f"train.num_steps: {old} → {new}, {reason}"] if reason else [])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"), [(1, 9, False), (9, 1, False), (0, 1, True), (1, 0, True), (0, 0, False)]
+)
+def test_the_budget_of_updates_left_out_may_change_but_not_whether_there_is_one(old, new, problem):
+    found = config_lib.differing(changed(train__skip_nonfinite=new), changed(train__skip_nonfinite=old))
+    expected = f"train.skip_nonfinite: {old} → {new}, but 0 or more than 0 is settled when a run begins"
+    assert found == ([expected] if problem else [])
+
+
+def test_a_partly_free_key_that_the_saved_run_does_not_have_is_a_difference():
+    saved = changed()
+    with saved.unlocked():
+        del saved.train.num_steps
+    assert config_lib.differing(changed(train__num_steps=5), saved) == ["train.num_steps: absent → 5"]
 
 
 def test_json_gives_the_config_back_with_its_tuples():

@@ -11,7 +11,7 @@ import pytest
 
 from configs import digits
 from diffusion import data
-from diffusion.experiment import build, workdir
+from diffusion.experiment import build, memory, workdir
 from diffusion.experiment import config as config_lib
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.variances import X0Variance
@@ -93,10 +93,40 @@ def test_another_config_is_refused_by_key_and_nothing_changes(tmp_path):
 def test_a_key_that_the_saved_run_does_not_have_is_a_difference(tmp_path):
     saved = config()
     with saved.unlocked():
-        del saved.train.grad_accum
+        del saved.optim.grad_clip
     (tmp_path / "config.json").write_text(config_lib.to_json(saved))
-    with pytest.raises(ValueError, match=r"another config \(train.grad_accum: absent → 1\)"):
+    with pytest.raises(ValueError, match=r"another config \(optim.grad_clip: absent → 1.0\)"):
         workdir.check(config(), tmp_path)
+
+
+def test_a_finished_run_that_becomes_longer_keeps_its_summary_under_its_step(tmp_path):
+    short, long = (config(optim__decay="constant", train__num_steps=n) for n in (6, 9))
+    workdir.claim(short, tmp_path)
+    assert not workdir.is_finished(tmp_path) and not workdir.is_finished(tmp_path, short)
+    (tmp_path / "summary.json").write_text("of step 6")
+    workdir.claim(short, tmp_path)
+    assert workdir.is_finished(tmp_path) and workdir.is_finished(tmp_path, short)
+    assert not workdir.is_finished(tmp_path, long)
+    workdir.claim(long, tmp_path)
+    assert (tmp_path / "summary_6.json").read_text() == "of step 6" and not (tmp_path / "summary.json").exists()
+    assert workdir.read_config(tmp_path).train.num_steps == 9
+    assert not workdir.is_finished(tmp_path) and not workdir.is_finished(tmp_path, long)
+    workdir.claim(long, tmp_path)
+    with pytest.raises(ValueError, match=r"\(train.num_steps: 9 → 6, but a run can only become longer\)"):
+        workdir.claim(short, tmp_path)
+
+
+def test_what_an_error_about_memory_advises_the_run_may_do():
+    small = config(unet__channels=8, train__batch_size=32)
+    experiment = build.experiment(small, (8, 8, 1), 17)
+    with pytest.raises(MemoryError, match="set unet.remat=True, or train.grad_accum higher, or train.batch_size"):
+        with memory.explained(experiment):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    assert config_lib.differing(config(unet__channels=8, unet__remat=True, train__grad_accum=2), small) == []
+    for key in ("eval.batch_size", "sample.batch_size"):
+        with pytest.raises(MemoryError, match=f"{key}=256 is 32 images per device at a time; set {key} lower$"):
+            with memory.explained(experiment, key):
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
 
 def test_where_there_is_no_run_nothing_is_read(tmp_path):

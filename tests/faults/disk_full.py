@@ -6,7 +6,6 @@ A run of main.py on the digits is stopped after its first checkpoint and goes on
 that its next checkpoint exceeds; then without the limit to its end, which must be that of a run that was never stopped.
 """
 
-import resource
 import signal
 import tempfile
 from pathlib import Path
@@ -22,13 +21,15 @@ def main(root: Path) -> None:
     running.send_signal(signal.SIGTERM)
     launch.wait(running, code=75)
     saved = [path.name for path in (root / "run" / "checkpoints").glob("[0-9]*")]
-    largest = max(path.stat().st_size for path in (root / "run" / "checkpoints").rglob("*") if path.is_file())
+    num_bytes, printed_before = launch.half_a_checkpoint(root / "run"), launch.log(root / "run").stat().st_size
     limited = launch.start(root / "run")
-    resource.prlimit(limited.pid, resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+    launch.limit_files(limited, num_bytes)
     launch.wait(limited, code=2)
-    message = (root / "run.log").read_text().strip().splitlines()[-1]
-    print(f"file sizes limited to {largest // 2:,} bytes: {message}")
-    assert message.startswith("error: ") and "could not be written" in message
+    printed = launch.log(root / "run").read_text()[printed_before:]
+    message = printed.strip().splitlines()[-1]
+    print(f"file sizes limited to {num_bytes:,} bytes: {message}")
+    assert message.startswith("error: the checkpoint of step ") and "could not be written" in message
+    assert "Traceback" not in printed, printed
     assert all((root / "run" / "checkpoints" / step).exists() for step in saved)
     launch.wait(launch.start(root / "run"))
     assert launch.end(root / "run") == launch.end(root / "straight")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,26 +24,56 @@ TINY = {
 COMPILED = Path(tempfile.gettempdir()) / "diffusion-faults-compiled"
 
 
-def start(workdir: Path, devices: int = 1, flags: tuple = (), toy: bool = False, **overrides) -> subprocess.Popen:
-    """main.py on `devices` CPU devices, or toy.py; the output is appended to a log beside `workdir`."""
+class Run(subprocess.Popen):
+    """A process whose output is appended to a file.
+
+    The output takes a pipe and `cat`: a limit on the size of this process's files must not cut its log as well.
+    """
+
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str]):
+        with log.open("a") as file:
+            self._copier = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
+        with self._copier.stdin as pipe:
+            super().__init__(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once all output is in the file."""
+        code = super().wait(timeout)
+        self._copier.wait(timeout)
+        return code
+
+
+def start(
+    workdir: Path,
+    devices: int = 1,
+    flags: tuple = (),
+    toy: bool = False,
+    environment: dict[str, str] | None = None,
+    **overrides,
+) -> Run:
+    """main.py on `devices` CPU devices, or toy.py; the output is appended to `log(workdir)`."""
     program = ["tests/faults/toy.py", str(workdir)] if toy else ["main.py", "--config=configs/digits.py"]
     if toy:
         keys = [f"--{key}={value}" for key, value in overrides.items()]
     else:
         keys = [f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in (TINY | overrides).items())]
-    environment = os.environ | {
+    ours = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
     }
+    command = [sys.executable, *program, *keys, *flags]
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    with workdir.with_suffix(".log").open("a") as log:
-        command = [sys.executable, *program, *keys, *flags]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    return Run(command, log(workdir), os.environ | ours | (environment or {}))
 
 
-def start_two(workdir: Path, devices: int, **options) -> list[subprocess.Popen]:
+def log(workdir: Path) -> Path:
+    """The file with the output of the runs in `workdir`."""
+    return workdir.with_suffix(".log")
+
+
+def start_two(workdir: Path, devices: int, **options) -> list[Run]:
     """Two processes of one run, each with `devices` devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -50,11 +82,21 @@ def start_two(workdir: Path, devices: int, **options) -> list[subprocess.Popen]:
     return [start(workdir, devices, (*flags, f"--process_id={i}"), **options) for i in range(2)]
 
 
-def wait(*running: subprocess.Popen, code: int = 0, seconds: float = 900) -> None:
+def wait(*running: Run, code: int = 0, seconds: float = 900) -> None:
     """Until all have ended, with this exit code."""
     codes = [process.wait(seconds) for process in running]
     if codes != [code] * len(codes):
         raise AssertionError(f"{running[0].args}: exit codes {codes}, not {code}")
+
+
+def limit_files(running: Run, num_bytes: int) -> None:
+    """From now on the process cannot write beyond this size of a file, as if the disk were full."""
+    resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def half_a_checkpoint(workdir: Path) -> int:
+    """Half the size in bytes of the largest file of a checkpoint."""
+    return max(path.stat().st_size for path in (workdir / "checkpoints").rglob("*") if path.is_file()) // 2
 
 
 def until_saved(workdir: Path, step: int, seconds: float = 900) -> None:
@@ -67,6 +109,14 @@ def until_saved(workdir: Path, step: int, seconds: float = 900) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"no checkpoint of step {step} in {workdir}")
         time.sleep(0.02)
+
+
+def cut(source: Path, target: Path, step: int) -> None:
+    """A run that was stopped after `step`: what later steps left is not copied."""
+    target.mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(source / name, target / name)
+    shutil.copytree(source / "checkpoints" / str(step), target / "checkpoints" / str(step))
 
 
 def end(workdir: Path) -> dict:

@@ -3,12 +3,11 @@
     python tests/faults/several_processes.py [--toy] [--workdir=DIR]
 
 Prints the largest difference of a parameter, relative to the largest parameter: what another order of sums costs.
---toy takes a network of one layer. Five minutes on 2 CPU cores, one with --toy.
+--toy takes a network of one layer, except for the errors that main.py prints.
 """
 
 import argparse
-import resource
-import shutil
+import re
 import signal
 import tempfile
 from pathlib import Path
@@ -56,37 +55,46 @@ def processes(root: Path, **options) -> None:
     pair = launch.start_two(root / "two", 2, **options | {"seed": 1})
     launch.wait(*pair, code=2 if "toy" not in options else 1)
     print("a workdir that process 0 refuses: both refused it", flush=True)
-    if "toy" not in options:
-        failing_alone(root / "full", **options)
+
+
+def failures(root: Path, **options) -> None:
+    """Process 0 of two fails, where the other hears of it and where it cannot; main.py even with --toy."""
+    options = {name: value for name, value in options.items() if "." in name} | {"train.num_steps": 100_000}
+    no_room(root / "full", **options)
+    failing_alone(root / "alone", **options)
+
+
+def no_room(workdir: Path, **options) -> None:
+    """Process 0 cannot write its next checkpoint."""
+    pair = launch.start_two(workdir, 1, **options)
+    launch.until_saved(workdir, 4)
+    launch.limit_files(pair[0], launch.half_a_checkpoint(workdir))
+    launch.wait(*pair, code=2, seconds=120)
+    printed = launch.log(workdir).read_text()
+    errors = re.findall(r"^error: the checkpoint of step \d+ could not be written to .*$", printed, re.MULTILINE)
+    assert len(errors) == 2 and errors[0] == errors[1] and "Traceback" not in printed, printed
+    print("process 0 has no room for a checkpoint: both printed that error and ended with exit code 2", flush=True)
 
 
 def failing_alone(workdir: Path, **options) -> None:
-    """Process 0 of two cannot write its second checkpoint, of which the other knows nothing."""
-    first, second = launch.start_two(workdir, 1, **options | {"train.num_steps": 100_000})
+    """Process 0 cannot write its next row of metrics, of which the other hears nothing."""
+    first, second = launch.start_two(workdir, 1, **options)
     launch.until_saved(workdir, 4)
-    largest = max(path.stat().st_size for path in (workdir / "checkpoints").rglob("*") if path.is_file())
-    resource.prlimit(first.pid, resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+    launch.limit_files(first, (workdir / "metrics.jsonl").stat().st_size)
     launch.wait(first, code=2, seconds=120)
-    second.wait(120)
-    assert "error: the checkpoint of step 8 could not be written" in workdir.with_suffix(".log").read_text()
-    print("a process 0 that fails alone: it said so and ended with 2, and the other ended too", flush=True)
-
-
-def cut(source: Path, target: Path, step: int) -> None:
-    """A run that was stopped after `step`: what later steps left is not copied."""
-    target.mkdir()
-    for name in ("config.json", "metrics.jsonl"):
-        shutil.copy(source / name, target / name)
-    shutil.copytree(source / "checkpoints" / str(step), target / "checkpoints" / str(step))
+    assert second.wait(120) != 0
+    printed = launch.log(workdir).read_text()
+    assert re.search(r"^error: the metrics of step \d+ could not be written to ", printed, re.MULTILINE), printed
+    print("process 0 alone has no room for its metrics: it said so and ended with 2; JAX ended the other", flush=True)
 
 
 def topologies(root: Path, **options) -> None:
     """A run stopped on 4 devices goes on on 2 and then on 1, and the reverse; root/one ran on 4 throughout."""
     for name, (first, second, third) in (("down", (4, 2, 1)), ("up", (1, 2, 4))):
         launch.wait(launch.start(root / f"{name}-1", first, **options))
-        cut(root / f"{name}-1", root / f"{name}-2", 4)
+        launch.cut(root / f"{name}-1", root / f"{name}-2", 4)
         launch.wait(launch.start(root / f"{name}-2", second, **options))
-        cut(root / f"{name}-2", root / f"{name}-3", 8)
+        launch.cut(root / f"{name}-2", root / f"{name}-3", 8)
         launch.wait(launch.start(root / f"{name}-3", third, **options))
         compare(root / "one", root / f"{name}-3", f"{first} → {second} → {third} devices against 4")
 
@@ -100,5 +108,5 @@ if __name__ == "__main__":
     if arguments.toy:
         options |= {"toy": True, "train.check_replicas_every": 4}
     with tempfile.TemporaryDirectory() as temporary:
-        for study in (processes, topologies):
+        for study in (processes, failures, topologies):
             study(arguments.workdir or Path(temporary), **options)

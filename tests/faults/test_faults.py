@@ -3,14 +3,12 @@
 import os
 import re
 import signal
-import time
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import toy
-from jax.experimental import multihost_utils
 
 from diffusion import timesteps
 from diffusion.experiment import memory
@@ -20,8 +18,7 @@ from diffusion.runtime import preemption as preemption_lib
 from diffusion.runtime import randomness
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import tree_sha256
-from diffusion.runtime.preemption import Preempted, Preemption
-from diffusion.runtime.watchdog import Watchdog
+from diffusion.runtime.preemption import Preempted
 from diffusion.training import devices, loop
 from diffusion.training.devices import Replicated
 
@@ -91,26 +88,6 @@ def test_a_row_is_the_mean_of_the_steps_since_the_row_before(straight, tmp_path)
             np.testing.assert_allclose(row[name], np.mean([one[name] for one in since]), rtol=1e-5)
 
 
-def test_a_signal_outside_the_loop_stops_at_once_and_the_old_handlers_come_back():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(Preempted):
-        with Preemption():
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(10)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_a_second_interrupt_from_the_keyboard_does_not_wait():
-    with Preemption() as preemption, pytest.raises(Preempted):
-        with preemption.deferred():
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert preemption.is_due()
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(10)
-
-
 def test_a_signal_that_comes_with_the_last_step_is_handled_after_it(tmp_path, monkeypatch, straight):
     interrupt(monkeypatch, (29,), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Preempted):
@@ -128,16 +105,6 @@ def test_the_last_save_is_done_before_a_signal_can_break_it_off(tmp_path, monkey
     monkeypatch.setattr(Checkpoints, "close", closed)
     toy.run(toy.experiment(), tmp_path)
     assert saving == [False]
-
-
-def test_several_processes_ask_for_the_signal_with_a_count_that_goes_up_by_one(monkeypatch):
-    # JAX answers true where the count equals one past the furthest process's: a count that skips never gets there.
-    counts = []
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda count: counts.append(count) or False)
-    preemption = Preemption()
-    assert not any(preemption.is_due() for _ in range(3))
-    assert np.diff(counts).tolist() == [1, 1]
 
 
 def poisoned_steps(num_steps):
@@ -242,24 +209,3 @@ def test_too_little_memory_is_a_one_line_error_that_names_the_keys(network, advi
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         with memory.explained(experiment):
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
-
-
-def test_a_step_that_takes_ten_times_its_median_dumps_the_stacks(tmp_path):
-    with (tmp_path / "stacks").open("w+") as file:
-        watchdog = Watchdog(at_least=0.0, file=file)
-        for seconds in (0.02,) * 8 + (0.5, 0.02):
-            with watchdog.step():
-                time.sleep(seconds)
-        file.seek(0)
-        dump = file.read()
-    assert dump.count("Timeout") == 1 and "test_a_step_that_takes_ten_times" in dump
-
-
-def test_short_pauses_and_the_first_steps_are_not_watched(tmp_path):
-    with (tmp_path / "stacks").open("w+") as file:
-        for watchdog, steps in ((Watchdog(10.0, file), (0.001,) * 9 + (0.2,)), (Watchdog(0.0, file), (0.001, 0.2))):
-            for seconds in steps:
-                with watchdog.step():
-                    time.sleep(seconds)
-        file.seek(0)
-        assert file.read() == ""

@@ -73,7 +73,7 @@ def source(split: str) -> Source:
 
 def run(experiment: build.Experiment, directory: Path) -> TrainState:
     """Trains to the end, or on from where `directory` is; returns the last state."""
-    draw = sample.sampler(experiment)
+    draw = sample.Sampler(experiment)
     with Preemption() as preemption, workdir.owned(experiment.config, directory) as directory:
         return train.train(experiment, directory, source("train"), source("test"), draw, preemption)
 

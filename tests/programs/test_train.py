@@ -6,9 +6,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import toy
 
 from diffusion import data
-from diffusion.experiment import build
+from diffusion.experiment import build, workdir
+from diffusion.experiment import config as config_lib
+from diffusion.networks import NETWORKS
 from diffusion.programs import evaluate, sample, train
 from diffusion.reporting import metrics_log
 from diffusion.runtime.checkpoint import Checkpoints
@@ -18,6 +21,17 @@ from diffusion.training import loop
 
 def rows_without_time(directory):
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics_log.read_metrics(directory)]
+
+
+def killed_at(killed_step):
+    """`batch_indices` of a run that is killed before its next step."""
+
+    def batch_indices(seed, step, *sizes):
+        if step == killed_step:
+            raise KeyboardInterrupt
+        return data.batch_indices(seed, step, *sizes)
+
+    return batch_indices
 
 
 def test_a_run_leaves_everything_it_promises(straight):
@@ -40,7 +54,8 @@ def test_a_run_leaves_everything_it_promises(straight):
     assert summary["protocol"] == {
         "name": "exact", "decoder_cdf": "exact", "x0_clipped": True, "parameters": "EMA, decay 0.99",
         "variance": "learned_range", "schedule": "cosine", "num_steps": 6,
-        "estimator": "every term", "draws_per_term": 1, "seed": 0,
+        "estimator": "every term", "draws_per_term": 1, "matmul_precision": "highest", "network_dtype": "float32",
+        "seed": 0,
         "test_images": "20 of 299", "train_images": "20 of 1498",
     }  # fmt: skip
     images = np.load(straight / "samples.npz")["images"]
@@ -51,19 +66,11 @@ def test_a_run_leaves_everything_it_promises(straight):
 
 
 def test_a_stopped_run_resumes_bit_identically(straight, tiny, tmp_path, monkeypatch):
-    batch_indices, killed_at = data.batch_indices, 5
-
-    def killed(seed, step, *sizes):
-        if step == killed_at:
-            raise KeyboardInterrupt
-        return batch_indices(seed, step, *sizes)
-
-    monkeypatch.setattr(loop, "batch_indices", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop, "batch_indices", killed_at(5))
         train.run(tiny(), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
     assert [row["step"] for row in metrics_log.read_metrics(tmp_path / "run")] == [2, 3, 4]
-    killed_at = -1
     train.run(tiny(), tmp_path / "run")
     one, two = (json.loads((run / "summary.json").read_text()) for run in (straight, tmp_path / "run"))
     for key in one.keys() - {"seconds"}:
@@ -77,6 +84,91 @@ def test_a_finished_run_says_so_and_does_nothing(straight, tiny, capsys):
     train.run(tiny(sample__num_images=3), straight)
     assert "finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+
+
+def test_a_finished_run_is_not_made_longer_where_its_learning_rate_would_have_been_another(straight, tiny):
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+    with pytest.raises(ValueError, match=r"train.num_steps: 6 → 9, on which optim.decay='cosine' depends\); give"):
+        train.run(tiny(train__num_steps=9), straight)
+    assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+
+
+@pytest.fixture
+def leg(tmp_path, monkeypatch):
+    """(name, changes) -> the summary of a small run in the directory `name`, and the config that was taken."""
+    monkeypatch.setitem(NETWORKS, "layer", toy.Layer)
+    monkeypatch.setattr(data, "load", lambda name, split, data_dir: toy.source(split))
+    monkeypatch.setattr(data, "describe", lambda *_: data.Description("toy", 64, 64, toy.SHAPE, toy.LEVELS, 0))
+
+    def run(name, **changes):
+        small = {"optim__decay": "constant", "schedule__num_steps": 3, "eval__num_images": 2, "sample__num_images": 2}
+        config = toy.config(**small | changes)
+        train.run(config, tmp_path / name)
+        return json.loads((tmp_path / name / "summary.json").read_text()), config
+
+    return run
+
+
+def test_a_run_that_goes_on_with_other_means_is_the_run_that_had_them_all_along(leg, tmp_path):
+    at_once, _ = leg("at_once", train__num_steps=8, train__log_every=1)
+    first, _ = leg("legs", train__num_steps=5, train__log_every=2)
+    shutil.copytree(tmp_path / "legs", tmp_path / "thrifty")
+    (tmp_path / "legs" / "seconds.json").write_text('{"seconds": 5000.0}')
+    others = {"train__checkpoint_every": 4, "train__keep_checkpoints": 1, "train__steps_per_call": 7}
+    second, config = leg("legs", train__num_steps=8, train__log_every=3, **others)
+    thrifty, _ = leg("thrifty", train__num_steps=8, train__grad_accum=2, unet__remat=True)
+
+    assert (first["step"], second["step"]) == (5, 8)
+    for key in at_once.keys() - {"seconds"}:
+        assert second[key] == at_once[key], key
+    np.testing.assert_allclose(thrifty["test_bpd"], at_once["test_bpd"], rtol=1e-5)
+    # The first leg's summary stays, the time of all legs counts, and the config is that of the last one.
+    assert json.loads((tmp_path / "legs" / "summary_5.json").read_text()) == first
+    assert 0 < first["seconds"] < 5000 < second["seconds"] < 6000
+    saved = workdir.read_config(tmp_path / "legs")
+    assert config_lib.flatten(saved) == config_lib.flatten(config)
+
+    # The window of step 5 goes on: it began at a multiple of the old log_every.
+    assert_rows_are_means(tmp_path, "legs", {2: (1, 2), 4: (3, 4), 5: (5,), 6: (5, 6), 8: (7, 8)})
+
+
+def assert_rows_are_means(directory, name, means):
+    """The rows of a run are the means over these steps of what the run `at_once` logged at every step."""
+    steps = {row["step"]: row["loss"] for row in metrics_log.read_metrics(directory / "at_once")}
+    rows = {row["step"]: row["loss"] for row in metrics_log.read_metrics(directory / name) if "loss" in row}
+    assert rows.keys() == means.keys()
+    for step, averaged in means.items():
+        np.testing.assert_allclose(rows[step], np.mean([steps[i] for i in averaged]), rtol=1e-6)
+
+
+def test_a_window_starts_anew_at_a_multiple_of_the_log_every_that_a_run_goes_on_with(leg, tmp_path, monkeypatch):
+    leg("at_once", train__num_steps=9, train__log_every=1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop, "batch_indices", killed_at(6))
+        leg("legs", train__num_steps=9, train__log_every=4, train__checkpoint_every=3)
+    leg("legs", train__num_steps=9, train__log_every=3)
+    assert_rows_are_means(tmp_path, "legs", {4: (1, 2, 3, 4), 9: (7, 8, 9)})
+
+
+@pytest.mark.parametrize(("wanted", "followed"), [(256, 256), (7, 7), (1000, 299)])
+def test_how_many_images_are_scored_does_not_change_which_are_followed(tiny, tmp_path, monkeypatch, wanted, followed):
+    class Seen(Exception):
+        pass
+
+    def monitor(training, seed, num_steps, test_set, numbers):
+        raise Seen(numbers)
+
+    monkeypatch.setattr(loop, "monitor", monitor)
+    seen = []
+    for num_images in (0, 3):
+        config = tiny(train__monitor_images=wanted, eval__num_images=num_images)
+        experiment = build.experiment(config, (8, 8, 1), 17)
+        sets = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
+        with pytest.raises(Seen) as raised:
+            train.train(experiment, tmp_path, *sets, sample.Sampler(experiment), Preemption())
+        seen.append(raised.value.args[0])
+    np.testing.assert_array_equal(*seen)
+    assert len(set(seen[0])) == followed
 
 
 def test_a_run_that_was_trained_but_not_scored_is_scored(straight, tiny, tmp_path):
@@ -113,7 +205,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_names_step_and_term(tiny, tmp_path
         checkpoints.save(0, poisoned, {})
     sets = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
     with pytest.raises(FloatingPointError, match=r"step 1: .*loss = nan.*vlb_bpd = nan"):
-        train.train(experiment, tmp_path, *sets, sample.sampler(experiment), Preemption())
+        train.train(experiment, tmp_path, *sets, sample.Sampler(experiment), Preemption())
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == 0
 

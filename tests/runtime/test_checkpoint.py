@@ -161,6 +161,27 @@ def test_a_save_that_fails_leaves_the_last_sound_one(tmp_path):
         assert_identical(checkpoints.resume(make_state()), make_state(1))
 
 
+def test_an_error_is_blamed_on_a_save_only_while_there_is_one(tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("Event loop is closed")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoints._manager, "wait_until_finished", broken)
+            with pytest.raises(RuntimeError, match="^Event loop is closed$"):
+                checkpoints.wait()
+        checkpoints.save(1, make_state(1), {})
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoints._manager, "wait_until_finished", broken)
+            with pytest.raises(OSError, match=r"step 1 could not be written to .* \(Event loop is closed\)"):
+                checkpoints.wait()
+        checkpoints.wait()
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoints._manager, "wait_until_finished", broken)
+            with pytest.raises(RuntimeError, match="^Event loop is closed$"):
+                checkpoints.wait()
+
+
 def test_keeping_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="last 0"):
         Checkpoints(tmp_path, keep=0)

@@ -116,6 +116,24 @@ def test_the_step_compiles_once_moves_nothing_and_reuses_the_state(steps):
     assert counts[1:] == [counts[0]] * 3
 
 
+def test_calls_of_two_lengths_compile_once_each(steps):
+    compiled = []
+
+    def listen(event, seconds, **kwargs):
+        if "backend_compile" in event:
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    state, images = devices.replicate(steps.start), devices.replicate(steps.images)
+    train_steps, counts, taken = devices.train_steps(steps.experiment.training, steps.config.seed), [], 0
+    for length in (2, 1, 2, 1, 1, 2):
+        state, _ = train_steps(state, images, steps.indices(*range(taken, taken + length)))
+        taken += length
+        counts.append(len(compiled))
+    assert 0 < counts[0] < counts[1]
+    assert counts[2:] == 4 * [counts[1]]
+
+
 def test_a_replicated_tree_comes_back_as_it_was():
     tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": (np.int32(7),)}
     replicated = devices.replicate(tree)

@@ -1,0 +1,162 @@
+"""What is said of a device's memory is what lies there: the state once, and the training images."""
+
+import gc
+import math
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy
+from flax import linen as nn
+
+from configs import cifar10
+from diffusion import data
+from diffusion.data import Source
+from diffusion.experiment import build, memory, workdir
+from diffusion.networks import NETWORKS
+from diffusion.programs import describe, train
+from diffusion.programs.sample import Sampler
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.preemption import Preemption
+from diffusion.training import loop
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MIB = 2**20
+
+
+class Wide(nn.Module):
+    """The toy's layer beside 1 MiB of parameters, so that one copy too many is seen."""
+
+    out_channels: int = 2
+
+    def check(self, image_shape: tuple[int, ...]) -> None:
+        """It fits images of any shape."""
+
+    @nn.compact
+    def __call__(self, x, network_t, dropout_keys=None):
+        self.param("wide", nn.initializers.zeros, (MIB // 4,))
+        return toy.Layer(out_channels=self.out_channels, name="layer")(x, network_t)
+
+
+@pytest.fixture
+def wide():
+    """A function of changes: an experiment with that network."""
+    NETWORKS["wide"] = Wide
+
+    def experiment(**keys):
+        every = {f"train__{name}_every": 2 for name in ("log", "sample", "checkpoint")}
+        return toy.experiment(model__network="wide", **every | keys)
+
+    yield experiment
+    del NETWORKS["wide"]
+
+
+def bytes_alive() -> dict[jax.Device, int]:
+    """Of all JAX arrays, on every device."""
+    gc.collect()
+    alive = dict.fromkeys(jax.devices(), 0)
+    for array in jax.live_arrays():
+        share = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for device in array.sharding.device_set:
+            alive[device] += share
+    return alive
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What the devices hold while test images are scored and samples drawn, beyond what they held before training."""
+    before, found, monitor = bytes_alive(), [], loop.monitor
+
+    def note():
+        found.append({device: size - before[device] for device, size in bytes_alive().items()})
+
+    def images(sampler, model, num_images):
+        note()
+        return np.zeros((num_images, *toy.SHAPE), np.uint8)
+
+    def noted_monitor(*args):
+        test_loss = monitor(*args)
+
+        def noted(params):
+            note()
+            return test_loss(params)
+
+        return noted
+
+    monkeypatch.setattr(Sampler, "images", images)
+    monkeypatch.setattr(loop, "monitor", noted_monitor)
+    return found
+
+
+def test_in_training_a_device_holds_the_state_once_and_the_images(wide, measured, tmp_path):
+    images = np.random.default_rng(0).integers(0, toy.LEVELS, (2**15, *toy.SHAPE), np.uint8)  # 2 MiB
+    train_set, test_set = Source("toy", "train", images, toy.LEVELS), toy.source("test")
+    # What a step needs besides, the gradient, is not there between two steps.
+    experiment = wide()
+    state = memory.state_bytes(experiment) - memory.num_bytes(experiment.abstract_state().params)
+    expected = state + memory.data_bytes(experiment, len(train_set))
+    assert 6 * MIB < expected < 6.1 * MIB
+    slack = MIB // 4  # the schedule's tables, random keys, metrics and the scored images
+
+    for num_steps in (4, 8):  # from the start, then from a checkpoint
+        measured.clear()
+        experiment = wide(train__num_steps=num_steps, optim__decay="constant")
+        with Preemption() as preemption, workdir.owned(experiment.config, tmp_path) as directory:
+            train.train(experiment, directory, train_set, test_set, Sampler(experiment), preemption)
+        assert len(measured) == 3  # at steps 2 and 4, or 6 and 8, and a drawing before the last one
+        for alive in measured:
+            for size in alive.values():
+                assert expected <= size < expected + slack
+
+
+def test_what_a_run_goes_on_from_is_on_the_host(wide, tmp_path):
+    experiment = wide()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        start = train.resume(experiment, checkpoints)
+        checkpoints.save(2, start.replace(step=np.int32(2)), {})
+        checkpoints.wait()
+        resumed = train.resume(experiment, checkpoints)
+    assert (start.step, resumed.step) == (0, 2)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((start, resumed)))
+    jax.tree.map(np.testing.assert_array_equal, start.params, experiment.initial_state().params)
+
+
+def test_published_weights_wait_on_the_host(tmp_path):
+    shutil.copyfile(GOLDEN / "unet_tiny.json", tmp_path / "config.json")
+    shutil.copyfile(GOLDEN / "unet_tiny.safetensors", tmp_path / "diffusion_pytorch_model.safetensors")
+    config = cifar10.get_config()
+    same = {"unet.channels": 8, "unet.attention_resolutions": (8,), "unet.num_groups": 4, "init_from": str(tmp_path)}
+    with config.unlocked():
+        config.update_from_flattened_dict(same)
+    published = build.experiment(config, (16, 16, 3), 256).published
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(published))
+
+
+def test_describe_counts_the_training_images(tiny, monkeypatch, capsys, tmp_path):
+    described = data.Description("many", 2**24, 9, toy.SHAPE, toy.LEVELS, 0)  # of 64 bytes each: 1 GiB
+    monkeypatch.setattr(data, "describe", lambda name, data_dir: described)
+    describe.run(tiny(unet__channel_mult=(1,), unet__attention_resolutions=()), tmp_path)
+    printed = capsys.readouterr().out
+    sizes = dict(re.findall(r"^  (.*?) +(\d+\.\d\d) GiB$", printed, re.MULTILINE))
+    assert sizes["all training images"] == "1.00"
+    assert sizes.keys() == {"parameters, EMA, Adam, gradients", "all training images", "kept for the backward pass"}
+    at_most = float(re.search(r"at most (\d+\.\d\d) GiB", printed).group(1))
+    assert at_most == pytest.approx(sum(map(float, sizes.values())), abs=0.02)
+
+
+def test_the_error_about_memory_counts_the_training_images(wide):
+    with pytest.raises(MemoryError, match="optimizer and gradients and 1.00 GiB of training images; set"):
+        with memory.explained(wide(), num_train=2**24):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+
+def test_a_run_tells_the_error_how_many_training_images_there_are(tiny, monkeypatch, tmp_path):
+    def out_of_memory(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(train, "train", out_of_memory)
+    with pytest.raises(MemoryError, match=r"and 0.00 GiB of training images; set"):
+        train.run(tiny(), tmp_path / "run")

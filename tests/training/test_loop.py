@@ -1,0 +1,246 @@
+"""Several steps per compiled call are the same steps, and no call crosses a step after which something happens."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from diffusion import data, timesteps
+from diffusion.experiment import build
+from diffusion.networks import NETWORKS
+from diffusion.reporting.metrics_log import read_metrics
+from diffusion.runtime.digests import named_leaves, tree_sha256
+from diffusion.runtime.preemption import Preempted
+from diffusion.training import devices, loop
+
+
+def plan(**changes):
+    never = dict.fromkeys(("log_every", "checkpoint_every", "sample_every", "check_replicas_every"), 0)
+    return loop.Plan(**never | {"seed": 0, "num_steps": 1000, "steps_per_call": 10, "skip_nonfinite": 0} | changes)
+
+
+def calls(made, begin=0):
+    return list(loop._calls(made, begin, batch_size=4, num_examples=7))
+
+
+def lengths(made, begin=0):
+    return [len(steps) for steps, _ in calls(made, begin)]
+
+
+# --- which calls a run makes
+
+
+def test_what_is_left_before_something_happens_is_made_of_single_steps():
+    assert lengths(plan(num_steps=198, log_every=99)) == 2 * (9 * [10] + 9 * [1])
+
+
+def test_a_call_is_no_longer_than_the_shortest_interval():
+    assert lengths(plan(num_steps=100, log_every=5, checkpoint_every=50)) == 20 * [5]
+    assert lengths(plan(num_steps=7)) == [7]
+
+
+def test_after_a_resume_at_an_odd_step_the_next_interval_has_full_calls():
+    assert lengths(plan(num_steps=200, log_every=100), begin=37) == 6 * [10] + 3 * [1] + 10 * [10]
+    assert lengths(plan(num_steps=30, log_every=10), begin=7) == 3 * [1] + 2 * [10]
+
+
+def test_calls_hold_every_step_once_and_cross_no_event():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        drawn = {f"{name}_every": int(rng.integers(0, 30)) for name in ("log", "checkpoint", "sample", "check_replicas")}
+        made = plan(num_steps=int(rng.integers(1, 120)), steps_per_call=int(rng.integers(1, 20)), **drawn)
+        begin = int(rng.integers(made.num_steps))
+        found = calls(made, begin)
+        assert [step for steps, _ in found for step in steps] == list(range(begin + 1, made.num_steps + 1))
+        longest = min(made.steps_per_call, made.num_steps, *filter(None, drawn.values()))
+        assert {len(steps) for steps, _ in found} <= {1, longest}
+        for steps, indices in found:
+            assert not any(step % every == 0 for step in steps[:-1] for every in drawn.values() if every)
+            wanted = [data.batch_indices(made.seed, step - 1, 4, 7) for step in steps]
+            np.testing.assert_array_equal(indices, wanted)
+        # A run that was stopped after a call makes the others as if it had not been.
+        stopped_at = found[len(found) // 2][0][-1]
+        assert lengths(made, stopped_at) == [len(steps) for steps, _ in found if steps[0] > stopped_at]
+
+
+@pytest.mark.parametrize(("backend", "steps_per_call"), [("cpu", 1), ("gpu", 7), ("tpu", 7)])
+def test_on_cpus_alone_a_call_has_one_step(backend, steps_per_call, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert build.plan(toy.config(train__steps_per_call=7)).steps_per_call == steps_per_call
+
+
+# --- whole runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_program_compiles_once():
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_layer_is_a_network():
+    toy.register()
+    yield
+    del NETWORKS["layer"]
+
+
+@pytest.fixture
+def taken():
+    """The lengths of the last run's calls."""
+    return []
+
+
+@pytest.fixture
+def run(taken, monkeypatch):
+    """A function: the toy with so many steps per call, though on a CPU; its last state and the lengths of its calls."""
+    plan_of, train_steps = build.plan, devices.train_steps
+
+    def with_calls_of(steps_per_call, directory, **keys):
+        taken.clear()
+
+        def plan(config):
+            return dataclasses.replace(plan_of(config), steps_per_call=steps_per_call)
+
+        def watched(training, seed):
+            compiled = train_steps(training, seed)
+
+            def call(state, images, indices):
+                taken.append(len(indices))
+                return compiled(state, images, indices)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "plan", plan)
+            patch.setattr(devices, "train_steps", watched)
+            small = {"train__num_steps": 20, "train__log_every": 5, "train__checkpoint_every": 10}
+            state = toy.run(toy.experiment(**small | keys), directory)
+        return state, list(taken)
+
+    return with_calls_of
+
+
+def stop_while_preparing(monkeypatch, step):
+    """A signal comes while the examples of this step, counted from 0, are chosen."""
+    batch_indices, due = loop.batch_indices, [step]
+
+    def interrupted(seed, step, *sizes):
+        if step in due:
+            due.remove(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_indices(seed, step, *sizes)
+
+    monkeypatch.setattr(loop, "batch_indices", interrupted)
+
+
+def assert_same_run(one, other):
+    """Counts are equal; floats differ by what two programs of the same sums may: one has a loop, the other none.
+
+    Adam divides by √v, so a rounding in a gradient near 0 may move a parameter by a part of the learning rate.
+    """
+    for (name, a), (_, b) in zip(named_leaves(one), named_leaves(other), strict=True):
+        if np.issubdtype(a.dtype, np.integer):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def assert_same_rows(one, other):
+    for a, b in zip(read_metrics(one), read_metrics(other), strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        for name in a.keys() - {"step", "images_per_second"}:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-6, err_msg=f"{name} at {a['step']}")
+
+
+def assert_calls_of_four_are_single_steps(run, directory, **keys):
+    """The state after calls of 4 steps, if it and the rows are those of single steps."""
+    one, single = run(1, directory / "1", **keys)
+    four, taken = run(4, directory / "4", **keys)
+    assert single == 20 * [1] and taken == 4 * [4, 1]
+    assert_same_run(one, four)
+    assert_same_rows(directory / "1", directory / "4")
+    assert len(read_metrics(directory / "4")) == 4
+    return four
+
+
+def test_what_the_draw_of_t_remembers_passes_from_step_to_step_of_a_call(run, tmp_path, monkeypatch):
+    # In a lottery of 2^30 tickets a rounding of a loss changes all that is drawn afterwards; in one of 64 it does not.
+    monkeypatch.setattr(timesteps, "TICKETS", 64)
+    keys = {"objective__timesteps": "loss_aware(history_length=2)", "schedule__num_steps": 4}
+    state = assert_calls_of_four_are_single_steps(run, tmp_path, **keys)
+    assert state.timesteps.counts.sum() == 20 * 16 and state.timesteps.counts.min() >= 2
+    assert np.ptp(state.timesteps.counts) > 0.2 * 80  # it is drawn by loss: uniformly, √(80 · 3/4) ≈ 8 apart
+
+
+def test_a_bad_update_inside_a_call_is_left_out_alone(run, tmp_path, monkeypatch):
+    # The monitored loss is of the poisoned t as well, so it is told another one.
+    other_t = SimpleNamespace(evenly_spaced=lambda key, n, num_steps: np.full(n, 20))
+    monkeypatch.setattr(loop, "timesteps", other_t)
+    keys = {"train__skip_nonfinite": 20, "model__network": "layer(poison=7.0)"}
+    state = assert_calls_of_four_are_single_steps(run, tmp_path, **keys)
+    assert 2 <= state.window["skipped"] <= 18
+    assert int(state.opt_state[-1][0].count) == 20 - state.window["skipped"]
+
+    messages = []  # where there are too many, they name the first of the steps that is bad
+    for steps_per_call in (1, 4):
+        with pytest.raises(FloatingPointError, match="is NaN or Inf at t = 8") as raised:
+            run(steps_per_call, tmp_path / f"fewer_{steps_per_call}", **keys | {"train__skip_nonfinite": 1})
+        messages.append(str(raised.value).partition("; norms of the parameters")[0])
+    assert messages[0] == messages[1]
+
+
+def test_a_learned_schedule_is_trained_inside_a_call(run, tmp_path):
+    keys = {"schedule__name": "learned(start='cosine', inner='variance')"}
+    state = assert_calls_of_four_are_single_steps(run, tmp_path, **keys)
+    assert {"schedule", "pixel", "time"} >= set(state.params) > {"pixel", "time"}
+
+
+def test_a_signal_stops_at_a_call_s_end_and_the_run_goes_on_as_if_it_had_not_come(run, tmp_path, monkeypatch):
+    straight, _ = run(4, tmp_path / "straight")
+    stop_while_preparing(monkeypatch, 6)  # in the call of the steps 6 to 9
+    with pytest.raises(Preempted) as stop:
+        run(4, tmp_path / "stopped")
+    assert "at step 9, which is saved" in stop.value.reason
+    state, taken = run(4, tmp_path / "stopped")
+    assert taken == [1, 4, 1, 4, 1]
+    assert tree_sha256(state) == tree_sha256(straight)
+    assert_same_rows(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_a_run_from_a_cpu_that_goes_on_in_the_middle_of_a_call(run, tmp_path, monkeypatch):
+    straight, _ = run(4, tmp_path / "straight")
+    stop_while_preparing(monkeypatch, 6)
+    with pytest.raises(Preempted):
+        run(1, tmp_path / "stopped")
+    state, taken = run(4, tmp_path / "stopped")
+    assert taken == [1, 1, 1, 4, 1, 4, 1]
+    assert_same_run(straight, state)
+    assert_same_rows(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_calls_of_unlike_lengths_are_not_timed_as_one_kind(run, taken, tmp_path, monkeypatch):
+    timed = []
+
+    class Recorded:
+        def __init__(self):
+            self.lengths = []
+            timed.append(self.lengths)
+
+        @contextlib.contextmanager
+        def step(self):
+            yield
+            self.lengths.append(taken[-1])
+
+    monkeypatch.setattr(loop, "Watchdog", Recorded)
+    run(4, tmp_path)
+    assert taken == 4 * [4, 1]
+    assert sorted(timed) == [4 * [1], 4 * [4]]
