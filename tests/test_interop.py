@@ -137,6 +137,55 @@ def test_half_precision_is_converted_after_a_warning_and_integers_are_refused(pu
         interop.load_diffusers(published)
 
 
+def shard(directory, index_name):
+    """The weights in two files and a list of which is where."""
+    tensors = load_file(directory / WEIGHTS)
+    (directory / WEIGHTS).unlink()
+    names = sorted(tensors)
+    files = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, chosen in files.items():
+        save_file({name: tensors[name] for name in chosen}, directory / file)
+    weight_map = {name: file for file, chosen in files.items() for name in chosen}
+    (directory / index_name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("index_name", [f"{WEIGHTS}.index.json", f"{WEIGHTS}.index.fp16.json"])
+def test_shards_are_the_same_network(published, index_name):
+    _, whole = interop.load_diffusers(published)
+    shard(published, index_name)
+    _, joined = interop.load_diffusers(published)
+    jax.tree.map(np.testing.assert_array_equal, whole, joined)
+    (published / "two.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="two.safetensors does not exist, but .* names it"):
+        interop.load_diffusers(published)
+    (published / index_name).write_text("{}")
+    with pytest.raises(ValueError, match="is damaged: it has no weight_map"):
+        interop.load_diffusers(published)
+
+
+def test_a_pipeline_s_folder_holds_the_network_in_unet(published, tmp_path):
+    _, whole = interop.load_diffusers(published)
+    pipeline = tmp_path / "pipeline"
+    pipeline.mkdir()
+    shutil.copytree(published, pipeline / "unet", ignore=shutil.ignore_patterns("pipeline"))
+    (pipeline / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    _, found = interop.load_diffusers(pipeline)
+    jax.tree.map(np.testing.assert_array_equal, whole, found)
+
+
+def test_a_half_precision_variant_is_read_where_there_is_no_other(published, caplog):
+    _, whole = interop.load_diffusers(published)
+    halves = {name: tensor.astype(np.float16) for name, tensor in load_file(published / WEIGHTS).items()}
+    save_file(halves, published / WEIGHTS.replace(".safetensors", ".fp16.safetensors"))
+    interop.load_diffusers(published)
+    assert "half precision" not in caplog.text  # the file in full precision comes first
+    (published / WEIGHTS).unlink()
+    _, found = interop.load_diffusers(published)
+    assert "half precision (F16); converted to float32" in caplog.text
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), whole, found)
+
+
 def test_a_tensor_under_its_old_and_new_name_is_refused(published):
     tensors = load_file(published / WEIGHTS)
     tensors["mid_block.attentions.0.query.bias"] = tensors["mid_block.attentions.0.to_q.bias"] + 1

@@ -80,6 +80,25 @@ def test_respacing_to_every_step_changes_nothing():
         np.testing.assert_allclose(table, getattr(s, name), rtol=2e-6, err_msg=name)
 
 
+def test_every_step_of_a_trailing_respacing_is_the_posterior_of_its_marginals():
+    """t = 50, 100, … 1000: the first and the last step too, from ᾱ alone in float64.
+
+    Another program subtracts 50 from the last t and gets t = 0 by another rule: its step there adds noise.
+    """
+    full, keep = schedules.linear(1000), np.arange(50, 1001, 50)
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[keep - 1]
+    before = np.concatenate([[1.0], alpha_bar[:-1]])
+    # x_prev and x_t given x_0 are jointly Gaussian, with covariance √(ᾱ_t/ᾱ_prev) Var(x_prev).
+    slope = np.sqrt(alpha_bar / before) * (1 - before) / (1 - alpha_bar)
+    of_x0 = np.sqrt(before) - slope * np.sqrt(alpha_bar)
+    variance = (1 - before) - slope * np.sqrt(alpha_bar / before) * (1 - before)
+    short = schedules.respace(full, keep)
+    np.testing.assert_allclose(short.posterior_x_t[1:], slope, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(short.posterior_x0[1:], of_x0, rtol=1e-5)
+    np.testing.assert_allclose(short.beta_tilde[1:], variance, rtol=1e-5, atol=1e-12)
+    assert short.beta_tilde[1] == 0 and short.posterior_x0[1] == 1  # the last step is x̂_0 and adds no noise
+
+
 def test_evenly_spaced_ends_at_the_prior():
     s = schedules.linear(1000)
     np.testing.assert_array_equal(schedules.evenly_spaced(s, 5).network_t[1:], [0, 250, 499, 749, 999])

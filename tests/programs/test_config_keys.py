@@ -1,4 +1,4 @@
-"""No key of a config is dead: training (which samples and scores) and describe together read every one."""
+"""No key of a config is dead: training (which samples and scores), quality and describe together read every one."""
 
 import sys
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import rules
-from diffusion.programs import describe, train
+from diffusion.programs import describe, quality, train
 
 # Whoever takes all values of a group, to check, compare or print them, reads none of them.
 TAKE_ALL = {"items", "iteritems", "values", "itervalues", "to_dict"}
@@ -60,11 +60,13 @@ def test_every_key_is_read(tiny, reading, tmp_path, capsys):
     config = tiny(
         unet__channel_mult=(1,), unet__attention_resolutions=(), schedule__num_steps=3, train__num_steps=1,
         train__sample_every=0, eval__num_images=2, sample__num_images=2,
+        quality__num_images=4,
     )  # fmt: skip
     keys = set(config_lib.flatten(config))
     assert keys == set(config_lib.all_keys())
     reader = reading(config)
     train.run(config, tmp_path / "run")
+    quality.run(config, tmp_path / "run")
     describe.run(config, tmp_path / "run")
     assert not keys - reader.read, f"nobody reads {sorted(keys - reader.read)}"
 

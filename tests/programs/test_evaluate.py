@@ -3,12 +3,17 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
+from diffusion import likelihood
+from diffusion.evaluation import images
 from diffusion.experiment import workdir
-from diffusion.programs import evaluate
-from diffusion.runtime import preemption
+from diffusion.programs import evaluate, train
+from diffusion.runtime import preemption, randomness
 from diffusion.runtime.preemption import Preempted
 
 
@@ -109,3 +114,55 @@ def test_the_protocol_says_how_products_were_computed(run, tiny):
 def test_without_a_checkpoint_there_is_nothing_to_score(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         evaluate.run(tiny(), tmp_path)
+
+
+# --- which numbers these are, by hand
+
+
+def bound_by_hand(model, split, num_images, clip_x0=True):
+    """The mean of these images' bounds in bits/dim, and of the prior's and the decoder's terms."""
+    numbers = images.subset(64, num_images)
+    assert numbers.tolist() != list(range(num_images))
+    key = jax.random.fold_in(randomness.stream(0, "eval"), ("train", "test").index(split))
+    keys = randomness.per_item(key, jnp.asarray(numbers))
+    x0 = jnp.asarray(toy.source(split).pixels[numbers] / 8 - 1, jnp.float32)
+    terms, _ = likelihood.vlb_terms_bpd(model.denoise, model.p, model.schedule, x0, keys, toy.LEVELS, clip_x0)
+    prior = jax.vmap(lambda image: likelihood.prior_bpd(model.schedule, image))(x0).mean()
+    return terms.sum(axis=1).mean() + prior, prior, terms[:, 0].mean()
+
+
+def assert_scores_are(scores, model, num_images=5):
+    for split in ("test", "train"):
+        total, prior, decoder = bound_by_hand(model, split, num_images)
+        np.testing.assert_allclose(scores[f"{split}_bpd"], total, rtol=1e-5)
+        np.testing.assert_allclose(scores[f"{split}_rate_bpd"], total - decoder, rtol=1e-5)
+        np.testing.assert_allclose(scores[f"{split}_distortion_bpd"], decoder, rtol=1e-5)
+        assert abs(total - bound_by_hand(model, split, num_images, clip_x0=False)[0]) > 0.1  # the clip matters
+    np.testing.assert_allclose(scores["prior_bpd"], bound_by_hand(model, "test", num_images)[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("checkpoint", "step"), [("latest", 6), ("best", 3)])
+def test_the_ema_of_the_chosen_checkpoint_is_scored_on_a_random_choice_of_images(toy_run, checkpoint, step):
+    evaluate.run(toy_run.config(), toy_run.directory, checkpoint)
+    scores = json.loads((toy_run.directory / "eval.json").read_text())
+    assert scores["step"] == step and scores["protocol"]["x0_clipped"]
+    assert_scores_are(scores, toy_run.model(step))
+
+
+def test_a_run_is_scored_by_its_last_ema(toy_run):
+    train.run(toy_run.config(), toy_run.directory)
+    assert_scores_are(json.loads((toy_run.directory / "summary.json").read_text()), toy_run.model(6))
+
+
+def test_an_evaluation_locks_the_folder_of_its_results(toy_run, monkeypatch):
+    class Locked(Exception):
+        pass
+
+    def score(experiment, out, *arguments):
+        with pytest.raises(ValueError, match="is in use by process"), workdir.locked(out):
+            pass
+        raise Locked
+
+    monkeypatch.setattr(evaluate, "score", score)
+    with pytest.raises(Locked):
+        evaluate.run(toy_run.config(), toy_run.directory)

@@ -14,9 +14,10 @@ import toy
 from diffusion import data, timesteps
 from diffusion.experiment import build
 from diffusion.networks import NETWORKS
-from diffusion.reporting.metrics_log import read_metrics
+from diffusion.reporting.metrics_log import MetricsLog, read_metrics
+from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import named_leaves, tree_sha256
-from diffusion.runtime.preemption import Preempted
+from diffusion.runtime.preemption import Preempted, Preemption
 from diffusion.training import devices, loop
 
 
@@ -53,7 +54,8 @@ def test_after_a_resume_at_an_odd_step_the_next_interval_has_full_calls():
 def test_calls_hold_every_step_once_and_cross_no_event():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        drawn = {f"{name}_every": int(rng.integers(0, 30)) for name in ("log", "checkpoint", "sample", "check_replicas")}
+        names = ("log", "checkpoint", "sample", "check_replicas")
+        drawn = {f"{name}_every": int(rng.integers(0, 30)) for name in names}
         made = plan(num_steps=int(rng.integers(1, 120)), steps_per_call=int(rng.integers(1, 20)), **drawn)
         begin = int(rng.integers(made.num_steps))
         found = calls(made, begin)
@@ -244,3 +246,27 @@ def test_calls_of_unlike_lengths_are_not_timed_as_one_kind(run, taken, tmp_path,
     run(4, tmp_path)
     assert taken == 4 * [4, 1]
     assert sorted(timed) == [4 * [1], 4 * [4]]
+
+
+def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_saved(tmp_path):
+    keys = {"train__num_steps": 4, "train__checkpoint_every": 2, "train__sample_every": 2, "train__log_every": 2}
+    made = toy.experiment(**keys, objective__timesteps="loss_aware(history_length=1)", schedule__num_steps=2)
+    monitored, shown = [], []
+
+    def test_loss(params):
+        monitored.append(params.host())
+        return 1.0
+
+    def draw(step, params):
+        shown.append(params.host())
+
+    start, plan = jax.device_get(made.initial_state()), build.plan(made.config)
+    with Checkpoints(tmp_path) as checkpoints, MetricsLog(tmp_path) as log, Preemption() as preemption:
+        given = made.training, plan, start, toy.source("train"), test_loss, draw
+        end = loop.train(*given, checkpoints, log, preemption)
+        saved = [checkpoints.restore(step, made.abstract_state()) for step in (2, 4)]
+    assert tree_sha256(saved[1]) == tree_sha256(end)
+    assert end.timesteps.counts.sum() == 4 * 16 and saved[0].timesteps.counts.sum() == 2 * 16
+    assert [tree_sha256(params) for params in monitored] == [tree_sha256(state.ema_params) for state in saved]
+    assert [tree_sha256(params) for params in shown] == [tree_sha256(saved[0].ema_params)]
+    assert tree_sha256(end.ema_params) != tree_sha256(end.params)

@@ -1,5 +1,6 @@
 """The train step by its parts: moving average, warm-up, window, dropout and flips, on a network of one number."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -59,14 +60,19 @@ def training(**changes):
     return Training(**fields | changes)
 
 
-def take(made, num_steps):
-    """The state at the start and after each step on the same batch, and each step's metrics."""
+def take(made, num_steps, seed=0, num_devices=1):
+    """The state at the start and after each step on the same batch, and each step's metrics.
+
+    The devices are an axis of vmap; all must come to the same state and metrics.
+    """
     one = partial(train_step, made, axis_name="devices")
-    step = jax.jit(jax.vmap(one, axis_size=1, axis_name="devices", in_axes=(None, None, 0)))
+    step = jax.jit(jax.vmap(one, axis_name="devices", in_axes=(None, None, 0)))
     params = made.network.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1))["params"]
     states, all_metrics = [initial_state(made, params, SHAPE)], []
     for _ in range(num_steps):
-        stepped = step(np.int32(0), states[-1], IMAGES[None])
+        stepped = step(np.int32(seed), states[-1], IMAGES.reshape(num_devices, -1, *SHAPE))
+        for leaf in jax.tree.leaves(stepped):
+            np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
         state, metrics = jax.tree.map(lambda leaf: np.asarray(leaf[0]), stepped)
         states.append(state)
         all_metrics.append(metrics)
@@ -149,3 +155,27 @@ def test_without_flips_no_image_is_mirrored():
     x0 = 2 * IMAGES.astype(np.float64) / (LEVELS - 1) - 1
     for row in metrics:
         np.testing.assert_allclose(row["losses"], np.sum(WEIGHTS * x0, axis=(1, 2, 3)), atol=1e-4)
+
+
+def all_that_is_random(row, x0, x_t, eps, output):
+    """A loss in which t, the noise, the flips and dropout take part."""
+    return jnp.mean((WEIGHTS * x_t - output) ** 2) + 0.1 * row.network_t, {}
+
+
+def assert_same_steps(one, other):
+    for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"grad_accum": 2}], ids=["at once", "microbatches"])
+def test_many_devices_take_the_steps_of_one_and_stay_equal(changes):
+    """The gradient is the mean over all devices, and every random number belongs to a position in the global batch."""
+    made = training(objective=all_that_is_random, flip=True, timesteps=timesteps.loss_aware(history_length=1))
+    assert_same_steps(take(made, 4), take(dataclasses.replace(made, **changes), 4, num_devices=8))
+
+
+def test_another_seed_takes_other_steps():
+    made = training(objective=all_that_is_random)
+    (_, one), (_, other) = (take(made, 1, seed) for seed in (0, 1))
+    assert np.abs(one[0]["losses"] - other[0]["losses"]).min() > 1e-6
+    assert (one[0]["t"] != other[0]["t"]).any()

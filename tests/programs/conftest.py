@@ -1,0 +1,64 @@
+"""A run that was never trained, so that what the programs read from it is known: only the EMA can be used."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion import data, reverse, schedules
+from diffusion.experiment import build, workdir
+from diffusion.model import Model
+from diffusion.networks import NETWORKS
+from diffusion.runtime.checkpoint import Checkpoints
+
+NUM_STEPS = 3  # T
+
+
+class ToyRun(NamedTuple):
+    """Two checkpoints of a network of one layer, whose raw parameters are NaN: step 3 is the best, 6 the latest."""
+
+    directory: Path
+    config: Callable[..., ConfigDict]
+    ema_params: dict[int, PyTree]
+
+    def model(self, step: int) -> Model:
+        """The model of a step's EMA, put together by hand."""
+
+        def denoise(params, x_t, network_t):
+            return toy.Layer(out_channels=2).apply({"params": params}, x_t, network_t)
+
+        params = jax.tree.map(jnp.asarray, self.ema_params[step])
+        p = reverse.make("v", "learned_range")
+        return Model(jax.tree_util.Partial(denoise, params), p, schedules.cosine(NUM_STEPS), toy.LEVELS)
+
+
+def config(**changes) -> ConfigDict:
+    small = {
+        "schedule__num_steps": NUM_STEPS, "eval__num_images": 5, "sample__num_images": 9, "train__num_steps": 6,
+        "train__monitor_images": 2,
+    }  # fmt: skip
+    return toy.config(**small | changes)
+
+
+@pytest.fixture
+def toy_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "layer", toy.Layer)
+    monkeypatch.setattr(data, "load", lambda name, split, data_dir: toy.source(split))
+    monkeypatch.setattr(data, "describe", lambda *_: data.Description("toy", 64, 64, toy.SHAPE, toy.LEVELS, 0))
+    start = jax.device_get(build.experiment(config(), toy.SHAPE, toy.LEVELS).initial_state())
+    rng, ema_params = np.random.default_rng(0), {}
+    workdir.claim(config(), tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step, test_loss in ((3, 1.0), (6, 2.0)):
+            ema_params[step] = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), start.params)
+            raw = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), start.params)
+            state = start.replace(step=np.int32(step), params=raw, ema_params=ema_params[step])
+            checkpoints.save(step, state, {"test_loss": test_loss})
+    return ToyRun(tmp_path, config, ema_params)
