@@ -1,6 +1,6 @@
 # make demo     train, sample and score a small diffusion model on the bundled digits
 # make test     the whole test suite
-# make faults   runs that are killed, have no room on the disk or take several processes: docs/reliability.md
+# make faults   runs that are killed, fill the disk or take several processes (docs/reliability.md)
 # make lint     the linter
 # Each sets up .venv first, once. Another interpreter: make demo PYTHON=python3.12
 

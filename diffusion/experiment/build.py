@@ -236,4 +236,3 @@ def _published(config: ConfigDict, network: nn.Module, image_shape: tuple[int, i
     if differ := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
         raise ValueError(f"{prefix}, whose images are {image_shape}: {', '.join(differ)} differ")
     return jax.device_get(params)  # on a device they would stay beside the state that is trained
-

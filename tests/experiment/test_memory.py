@@ -1,7 +1,6 @@
 """What is said of a device's memory is what lies there: the state once, and the training images."""
 
 import gc
-import math
 import re
 import shutil
 from pathlib import Path
@@ -55,13 +54,13 @@ def wide():
 
 
 def bytes_alive() -> dict[jax.Device, int]:
-    """Of all JAX arrays, on every device."""
+    """Of all JAX arrays, on every device; what several arrays share counts once."""
     gc.collect()
+    shards = [shard.data for array in jax.live_arrays() for shard in array.addressable_shards]
+    sizes = {(data.device, data.unsafe_buffer_pointer()): data.nbytes for data in shards}
     alive = dict.fromkeys(jax.devices(), 0)
-    for array in jax.live_arrays():
-        share = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        for device in array.sharding.device_set:
-            alive[device] += share
+    for (device, _), size in sizes.items():
+        alive[device] += size
     return alive
 
 

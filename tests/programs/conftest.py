@@ -54,10 +54,16 @@ def toy_run(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "describe", lambda *_: data.Description("toy", 64, 64, toy.SHAPE, toy.LEVELS, 0))
     start = jax.device_get(build.experiment(config(), toy.SHAPE, toy.LEVELS).initial_state())
     rng, ema_params = np.random.default_rng(0), {}
+
+    def drawn(leaf):
+        return rng.normal(0, 0.2, leaf.shape).astype(np.float32)
+
     workdir.claim(config(), tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         for step, test_loss in ((3, 1.0), (6, 2.0)):
-            ema_params[step] = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), start.params)
+            ema_params[step] = jax.tree.map(drawn, start.params)
+            # So that some x̂_0 are clipped and others are not.
+            ema_params[step]["pixel"]["kernel"] += np.float32([[-0.8, 0.0]])
             raw = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), start.params)
             state = start.replace(step=np.int32(step), params=raw, ema_params=ema_params[step])
             checkpoints.save(step, state, {"test_loss": test_loss})
