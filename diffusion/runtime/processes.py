@@ -1,5 +1,6 @@
 """Multi-process runs, on one machine or on many: who takes part, and what process 0 does for all."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +40,12 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None) ->
 def detected_processes() -> int:
     """How many processes the cluster has that JAX would detect; 1 where it detects none."""
     clusters = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
-    cluster = next((env for env in clusters if env.is_env_present()), None)
-    return 1 if cluster is None else cluster.get_process_count()
+    try:
+        cluster = next((env for env in clusters if env.is_env_present()), None)
+        return 1 if cluster is None else cluster.get_process_count()
+    except Exception as error:  # a cluster's own service that does not answer, for example in a plain Kubernetes pod
+        logging.warning("the cluster could not be asked (%s); alone unless --coordinator is given", error)
+        return 1
 
 
 def check_joined() -> None:
