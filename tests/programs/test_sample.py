@@ -124,3 +124,17 @@ def test_fewer_steps_are_those_of_the_respaced_schedule(toy_run):
     found, model = saved_images(toy_run.directory), toy_run.model(6)
     assert_images_are(found, samples_by_hand(model, 9, num_steps=2, method=samplers.ddim))
     assert np.mean(found != samples_by_hand(model, 9, method=samplers.ddim)) > 0.05
+
+
+def test_sampling_locks_the_folder_of_its_results(toy_run, monkeypatch):
+    class Locked(Exception):
+        pass
+
+    def fill(sampler, model, folder, num_images, stop):
+        with pytest.raises(ValueError, match="is in use by process"), workdir.locked(folder):
+            pass
+        raise Locked
+
+    monkeypatch.setattr(sample, "_fill", fill)
+    with pytest.raises(Locked):
+        sample.run(toy_run.config(), toy_run.directory)
