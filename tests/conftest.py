@@ -21,9 +21,12 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 matplotlib.use("Agg")
-# Equal programs compile once a session; the folder goes when the session ends.
-COMPILED = tempfile.TemporaryDirectory(prefix="diffusion-tests-")
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+# Equal programs compile once a session, also those of other workers, which inherit the name of the folder. It goes
+# when the process that made it ends.
+if "DIFFUSION_TESTS_COMPILED" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="diffusion-tests-")
+    os.environ["DIFFUSION_TESTS_COMPILED"] = COMPILED.name
+jax.config.update("jax_compilation_cache_dir", os.environ["DIFFUSION_TESTS_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -67,8 +70,8 @@ def tiny(tiny_data_dir):
 
     small = {
         "data.data_dir": tiny_data_dir, "data.flip": True, "schedule.num_steps": 6,
-        "unet.channels": 8, "unet.channel_mult": (1, 1), "unet.num_res_blocks": 1, "unet.num_groups": 4,
-        "unet.dropout": 0.1, "unet.attention_resolutions": (4,), "unet.fourier_features": (),
+        "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1, "unet.num_groups": 4,
+        "unet.dropout": 0.1, "unet.attention_resolutions": (), "unet.fourier_features": (),
         "train.batch_size": 16, "train.num_steps": 6, "train.log_every": 2, "train.checkpoint_every": 3,
         "train.sample_every": 4, "eval.num_images": 20, "eval.batch_size": 16, "sample.num_images": 9,
         "optim.warmup_steps": 2,
