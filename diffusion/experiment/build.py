@@ -173,6 +173,11 @@ def sample_method(config: ConfigDict) -> Callable:
     return _chosen(config, "sample.method")
 
 
+def quality_features(config: ConfigDict) -> Callable:
+    """What samples are compared by: (images, number of pixel values) -> features."""
+    return _chosen(config, "quality.features")
+
+
 def _chosen(config: ConfigDict, key: str):
     """What a config key names, its arguments bound."""
     group, _, name = key.partition(".")

@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 from diffusion import data
 from diffusion.data import Source
 from diffusion.evaluation import quality
-from diffusion.experiment import memory
-from diffusion.experiment.config import KEYS
+from diffusion.experiment import build, memory
 from diffusion.programs import sample
 from diffusion.reporting import summary
 from diffusion.runtime import processes
@@ -53,8 +52,7 @@ def score(
     Returns:
         The entries of quality.json that say what was compared, and the numbers.
     """
-    features = KEYS["quality.features"].bind(config.quality.features)
-    num_levels = train_set.num_levels
+    features, num_levels = build.quality_features(config), train_set.num_levels
     compared = (images, train_set.images(), test_set.images())
     samples, train, test = (quality.states(side, num_levels, features) for side in compared)
     scores = quality.results(samples, train)
