@@ -1,9 +1,8 @@
-"""Prepared TFDS directories: finding, checking and decoding them, and preparing the project's own."""
+"""Prepared TFDS directories: finding and checking them, and preparing the project's own."""
 
 import contextlib
 import functools
-import hashlib
-import importlib
+import importlib.util
 import io
 import os
 import pkgutil
@@ -12,22 +11,27 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Int32, UInt8
-from PIL import Image
-from tqdm import tqdm
+from jaxtyping import Int
 
-from diffusion.runtime import files
+HELD_OUT = 20  # one of so many examples is for testing, where a set has training examples alone
 
-RECORDS_PER_READ = 1000
-Decoded = tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"] | None]
+
+def own_builders() -> list[str]:
+    """The names of the project's own sets: of the files of this folder that have a BUILDER."""
+    return [info.name for info in pkgutil.iter_modules([Path(__file__).parent]) if _builder_class(info.name)]
+
+
+def is_own(name: str) -> bool:
+    """Whether a set of that name is the project's own."""
+    return _builder_class(name) is not None
 
 
 @functools.cache
-def own_builders() -> dict[str, type[tfds.core.GeneratorBasedBuilder]]:
-    """The project's own builders by name: the BUILDER of every file of this folder that has one."""
-    files_here = pkgutil.iter_modules([Path(__file__).parent])
-    modules = {info.name: importlib.import_module(f"diffusion.data.{info.name}") for info in files_here}
-    return {name: module.BUILDER for name, module in modules.items() if hasattr(module, "BUILDER")}
+def _builder_class(name: str) -> type[tfds.core.GeneratorBasedBuilder] | None:
+    """The project's own builder of a set; no file but that of its name is imported."""
+    if importlib.util.find_spec(f"diffusion.data.{name}") is None:
+        return None
+    return getattr(importlib.import_module(f"diffusion.data.{name}"), "BUILDER", None)
 
 
 def resolve_data_dir(data_dir: str | None) -> Path:
@@ -45,7 +49,7 @@ def resolve_data_dir(data_dir: str | None) -> Path:
 def own_builder(name: str, data_dir: Path) -> tfds.core.GeneratorBasedBuilder | None:
     """The project's own builder of `name` ("digits", "cifar10:3.0.2"), or None if it has none."""
     base, _, version = name.partition(":")
-    builder_class = own_builders().get(base)
+    builder_class = _builder_class(base) if base.isidentifier() else None
     if builder_class is None or version not in ("", str(builder_class.VERSION)):
         return None
     return builder_class(data_dir=data_dir, file_format="array_record")
@@ -135,22 +139,19 @@ def open_directory(name: str, directory: Path) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def image_shape(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int, int, int]:
-    """(height, width, channels) of every picture.
+def image_shape(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int | None, int | None, int]:
+    """(height, width, channels) of every picture; None where the set promises no size.
 
     Raises:
-      ValueError: the set has no `image` feature of 8 bits, fixed shape and 1 or 3 channels.
+      ValueError: the set has no `image` feature of 8 bits and 1 or 3 channels.
     """
     features = builder.info.features
     names = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
     image = features["image"] if "image" in names else None
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
         raise ValueError(f"data.name={name!r} has no 8-bit picture feature `image`, only {names}")
-    if None in image.shape or image.shape[-1] not in (1, 3):
-        raise ValueError(
-            f"data.name={name!r} has pictures of shape {image.shape}, but all must have one height and width "
-            "and 1 or 3 channels: take a set or a config whose pictures are resized"
-        )
+    if image.shape[-1] not in (1, 3):
+        raise ValueError(f"data.name={name!r} has pictures of shape {image.shape}, but they must have 1 or 3 channels")
     return image.shape
 
 
@@ -159,16 +160,23 @@ def num_levels(builder: tfds.core.DatasetBuilder) -> int:
     return int((builder.info.metadata or {}).get("num_levels", 256))
 
 
-def num_examples(name: str, builder: tfds.core.DatasetBuilder, split: str) -> int:
-    """How many examples a prepared split has.
+def records(name: str, builder: tfds.core.DatasetBuilder, split: str) -> tuple[str, Int[np.ndarray, " n"]]:
+    """Where the examples of "train" or "test" are: a split of the prepared set, and the numbers of its records.
+
+    Without a test split its validation split is taken, and without either every HELD_OUT-th training example.
 
     Raises:
       ValueError: there is no such split.
     """
     splits = builder.info.splits
-    if split not in splits:
+    if split not in ("train", "test") or "train" not in splits:
         raise ValueError(f"data.name={name!r} has no split {split!r}, only {', '.join(map(repr, splits))}")
-    return splits[split].num_examples
+    stored = split if split in splits else "validation" if "validation" in splits else "train"
+    numbers = np.arange(splits[stored].num_examples)
+    if {"test", "validation"} & set(splits):
+        return stored, numbers
+    is_held_out = numbers % HELD_OUT == HELD_OUT - 1
+    return stored, numbers[is_held_out if split == "test" else ~is_held_out]
 
 
 def num_classes(builder: tfds.core.DatasetBuilder) -> int:
@@ -176,71 +184,3 @@ def num_classes(builder: tfds.core.DatasetBuilder) -> int:
     features = builder.info.features
     label = features["label"] if "label" in list(features) else None
     return label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
-
-
-def decoded(name: str, builder: tfds.core.DatasetBuilder, split: str) -> Decoded:
-    """The pixel values and the classes of a split, from files if there are some that fit the prepared data.
-
-    Raises:
-      ValueError: the record files are damaged.
-    """
-    of_split = f"{split}-{_fingerprint(builder, split)}.npy"
-    pixels_path, classes_path = (Path(builder.data_dir) / f"{what}-{of_split}" for what in ("decoded", "classes"))
-    num_images, has_labels = builder.info.splits[split].num_examples, num_classes(builder) > 0
-    try:
-        pixels = np.load(pixels_path)
-        classes = np.load(classes_path) if has_labels else None
-        fits = pixels.shape == (num_images, *builder.info.features["image"].shape)
-        if fits and (classes is None or len(classes) == num_images):
-            return pixels, classes
-    except (OSError, ValueError, EOFError):
-        pass  # absent, unreadable or incomplete: decode again
-    try:
-        pixels, classes = _decode(name, builder, split)
-    except Exception as error:  # ArrayRecord, protobuf and Pillow raise different types for garbage
-        raise ValueError(
-            f"cannot decode the {split} pictures of data.name={name!r} ({error}): "
-            f"copy or prepare {builder.data_dir} again"
-        ) from error
-    # On a read-only or full disk the next run only has to decode again.
-    with contextlib.suppress(OSError):
-        for path, array in ((classes_path, classes), (pixels_path, pixels)):
-            if array is not None:
-                with files.replacing(path) as file:
-                    np.save(file, array)
-    return pixels, classes
-
-
-def _decode(name: str, builder: tfds.core.DatasetBuilder, split: str) -> Decoded:
-    """Decodes every picture of a split (CIFAR-10's 50,000 take about ten seconds on one core)."""
-    # Parsing the image and the label without their companions halves the time of reading. TFDS would decode with
-    # OpenCV where that is installed, whose JPEG pixels need not be Pillow's.
-    image, has_labels = builder.info.features["image"], num_classes(builder) > 0
-    records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    wanted = {"image": image} | ({"label": builder.info.features["label"]} if has_labels else {})
-    parser = tfds.features.FeaturesDict(wanted)
-    mode = "L" if image.shape[-1] == 1 else "RGB"
-    pixels = np.empty((len(records), *image.shape), np.uint8)
-    classes = np.empty(len(records), np.int32) if has_labels else None
-    with tqdm(total=len(records), desc=f"decoding {name} {split}", unit=" images", leave=False) as progress:
-        for begin in range(0, len(records), RECORDS_PER_READ):
-            chunk = range(begin, min(begin + RECORDS_PER_READ, len(records)))
-            for index, record in zip(chunk, records.__getitems__(chunk), strict=True):
-                example = parser.deserialize_example_np(record, decoders={"image": tfds.decode.SkipDecoding()})
-                with Image.open(io.BytesIO(example["image"])) as picture:
-                    pixels[index] = np.asarray(picture.convert(mode)).reshape(image.shape)
-                if has_labels:
-                    classes[index] = example["label"]
-            progress.update(len(chunk))
-    return pixels, classes
-
-
-def _fingerprint(builder: tfds.core.DatasetBuilder, split: str) -> str:
-    """A digest of the metadata and the record files' sizes and times: it changes when the set is prepared again."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(builder.data_dir).glob("*.json")):
-        digest.update(path.read_bytes())
-    for path in builder.info.splits[split].filepaths:
-        stat = os.stat(path)
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]

@@ -28,11 +28,15 @@ def digits_copy(digits_dir, tmp_path):
 
 @pytest.fixture
 def write_foreign(tmp_path):
-    """(shape, key) -> a set "foreign" of four pictures per split in tmp_path, as another TFDS builder prepares it."""
+    """A function that prepares a set "foreign" in tmp_path as another TFDS builder would, and returns its pixels.
 
-    def write(shape, key="image"):
-        size = [length or 5 for length in shape]
-        pixels = np.random.default_rng(1).integers(0, 256, (4, *size), np.uint8)
+    The sizes of its pictures, (height, width), may differ where `shape` leaves them open; every split has them all.
+    """
+
+    def write(shape, key="image", sizes=4 * [(None, None)], splits=("train", "test")):
+        rng, channels = np.random.default_rng(1), shape[2]
+        sizes = [(height or shape[0] or 5, width or shape[1] or 5) for height, width in sizes]
+        pixels = [rng.integers(0, 256, (*size, channels), np.uint8) for size in sizes]
 
         class Foreign(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             VERSION = tfds.core.Version("2.1.0")
@@ -42,7 +46,7 @@ def write_foreign(tmp_path):
                 return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
             def _split_generators(self, dl_manager):
-                return {"train": self._generate_examples(), "test": self._generate_examples()}
+                return {split: self._generate_examples() for split in splits}
 
             def _generate_examples(self):
                 for index, picture in enumerate(pixels):

@@ -7,8 +7,7 @@ import pytest
 from sklearn import datasets
 
 from diffusion import data
-from diffusion.data import source
-from diffusion.data import tfds as prepared
+from diffusion.data import decoded
 
 HELD_OUT = np.arange(1797) % 6 == 5
 
@@ -72,7 +71,7 @@ def copies(directory, split="test"):
 
 def test_the_copies_are_used_and_notice_new_data(digits_copy, monkeypatch):
     first = load("test", digits_copy)
-    monkeypatch.setattr(prepared, "RECORDS_PER_READ", None)  # decoding again fails
+    monkeypatch.setattr(decoded, "RECORDS_PER_READ", None)  # decoding again fails
     again = load("test", digits_copy)
     np.testing.assert_array_equal(again.images(), first.images())
     np.testing.assert_array_equal(again.labels(), first.labels())
@@ -85,6 +84,8 @@ def test_the_copies_are_used_and_notice_new_data(digits_copy, monkeypatch):
 @pytest.mark.parametrize("which", [0, 1], ids=["pictures", "classes"])
 def test_a_damaged_copy_is_decoded_anew(digits_copy, which, damage):
     expected = load("test", digits_copy)
+    # In memory: a mapped file that becomes shorter ends the process that reads on.
+    images, labels = np.array(expected.images()), expected.labels()
     path = copies(digits_copy)[which]
     if damage == "missing":
         path.unlink()
@@ -93,25 +94,22 @@ def test_a_damaged_copy_is_decoded_anew(digits_copy, which, damage):
     else:
         path.write_bytes(path.read_bytes()[:100] if damage == "cut" else b"")
     again = load("test", digits_copy)
-    np.testing.assert_array_equal(again.images(), expected.images())
-    np.testing.assert_array_equal(again.labels(), expected.labels())
-    for kept, array in zip(copies(digits_copy), (expected.images(), expected.labels()), strict=True):
+    np.testing.assert_array_equal(again.images(), images)
+    np.testing.assert_array_equal(again.labels(), labels)
+    for kept, array in zip(copies(digits_copy), (images, labels), strict=True):
         np.testing.assert_array_equal(np.load(kept), array)
 
 
-def test_a_read_only_directory_is_decoded_in_memory(digits_copy, monkeypatch):
+def test_a_read_only_directory_is_decoded_elsewhere(digits_copy, monkeypatch):
     def refuse(*args):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(prepared.files.os, "replace", refuse)
+    monkeypatch.setattr(decoded.files.os, "replace", refuse)
     assert len(load("test", digits_copy)) == 299
     assert not [*digits_copy.rglob("decoded-*"), *digits_copy.rglob("classes-*")]
 
 
-def test_too_many_pictures_and_wrong_levels(digits_copy, monkeypatch):
+def test_wrong_levels(digits_copy):
     (digits_copy / "digits" / "1.0.0" / "metadata.json").write_text('{"num_levels": 16}')
     with pytest.raises(ValueError, match="pixel value 16, but only 16 levels"):
-        load("train", digits_copy)
-    monkeypatch.setattr(source, "MAX_BYTES", 1498 * 64 - 1)
-    with pytest.raises(ValueError, match=r"shape \(1498, 8, 8, 1\), more than"):
         load("train", digits_copy)

@@ -80,7 +80,7 @@ def test_newest_version_and_named_version(tmp_path, write_foreign):
 @pytest.mark.parametrize("use", BOTH_USES)
 @pytest.mark.parametrize(
     "shape, key, message",
-    [((None, None, 3), "image", "one height and width"), ((4, 4, 3), "photo", r"`image`, only \['photo'\]")],
+    [((4, 4, 4), "image", "must have 1 or 3 channels"), ((4, 4, 3), "photo", r"`image`, only \['photo'\]")],
 )
 def test_unusable_pictures_are_refused(tmp_path, write_foreign, use, shape, key, message):
     write_foreign(shape, key=key)

@@ -1,0 +1,154 @@
+"""Picture files of any size and mode as pixel values of one size: orientation, transparency, crop, resize."""
+
+import dataclasses
+import io
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
+
+# A file's content decides which of these it is. Pillow's other formats are not tried: some start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
+NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+RESIZE = {
+    "box": Image.Resampling.BOX,
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+CROP = ("center", "none")
+MODES = {1: "L", 3: "RGB"}  # by the number of channels
+
+
+class Unreadable(ValueError):
+    """A file that is damaged or no picture; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What every picture becomes.
+
+    Attributes:
+        height, width: in pixels.
+        channels: 3, or 1 for grey.
+        resize: "box", "lanczos" or "bicubic", all of them antialiased.
+        crop: "center" cuts the largest centred part with the target's aspect ratio, "none" stretches instead.
+        background: (R, G, B) behind transparent pixels.
+    """
+
+    height: int
+    width: int
+    channels: int = 3
+    resize: str = "box"
+    crop: str = "center"
+    background: tuple[int, int, int] = (255, 255, 255)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.height, self.width, self.channels
+
+
+def parse_colour(text: str) -> tuple[int, int, int]:
+    """A colour as Pillow reads it: "white", "#ffffff", "rgb(255, 255, 255)".
+
+    Raises:
+        ValueError: it is none, or has an alpha value.
+    """
+    try:
+        colour = ImageColor.getrgb(text)
+    except ValueError as error:
+        raise ValueError(f"--background={text} is not a colour; for example white or #808080") from error
+    if len(colour) != 3:
+        raise ValueError(f"--background={text} has an alpha value, but nothing is behind the background")
+    return colour
+
+
+def to_pixels(data: bytes, target: Target) -> UInt8[np.ndarray, "h w c"]:
+    """The pixel values of a picture file, of its first frame if it has several.
+
+    A picture that has the target's size and mode already keeps its pixel values.
+
+    Args:
+        data: the content of the file.
+
+    Raises:
+        Unreadable: the file is damaged, is none of FORMATS, or has pixels that 8 bits cannot show.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about oddities that Pillow gets over
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                upright = _as_8_bits(picture)
+            opaque = _without_transparency(upright, target)
+            return np.asarray(_fitted(opaque, target)).reshape(target.shape)
+    except MemoryError:
+        raise  # says nothing about the file
+    except Exception as error:  # Pillow's decoders raise nearly every type for damage
+        raise Unreadable(_reason(error, data)) from error
+
+
+def _as_8_bits(picture: Image.Image) -> Image.Image:
+    """The picture the right way up, in a mode of 8 bits a channel."""
+    if picture.mode in ("I", "F"):
+        raise Unreadable("its pixel values are signed, 32-bit or real numbers")
+    if not picture.mode.startswith("I;16"):
+        return ImageOps.exif_transpose(picture)
+    top, is_negative = _levels(picture)
+    picture = ImageOps.exif_transpose(picture)
+    # Pillow's own convert("L") would clip at 255 instead.
+    values = np.asarray(picture).astype(np.uint32)
+    grey = ((values * 255 + top // 2) // top).astype(np.uint8)
+    grey = Image.fromarray(255 - grey if is_negative else grey)
+    if "transparency" in picture.info:
+        grey.putalpha(Image.fromarray(values != picture.info["transparency"]).convert("L"))
+    return grey
+
+
+def _levels(picture: Image.Image) -> tuple[int, bool]:
+    """The highest pixel value of a picture of mode I;16, and whether it is black, as in some TIFF files."""
+    tags = picture.tag_v2 if picture.format == "TIFF" else {}
+    # Of 12 bits, Pillow says 16 as well.
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    return 2**bits - 1, tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+
+
+def _without_transparency(picture: Image.Image, target: Target) -> Image.Image:
+    """The picture over the background, in the target's mode."""
+    if picture.has_transparency_data:
+        if picture.mode == "La":
+            picture = picture.convert("LA")  # Pillow cannot convert La to RGBA at once
+        background = Image.new("RGBA", picture.size, target.background)
+        picture = Image.alpha_composite(background, picture.convert("RGBA")).convert("RGB")
+    return picture.convert(MODES[target.channels])
+
+
+def _fitted(picture: Image.Image, target: Target) -> Image.Image:
+    """The picture, cropped and resized to the target's size."""
+    if target.crop == "center":
+        picture = picture.crop(_center_box(*picture.size, target))
+    if picture.size == (target.width, target.height):
+        return picture
+    return picture.resize((target.width, target.height), RESIZE[target.resize])
+
+
+def _center_box(width: int, height: int, target: Target) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the largest centred part with the target's aspect ratio, to the nearest pixel."""
+    if width * target.height > height * target.width:
+        new_width, new_height = max(1, round(height * target.width / target.height)), height
+    else:
+        new_width, new_height = width, max(1, round(width * target.height / target.width))
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return left, top, left + new_width, top + new_height
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    """What is wrong with a file, in words without an object's address or a path."""
+    if not data:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return f"Pillow cannot read it as {NAMES}"
+    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        return f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    return " ".join(str(error).split()) or type(error).__name__

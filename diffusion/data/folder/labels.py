@@ -1,0 +1,121 @@
+"""Labels of the pictures in a folder: from the names of folders, or from a CSV or JSON file."""
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def find_labels(
+    wanted: str | None, paths: list[str], splits: dict[str, str], unread: Iterable[str] = ()
+) -> tuple[str, dict[str, str]]:
+    """("folders", "none" or "file", the label of each picture); no labels at all for "none".
+
+    Args:
+        wanted: "folders", "none" or the name of a file. None for "folders" if every picture lies in one, else "none".
+        paths: of all pictures.
+        splits: the top-level folders that are splits, not labels.
+        unread: of files that cannot be read, for which there may be labels.
+
+    Raises:
+        ValueError: `wanted` is none of these, a picture has no label, or a label has no picture.
+        OSError: the file of labels cannot be read.
+    """
+    if wanted == "none":
+        return "none", {}
+    if wanted in (None, "folders"):
+        labels = folder_labels(paths, splits)
+        if wanted is None and len(labels) < len(paths):
+            return "none", {}
+        _refuse_unlabelled(paths, labels, "lie in no folder that could be their label", "--labels=folders")
+        return "folders", labels
+    if Path(wanted).suffix.lower() not in (".csv", ".json"):
+        raise ValueError(f"--labels={wanted} must be folders, none, or the name of a .csv or .json file")
+    labels = read_labels(Path(wanted))
+    _refuse_unlabelled(paths, labels, "have no label", f"--labels={wanted}")
+    unknown = sorted(labels.keys() - {*paths, *unread})
+    if unknown:
+        raise ValueError(
+            f"--labels={wanted}: {len(unknown):,} of {len(labels):,} labels are for files that are no pictures of the "
+            f"folder, for example {unknown[0]}"
+        )
+    return "file", {path: labels[path] for path in paths}
+
+
+def _refuse_unlabelled(paths: list[str], labels: dict[str, str], what: str, flag: str) -> None:
+    missing = [path for path in paths if path not in labels]
+    if missing:
+        raise ValueError(f"{flag}: {len(missing):,} of {len(paths):,} pictures {what}, for example {missing[0]}")
+
+
+def folder_labels(paths: list[str], splits: dict[str, str]) -> dict[str, str]:
+    """The label of each picture: the name of the first folder, below those of the splits.
+
+    Pictures that lie in no such folder are left out.
+    """
+    labels = {}
+    for path in paths:
+        folders = path.split("/")[:-1]
+        if splits:
+            folders = folders[1:]
+        if folders and clean(folders[0]):
+            labels[path] = clean(folders[0])
+    return labels
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """The labels of a CSV file with columns file and label, or of a JSON file {path: label}, by path.
+
+    A CSV file may begin with a line that names its columns; then it may have others, and in any order. An empty
+    label counts as none.
+
+    Raises:
+        ValueError: it is neither, or gives a picture two labels.
+        OSError: it cannot be read.
+    """
+    try:
+        # A byte order mark is no part of a name, and names need not be valid UTF-8.
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        pairs = _json_pairs(text) if path.suffix.lower() == ".json" else _csv_pairs(text)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"--labels={path} cannot be read as labels ({error})") from error
+    labels = {}
+    for file, label in pairs:
+        name, label = posixpath.normpath(file), clean(label)
+        if label and labels.setdefault(name, label) != label:
+            raise ValueError(f"--labels={path} gives {name} two labels, {labels[name]} and {label}")
+    return labels
+
+
+def _json_pairs(text: str) -> list[tuple[str, str]]:
+    content = json.loads(text)
+    if not isinstance(content, dict) or not all(isinstance(label, str | int) for label in content.values()):
+        raise ValueError("it must be {path: label}, each label a text or an integer")
+    return [(file, str(label)) for file, label in content.items()]
+
+
+def _csv_pairs(text: str) -> list[tuple[str, str]]:
+    rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    header = [name.strip().lower() for name in rows[0]] if rows else []
+    if "file" in header and "label" in header:
+        file, label = header.index("file"), header.index("label")
+        rows = rows[1:]
+    else:
+        file, label, header = 0, 1, ["file", "label"]
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"a row has {len(row)} columns instead of {len(header)}: {','.join(row)}")
+    return [(row[file], row[label]) for row in rows]
+
+
+def clean(name: str) -> str:
+    """A class name as TFDS can store it: in one line, without white space at its ends, in valid UTF-8."""
+    return " ".join(name.encode("utf-8", "backslashreplace").decode().split())
+
+
+def class_names(labels: Iterable[str]) -> list[str]:
+    """The names in their order; if all are numbers, in that of the numbers."""
+    names = sorted(set(labels))
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names

@@ -1,0 +1,270 @@
+"""From a folder of pictures to a data set: the plan, what stands against it, and the steps until it is made."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from diffusion.data.folder import labels, listing, shards
+from diffusion.data.folder.decoding import Target
+from diffusion.data.folder.listing import Found, Picture, Unread
+from diffusion.data.folder.shards import VERSION, Recipe
+from diffusion.runtime import files
+
+TEST_FRACTION = 0.05
+SHOWN = 5  # how many names a message shows, of many
+
+
+class UnreadFiles(ValueError):
+    """There are files that cannot be read. Everything else is done and kept."""
+
+    def __init__(self, unread: list[Unread], num_files: int):
+        super().__init__(
+            f"cannot read {len(unread):,} of {num_files:,} pictures; repair or remove these files, or give the same "
+            "command with --skip-bad to leave them out"
+        )
+        self.unread = unread
+
+
+def place(name: str, data_dir: str | None) -> Path:
+    """The directory that the set gets: DATA_DIR/NAME/1.0.0.
+
+    Raises:
+        ValueError: no set can have that name, another one has it, or `data_dir` is a URL.
+    """
+    # TFDS takes a second to import, which --help should not cost.
+    from diffusion.data import tfds
+
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError(f"--name={name} must begin with a small letter and have only small letters, digits and _")
+    if tfds.is_own(name):
+        raise ValueError(f"--name={name} is the name of a built-in data set; take another --name")
+    root = tfds.resolve_data_dir(data_dir)
+    directory, newest = root / name / VERSION, tfds.find(name, root)
+    if newest not in (None, directory):
+        raise ValueError(f"--name={name} is the name of the data set in {newest}; take another --name")
+    return directory
+
+
+def _staging(directory: Path) -> Path:
+    """Where the set is made: a folder that does not look like a version of it."""
+    return directory.with_name(f"incomplete-{directory.name}")
+
+
+class Plan(NamedTuple):
+    """What is to be made of a folder.
+
+    Attributes:
+        recipe: the folder, what every picture becomes, and the classes.
+        found: the files.
+        splits: which top-level folders are splits; empty where the content decides.
+        label_of: the class of each picture; empty in a set without labels.
+        settings: all that was chosen, as JSON.
+    """
+
+    recipe: Recipe
+    found: Found
+    splits: dict[str, str]
+    label_of: dict[str, str]
+    settings: dict[str, Any]
+
+
+def plan(
+    folder: Path,
+    directory: Path,
+    target: Target,
+    wanted_labels: str | None = None,
+    test_fraction: float | None = None,
+) -> Plan:
+    """Finds the pictures, their splits and their labels.
+
+    Args:
+        directory: the set's own, whose files do not count where it lies in `folder`.
+        wanted_labels: "folders", "none" or a file's name; None for "folders" if every picture lies in one.
+        test_fraction: None for TEST_FRACTION, or where folders are the splits.
+
+    Raises:
+        ValueError: there are no pictures, or the splits or labels do not fit to them.
+        OSError: the disk failed.
+    """
+    if test_fraction is not None and not 0 < test_fraction < 1:
+        raise ValueError(f"--test-fraction={test_fraction} must lie between 0 and 1")
+    found = listing.scan(folder, leave_out=[directory, _staging(directory)])
+    paths = [file.path for file in found.pictures]
+    if not paths:
+        raise ValueError(f"{folder} has no pictures: files that end in {', '.join(sorted(listing.EXTENSIONS))}")
+    splits = listing.split_folders(paths, folder)
+    if splits and test_fraction is not None:
+        raise ValueError(f"--test-fraction has no effect where the folders {', '.join(splits)} are the splits")
+    kind, label_of = labels.find_labels(wanted_labels, paths, splits, [file.path for file in found.unread])
+    settings = {
+        **dataclasses.asdict(target),
+        "background": list(target.background),
+        "labels": kind,
+        "test_fraction": None if splits else test_fraction or TEST_FRACTION,
+    }
+    recipe = Recipe(folder, target, tuple(labels.class_names(label_of.values())))
+    return Plan(recipe, found, splits, label_of, settings)
+
+
+def prepare(plan: Plan, directory: Path, skip_bad: bool = False, num_workers: int = 1) -> list[Unread]:
+    """Prepares a set. `directory` appears when all is done; until then, what is done is kept beside it.
+
+    Returns:
+        The files that cannot be read and are left out; none if the set was prepared before.
+
+    Raises:
+        UnreadFiles: there are some, and `skip_bad` is false.
+        ValueError: a split is empty, there is too little room, a picture changed meanwhile, or what is there was made
+            in another way.
+        OSError: the disk failed, or a process was killed.
+    """
+    staging, recipe = _staging(directory), plan.recipe
+    with _locked(staging):
+        _refuse_other_settings(plan.settings, directory, staging)
+        digests, unread = listing.content_digests(recipe.folder, plan.found.pictures, staging / "digests.jsonl")
+        pictures = listing.with_splits(digests, plan.label_of, plan.splits, plan.settings["test_fraction"])
+        files_sha256 = listing.fingerprint(pictures)
+        if directory.exists():
+            shutil.rmtree(staging)
+            if _read_json(directory / "metadata.json")["files_sha256"] != files_sha256:
+                raise ValueError(f"{directory} was made from other files; take another --name, or delete it")
+            print(f"{directory} is prepared already")
+            return []
+        _announce(plan, pictures, directory)
+        _refuse_empty_split(pictures)
+        _refuse_too_little_room(_decoded_bytes(pictures, recipe), staging)
+        files.write_text(staging / "settings.json", json.dumps(plan.settings))
+        parts = shards.divide(pictures, directory.parent.name, staging / "data", staging / "reports")
+        reports = shards.complete(parts, recipe, num_workers)
+        unread = sorted([*plan.found.unread, *unread, *(file for report in reports for file in report.unread)])
+        if unread and not skip_bad:
+            raise UnreadFiles(unread, len(plan.found.pictures) + len(plan.found.unread))
+        left_out = {file.path for file in unread}
+        pictures = [picture for picture in pictures if picture.path not in left_out]
+        _refuse_empty_split(pictures)
+        metadata = {"num_levels": 256, "settings": plan.settings, "files_sha256": files_sha256}
+        shards.write_metadata(parts, reports, recipe, metadata)
+        os.rename(staging / "data", directory)
+        shutil.rmtree(staging)
+    counts = _split_counts(pictures)
+    print(
+        f"prepared: {counts['train']:,} train, {counts['test']:,} test; left out: "
+        f"{len(unread):,} that cannot be read, {len(plan.found.others):,} that are no pictures"
+    )
+    return unread
+
+
+@contextlib.contextmanager
+def _locked(staging: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder, which it makes, and removes if nothing was put into it.
+
+    Raises:
+        ValueError: another process is at work there.
+        OSError: its file system cannot lock files.
+    """
+    staging.mkdir(parents=True, exist_ok=True)
+    with (staging / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise OSError(f"{staging} is on a file system that cannot lock files ({error})") from error
+            raise ValueError(f"another process is at work in {staging}; wait for it, or stop it") from error
+        try:
+            yield
+        finally:
+            if staging.exists() and os.listdir(staging) == ["lock"]:
+                shutil.rmtree(staging)
+
+
+def _refuse_other_settings(settings: dict[str, Any], directory: Path, staging: Path) -> None:
+    """Raises a ValueError if the finished set, or what an interrupted call left, has other settings."""
+    if directory.exists():
+        where, advice = directory, "take another --name, or delete it"
+        there = _read_json(directory / "metadata.json").get("settings")
+        if there is None:
+            raise ValueError(f"{directory} was not made by this command; take another --name")
+    else:
+        where, advice = staging, "give those again, or delete it"
+        there = _read_json(staging / "settings.json") or settings
+    differing = [f"{key}: {there.get(key)}, now {value}" for key, value in settings.items() if there.get(key) != value]
+    if differing:
+        raise ValueError(f"{where} was made with other settings ({'; '.join(differing)}); {advice}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _split_counts(pictures: list[Picture]) -> Counter:
+    return Counter(picture.split for picture in pictures)
+
+
+def _refuse_empty_split(pictures: list[Picture]) -> None:
+    for split in ("train", "test"):
+        if not _split_counts(pictures)[split]:
+            raise ValueError(
+                f"none of {len(pictures):,} pictures is in the {split} split; add pictures, give another "
+                "--test-fraction, or sort the pictures into the folders train and test"
+            )
+
+
+def _decoded_bytes(pictures: list[Picture], recipe: Recipe) -> int:
+    return len(pictures) * math.prod(recipe.target.shape)
+
+
+def _refuse_too_little_room(needed: int, staging: Path) -> None:
+    made = sum(path.stat().st_size for path in (staging / "data").glob("*"))
+    free = shutil.disk_usage(staging).free
+    if needed > free + made:
+        raise ValueError(
+            f"the pictures take up to {_size(needed)}, but {staging.parent} has room for {_size(free)}; "
+            "make room, or give another --data-dir or a smaller --size"
+        )
+
+
+def _announce(plan: Plan, pictures: list[Picture], directory: Path) -> None:
+    """Prints what was found and what it becomes."""
+    found, counts = plan.found, _split_counts(pictures)
+    others = f" ({_some(found.others)})" if found.others else ""
+    print(f"files: {len(found.pictures) + len(found.unread):,} pictures, {len(found.others):,} others{others}")
+    print(_labels_line(plan))
+    print(f"splits: {counts['train']:,} train, {counts['test']:,} test")
+    if plan.splits and (pairs := listing.in_both_splits(pictures)):
+        equal = _some([f"{train} = {test}" for train, test in pairs])
+        print(f"warning: {len(pairs):,} pictures are in both splits ({equal})")
+    shape, size = "x".join(map(str, plan.recipe.target.shape)), _size(_decoded_bytes(pictures, plan.recipe))
+    print(f"result: {len(pictures):,} pictures of {shape}, {size} decoded, in {directory}", flush=True)
+
+
+def _labels_line(plan: Plan) -> str:
+    """Which classes there are; if there are none, how many pictures lie outside of folders that could be labels."""
+    classes, paths = plan.recipe.classes, [file.path for file in plan.found.pictures]
+    if classes:
+        return f"labels: {len(classes):,} classes ({_some(classes)})"
+    in_folders = labels.folder_labels(paths, plan.splits)
+    if not in_folders or len(in_folders) == len(paths):  # nothing to choose, or it was chosen
+        return "labels: none"
+    outside = [path for path in paths if path not in in_folders]
+    return f"labels: none; {len(outside):,} of {len(paths):,} pictures lie in no folder ({_some(outside)})"
+
+
+def _size(num_bytes: int) -> str:
+    return tqdm.format_sizeof(num_bytes, "B")
+
+
+def _some(names: Sequence[str]) -> str:
+    text = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return " ".join(text.split())  # the name of a file may hold line ends
