@@ -22,6 +22,9 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "cifar10"  # or "digits", or any image set that TFDS prepared as ArrayRecord
     config.data.data_dir = ""  # "": the default of TFDS, ~/tensorflow_datasets
+    config.data.image_size = 0  # N: the centre square of every picture is resized to N×N; 0: as it is
+    config.data.pad_to = 0  # N: black is added around every picture up to N×N; 0: none
+    config.data.placement = "auto"  # of the training images: devices, disk, or by the devices' free memory
     config.data.flip = True
 
     config.schedule = ConfigDict()

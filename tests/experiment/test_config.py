@@ -1,11 +1,12 @@
 """Configs: real files, no dead keys, and a one-line error for every mistake."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
 
-from configs import cifar10, digits
+from configs import cifar10
 from diffusion.experiment import config as config_lib
 from diffusion.experiment.config import KEYS
 
@@ -19,12 +20,18 @@ def changed(**keys):
     return config
 
 
-def test_both_configs_are_complete():
-    for get_config in (cifar10.get_config, digits.get_config):
-        config = get_config()
-        config_lib.check(config)
-        assert config.is_locked
-        assert set(config_lib.flatten(config)) == set(config_lib.all_keys())
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_is_complete_and_its_header_says_command_and_cost(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    config_lib.check(config)
+    assert config.is_locked
+    assert set(config_lib.flatten(config)) == set(config_lib.all_keys())
+    for words in (f"--config=configs/{name}.py", "Data  ", "Cost  ", "Expect  "):
+        assert words in module.__doc__, words
 
 
 def test_every_key_is_read_by_the_program():

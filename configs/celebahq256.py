@@ -1,0 +1,33 @@
+"""Ho, Jain & Abbeel (2020) on CelebA-HQ 256×256: six levels, attention at 16×16.
+
+    python main.py --config=configs/celebahq256.py --workdir=runs/celebahq256
+
+Data     celeb_a_hq/256 as TFDS prepared it. It has 30,000 training pictures alone: every twentieth is held out here
+Cost     113,673,219 parameters; 500,000 steps of 64 images, 492 GFLOP per image and forward pass
+Memory   at most 68 GiB on one device, by --mode=describe, because a batch goes through the network in four parts
+Expect   the paper gives pictures, but neither FID nor bits per dimension; not run here
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cifar10
+
+
+def get_config() -> ConfigDict:
+    """What differs from CIFAR-10; lsun256 starts from here."""
+    config = cifar10.get_config()
+    config.data.name = "celeb_a_hq/256"
+    config.unet.channel_mult = (1, 1, 2, 2, 4, 4)
+    config.unet.dropout = 0.0
+    config.optim.learning_rate = 2e-5
+    config.train.num_steps = 500_000
+    config.train.batch_size = 64
+    config.train.grad_accum = 4  # or 64 images would take up to 264 GiB on one device; 1 for four devices or more
+    config.train.monitor_images = 64
+    config.eval.batch_size = 64
+    config.eval.num_images = 256
+    config.eval.terms_per_image = 9  # all: 1,000 passes through the network per image
+    config.sample.num_images = 16
+    config.sample.num_previews = 16
+    config.sample.batch_size = 16
+    return config

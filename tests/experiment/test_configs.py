@@ -1,0 +1,45 @@
+"""The networks of configs/ are those that their headers name, and every config is one that runs."""
+
+import importlib
+import re
+
+import jax
+import pytest
+
+from diffusion import data
+from diffusion.data import Description
+from diffusion.experiment import build
+from diffusion.programs import describe
+
+# What the sets hold, as their makers say, with the size that the config gives them.
+SETS = {
+    "cifar10": Description("cifar10", 50_000, 10_000, (32, 32, 3), 256, 10),
+    "digits": Description("digits", 1498, 299, (8, 8, 1), 17, 10),
+    "imagenet64": Description("downsampled_imagenet/64x64", 1_281_149, 49_999, (64, 64, 3), 256, 0),
+    "celebahq256": Description("celeb_a_hq/256", 28_500, 1500, (256, 256, 3), 256, 0),
+    "lsun256": Description("lsun/bedroom", 3_033_042, 300, (256, 256, 3), 256, 0),
+    "folder64": Description("photos", 4750, 250, (64, 64, 3), 256, 0),
+    "mnist": Description("mnist", 60_000, 10_000, (32, 32, 1), 256, 10),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_network_has_the_parameters_that_the_header_names(name):
+    module, described = importlib.import_module(f"configs.{name}"), SETS[name]
+    config = module.get_config()
+    assert config.data.name == described.name
+    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    count = sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_state().params))
+    assert re.search(r"Cost +([\d,]+) parameters", module.__doc__).group(1) == f"{count:,}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETS)
+def test_its_memory_is_at_most_what_the_header_says(name, monkeypatch, capsys, tmp_path):
+    module = importlib.import_module(f"configs.{name}")
+    monkeypatch.setattr(data, "describe", lambda *_: SETS[name])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    describe.run(module.get_config(), tmp_path)
+    at_most = float(re.search(r"at most ([\d.]+) GiB", capsys.readouterr().out).group(1))
+    said = re.search(r"at most (\d+) GiB", module.__doc__)
+    assert at_most < 80 and (said is None or round(at_most) == int(said.group(1)))
