@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from diffusion import likelihood
 from diffusion.data import Source
@@ -21,6 +21,7 @@ from diffusion.runtime import files, processes, randomness
 from diffusion.training.devices import Replicated
 
 PILOT_IMAGES = 8  # every term of so many images is computed to see which t matter
+PRIOR_IMAGES = 1000  # whose prior terms are computed at a time: as float32, images are four times as large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Bound:
             f"{split}_distortion_rmse": self.decoded_mse.mean() ** 0.5,
             f"{split}_images": len(total),
         }
+
+    def bpd_by_class(self, labels: Int32[np.ndarray, " n"], num_classes: int) -> list[float | None]:
+        """The mean over each class's images; None for a class that has none among them."""
+        of_class = [self.image_bpd[labels == number] for number in range(num_classes)]
+        return [bpd.mean() if len(bpd) else None for bpd in of_class]
 
     def progressive_coding(self) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
         """What a receiver of x_t has paid, in bits/dim, and the error of its x̂_0: entry t − 1 is that of t.
@@ -159,8 +165,12 @@ def _in_levels(mse: Float[np.ndarray, "*shape"], num_levels: int) -> Float[np.nd
 def _prior(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """L_T of every image, which needs no network."""
     schedule = model.part(lambda model: model.schedule).host()
-    prior = jax.vmap(lambda image: likelihood.prior_bpd(schedule, to_unit(image, source.num_levels)))
-    return np.asarray(jax.jit(prior)(source.images(numbers)), np.float64)
+
+    def prior(image: Array) -> Array:
+        return likelihood.prior_bpd(schedule, to_unit(image, source.num_levels))
+
+    in_parts = jax.jit(lambda images: jax.lax.map(prior, images, batch_size=PRIOR_IMAGES))
+    return np.asarray(in_parts(source.images(numbers)), np.float64)
 
 
 def _on_disk(path: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import data, likelihood
+from diffusion import likelihood
 from diffusion.data import Source
 from diffusion.evaluation import images
 from diffusion.evaluation.bound import Bound, estimated_bound, full_bound
@@ -37,11 +37,11 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
 
     The results go into a folder that is named by what was measured; eval.json is a copy of the last ones.
     """
-    described = data.describe(config.data.name, config.data.data_dir)
+    described = build.describe_data(config)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, described.num_test)
     state = workdir.restore(experiment, directory, checkpoint)
-    train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
+    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     is_optimal = config.eval.variance == "optimal"
     x0_variance = workdir.load_x0_variance(directory, int(state.step)) if is_optimal else None
     out = directory / EVALUATIONS / name(experiment, int(state.step), num_images)
@@ -108,12 +108,17 @@ def score(
         title = f"{test_set.name}, {num_images} test images, protocol {config.eval.protocol}"
         _save_curves(directory, bounds, protocol, title, test_set.num_levels)
         _forget(kept)
+    by_class = {}
+    if test_set.num_classes:
+        labels = test_set.labels(numbers["test"])
+        by_class["test_bpd_by_class"] = bounds["test"].bpd_by_class(labels, test_set.num_classes)
     return {
         "step": int(state.step),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "protocol": protocol,
         **bounds["test"].summary("test"),
         **bounds["train"].summary("train"),
+        **by_class,
         "prior_bpd": bounds["test"].prior_bpd.mean(),
         "params_sha256": tree_sha256(state.params),
         "ema_sha256": ema_sha256,

@@ -50,6 +50,15 @@ def test_it_is_the_likelihood_s_bound_of_every_image(model, source, full):
     assert full.sampling_stderr == 0
 
 
+def test_the_classes_means_are_over_their_own_images(full):
+    labels = np.array([0, 3, 0, 3, 3, 1, 0, 0, 3, 1, 0], np.int32)
+    zero, one, two, three = full.bpd_by_class(labels, 4)
+    bpd = full.image_bpd
+    assert zero == pytest.approx((bpd[0] + bpd[2] + bpd[6] + bpd[7] + bpd[10]) / 5)
+    assert one == pytest.approx((bpd[5] + bpd[9]) / 2) and three == pytest.approx((bpd[[1, 3, 4, 8]]).mean())
+    assert two is None
+
+
 def test_a_protocol_decides_on_the_decoder(model, source, replicated):
     published = full_bound(Settings(seed=0, batch_size=64, protocol="ho2020"))(replicated, source, NUMBERS)
     terms, _, _ = own_terms(model, source, NUMBERS, decoder=likelihood.PROTOCOLS["ho2020"].decoder)
