@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks import compiled, networks, timing
 from benchmarks.networks import torch
+from diffusion.data import Source
 from diffusion.experiment import build
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
@@ -95,12 +96,12 @@ def stepper(experiment: Experiment, state: TrainState, steps: int) -> tuple[Call
     gigabytes = gibibytes(program.compile())
 
     train_steps = devices.train_steps(experiment.training, seed=0)
-    images = devices.replicate(random_images(num_images))
+    batches = devices.resident(Source("random", "train", random_images(num_images)))
     indices = np.random.default_rng(0).integers(0, num_images, (steps, batch_size), np.int32)
-    held = [devices.replicate(state)]
+    batch, held = batches(indices), [devices.replicate(state)]
 
     def call() -> None:
-        held[0], metrics = train_steps(held[0], images, indices)
+        held[0], metrics = train_steps(held[0], batch)
         held[0].wait()
         metrics.wait()
 

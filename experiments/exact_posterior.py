@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
-from diffusion import data, likelihood, reverse, samplers
+from diffusion import likelihood, reverse, samplers
 from diffusion.data import Source
 from diffusion.data.levels import to_levels
 from diffusion.evaluation.images import subset
@@ -75,7 +75,7 @@ def main() -> None:
 def run(directory: Path, num_images: int, num_samples: int, checkpoint: str = "latest") -> None:
     """Compares the exact posterior with the network in `directory`, and saves the results."""
     config = workdir.read_config(directory)
-    train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
+    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     if not 2 <= num_images <= min(len(test_set), len(train_set)):
         raise ValueError(f"--num_images={num_images} must be in 2…{len(test_set)}, the size of the test split")
     if num_samples < plots.SHOWN:
@@ -109,7 +109,7 @@ def run(directory: Path, num_images: int, num_samples: int, checkpoint: str = "l
 def run_cost(base: str, directory: Path) -> None:
     """Times one denoising step of the exact posterior and of an untrained network."""
     config = Cell("cost", base, {}).config()
-    train_set = data.load(config.data.name, "train", config.data.data_dir)
+    train_set = build.load_data(config, "train")
     experiment = build.experiment(config, train_set.image_shape, train_set.num_levels)
     untrained = experiment.model(experiment.initial_state().ema_params)
     sizes = [size for size in SIZES_OF_BASE if size < len(train_set)]

@@ -91,12 +91,12 @@ def train(experiment: Experiment, train_set: Source, seed: int) -> Model:
     """The model of the EMA parameters after training with this seed."""
     config = ConfigDict(experiment.config.to_dict() | {"seed": seed})
     train_steps = devices.train_steps(experiment.training, seed)
-    images = devices.replicate(train_set.images())
+    batch = devices.resident(train_set)
     state = devices.replicate(dataclasses.replace(experiment, config=config).initial_state())
     with Progress(config.train.num_steps, desc=f"{config.schedule.name}, seed {seed}") as progress:
         for step in range(config.train.num_steps):
             indices = data.batch_indices(seed, step, config.train.batch_size, len(train_set))
-            state, metrics = train_steps(state, images, indices[None])
+            state, metrics = train_steps(state, batch(indices[None]))
             progress.update(1)
             if not np.isfinite(metrics.part(lambda metrics: metrics["loss"]).host()).all():
                 raise FloatingPointError(f"the loss of seed {seed} at step {step + 1} is NaN or Inf")

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from diffusion import data, gaussian, likelihood, parameterizations, process, reverse, schedules
+from diffusion import gaussian, likelihood, parameterizations, process, reverse, schedules
 from diffusion.data.levels import to_unit
 from diffusion.evaluation.images import subset
-from diffusion.experiment import workdir
+from diffusion.experiment import build, workdir
 from diffusion.reporting import summary
 from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
@@ -174,7 +174,7 @@ def network_errors(directory: Path, num_images: int, checkpoint: str = "latest")
     """The errors of a run's EMA parameters on test images, one ε per image and t."""
     run = workdir.load(directory, checkpoint)
     config = run.config
-    test_set = data.load(config.data.name, "test", config.data.data_dir)
+    test_set = build.load_data(config, "test")
     numbers = subset(len(test_set), min(num_images, len(test_set)))
     keys = randomness.per_item(randomness.stream(config.seed, "eval"), jnp.asarray(numbers))
     model = run.experiment.model(run.state.ema_params, variance="fixed_small")
@@ -216,7 +216,7 @@ def output_of_zero() -> dict[str, float]:
     For the test images, the schedule and the variance of the trainings; unclipped, as L is in training.
     """
     config = sweep.Cell("base", BASE, {}).config()
-    test_set = data.load(config.data.name, "test", config.data.data_dir)
+    test_set = build.load_data(config, "test")
     schedule = schedules.SCHEDULES[AXES["schedule"][0]](int(AXES["T"][0]))
     x0 = to_unit(jnp.asarray(test_set.images()), test_set.num_levels)
     keys = jax.random.split(jax.random.key(0), len(test_set))

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from diffusion import data, gaussian, likelihood, process
+from diffusion import gaussian, likelihood, process
 from diffusion.data.levels import to_unit
 from diffusion.evaluation.images import subset
 from diffusion.exact import ode
-from diffusion.experiment import workdir
+from diffusion.experiment import build, workdir
 from diffusion.model import Model
 from diffusion.runtime import randomness
 
@@ -39,7 +39,7 @@ def measure(directory: Path, checkpoint: str = "latest") -> dict[str, Any]:
     """Every likelihood of a checkpoint (EMA) in `directory`, in bits/dim, per image and as means."""
     run = workdir.load(directory, checkpoint)
     config, model = run.config, run.model
-    test_set = data.load(config.data.name, "test", config.data.data_dir)
+    test_set = build.load_data(config, "test")
     numbers = subset(len(test_set), NUM_IMAGES)
     x0 = to_unit(jnp.asarray(test_set.images(numbers)), test_set.num_levels)
     # The keys of the evaluation, so that the bound here is the bound there.

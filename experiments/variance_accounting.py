@@ -21,12 +21,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from diffusion import data, likelihood, variances
+from diffusion import likelihood, variances
 from diffusion.data import Source
 from diffusion.data.levels import to_unit
 from diffusion.evaluation.images import subset
 from diffusion.evaluation.pairs import Pairs, every_t
-from diffusion.experiment import workdir
+from diffusion.experiment import build, workdir
 from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reverse import VARIANCES, Variance
@@ -73,7 +73,7 @@ def main() -> None:
 def run(directory: Path, num_images: int, checkpoint: str = "latest") -> None:
     """Estimates σ*_t, scores the test images under every variance, prints and saves the results."""
     config = workdir.read_config(directory)
-    train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
+    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     num_images = num_images or len(test_set)
     if not 2 <= num_images <= len(test_set):
         raise ValueError(f"--num_images={num_images} must be 0 or in 2…{len(test_set)}, the size of the test split")

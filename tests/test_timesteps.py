@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from diffusion import objectives, reverse, schedules, timesteps
+from diffusion.data import Source
 from diffusion.data.levels import to_unit
 from diffusion.runtime import randomness
 from diffusion.runtime.checkpoint import Checkpoints
@@ -176,9 +177,9 @@ class Steps:
         return np.arange(32, dtype=np.int32) + 32 * (step % 2)
 
     def eight(self, steps, start=None):
-        now, images = devices.replicate(start or self.start), devices.replicate(self.images)
+        now, batch = devices.replicate(start or self.start), devices.resident(Source("random", "train", self.images))
         for step in steps:
-            now, metrics = self.on_eight(now, images, self.indices(step)[None])
+            now, metrics = self.on_eight(now, batch(self.indices(step)[None]))
         return now, metrics.host()
 
     def one(self, steps):

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from diffusion import interop, learned_schedule, objectives, reverse
+from diffusion import data, interop, learned_schedule, objectives, reverse
 from diffusion.evaluation import bound
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import names, rules
@@ -108,6 +108,16 @@ class Network:
     def __call__(self, params: PyTree, x_t: Array, network_t: Array) -> Array:
         # Flax passes over the parameters of a learned schedule, which are none of the network's modules.
         return self.module.apply({"params": params}, x_t, network_t)[..., : self.channels]
+
+
+def describe_data(config: ConfigDict) -> data.Description:
+    """What the config's data set holds. Raises what `data.describe` does."""
+    return data.describe(config.data.name, config.data.data_dir, config.data.image_size, config.data.pad_to)
+
+
+def load_data(config: ConfigDict, split: str) -> data.Source:
+    """A split of the config's data set. Raises what `data.load` does."""
+    return data.load(config.data.name, split, config.data.data_dir, config.data.image_size, config.data.pad_to)
 
 
 def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels: int) -> Experiment:

@@ -56,6 +56,9 @@ KEYS: dict[str, Constraint | Choice] = {
     "init_from": TEXT,
     "data.name": TEXT,
     "data.data_dir": TEXT,
+    "data.image_size": integer(0, at_most=65_536),
+    "data.pad_to": integer(0, at_most=65_536),
+    "data.placement": Choice({"auto": None, "devices": None, "disk": None}),
     "data.flip": FLAG,
     "schedule.name": Choice(
         schedules.SCHEDULES | {learned_schedule.NAME: learned_schedule.Learned}, given=("num_steps",)
@@ -105,7 +108,7 @@ KEYS: dict[str, Constraint | Choice] = {
 # What may change between the legs of a run: where the data lies, with what means the same is computed, how it is
 # watched, scored and sampled. PARTLY_FREE has two more.
 FREE = (
-    *("data.data_dir", "unet.remat", "train.grad_accum", "train.steps_per_call"),
+    *("data.data_dir", "data.placement", "unet.remat", "train.grad_accum", "train.steps_per_call"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every"),
     *("train.check_replicas_every", "eval.", "sample.", "quality."),
 )

@@ -8,8 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from diffusion.experiment import build
 from diffusion.experiment.build import Experiment
+from diffusion.runtime import prefetch
 from diffusion.training.step import losses
+
+KEPT_PART = 1 / 4  # of a device's free memory that training images may take
+FREE_WHERE_UNKNOWN = 16 * 2**30  # bytes of a device that does not say, as CPUs do not: 4 GiB of images are kept
+CALLS_UNDER_WAY = 2 + prefetch.AHEAD  # one is computed, one waits, and the batches of others are made
 
 
 def state_bytes(experiment: Experiment) -> int:
@@ -18,8 +24,24 @@ def state_bytes(experiment: Experiment) -> int:
     return num_bytes((state, state.params))
 
 
+def keeps_images(experiment: Experiment, num_images: int) -> bool:
+    """Whether every device of this process keeps all training images, by data.placement."""
+    placement = experiment.config.data.placement
+    if placement != "auto":
+        return placement == "devices"
+    free = min(_free_bytes(device.memory_stats() or {}) for device in jax.local_devices())
+    return num_images * math.prod(experiment.image_shape) <= KEPT_PART * free
+
+
+def _free_bytes(stats: dict[str, int]) -> int:
+    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else FREE_WHERE_UNKNOWN
+
+
 def data_bytes(experiment: Experiment, num_images: int) -> int:
-    """The training images as uint8, on every device."""
+    """The training images as uint8, on every device: all of them, or those of the calls that are under way."""
+    if not keeps_images(experiment, num_images):
+        per_step = experiment.training.batch_size // jax.device_count()
+        num_images = CALLS_UNDER_WAY * build.plan(experiment.config).steps_per_call * per_step
     return num_images * math.prod(experiment.image_shape)
 
 
@@ -56,7 +78,7 @@ def explained(experiment: Experiment, batch_key: str = "train.batch_size", num_t
     Args:
         experiment: what is computed.
         batch_key: the config key that says how much at a time.
-        num_train: how many training images are on every device.
+        num_train: how many training images there are.
 
     Raises:
         MemoryError: says what needs how much and which config key lowers it.
@@ -78,6 +100,7 @@ def _training_need(experiment: Experiment, num_train: int) -> str:
     num_images = local_batch(experiment)
     keys = [] if getattr(experiment.training.network, "remat", True) else ["unet.remat=True"]
     keys += ["train.grad_accum higher"] if num_images > 1 else []
+    keys += ["data.placement=disk"] if num_train and keeps_images(experiment, num_train) else []
     data = f" and {data_bytes(experiment, num_train) / 2**30:.2f} GiB of training images" if num_train else ""
     return (
         f"{num_images} images per device at a time, which keep about "

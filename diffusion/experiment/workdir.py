@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import data
 from diffusion.experiment import build
 from diffusion.experiment import config as config_lib
 from diffusion.experiment.build import Experiment
@@ -220,7 +219,7 @@ def load(directory: str | Path, checkpoint: str = "latest") -> Run:
         ValueError: the config or the checkpoint is damaged.
     """
     config = read_config(Path(directory))
-    described = data.describe(config.data.name, config.data.data_dir)
+    described = build.describe_data(config)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
     return Run(experiment, restore(experiment, Path(directory), checkpoint))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import data, likelihood
+from diffusion import likelihood
 from diffusion.experiment import build, config, memory
 from diffusion.experiment.build import Experiment
 from diffusion.training import devices
@@ -16,7 +16,7 @@ from diffusion.training import devices
 def run(config_dict: ConfigDict, _directory: Path) -> None:
     """Prints the description; no network is compiled and nothing is written."""
     devices.check_batch_size(config_dict.train.batch_size, config_dict.train.grad_accum)
-    described = data.describe(config_dict.data.name, config_dict.data.data_dir)
+    described = build.describe_data(config_dict)
     experiment = build.experiment(config_dict, described.image_shape, described.num_levels)
     shape = "×".join(map(str, described.image_shape))
     figures = {
@@ -31,13 +31,14 @@ def run(config_dict: ConfigDict, _directory: Path) -> None:
 
 
 def network(experiment: Experiment, num_train: int) -> dict[str, str]:
-    """Parameters, work and memory of training on one device, which holds all training images."""
+    """Parameters, work and memory of training on one device."""
     state = experiment.abstract_state()
     batch_size, local_size = experiment.training.batch_size, memory.local_batch(experiment)
     flops = forward_flops(experiment)
+    which_images = "all training images" if memory.keeps_images(experiment, num_train) else "images under way"
     giga = {
         "parameters, EMA, Adam, gradients": memory.state_bytes(experiment) / 2**30,
-        "all training images": memory.data_bytes(experiment, num_train) / 2**30,
+        which_images: memory.data_bytes(experiment, num_train) / 2**30,
         "kept for the backward pass": memory.residual_bytes(experiment, local_size) / 2**30,
     }
     return {

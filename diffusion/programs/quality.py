@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from diffusion import data
 from diffusion.data import Source
 from diffusion.evaluation import quality
 from diffusion.experiment import build, memory
@@ -24,7 +23,7 @@ USUAL_IMAGES = 50_000  # of published Fréchet distances
 def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
     """Draws from a checkpoint of `directory`, writes quality.json and prints it."""
     experiment, state, model = sample.trained(config, directory, checkpoint)
-    train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
+    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     with Preemption(), memory.explained(experiment, "sample.batch_size"):
         images = sample.Sampler(experiment).images(model, config.quality.num_images)
     scores = score(config, images, train_set, test_set) | {

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int, UInt8
 from ml_collections import ConfigDict
 
-from diffusion import data, schedules
+from diffusion import schedules
 from diffusion.data.levels import to_levels
 from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
@@ -40,7 +40,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
 
 def trained(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> tuple[Experiment, TrainState, Model]:
     """A checkpoint of `directory`, and the model that the config samples from: the EMA's."""
-    described = data.describe(config.data.name, config.data.data_dir)
+    described = build.describe_data(config)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
     state = workdir.restore(experiment, directory, checkpoint)
     is_optimal = config.sample.variance == "optimal"

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import data, schedules
+from diffusion import schedules
 from diffusion.data import Source
 from diffusion.evaluation import images
 from diffusion.experiment import build, memory, workdir
@@ -46,7 +46,7 @@ def run(config: ConfigDict, directory: Path) -> None:
         if processes.is_first():
             print(f"{directory} holds this run, finished: see {directory / workdir.SUMMARY}")
         return
-    train_set, test_set = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
+    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     sampler = Sampler(experiment)
 
     with (
@@ -83,7 +83,7 @@ def run(config: ConfigDict, directory: Path) -> None:
 def prepare(config: ConfigDict, directory: Path) -> Experiment:
     """The experiment, after every check that needs no data and no device."""
     devices.check_batch_size(config.train.batch_size, config.train.grad_accum)
-    described = data.describe(config.data.name, config.data.data_dir)
+    described = build.describe_data(config)
     experiment = build.experiment(config, described.image_shape, described.num_levels)
     images.num_scored(config.eval.num_images, config.eval.protocol, described.num_test)
     if "optimal" in (config.eval.variance, config.sample.variance):
@@ -115,7 +115,10 @@ def train(
         with MetricsLog(directory, int(state.step), after_row) as log:
             show = _shower(experiment, directory, sampler, log)
             training = experiment.training
-            return loop.train(training, plan, state, train_set, test_loss, show, checkpoints, log, preemption)
+            on_devices = processes.agreed(memory.keeps_images(experiment, len(train_set)))
+            return loop.train(
+                training, plan, state, train_set, on_devices, test_loss, show, checkpoints, log, preemption
+            )
 
 
 def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:

@@ -7,6 +7,7 @@ only here.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.typing import ArrayLike
 from jaxtyping import Int, PyTree
 
+from diffusion.data import Source
 from diffusion.runtime.digests import named_leaves
 from diffusion.training.step import Training, group_norms, train_step
 
@@ -69,19 +71,47 @@ def check_batch_size(batch_size: int, grad_accum: int) -> None:
         raise ValueError(f"train.batch_size={batch_size} does not divide by {split}")
 
 
-TrainSteps = Callable[[Replicated, Replicated, Int[np.ndarray, "steps b"]], tuple[Replicated, Replicated]]
+class Batch(NamedTuple):
+    """What the steps of one call are made from, on the devices."""
+
+    images: jax.Array  # uint8 [devices, n, H, W, C]
+    indices: jax.Array  # int [devices, steps, b]: which of these images make up a device's share of each step
+
+
+Batches = Callable[[Int[np.ndarray, "steps b"]], Batch]  # from the numbers of the examples of each step's global batch
+
+
+def resident(source: Source) -> Batches:
+    """Batches of a data set that every device holds whole."""
+    images = replicate(source.images()).leaves
+    return lambda indices: Batch(images, jax.device_put(_shares(indices), _sharding()))
+
+
+def streamed(source: Source) -> Batches:
+    """Batches of a data set that stays on disk: each device gets the images of its own share, and no others."""
+
+    def batch(indices: np.ndarray) -> Batch:
+        shares = _shares(indices)
+        images = source.images(shares.ravel()).reshape(len(shares), -1, *source.image_shape)
+        positions = np.arange(images.shape[1], dtype=indices.dtype).reshape(shares.shape[1:])
+        return Batch(*jax.device_put((images, np.broadcast_to(positions, shares.shape)), _sharding()))
+
+    return batch
+
+
+TrainSteps = Callable[[Replicated, Batch], tuple[Replicated, Replicated]]
 
 
 def train_steps(training: Training, seed: int) -> TrainSteps:
-    """Several train steps as one compiled call: (state, images, indices [steps, B]) -> (state, metrics).
+    """Several train steps as one compiled call: (state, batch) -> (state, metrics).
 
-    `images` is the whole data set and `indices` say which of them make up each step's global batch. The state is
-    donated: do not use it again. The metrics' leaves are [steps, ...]; `param_norms` are those before the call.
+    The state is donated: do not use it again. The metrics' leaves are [steps, ...]; `param_norms` are those before
+    the call.
     """
     compiled, seeds = compiled_train_steps(training), replicate(np.int32(seed)).leaves
 
-    def call(state: Replicated, images: Replicated, indices: np.ndarray) -> tuple[Replicated, Replicated]:
-        next_state, metrics = compiled(seeds, state.leaves, images.leaves, _shard_steps(indices))
+    def call(state: Replicated, batch: Batch) -> tuple[Replicated, Replicated]:
+        next_state, metrics = compiled(seeds, state.leaves, *batch)
         return Replicated(next_state), Replicated(metrics)
 
     return call
@@ -110,10 +140,9 @@ def compiled_train_steps(training: Training, devices: Sequence[jax.Device] | Non
     return jax.pmap(call, axis_name=AXIS, donate_argnums=1, devices=devices)
 
 
-def _shard_steps(indices: Int[np.ndarray, "steps b"]) -> jax.Array:
-    """[steps, B] -> [devices, steps, B/devices], the shares of this process's devices on each of them."""
-    shares = _local_rows(np.swapaxes(indices.reshape(len(indices), jax.device_count(), -1), 0, 1))
-    return jax.device_put(shares, _sharding())
+def _shares(indices: Int[np.ndarray, "steps b"]) -> Int[np.ndarray, "devices steps share"]:
+    """The examples of each of this process's devices: [steps, B] -> [devices, steps, B/devices]."""
+    return _local_rows(np.swapaxes(indices.reshape(len(indices), jax.device_count(), -1), 0, 1))
 
 
 def _local_rows(array: np.ndarray) -> np.ndarray:
@@ -122,7 +151,7 @@ def _local_rows(array: np.ndarray) -> np.ndarray:
     return array[jax.process_index() * devices :][:devices]
 
 
-Batches = Callable[[PyTree, PyTree, int], Iterator[tuple[np.ndarray, PyTree]]]
+InBatches = Callable[[PyTree, PyTree, int], Iterator[tuple[np.ndarray, PyTree]]]
 
 
 def over_batches(fn: Callable[[PyTree, PyTree], PyTree]) -> Batches:

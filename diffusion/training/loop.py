@@ -4,8 +4,9 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import SupportsFloat
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from typing import NoReturn, SupportsFloat
 
 import jax
 import numpy as np
@@ -16,13 +17,13 @@ from diffusion.data import Source, batch_indices
 from diffusion.data.levels import to_unit
 from diffusion.reporting.metrics_log import MetricsLog
 from diffusion.reporting.progress import Progress
-from diffusion.runtime import nonfinite, processes, randomness
+from diffusion.runtime import nonfinite, prefetch, processes, randomness
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.nonfinite import LAST_GOOD
 from diffusion.runtime.preemption import Preempted, Preemption
 from diffusion.runtime.watchdog import Watchdog
 from diffusion.training import devices
-from diffusion.training.devices import Replicated
+from diffusion.training.devices import Batch, Replicated
 from diffusion.training.step import Training, TrainState, groups, losses
 
 
@@ -64,6 +65,7 @@ def train(
     plan: Plan,
     state: TrainState,
     train_set: Source,
+    on_devices: bool,
     test_loss: Callable[[Replicated], float],
     draw: Callable[[int, Replicated], None],
     checkpoints: Checkpoints,
@@ -76,7 +78,8 @@ def train(
         training: what defines a step.
         plan: when what happens.
         state: on the host.
-        train_set: its images are kept on every device.
+        train_set: what is trained on.
+        on_devices: whether every device keeps all images; else they are read from disk while a step runs.
         test_loss: of EMA parameters; it ranks the checkpoints.
         draw: (step, EMA parameters) -> shows samples.
         checkpoints: where process 0 saves.
@@ -90,19 +93,18 @@ def train(
     """
     begin, group_names = int(state.step), groups(state.params)
     train_steps, differing_replicas = devices.train_steps(training, plan.seed), devices.differing_replicas()
-    images, state = devices.replicate(train_set.images()), devices.replicate(state)
+    batches, state = _batches(plan, begin, training.batch_size, train_set, on_devices), devices.replicate(state)
     watchdogs, clock, unchecked = collections.defaultdict(Watchdog), Clock(training.batch_size), []
-    with Progress(plan.num_steps, initial=begin, desc="train") as progress, preemption.deferred():
-        for steps, indices in _calls(plan, begin, training.batch_size, len(train_set)):
+    with Progress(plan.num_steps, initial=begin, desc="train") as progress, preemption.deferred(), closing(batches):
+        for steps, batch in batches:
             # What is timed is this call's start and the end of the one before, so their lengths tell what is usual.
             with watchdogs[len(steps), len(unchecked[-1][0]) if unchecked else 0].step():
-                state, metrics = train_steps(state, images, indices)
+                state, metrics = train_steps(state, batch)
                 if unchecked:  # wait for the call before: one call is in flight, and the progress shown is made
                     unchecked[-1][1].wait()
             unchecked.append((steps, metrics))
             progress.update(len(steps))
             clock.count(len(steps))
-
             step = steps[-1]
             logs, saves = plan.is_due(step, plan.log_every), plan.is_due(step, plan.checkpoint_every)
             stops = preemption.is_due() and step < plan.num_steps
@@ -123,8 +125,7 @@ def train(
             if saves or stops:
                 _save(checkpoints, step, state, {"test_loss": row["test_loss"]} if saves else {})
             if stops:
-                processes.on_first(checkpoints.wait)
-                raise Preempted(f"stopped by a signal at step {step}, which is saved; the same command goes on")
+                _stop(checkpoints, step)
             if logs:
                 clock.restart()
         processes.on_first(checkpoints.wait)  # or a signal would interrupt the last save
@@ -158,9 +159,23 @@ def _calls(plan: Plan, begin: int, batch_size: int, num_examples: int) -> Iterat
         yield range(before.start + 1, step + 1), np.stack(taken)
 
 
+def _batches(
+    plan: Plan, begin: int, batch_size: int, train_set: Source, on_devices: bool
+) -> Generator[tuple[range, Batch], None, None]:
+    """The steps and the batch of each call still to make; a batch is made while the calls before it are computed."""
+    place = devices.resident(train_set) if on_devices else devices.streamed(train_set)
+    calls = _calls(plan, begin, batch_size, len(train_set))
+    return prefetch.ahead((steps, place(indices)) for steps, indices in calls)
+
+
 def _save(checkpoints: Checkpoints, step: int, state: Replicated, metrics: dict[str, float]) -> None:
     """Process 0 begins to save; where it cannot, or the save before has failed, every process raises it."""
     processes.on_first(lambda: checkpoints.save(step, state.host(), metrics))
+
+
+def _stop(checkpoints: Checkpoints, step: int) -> NoReturn:
+    processes.on_first(checkpoints.wait)
+    raise Preempted(f"stopped by a signal at step {step}, which is saved; the same command goes on")
 
 
 def _check_finite(

@@ -50,8 +50,8 @@ def tiny(published):
 def pictures(monkeypatch):
     """A data set of 16 × 16 pictures."""
     images = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
-    monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.Source(name, split, images))
-    monkeypatch.setattr(data, "describe", lambda name, data_dir: data.Description(name, 12, 12, (16, 16, 3), 256, 0))
+    monkeypatch.setattr(data, "load", lambda name, split, *_: data.Source(name, split, images))
+    monkeypatch.setattr(data, "describe", lambda name, *_: data.Description(name, 12, 12, (16, 16, 3), 256, 0))
 
 
 def test_the_start_is_the_published_network_and_its_ema(tiny):

@@ -4,6 +4,7 @@ import gc
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from diffusion.runtime.preemption import Preemption
 from diffusion.training import loop
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 class Wide(nn.Module):
@@ -111,6 +112,28 @@ def test_in_training_a_device_holds_the_state_once_and_the_images(wide, measured
                 assert expected <= size < expected + slack
 
 
+def device_with(**stats):
+    return SimpleNamespace(memory_stats=lambda: stats or None)
+
+
+@pytest.mark.parametrize(
+    ("placement", "device", "kept_images"),
+    [
+        ("auto", device_with(bytes_limit=80 * GIB, bytes_in_use=16 * GIB), 16 * GIB // 64),
+        ("auto", device_with(), 4 * GIB // 64),
+        ("devices", device_with(), 10**12),
+        ("disk", device_with(), 0),
+    ],
+)
+def test_images_stay_on_the_devices_if_they_take_a_quarter_of_the_free_memory(
+    placement, device, kept_images, wide, monkeypatch
+):
+    experiment = wide(data__placement=placement)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device_with(bytes_limit=2**50, bytes_in_use=0), device])
+    assert memory.keeps_images(experiment, kept_images) or not kept_images
+    assert not memory.keeps_images(experiment, kept_images + 1) or placement == "devices"
+
+
 def test_what_a_run_goes_on_from_is_on_the_host(wide, tmp_path):
     experiment = wide()
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -136,7 +159,7 @@ def test_published_weights_wait_on_the_host(tmp_path):
 
 def test_describe_counts_the_training_images(tiny, monkeypatch, capsys, tmp_path):
     described = data.Description("many", 2**24, 9, toy.SHAPE, toy.LEVELS, 0)  # of 64 bytes each: 1 GiB
-    monkeypatch.setattr(data, "describe", lambda name, data_dir: described)
+    monkeypatch.setattr(data, "describe", lambda *args: described)
     describe.run(tiny(unet__channel_mult=(1,), unet__attention_resolutions=()), tmp_path)
     printed = capsys.readouterr().out
     sizes = dict(re.findall(r"^  (.*?) +(\d+\.\d\d) GiB$", printed, re.MULTILINE))
@@ -144,6 +167,12 @@ def test_describe_counts_the_training_images(tiny, monkeypatch, capsys, tmp_path
     assert sizes.keys() == {"parameters, EMA, Adam, gradients", "all training images", "kept for the backward pass"}
     at_most = float(re.search(r"at most (\d+\.\d\d) GiB", printed).group(1))
     assert at_most == pytest.approx(sum(map(float, sizes.values())), abs=0.02)
+
+
+def test_from_disk_the_images_of_the_calls_under_way_are_counted(wide):
+    experiment = wide(data__placement="disk", train__batch_size=64)
+    # Four calls of one step, each with an eighth of 64 images of 64 bytes.
+    assert memory.data_bytes(experiment, 10**9) == 4 * 8 * 64
 
 
 def test_the_error_about_memory_counts_the_training_images(wide):

@@ -149,7 +149,7 @@ def test_the_estimated_variance_belongs_to_one_checkpoint(tmp_path):
 
 
 def test_a_run_is_loaded_as_objects_with_the_averaged_parameters(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "describe", lambda name, data_dir: data.Description(name, 9, 9, (8, 8, 1), 17, 0))
+    monkeypatch.setattr(data, "describe", lambda name, *_: data.Description(name, 9, 9, (8, 8, 1), 17, 0))
     small = config(
         unet__channels=4, unet__num_groups=2, unet__channel_mult=(1,), unet__attention_resolutions=(),
         schedule__num_steps=5,

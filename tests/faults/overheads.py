@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from configs import cifar10
+from diffusion.data import Source
 from diffusion.experiment import build
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import leaf_sha256
@@ -40,12 +41,12 @@ def step_seconds(experiment: build.Experiment, state: devices.Replicated) -> flo
     """One train step on random pictures."""
     batch_size = experiment.training.batch_size
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *experiment.image_shape), np.uint8)
-    indices = np.arange(batch_size, dtype=np.int32)[None]
+    batch = devices.resident(Source("random", "train", images))(np.arange(batch_size, dtype=np.int32)[None])
     train_steps = devices.train_steps(experiment.training, experiment.config.seed)
-    images, held = devices.replicate(images), [state]
+    held = [state]
 
     def take():
-        held[0], metrics = train_steps(held[0], images, indices)
+        held[0], metrics = train_steps(held[0], batch)
         metrics.wait()
 
     return seconds(take)

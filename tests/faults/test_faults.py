@@ -30,19 +30,6 @@ def rows_without_time(directory):
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics_log.read_metrics(directory)]
 
 
-def interrupt(monkeypatch, steps, action):
-    """`action()` while the examples of one of `steps` are chosen; each step is interrupted once."""
-    batch_indices, remaining = loop.batch_indices, set(steps)
-
-    def interrupted(seed, step, *sizes):
-        if step in remaining:
-            remaining.discard(step)
-            action()
-        return batch_indices(seed, step, *sizes)
-
-    monkeypatch.setattr(loop, "batch_indices", interrupted)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def every_program_compiles_once():
     before = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -66,8 +53,8 @@ def straight(tmp_path_factory):
 
 def test_a_signal_saves_within_one_step_and_the_run_ends_where_it_would_have_ended(straight, tmp_path, monkeypatch):
     numbers = iter([signal.SIGTERM, signal.SIGINT])
-    interrupt(monkeypatch, (3, 13), lambda: os.kill(os.getpid(), next(numbers)))
-    for stopped_at in (4, 14):  # the step that was being prepared is still taken
+    toy.interrupt(monkeypatch, (3, 13), lambda: os.kill(os.getpid(), next(numbers)))
+    for stopped_at in (4, 14):  # the step that was about to begin is still taken
         with pytest.raises(Preempted, match="75") as stop:
             toy.run(toy.experiment(), tmp_path)
         assert stop.value.code == preemption_lib.EXIT_CODE == 75
@@ -89,7 +76,7 @@ def test_a_row_is_the_mean_of_the_steps_since_the_row_before(straight, tmp_path)
 
 
 def test_a_signal_that_comes_with_the_last_step_is_handled_after_it(tmp_path, monkeypatch, straight):
-    interrupt(monkeypatch, (29,), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    toy.interrupt(monkeypatch, (29,), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Preempted):
         toy.run(toy.experiment(), tmp_path)
     assert tree_sha256(toy.run(toy.experiment(), tmp_path)) == tree_sha256(straight[1])
@@ -145,7 +132,7 @@ def test_bad_updates_are_left_out_counted_and_resumed_over(tmp_path, monkeypatch
     assert [row["skipped"] for row in rows] == [sum(step <= row["step"] for step in bad) for row in rows]
     assert all(np.isfinite(list(row.values())).all() for row in rows)
 
-    interrupt(monkeypatch, (bad[1],), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    toy.interrupt(monkeypatch, (bad[1],), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Preempted):
         toy.run(toy.experiment(**settings), tmp_path / "resumed")
     again = toy.run(toy.experiment(**settings), tmp_path / "resumed")
@@ -163,9 +150,9 @@ def test_a_bad_step_changes_nothing_but_the_count_of_steps():
     experiment, first = toy.experiment(model__network=POISONED, train__skip_nonfinite=99), poisoned_steps(30)[0]
     start = jax.device_get(experiment.initial_state())
     train_steps = devices.train_steps(experiment.training, experiment.config.seed)
-    images = devices.replicate(toy.source("train").images())
+    batch = devices.resident(toy.source("train"))(np.arange(16, dtype=np.int32)[None])
     bad = start.replace(step=np.int32(first - 1))
-    after = train_steps(devices.replicate(bad), images, np.arange(16, dtype=np.int32)[None])[0].host()
+    after = train_steps(devices.replicate(bad), batch)[0].host()
     assert after.step == first and after.window["skipped"] == 1 and after.window["count"] == 0
     unchanged = {name: getattr(after, name) for name in ("params", "ema_params", "opt_state", "timesteps")}
     assert tree_sha256(unchanged) == tree_sha256({name: getattr(bad, name) for name in unchanged})

@@ -54,7 +54,8 @@ def read(path: Path):
 
 
 def test_two_processes_train_sample_and_score_as_one_does(alone, tmp_path):
-    finish(*start_two("train", tmp_path / "run"))
+    """The two read their shares of the images from disk; the one keeps all images on its devices."""
+    finish(*start_two("train", tmp_path / "run", "--data.placement='disk'"))
     one, two = read(alone / "summary.json"), read(tmp_path / "run" / "summary.json")
     # The sums over four devices are added in another order than those over two.
     assert abs(one["test_bpd"] - two["test_bpd"]) < 1e-4 * one["test_bpd"]

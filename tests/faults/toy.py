@@ -5,12 +5,14 @@
 
 import ast
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
 from configs import digits
@@ -20,6 +22,7 @@ from diffusion.networks import NETWORKS
 from diffusion.programs import sample, train
 from diffusion.runtime import processes
 from diffusion.runtime.preemption import Preemption
+from diffusion.training import devices
 from diffusion.training.step import TrainState
 
 SHAPE, LEVELS = (8, 8, 1), 17
@@ -76,6 +79,25 @@ def run(experiment: build.Experiment, directory: Path) -> TrainState:
     draw = sample.Sampler(experiment)
     with Preemption() as preemption, workdir.owned(experiment.config, directory) as directory:
         return train.train(experiment, directory, source("train"), source("test"), draw, preemption)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, steps: Iterable[int], action: Callable[[], None]) -> None:
+    """`action()` just before one of `steps`, counted from 0, is taken; each step is interrupted once."""
+    train_steps, remaining = devices.train_steps, set(steps)
+
+    def interrupted(training, seed):
+        compiled = train_steps(training, seed)
+
+        def call(state, batch):
+            begin = int(state.part(lambda state: state.step).host())
+            if now := remaining & set(range(begin, begin + batch.indices.shape[1])):
+                remaining.difference_update(now)
+                action()
+            return compiled(state, batch)
+
+        return call
+
+    monkeypatch.setattr(devices, "train_steps", interrupted)
 
 
 def main(directory: Path, flags: list[str]) -> None:

@@ -21,8 +21,8 @@ def main(mode: str, directory: Path, flags: list[str]) -> None:
     numbers = [int(given.pop(name)) if name in given else None for name in ("num_processes", "process_id")]
     processes.join(given.pop("coordinator", ""), *numbers)
     toy.register()
-    data.load = lambda name, split, data_dir: toy.source(split)
-    data.describe = lambda name, data_dir: Description("toy", 64, 64, toy.SHAPE, toy.LEVELS, 0)
+    data.load = lambda name, split, *_: toy.source(split)
+    data.describe = lambda name, *_: Description("toy", 64, 64, toy.SHAPE, toy.LEVELS, 0)
     keys = {key.replace(".", "__"): ast.literal_eval(value) for key, value in given.items()}
     try:
         importlib.import_module(f"diffusion.programs.{mode}").run(toy.config(**keys), directory)

@@ -23,15 +23,8 @@ def rows_without_time(directory):
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics_log.read_metrics(directory)]
 
 
-def killed_at(killed_step):
-    """`batch_indices` of a run that is killed before its next step."""
-
-    def batch_indices(seed, step, *sizes):
-        if step == killed_step:
-            raise KeyboardInterrupt
-        return data.batch_indices(seed, step, *sizes)
-
-    return batch_indices
+def kill():
+    raise KeyboardInterrupt
 
 
 def test_a_run_leaves_everything_it_promises(straight):
@@ -67,7 +60,7 @@ def test_a_run_leaves_everything_it_promises(straight):
 
 def test_a_stopped_run_resumes_bit_identically(straight, tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop, "batch_indices", killed_at(5))
+        toy.interrupt(patched, (5,), kill)
         train.run(tiny(), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
     assert [row["step"] for row in metrics_log.read_metrics(tmp_path / "run")] == [2, 3, 4]
@@ -97,7 +90,7 @@ def test_a_finished_run_is_not_made_longer_where_its_learning_rate_would_have_be
 def leg(tmp_path, monkeypatch):
     """(name, changes) -> the summary of a small run in the directory `name`, and the config that was taken."""
     monkeypatch.setitem(NETWORKS, "layer", toy.Layer)
-    monkeypatch.setattr(data, "load", lambda name, split, data_dir: toy.source(split))
+    monkeypatch.setattr(data, "load", lambda name, split, *_: toy.source(split))
     monkeypatch.setattr(data, "describe", lambda *_: data.Description("toy", 64, 64, toy.SHAPE, toy.LEVELS, 0))
 
     def run(name, **changes):
@@ -144,7 +137,7 @@ def assert_rows_are_means(directory, name, means):
 def test_a_window_starts_anew_at_a_multiple_of_the_log_every_that_a_run_goes_on_with(leg, tmp_path, monkeypatch):
     leg("at_once", train__num_steps=9, train__log_every=1)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop, "batch_indices", killed_at(6))
+        toy.interrupt(patched, (6,), kill)
         leg("legs", train__num_steps=9, train__log_every=4, train__checkpoint_every=3)
     leg("legs", train__num_steps=9, train__log_every=3)
     assert_rows_are_means(tmp_path, "legs", {4: (1, 2, 3, 4), 9: (7, 8, 9)})

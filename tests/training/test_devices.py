@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion import data
+from diffusion.data import Source
 from diffusion.experiment import build
 from diffusion.training import devices
 from diffusion.training.step import group_norms, train_step
@@ -17,7 +18,8 @@ class Steps:
 
     def __init__(self, config):
         self.config = config
-        self.images = data.load(config.data.name, "train", config.data.data_dir).images()
+        self.source = data.load(config.data.name, "train", config.data.data_dir)
+        self.batch = devices.resident(self.source)
         self.experiment = build.experiment(config, (8, 8, 1), 17)
         self.start = jax.device_get(self.experiment.initial_state())
         self.pmapped = devices.train_steps(self.experiment.training, config.seed)
@@ -26,21 +28,21 @@ class Steps:
 
     def indices(self, *steps):
         """[steps, B]."""
-        size, number = self.config.train.batch_size, len(self.images)
+        size, number = self.config.train.batch_size, len(self.source)
         return np.stack([data.batch_indices(self.config.seed, step, size, number) for step in steps])
 
     def on_all_devices(self, num_steps):
         """The replicated state after so many steps, and the host's metrics [1, ...] of the last one."""
-        state, images = devices.replicate(self.start), devices.replicate(self.images)
+        state = devices.replicate(self.start)
         for step in range(num_steps):
-            state, metrics = self.pmapped(state, images, self.indices(step))
+            state, metrics = self.pmapped(state, self.batch(self.indices(step)))
         return state, metrics.host()
 
     def on_one_device(self, num_steps):
         """The state after so many steps, and the metrics of the last one."""
         state = self.start
         for step in range(num_steps):
-            stepped = self.single(np.int32(self.config.seed), state, self.images[self.indices(step)])
+            stepped = self.single(np.int32(self.config.seed), state, self.source.images(self.indices(step)))
             state, metrics = jax.tree.map(lambda leaf: leaf[0], stepped)
         return state, metrics
 
@@ -85,13 +87,39 @@ def test_accumulated_gradients_are_the_batch_gradient(steps, steps_of):
 
 def test_several_steps_in_one_call_are_the_same_steps(steps):
     single, _ = steps.on_all_devices(2)
-    state, images = devices.replicate(steps.start), devices.replicate(steps.images)
-    both, metrics = steps.pmapped(state, images, steps.indices(0, 1))
+    state = devices.replicate(steps.start)
+    both, metrics = steps.pmapped(state, steps.batch(steps.indices(0, 1)))
     metrics = metrics.host()
     assert metrics["loss"].shape == (2,)
     norms = group_norms(steps.start.params)  # those before the call, for both of its steps
     np.testing.assert_allclose(metrics["param_norms"], np.broadcast_to(norms, (2, len(norms))), rtol=1e-5)
     assert_same_parameters(single.host(), both.host())
+
+
+def test_batches_from_disk_are_those_of_the_devices_bit_by_bit(steps):
+    from_disk, indices = devices.streamed(steps.source), steps.indices(0, 1)
+    batch = from_disk(indices)
+    assert batch.images.shape == (8, 2 * 2, 8, 8, 1), "a device gets its share of both steps and no more"
+    states = []
+    for made in (batch, steps.batch(indices)):
+        state, metrics = steps.pmapped(devices.replicate(steps.start), made)
+        states.append((state.host(), metrics.host()))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_from_disk_a_process_reads_the_shares_of_its_own_devices(steps, monkeypatch):
+    """Of two processes with eight devices each, as the second one sees it."""
+    read, images = [], Source.images
+    monkeypatch.setattr(Source, "images", lambda source, rows: read.append(rows) or images(source, rows))
+    monkeypatch.setattr(jax, "device_count", lambda: 16)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    indices = np.arange(64, dtype=np.int32).reshape(2, 32)
+    batch = devices.streamed(steps.source)(indices)
+    assert sorted(read[0]) == [*range(16, 32), *range(48, 64)]
+    for device in range(8):
+        for step in range(2):
+            taken = np.asarray(batch.images)[device][np.asarray(batch.indices)[device, step]]
+            np.testing.assert_array_equal(taken, steps.source.pixels[indices[step, 16 + 2 * device :][:2]])
 
 
 def test_the_step_compiles_once_moves_nothing_and_reuses_the_state(steps):
@@ -102,13 +130,13 @@ def test_the_step_compiles_once_moves_nothing_and_reuses_the_state(steps):
             compiled.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    state, images = devices.replicate(steps.start), devices.replicate(steps.images)
+    state = devices.replicate(steps.start)
     train_steps, counts = devices.train_steps(steps.experiment.training, steps.config.seed), []
     for step in range(4):
         # What a call moves between host and devices, or between devices, must be asked for: the indices alone are.
         indices, before = steps.indices(step), state
         with jax.transfer_guard("disallow" if step else "allow"):
-            state, _ = train_steps(state, images, indices)
+            state, _ = train_steps(state, steps.batch(indices))
         counts.append(len(compiled))
         leaves = jax.tree.leaves(before.leaves)
         assert all(leaf.is_deleted() for leaf in leaves), "the state's memory was not donated"
@@ -124,10 +152,10 @@ def test_calls_of_two_lengths_compile_once_each(steps):
             compiled.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    state, images = devices.replicate(steps.start), devices.replicate(steps.images)
+    state = devices.replicate(steps.start)
     train_steps, counts, taken = devices.train_steps(steps.experiment.training, steps.config.seed), [], 0
     for length in (2, 1, 2, 1, 1, 2):
-        state, _ = train_steps(state, images, steps.indices(*range(taken, taken + length)))
+        state, _ = train_steps(state, steps.batch(steps.indices(*range(taken, taken + length))))
         taken += length
         counts.append(len(compiled))
     assert 0 < counts[0] < counts[1]

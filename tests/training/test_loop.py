@@ -12,6 +12,7 @@ import pytest
 import toy
 
 from diffusion import data, timesteps
+from diffusion.data import Source
 from diffusion.experiment import build
 from diffusion.networks import NETWORKS
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
@@ -104,7 +105,7 @@ def taken():
 @pytest.fixture
 def run(taken, monkeypatch):
     """A function: the toy with so many steps per call, though on a CPU; its last state and the lengths of its calls."""
-    plan_of, train_steps = build.plan, devices.train_steps
+    plan_of = build.plan
 
     def with_calls_of(steps_per_call, directory, **keys):
         taken.clear()
@@ -112,12 +113,14 @@ def run(taken, monkeypatch):
         def plan(config):
             return dataclasses.replace(plan_of(config), steps_per_call=steps_per_call)
 
+        train_steps = devices.train_steps
+
         def watched(training, seed):
             compiled = train_steps(training, seed)
 
-            def call(state, images, indices):
-                taken.append(len(indices))
-                return compiled(state, images, indices)
+            def call(state, batch):
+                taken.append(batch.indices.shape[1])
+                return compiled(state, batch)
 
             return call
 
@@ -131,17 +134,8 @@ def run(taken, monkeypatch):
     return with_calls_of
 
 
-def stop_while_preparing(monkeypatch, step):
-    """A signal comes while the examples of this step, counted from 0, are chosen."""
-    batch_indices, due = loop.batch_indices, [step]
-
-    def interrupted(seed, step, *sizes):
-        if step in due:
-            due.remove(step)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch_indices(seed, step, *sizes)
-
-    monkeypatch.setattr(loop, "batch_indices", interrupted)
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def assert_same_run(one, other):
@@ -208,19 +202,40 @@ def test_a_learned_schedule_is_trained_inside_a_call(run, tmp_path):
 
 def test_a_signal_stops_at_a_call_s_end_and_the_run_goes_on_as_if_it_had_not_come(run, tmp_path, monkeypatch):
     straight, _ = run(4, tmp_path / "straight")
-    stop_while_preparing(monkeypatch, 6)  # in the call of the steps 6 to 9
-    with pytest.raises(Preempted) as stop:
+    toy.interrupt(monkeypatch, (6,), stop)  # in the call of the steps 6 to 9
+    with pytest.raises(Preempted) as stopped:
         run(4, tmp_path / "stopped")
-    assert "at step 9, which is saved" in stop.value.reason
+    assert "at step 9, which is saved" in stopped.value.reason
     state, taken = run(4, tmp_path / "stopped")
     assert taken == [1, 4, 1, 4, 1]
     assert tree_sha256(state) == tree_sha256(straight)
     assert_same_rows(tmp_path / "stopped", tmp_path / "straight")
 
 
+def test_a_run_from_disk_is_the_run_from_the_devices_also_after_a_signal(run, tmp_path, monkeypatch):
+    straight, _ = run(4, tmp_path / "straight", data__placement="devices")
+    monkeypatch.setattr(devices, "resident", None)
+    toy.interrupt(monkeypatch, (6,), stop)
+    with pytest.raises(Preempted):
+        run(4, tmp_path / "disk", data__placement="disk")
+    state, _ = run(4, tmp_path / "disk", data__placement="disk")
+    assert tree_sha256(state) == tree_sha256(straight)
+    assert_same_rows(tmp_path / "disk", tmp_path / "straight")
+
+
+def test_a_batch_that_cannot_be_read_ends_the_run_with_the_disk_s_own_words(run, tmp_path, monkeypatch):
+    def fail(source, indices):
+        raise OSError(5, "Input/output error", "decoded-train.npy")
+
+    monkeypatch.setattr(Source, "images", fail)
+    monkeypatch.setattr(loop, "monitor", lambda *args: lambda params: 0.0)
+    with pytest.raises(OSError, match="Input/output error: 'decoded-train.npy'"):
+        run(4, tmp_path, data__placement="disk")
+
+
 def test_a_run_from_a_cpu_that_goes_on_in_the_middle_of_a_call(run, tmp_path, monkeypatch):
     straight, _ = run(4, tmp_path / "straight")
-    stop_while_preparing(monkeypatch, 6)
+    toy.interrupt(monkeypatch, (6,), stop)
     with pytest.raises(Preempted):
         run(1, tmp_path / "stopped")
     state, taken = run(4, tmp_path / "stopped")
@@ -262,7 +277,7 @@ def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_s
 
     start, plan = jax.device_get(made.initial_state()), build.plan(made.config)
     with Checkpoints(tmp_path) as checkpoints, MetricsLog(tmp_path) as log, Preemption() as preemption:
-        given = made.training, plan, start, toy.source("train"), test_loss, draw
+        given = made.training, plan, start, toy.source("train"), True, test_loss, draw
         end = loop.train(*given, checkpoints, log, preemption)
         saved = [checkpoints.restore(step, made.abstract_state()) for step in (2, 4)]
     assert tree_sha256(saved[1]) == tree_sha256(end)
