@@ -4,7 +4,8 @@
     python -m benchmarks.input --data=cifar10 --batch-size=128
 
 All images of the split lie on the device, so that a step moves its indices only. The DataLoader collates the same
-images, flips half of each batch and maps it to [-1, 1], in this process and in two workers.
+images, flips half of each batch and maps it to [-1, 1], in this process and in two workers. Images that stay on disk:
+benchmarks.streaming.
 """
 
 import itertools

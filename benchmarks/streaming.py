@@ -1,17 +1,18 @@
-"""Whether images that stay on disk keep up: batches a second, and how much of a batch's time a train step hides.
+"""Whether images that stay on disk keep up: images a second, and how much of their time a step hides.
 
     python -m benchmarks.streaming                       # a set of 15.7 GB: 1,281,149 images of 64×64
     python -m benchmarks.streaming --images=20000 --size=32
 
 The images are random bytes in a file that is mapped into memory, as decoded pictures are. It is written to --scratch
-once, and stays there until you delete it. Three arms take train steps of a small U-Net: on images that are on the
-device, on batches that are read from disk before each step, and on batches that are read while the steps before run,
-as training does it. What the second arm loses and the third one does not is hidden.
+once, and stays there until you delete it. Three arms take steps whose work is a pause, as it is for a host whose
+device is at work: the pause alone, batches that are read before each pause, and batches that are read during the pauses
+before, as training does it. What the second arm loses and the third one does not is hidden.
 """
 
 import itertools
 import resource
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -19,17 +20,13 @@ import jax
 import numpy as np
 
 from benchmarks import timing
-from configs import cifar10
 from diffusion import data
 from diffusion.data import Source
-from diffusion.experiment import build
 from diffusion.runtime import prefetch
 from diffusion.training import devices
-from diffusion.training.devices import Batches
+from diffusion.training.devices import Batch
 
-STEPS = 20  # in an arm, each of one call
-ON_DEVICE = 4096  # images of the arm that has them there
-TRAIN = ("images on the device", "read before each step", "read while steps run")
+STEPS = 100  # of an arm
 CHUNK = 10_000  # images that are written at a time
 
 
@@ -38,19 +35,22 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_281_149)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--channels", type=int, default=16, help="of the U-Net")
+    parser.add_argument("--pause", type=float, default=0.02, help="seconds of a step")
     parser.add_argument("--scratch", type=Path, default=Path("runs/benchmarks"), help="where the file goes")
     args = parser.parse_args()
     source = random_source(args.scratch / f"random-{args.images}-{args.size}.npy", args.images, args.size)
     at_first = peak_gibibytes()
-    seconds = timing.alternate(arms(args, source), args.rounds)
-    images = args.batch_size * STEPS
+    seconds = timing.alternate(arms(source, args.batch_size, args.pause), args.rounds)
     rows = [
-        {"arm": name, "seconds": timing.quartiles(values / STEPS), "images/s": timing.quartiles(images / values)}
+        {
+            "arm": name,
+            "milliseconds per step": timing.quartiles(1e3 * values / STEPS),
+            "images/s": timing.quartiles(args.batch_size * STEPS / values),
+        }
         for name, values in seconds.items()
     ]
-    on_device, before_each, ahead = (seconds[name] for name in TRAIN)
-    hidden = timing.quartiles((before_each - ahead) / (before_each - on_device))
+    _, pause, before, during = seconds.values()
+    hidden = timing.quartiles((before - during) / (before - pause))
     size = {"set, GiB": source.images().nbytes / 2**30, "peak of resident memory, GiB": [at_first, peak_gibibytes()]}
     timing.finish(args.out, vars(args) | {"scratch": str(args.scratch)}, rows, hidden=hidden, memory=size)
 
@@ -73,36 +73,29 @@ def random_source(path: Path, num_images: int, size: int) -> Source:
     return Source("random", "train", np.load(path, mmap_mode="r"))
 
 
-def arms(args, source: Source) -> dict[str, Callable[[], None]]:
-    """The batches alone, and the three ways to train on them."""
-    config = cifar10.get_config()
-    config.train.batch_size, config.unet.channels = args.batch_size, args.channels
-    config.unet.num_groups = 8
-    experiment = build.experiment(config, source.image_shape, source.num_levels)
-    train_steps = devices.train_steps(experiment.training, seed=0)
-    held = [devices.replicate(experiment.initial_state())]
-    few = Source("random", "train", np.array(source.images(slice(ON_DEVICE))))
-    resident, streamed, counter = devices.resident(few), devices.streamed(source), itertools.count()
+def arms(source: Source, batch_size: int, pause: float) -> dict[str, Callable[[], None]]:
+    """The batches alone, the pauses alone, and both: one after the other, or at the same time."""
+    place, counter = devices.streamed(source), itertools.count()
 
-    def calls(place: Batches, num_examples: int):
+    def batches() -> Iterator[Batch]:
         for step in itertools.islice(counter, STEPS):
-            yield place(data.batch_indices(0, step, args.batch_size, num_examples)[None])
+            yield jax.block_until_ready(place(data.batch_indices(0, step, batch_size, len(source))[None]))
 
-    def train(batches) -> None:
-        for batch in batches:
-            held[0], metrics = train_steps(held[0], batch)
-            metrics.wait()
+    def take(steps: Iterator, seconds: float) -> None:
+        for _ in steps:
+            if seconds:
+                time.sleep(seconds)
 
-    def read() -> None:
-        for batch in calls(streamed, len(source)):
-            jax.block_until_ready(batch)
+    def take_during() -> None:
+        with closing(prefetch.ahead(batches())) as ahead:
+            take(ahead, pause)
 
-    def train_ahead() -> None:
-        with closing(prefetch.ahead(calls(streamed, len(source)))) as batches:
-            train(batches)
-
-    in_turn = (lambda: train(calls(resident, len(few))), lambda: train(calls(streamed, len(source))), train_ahead)
-    return {"read alone": read} | dict(zip(TRAIN, in_turn, strict=True))
+    return {
+        "read alone": lambda: take(batches(), 0),
+        "pause alone": lambda: take(range(STEPS), pause),
+        "read before each pause": lambda: take(batches(), pause),
+        "read during the pauses": take_during,
+    }
 
 
 if __name__ == "__main__":
