@@ -161,7 +161,7 @@ def prepare(plan: Plan, directory: Path, skip_bad: bool = False, num_workers: in
     counts = _split_counts(pictures)
     print(
         f"prepared: {counts['train']:,} train, {counts['test']:,} test; left out: "
-        f"{len(unread):,} that cannot be read, {len(plan.found.others):,} that are no pictures"
+        f"{len(unread):,} that cannot be read, other files: {len(plan.found.others):,}"
     )
     return unread
 
@@ -239,7 +239,7 @@ def _announce(plan: Plan, pictures: list[Picture], directory: Path) -> None:
     """Prints what was found and what it becomes."""
     found, counts = plan.found, _split_counts(pictures)
     others = f" ({_some(found.others)})" if found.others else ""
-    print(f"files: {len(found.pictures) + len(found.unread):,} pictures, {len(found.others):,} others{others}")
+    print(f"files: {len(found.pictures) + len(found.unread):,} pictures, other files: {len(found.others):,}{others}")
     print(_labels_line(plan))
     print(f"splits: {counts['train']:,} train, {counts['test']:,} test")
     if plan.splits and (pairs := listing.in_both_splits(pictures)):

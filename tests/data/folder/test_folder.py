@@ -133,7 +133,7 @@ def mixed_set(mixed, tmp_path_factory):
 def test_every_file_is_accounted_for(mixed_set):
     root, [(code, begin, errors), (code_2, report, _), (code_3, again, _)] = mixed_set
     assert (code, code_2, code_3) == (1, 0, 0)
-    assert "files: 44 pictures, 4 others (.DS_Store, cät/.thumbnail.png, labels.csv, read me.txt)" in begin
+    assert "files: 44 pictures, other files: 4 (.DS_Store, cät/.thumbnail.png, labels.csv, read me.txt)" in begin
     assert "labels: 2 classes (big dog, cät)" in begin
     assert "44 pictures of 8x6x3, 6.34kB decoded" in begin
     *listed, last = [line for line in errors.replace("\r", "\n").splitlines() if line.startswith(("cannot", "error"))]
@@ -144,7 +144,7 @@ def test_every_file_is_accounted_for(mixed_set):
     assert num_train + num_test == 42
     last = report.splitlines()[-1]
     assert last == (
-        f"prepared: {num_train} train, {num_test} test; left out: 2 that cannot be read, 4 that are no pictures"
+        f"prepared: {num_train} train, {num_test} test; left out: 2 that cannot be read, other files: 4"
     )
     assert again.splitlines()[-1] == f"{root}/pets/1.0.0 is prepared already"
     assert [path.name for path in (root / "pets").iterdir()] == ["1.0.0"]
