@@ -256,7 +256,7 @@ def test_the_result_may_lie_in_the_folder_itself(tmp_path, capsys, monkeypatch):
     for _ in range(2):
         assert run(pictures, pictures, "--test-fraction=0.3") == 0
     printed = capsys.readouterr().out
-    assert printed.count("files: 30 pictures, 0 others\n") == 2 and "prepared already" in printed
+    assert printed.count("files: 30 pictures, other files: 0\n") == 2 and "prepared already" in printed
 
 
 # --- What is refused
