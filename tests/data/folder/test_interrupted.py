@@ -1,0 +1,296 @@
+"""A preparation that is interrupted, killed at every step or has a failing disk ends as an undisturbed one."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import command, files_of, interrupt, last_error, picture, plain_folder, run, save
+
+from diffusion.data import tfds as prepared
+from diffusion.data.folder import decoding, shards
+
+# --- Interrupted
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch, capsys):
+    """A preparation that was stopped after half of the pictures: the pictures, and the data_dir."""
+    pictures, root = plain_folder(tmp_path / "pictures"), tmp_path / "data"
+    monkeypatch.setattr(shards, "PICTURES_PER_SHARD", 4)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 15)
+        assert run(pictures, root, "--test-fraction=0.3") == os.EX_TEMPFAIL
+    assert last_error(capsys) == "stopped; the same command goes on"
+    assert prepared.find("pets", root) is None
+    return pictures, root
+
+
+def undisturbed(pictures, root):
+    """The files of a preparation that was not stopped."""
+    assert run(pictures, root, "--test-fraction=0.3") == 0
+    return files_of(root / "pets" / "1.0.0")
+
+
+def test_the_same_command_goes_on(begun, tmp_path, monkeypatch):
+    pictures, root = begun
+    calls = []
+    original = decoding.to_pixels
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "to_pixels", lambda *arguments: calls.append(1) or original(*arguments))
+        resumed = undisturbed(pictures, root)
+    assert len(calls) <= 30 - 12  # three complete shards at least are kept
+    assert resumed == undisturbed(pictures, tmp_path / "straight")
+
+
+def test_other_settings_are_refused_and_other_files_are_noticed(begun, tmp_path, capsys):
+    pictures, root = begun
+    assert run(pictures, root, "--test-fraction=0.3", size=4) == 2
+    error = last_error(capsys)
+    assert "incomplete-1.0.0 was made with other settings (height: 8, now 4; width: 8, now 4)" in error
+    save(picture(77), pictures / "03.png", format="PNG")
+    save(picture(78), pictures / "new.png", format="PNG")
+    (pictures / "05.png").unlink()
+    assert undisturbed(pictures, root) == undisturbed(pictures, tmp_path / "straight")
+
+
+def test_a_record_file_that_is_gone_is_made_again(begun, tmp_path):
+    pictures, root = begun
+    next((root / "pets" / "incomplete-1.0.0" / "data").iterdir()).unlink()
+    assert undisturbed(pictures, root) == undisturbed(pictures, tmp_path / "straight")
+
+
+def test_a_class_that_comes_later_renumbers_the_others(tmp_path, monkeypatch):
+    pictures, labels = plain_folder(tmp_path / "pictures"), tmp_path / "labels.json"
+    of_picture = {f"{i:02d}.png": "cat" if i % 2 else "dog" for i in range(30)}
+    flags = ["--test-fraction=0.3", f"--labels={labels}"]
+    monkeypatch.setattr(shards, "PICTURES_PER_SHARD", 4)
+    labels.write_text(json.dumps(of_picture))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 15)
+        assert run(pictures, tmp_path / "data", *flags) == os.EX_TEMPFAIL
+    labels.write_text(json.dumps(of_picture | {"29.png": "ant"}))
+    results = []
+    for root in (tmp_path / "data", tmp_path / "straight"):
+        assert run(pictures, root, *flags) == 0
+        results.append(files_of(root))
+    assert results[0] == results[1]
+
+
+def test_a_failing_disk_is_no_damage(begun, tmp_path, monkeypatch, capsys):
+    pictures, root = begun
+    original = Path.read_bytes
+
+    def read_bytes(path):
+        if path.name == "29.png":
+            raise OSError(5, "Input/output error", str(path))
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read_bytes)
+        assert run(pictures, root, "--test-fraction=0.3", "--skip-bad") == 2
+    assert last_error(capsys) == "error: 29.png could not be read any more (Input/output error)"
+    assert prepared.find("pets", root) is None
+    assert undisturbed(pictures, root) == undisturbed(pictures, tmp_path / "straight")
+
+
+def test_a_full_disk_is_told_and_nothing_of_it_stays(begun, tmp_path, capsys):
+    pictures, root = begun
+    before = files_of(root)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no record file is smaller
+    try:
+        assert run(pictures, root, "--test-fraction=0.3") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = last_error(capsys)
+    assert error.startswith("error: ") and "could not be written" in error and "File too large" in error
+    assert files_of(root) == before
+    assert undisturbed(pictures, root) == undisturbed(pictures, tmp_path / "straight")
+
+
+def test_a_picture_that_changes_meanwhile_is_told(tmp_path, monkeypatch, capsys):
+    pictures, root = plain_folder(tmp_path / "pictures"), tmp_path / "data"
+    original = shards.complete
+
+    def complete(*arguments):
+        save(picture(77), pictures / "03.png", format="PNG")
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "complete", complete)
+        assert run(pictures, root, "--test-fraction=0.3") == 2
+    assert last_error(capsys) == "error: 03.png changed meanwhile; give the same command again"
+    assert undisturbed(pictures, root) == undisturbed(pictures, tmp_path / "straight")
+
+
+# The command in a child that kills itself before its `step`th event that changes or reads the data_dir, then once more
+# to its end; for every step.
+KILLS_AT_EVERY_STEP = """
+import os, signal, sys
+from pathlib import Path
+from diffusion.data import tfds
+from diffusion.data.folder import __main__ as program
+from diffusion.data.folder import shards
+from array_record.python import array_record_module
+from PIL import Image
+
+pictures, root = Path(sys.argv[1]), Path(sys.argv[2])
+shards.PICTURES_PER_SHARD = 6
+os.fsync = lambda file: None  # slow, and for power failures only
+Image.init()
+EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+tfds.is_own("pets")
+
+def run(data_dir, killed_before=None):
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    count = 0
+
+    def watch(event, arguments):
+        nonlocal count
+        if event in EVENTS and str(data_dir) in str(arguments[0]):
+            if count == killed_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
+    sys.addaudithook(watch)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    os._exit(program.main([*arguments, f"--data-dir={data_dir}"]))
+
+def content(data_dir):
+    return {path.relative_to(data_dir): path.read_bytes() for path in data_dir.rglob("*") if path.is_file()}
+
+arguments = [str(pictures), "--name=pets", "--size=8", "--workers=1", "--test-fraction=0.3"]
+assert run(root / "straight") == 0
+wanted, step, unfinished = content(root / "straight"), 0, 0
+while True:
+    data_dir = root / str(step)
+    code = run(data_dir, step)
+    if tfds.find("pets", data_dir) is None:
+        unfinished += 1
+    else:  # what is found is complete, whatever else lies beside it
+        assert content(data_dir / "pets" / "1.0.0") == content(root / "straight" / "pets" / "1.0.0"), step
+    if code == 0:
+        break
+    assert code == -signal.SIGKILL, code
+    assert run(data_dir) == 0, step
+    assert content(data_dir) == wanted, step
+    step += 1
+print('steps', step, unfinished)
+"""
+
+
+def test_killed_at_every_step_the_end_is_the_same(tmp_path):
+    pictures = plain_folder(tmp_path / "pictures", 12)
+    arguments = [sys.executable, "-c", KILLS_AT_EVERY_STEP, str(pictures), str(tmp_path / "data")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps, unfinished = map(int, done.stdout.split()[-2:])
+    assert steps > 30 and unfinished > 20
+
+
+def started(program, pictures, root):
+    """The command with two workers, in a process group of its own."""
+    arguments = command(pictures, root, "--test-fraction=0.3", "--workers=2")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *program, *arguments], start_new_session=True, **pipes)
+
+
+def test_the_command_with_two_workers_writes_the_same_bytes(tmp_path):
+    pictures = plain_folder(tmp_path / "pictures")
+    process = started(["-m", "diffusion.data.folder"], pictures, tmp_path / "data")
+    printed, errors = process.communicate()
+    assert process.returncode == 0 and "prepared: " in printed, errors
+    assert "Traceback" not in errors and "Warning" not in errors
+    assert files_of(tmp_path / "data" / "pets" / "1.0.0") == undisturbed(pictures, tmp_path / "straight")
+
+
+# Small shards, and no look at the project's own data sets, which takes longer than all else.
+SMALL_SHARDS = """
+import runpy
+from diffusion.data import tfds
+from diffusion.data.folder import shards
+shards.PICTURES_PER_SHARD = 4
+tfds.is_own = lambda name: False
+runpy.run_module("diffusion.data.folder", run_name="__main__")
+"""
+
+
+def stop(process, after, number, whole_group):
+    """Sends a signal so many seconds after the work began; what was printed, once no process of the group is left."""
+    for line in process.stdout:  # to its end, if there is nothing left to do
+        if line.startswith("result: "):
+            break
+    time.sleep(after)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=60)  # waits for the workers as well, which hold the other ends of the pipes
+    return errors
+
+
+def finish(pictures, root):
+    process = started(["-c", SMALL_SHARDS], pictures, root)
+    assert process.wait() == 0, process.stderr.read()
+    return files_of(root)
+
+
+@pytest.fixture
+def straight(tmp_path, monkeypatch):
+    """A folder of 40 pictures, and the files of a preparation in ten shards that was not stopped."""
+    pictures = plain_folder(tmp_path / "pictures", 40)
+    monkeypatch.setattr(shards, "PICTURES_PER_SHARD", 4)
+    assert run(pictures, tmp_path / "straight", "--test-fraction=0.3") == 0
+    return pictures, files_of(tmp_path / "straight")
+
+
+def test_signals_stop_it_in_one_line_and_a_kill_leaves_no_worker(straight, tmp_path):
+    pictures, wanted = straight
+    root, codes = tmp_path / "data", []
+    for number, whole_group in ((signal.SIGKILL, False), (signal.SIGTERM, False), (signal.SIGINT, True)):
+        process = started(["-c", SMALL_SHARDS], pictures, root)
+        errors = stop(process, 0.3, number, whole_group)
+        codes.append(process.returncode)
+        if number != signal.SIGKILL:
+            assert errors.splitlines()[-1] == "stopped; the same command goes on"
+            assert "Traceback" not in errors and "Warning" not in errors
+        assert prepared.find("pets", root) is None
+    assert codes == [-signal.SIGKILL, os.EX_TEMPFAIL, os.EX_TEMPFAIL]
+    assert finish(pictures, root) == wanted
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_end_is_the_same(straight, tmp_path, kills):
+    pictures, wanted = straight
+    root, moments = tmp_path / "data", np.random.default_rng(kills).uniform(0, 3, kills)
+    for moment in moments:
+        process = started(["-c", SMALL_SHARDS], pictures, root)
+        stop(process, moment, signal.SIGKILL, whole_group=True)
+        found = prepared.find("pets", root)
+        assert found is None or files_of(found) == {path.removeprefix("pets/1.0.0/"): wanted[path] for path in wanted}
+    assert finish(pictures, root) == wanted
+
+
+def test_a_killed_worker_is_told(straight, tmp_path, monkeypatch, capsys):
+    pictures, wanted = straight
+    original = shards.as_completed
+
+    def as_completed(futures):
+        for child in multiprocessing.active_children():
+            child.kill()
+        return original(futures)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "as_completed", as_completed)
+        assert run(pictures, tmp_path / "data", "--test-fraction=0.3", "--workers=2") == 2
+    assert "error: a worker process was killed" in last_error(capsys)
+    assert run(pictures, tmp_path / "data", "--test-fraction=0.3") == 0
+    assert files_of(tmp_path / "data") == wanted
