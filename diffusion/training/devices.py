@@ -154,7 +154,7 @@ def _local_rows(array: np.ndarray) -> np.ndarray:
 InBatches = Callable[[PyTree, PyTree, int], Iterator[tuple[np.ndarray, PyTree]]]
 
 
-def over_batches(fn: Callable[[PyTree, PyTree], PyTree]) -> Batches:
+def over_batches(fn: Callable[[PyTree, PyTree], PyTree]) -> InBatches:
     """`fn`(shared, items) over any number of items, in batches that all devices share.
 
     Args:
