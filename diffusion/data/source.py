@@ -45,7 +45,7 @@ class Source:
     def images(self, indices: Int[np.ndarray, "*b"] | slice = slice(None)) -> UInt8[np.ndarray, "*b h w c"]:
         """The pixel values of these examples; of a slice, by default all of them, without a copy."""
         chosen = self.pixels[indices]
-        if isinstance(self.pixels, np.memmap) and not isinstance(indices, slice):
+        if isinstance(self.pixels.base, mmap.mmap) and not isinstance(indices, slice):
             # What was read of the file would count as this process's memory until the system needs it.
             self.pixels.base.madvise(mmap.MADV_DONTNEED)
         return chosen

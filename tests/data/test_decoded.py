@@ -1,14 +1,13 @@
 """Decoded pictures: their size, the splits they come from, and where they are kept."""
 
 import mmap
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffusion import data
-from diffusion.data import decoded
+from diffusion.data import Source, decoded
 
 
 def load(directory, split="train", **fit):
@@ -76,19 +75,31 @@ def test_of_a_set_without_either_every_twentieth_example_is_held_out(tmp_path, w
 # --- the file that is mapped
 
 
-def test_pixels_are_mapped_and_what_was_read_is_given_back(digits_copy, monkeypatch):
-    source, given_back = data.load("digits", "test", str(digits_copy)), []
-    assert isinstance(source.pixels, np.memmap) and isinstance(source.pixels.base, mmap.mmap)
-    whole = np.array(source.images())
+def test_pixels_are_mapped(digits_copy):
+    assert isinstance(data.load("digits", "test", str(digits_copy)).pixels.base, mmap.mmap)
 
-    class Mapped(np.memmap):
-        base = SimpleNamespace(madvise=given_back.append)
 
-    object.__setattr__(source, "pixels", source.pixels.view(Mapped))
+def test_what_was_read_of_a_mapped_file_is_given_back(tmp_path):
+    given_back, whole = [], np.random.default_rng(0).integers(0, 256, (9, 4, 4, 1), np.uint8)
+
+    class Mapped(mmap.mmap):
+        def madvise(self, advice):
+            given_back.append(advice)
+
+    (tmp_path / "pixels").write_bytes(whole.tobytes())
+    with (tmp_path / "pixels").open("rb") as file:
+        mapped = Mapped(file.fileno(), 0, access=mmap.ACCESS_READ)
+    source = Source("mapped", "test", np.ndarray(whole.shape, np.uint8, mapped))
     np.testing.assert_array_equal(source.images(np.array([3, 1])), whole[[3, 1]])
     assert given_back == [mmap.MADV_DONTNEED]
     source.images(slice(2, 4))
     assert len(given_back) == 1, "a slice is no copy, so its pages are still wanted"
+
+
+def test_a_part_of_a_mapped_file_is_a_source_too(tmp_path):
+    np.save(tmp_path / "pixels.npy", np.arange(9, dtype=np.uint8).reshape(9, 1, 1, 1))
+    part = Source("part", "test", np.load(tmp_path / "pixels.npy", mmap_mode="r")[4:])
+    assert part.images(np.array([0, 3])).ravel().tolist() == [4, 7]
 
 
 def test_without_room_beside_the_set_the_pictures_go_elsewhere(digits_copy, monkeypatch):
