@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from sklearn import datasets
 
 from diffusion import likelihood
 from diffusion.evaluation import images
@@ -38,6 +39,16 @@ def test_the_scores_of_a_checkpoint_are_those_of_the_run(run, straight, tiny, ca
     assert printed == json.loads((run / "eval.json").read_text())
     assert printed == evaluation(run, "step6-exact-learned_range-all-20images")
     assert (run / "bpd.npz").read_bytes() == scored  # what summary.json speaks of
+
+
+def test_a_class_is_scored_by_its_own_images(straight):
+    digits = datasets.load_digits().target[5::6][images.subset(299, 20)]
+    of_image = np.load(straight / "bpd.npz")["test_image_bpd"]
+    by_class = json.loads((straight / "summary.json").read_text())["test_bpd_by_class"]
+    assert len(by_class) == 10
+    for digit, bpd in enumerate(by_class):
+        own = of_image[digits == digit]
+        assert bpd is None if len(own) == 0 else bpd == pytest.approx(own.mean())
 
 
 def test_each_evaluation_is_named_by_what_was_measured(run, tiny, capsys):
