@@ -45,7 +45,7 @@ def of_type(annotation: Any) -> Constraint:
 
 
 TEXT, FLAG = of_type(str), of_type(bool)
-NETWORK_GIVEN = ("out_channels", "parent", "name")
+NETWORK_GIVEN = ("out_channels", "num_classes", "parent", "name")
 # The variance that the network was trained with, or one that needs nothing more than its mean.
 FOR_A_TRAINED_MEAN = Choice({"model": None} | {k: v for k, v in reverse.VARIANCES.items() if not v.is_learned})
 # What a learned schedule starts from.
@@ -68,6 +68,8 @@ KEYS: dict[str, Constraint | Choice] = {
     "model.prediction": Choice(reverse.PREDICTIONS),
     # The optimal variance follows from a trained mean, so nothing is trained with it.
     "model.variance": Choice({name: v for name, v in reverse.VARIANCES.items() if name != "optimal"}),
+    "model.conditional": FLAG,
+    "model.label_dropout": number(0, 1 - 1e-12, "a number in [0, 1)"),
     "objective.name": Choice(objectives.OBJECTIVES, given=("p", "num_steps", "num_levels", "weighting")),
     "objective.weighting": Choice(objectives.WEIGHTINGS, given=("p",)),
     "objective.timesteps": Choice(timesteps.SAMPLERS),
@@ -101,6 +103,14 @@ KEYS: dict[str, Constraint | Choice] = {
     "sample.method": Choice(samplers.SAMPLERS, given=("denoise", "p", "schedule", "keys", "shape", "num_frames")),
     "sample.num_steps": integer(0),
     "sample.variance": FOR_A_TRAINED_MEAN,
+    "sample.labels": Constraint(
+        lambda v: names.accepts(tuple[int, ...], v) and min(v, default=0) >= 0, "a tuple of integers ≥ 0, or () for all"
+    ),
+    "sample.guidance": number(-1, 1000, "a number in [-1, 1000]"),
+    "sample.guidance_interval": Constraint(
+        lambda v: names.accepts(tuple[float, ...], v) and (v == () or len(v) == 2 and v[0] < v[1]),
+        "(low, high) with low < high, or () for every t",
+    ),
     "quality.num_images": integer(2),
     "quality.features": Choice(quality.FEATURES, given=("images", "num_levels")),
 }

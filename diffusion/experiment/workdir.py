@@ -220,7 +220,7 @@ def load(directory: str | Path, checkpoint: str = "latest") -> Run:
     """
     config = read_config(Path(directory))
     described = build.describe_data(config)
-    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
     return Run(experiment, restore(experiment, Path(directory), checkpoint))
 
 

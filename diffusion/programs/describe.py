@@ -17,7 +17,7 @@ def run(config_dict: ConfigDict, _directory: Path) -> None:
     """Prints the description; no network is compiled and nothing is written."""
     devices.check_batch_size(config_dict.train.batch_size, config_dict.train.grad_accum)
     described = build.describe_data(config_dict)
-    experiment = build.experiment(config_dict, described.image_shape, described.num_levels)
+    experiment = build.experiment(config_dict, described.image_shape, described.num_levels, described.num_classes)
     shape = "×".join(map(str, described.image_shape))
     figures = {
         "data": f"{described.name}: {described.num_train:,} training and {described.num_test:,} test images",

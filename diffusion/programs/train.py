@@ -84,7 +84,7 @@ def prepare(config: ConfigDict, directory: Path) -> Experiment:
     """The experiment, after every check that needs no data and no device."""
     devices.check_batch_size(config.train.batch_size, config.train.grad_accum)
     described = build.describe_data(config)
-    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
     images.num_scored(config.eval.num_images, config.eval.protocol, described.num_test)
     if "optimal" in (config.eval.variance, config.sample.variance):
         raise ValueError(
@@ -140,7 +140,7 @@ def _shower(
     def show(step: int, ema_params: Replicated) -> None:
         model = experiment.model(ema_params.host(), experiment.config.sample.variance)
         with memory.explained(experiment, "sample.batch_size"):
-            grid = pictures.image_grid(sampler.images(model, num_previews), model.num_levels)
+            grid = sample.grid(experiment, sampler.images(model, num_previews))
         pictures.save_png(directory / f"samples_{step}.png", grid)
         log.images(step, "samples", grid)
 

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 from diffusion.runtime import files
@@ -31,6 +31,17 @@ def image_grid(
         top, left = margin + i // columns * cell_height, margin + i % columns * cell_width
         grid[top : top + height * factor, left : left + width * factor] = image
     return grid
+
+
+def class_grid(
+    images: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"], num_levels: int = 256
+) -> UInt8[np.ndarray, "grid_h grid_w c"]:
+    """A row for each class that has images, in the order of the labels; a shorter row ends in grey."""
+    of_class = [images[labels == label] for label in np.unique(labels)]
+    columns = max(len(row) for row in of_class)
+    grey = np.full((1, *images.shape[1:]), num_levels // 2, np.uint8)
+    rows = [np.concatenate([row, grey.repeat(columns - len(row), axis=0)]) for row in of_class]
+    return image_grid(np.concatenate(rows), num_levels, columns)
 
 
 def trajectory_grid(
