@@ -12,6 +12,7 @@ MAX_POINTS = 1000  # of a curve
 WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 44  # what the axes leave free for their labels
 MIN_TICKS, MAX_TICKS = 3, 7
+SMALL = np.finfo(np.float32)
 
 
 class Series(NamedTuple):
@@ -117,7 +118,7 @@ def chart(
 ) -> Markup:
     """A figure with curves in it, a title above and a legend below; "" if no curve has a point.
 
-    Points that are NaN or Inf, or not positive on a logarithmic axis, are left out.
+    Points that are NaN, Inf or beyond float32, or not positive on a logarithmic axis, are left out.
 
     Args:
         title: of the figure.
@@ -151,9 +152,9 @@ def chart(
 
 def _drawable(series: Series, log_x: bool, log_y: bool) -> Series:
     x, y = (np.asarray(values, np.float64) for values in (series.x, series.y))
-    kept: Bool[np.ndarray, " n"] = np.isfinite(x) & np.isfinite(y)
-    kept &= (x > 0) | (not log_x)
-    kept &= (y > 0) | (not log_y)
+    kept: Bool[np.ndarray, " n"] = (np.abs(x) <= SMALL.max) & (np.abs(y) <= SMALL.max)
+    kept &= (x >= SMALL.tiny) | (not log_x)
+    kept &= (y >= SMALL.tiny) | (not log_y)
     return series._replace(x=x[kept], y=y[kept])
 
 

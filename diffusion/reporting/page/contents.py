@@ -18,6 +18,7 @@ from diffusion.reporting.metrics_log import read_metrics
 
 T = TypeVar("T")
 
+MAX_TEXT_BYTES = 2**20  # of a JSON or text file
 MAX_SAMPLE_BYTES = 2**25  # of samples.npz, which may be much larger, so many are read
 # What a reader raises for bytes that are not what they should be.
 DAMAGE = (
@@ -67,7 +68,7 @@ class Contents:
 
     def text(self, name: str) -> str:
         """A text file; "" without one."""
-        return self._read(name, bytes.decode, "")
+        return self._read(name, _parse_text, "")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, oldest first; [] without any."""
@@ -113,8 +114,14 @@ class Contents:
         self.problems.append(f"{name} {'is damaged' if is_damage else 'could not be read'}: {reason}")
 
 
+def _parse_text(data: bytes) -> str:
+    if len(data) > MAX_TEXT_BYTES:
+        raise ValueError(f"its {len(data):,} bytes are too many for a page")
+    return data.decode()
+
+
 def _parse_object(data: bytes) -> dict[str, Any]:
-    value = json.loads(data)
+    value = json.loads(_parse_text(data))
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     return value

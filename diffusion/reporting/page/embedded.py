@@ -9,9 +9,9 @@ from PIL import Image
 
 from diffusion.reporting.page.markup import Markup, element
 
-# A page of a run has at most these: 2 large pictures, 8 small ones of samples during training, 5 plots. In base64,
-# with the text and curves, a page stays below 12 MB; a page of a typical run has a few hundred kB.
-MAX_BYTES, MAX_SMALL_BYTES = 2 * 2**20, 2**18
+# A page of a run holds the samples, the trajectory twice, at most 4 plots and 8 pictures of samples during training. In
+# base64, with text and curves, that is less than 12 MB; the page of a typical run has a few hundred kB.
+MAX_BYTES, MAX_TRAJECTORY_BYTES, MAX_PLOT_BYTES, MAX_SMALL_BYTES = 2**21, 2**20, 2**19, 2**18
 VISIBLE_WIDTH = 640  # pixels of the screen that small pictures are enlarged to, at most
 
 

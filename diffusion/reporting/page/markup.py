@@ -1,7 +1,7 @@
 """HTML in which text cannot become markup: whatever is not `Markup` is escaped where it is put into an element."""
 
 import html
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +23,7 @@ def joined(parts: Sequence[str], separator: str = "") -> Markup:
     return Markup(html.escape(separator).join(escaped(part) for part in parts))
 
 
-def element(name: str, *children: str, **attributes: Any) -> Markup:
+def element(name: str, /, *children: str, **attributes: Any) -> Markup:
     """An element with its attributes and children; text among them is escaped.
 
     Of an attribute's name, class_ stands for class and data_value for data-value. One that is None or False is left
@@ -40,7 +40,8 @@ def element(name: str, *children: str, **attributes: Any) -> Markup:
 
 def is_number(value: Any) -> bool:
     """Whether a value from a file is a number that can be shown: neither NaN nor Inf, no flag."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max  # JSON's integers may be larger
 
 
 def number(value: Any, form: str = ".4f") -> Markup:
