@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     code = sweep.execute(arguments, cells, lambda run: None)
     if not arguments.list and arguments.index is None:
         write(arguments.workdir, arguments.network or arguments.workdir / cells[0].name, arguments.checkpoint)
+        page.refresh(arguments.workdir)
     return code
 
 

@@ -5,6 +5,7 @@ for (const table of document.querySelectorAll("table[data-sortable]")) {
   const body = table.tBodies[0];
   const headings = [...table.tHead.rows[0].cells];
   headings.forEach((heading, column) => {
+    if (heading.textContent === "") return;
     const button = document.createElement("button");
     button.type = "button";
     button.append(...heading.childNodes);
