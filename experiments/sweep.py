@@ -47,9 +47,11 @@ class Cell(NamedTuple):
             ValueError: the file cannot be read, a key does not exist, or a value is none that the key may have.
         """
         try:
-            return config_lib.from_file(self.base, self.overrides)
+            config = config_lib.from_file(self.base, self.overrides)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+        config_lib.check(config)
+        return config
 
 
 def grid(base: str, axes: dict[str, list[str]], extra: dict[str, str]) -> list[Cell]:

@@ -182,14 +182,14 @@ def from_json(text: str) -> ConfigDict:
 
 
 def from_file(path: str, overrides: dict[str, str]) -> ConfigDict:
-    """The config of a file in configs/, as main.py would resolve it.
+    """The config of a file in configs/, as main.py resolves it; not checked.
 
     Args:
         path: what --config would be.
         overrides: config key -> value, written as for --config.KEY=VALUE.
 
     Raises:
-        ValueError: the file cannot be read, a key does not exist, or a value is none that the key may have.
+        ValueError: the file cannot be read, a key does not exist, or a value cannot be read as what the file has.
     """
     for key in overrides:
         if key not in all_keys():
@@ -201,7 +201,6 @@ def from_file(path: str, overrides: dict[str, str]) -> ConfigDict:
         values(argv)
     except (flags.Error, TypeError, ValueError, ImportError, OSError) as error:
         raise ValueError(str(error)) from error
-    check(holder.value)
     return holder.value
 
 

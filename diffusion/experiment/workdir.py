@@ -87,9 +87,10 @@ def claim(config: ConfigDict, directory: Path) -> None:
     files.write_text(directory / "config.json", config_lib.to_json(config))
 
 
-def save_base(directory: Path, path: str, config: ConfigDict) -> None:
+def save_base(directory: Path, path: str) -> None:
     """Keeps the config file of a run, which may change later: its path as --config has it, and the values in it."""
-    text = json.dumps({"config": path, "values": config.to_dict()}, indent=2, sort_keys=True)
+    values = config_lib.from_file(path, {}).to_dict()
+    text = json.dumps({"config": path, "values": values}, indent=2, sort_keys=True)
     files.write_text(directory / BASE, text + "\n")
 
 
