@@ -24,7 +24,7 @@ def encoded(pixels: UInt8[np.ndarray, "h w c"]) -> bytes:
 
 def shrunk(
     data: bytes, pixels: UInt8[np.ndarray, "h w c"], max_bytes: int
-) -> tuple[bytes, UInt8[np.ndarray, "h w c"]]:
+) -> tuple[bytes, UInt8[np.ndarray, "smaller_h smaller_w c"]]:
     """The same PNG file, or one of half, a quarter, … of its width, by means of squares, until it has max_bytes."""
     while len(data) > max_bytes:
         image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).reduce(2)

@@ -85,7 +85,7 @@ def _lead(config: dict[str, Any], scores: dict[str, Any]) -> str:
         f"{value('model.prediction')}-prediction",
         f"{value('model.variance')} variance",
         f"{value('objective.name')} objective",
-        f"{value('schedule.name')} schedule, T = {value('schedule.num_steps')}",
+        f"{value('schedule.name')} schedule, T\u00a0=\u00a0{value('schedule.num_steps')}",
     ]
     return "; ".join(parts) if config else ""
 

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from diffusion.reporting import pictures
 from diffusion.reporting.page import embedded
 from diffusion.reporting.page.contents import Contents, Samples
-from diffusion.reporting.page.markup import Markup, element
+from diffusion.reporting.page.markup import Markup, element, joined
 
 GRID, TRAJECTORY = "samples.png", "progressive.png"
 MAX_CLASSES, IMAGES_PER_CLASS = 20, 10
@@ -79,7 +79,8 @@ def trajectory(contents: Contents, samples: Samples | None) -> list[Markup]:
     data, pixels = found
     alt = "The network's guess of the finished image at each frame: a row per sample, from noise to image"
     strip = embedded.image(pixels, alt, data, embedded.MAX_TRAJECTORY_BYTES, enlarged=True)
-    caption = "x̂_0, the network's guess of the finished image: a row per sample, from noise (left) to image (right)"
+    words = ", the network's guess of the finished image: a row per sample, from noise (left) to image (right)"
+    caption = joined(["x̂", element("sub", "0"), words])
     parts = [embedded.figure(strip, caption)]
     if samples is not None:
         try:
