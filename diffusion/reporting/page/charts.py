@@ -54,8 +54,11 @@ def axis(label: str, values: Float[np.ndarray, " n"], is_log: bool = False, from
     low, high = float(values.min()), float(values.max())
     if from_zero:
         low = min(low, 0.0)
-    if low == high:
-        low, high = (low / 2, high * 2) if is_log else (low - 0.5, high + 0.5)
+    if is_log and high / low < 1.1:
+        low, high = low / 2, high * 2
+    if high - low <= 1e-6 * max(abs(low), abs(high)):  # else the ticks would need many digits
+        margin = max(abs(low), abs(high)) / 2 or 0.5
+        low, high = low - margin, high + margin
     return Axis(label, is_log, low, high)
 
 

@@ -18,7 +18,7 @@ VISIBLE_WIDTH = 640  # pixels of the screen that small pictures are enlarged to,
 def encoded(pixels: UInt8[np.ndarray, "h w c"]) -> bytes:
     """A PNG file."""
     file = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, format="png", optimize=True)
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, format="png")
     return file.getvalue()
 
 

@@ -11,7 +11,7 @@ from diffusion.reporting.page import embedded
 from diffusion.reporting.page.contents import Contents
 from diffusion.reporting.page.markup import Markup, definitions, details, element, section
 
-MAX_RAW_CHARACTERS = 100_000  # of a file that is shown as it is
+MAX_RAW_CHARACTERS = 30_000  # of a file that is shown as it is
 
 
 class Page(NamedTuple):

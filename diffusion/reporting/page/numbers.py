@@ -44,10 +44,11 @@ NOT_METRICS = ("step", "num_samples")
 
 
 class Distance(NamedTuple):
-    """The Fréchet distance of a run's samples: its name with its features, and the number."""
+    """The Fréchet distance of a run's samples, and that of the test split, if it was measured."""
 
-    title: str
+    title: str  # with its features
     value: float
+    of_test_split: Any
 
 
 def distance(quality: dict[str, Any]) -> Distance | None:
@@ -55,7 +56,8 @@ def distance(quality: dict[str, Any]) -> Distance | None:
     for name in DISTANCES:
         if is_number(quality.get(name)):
             title, features = METRICS[name][0], quality.get("features")
-            return Distance(f"{title} ({features})" if features else title, quality[name])
+            title = f"{title} ({text_of(features)})" if features else title
+            return Distance(title, quality[name], quality.get(f"{name}{TEST_SPLIT}"))
     return None
 
 
@@ -167,7 +169,7 @@ def quality(scores: dict[str, Any]) -> list[Markup]:
     )
     parts = [table(["", "samples", "test split", "better"], rows, caption)]
     if isinstance(scores.get("note"), str):
-        parts.append(element("p", scores["note"], class_="quiet"))
+        parts.append(element("p", f"Note: {scores['note']}.", class_="quiet"))
     facts = {name: text_of(scores[name]) for name in ("sampler", "step") if name in scores}
     return [*parts, definitions(facts, class_="facts wide")]
 

@@ -12,6 +12,7 @@ from diffusion.reporting.page.markup import (
     definitions,
     element,
     is_number,
+    joined,
     number,
     table,
     text_of,
@@ -104,12 +105,14 @@ def _cards(
             cards[title] = with_error(scores[f"{split}_bpd"], scores.get(f"{split}_bpd_stderr"))
     distance = numbers.distance(quality)
     if distance is not None:
-        cards[f"{distance.title}, {text_of(quality.get('num_samples'))} samples"] = number(distance.value, ".4g")
+        scale = element("span", " test split ", number(distance.of_test_split, ".4g"), class_="error")
+        shown = [number(distance.value, ".4g"), scale if is_number(distance.of_test_split) else ""]
+        cards[f"{distance.title}, {text_of(quality.get('num_samples'))} samples"] = joined(shown)
     losses = [row["loss"] for row in rows if is_number(row.get("loss"))]
     if losses and not scores:
         cards[f"loss at step {text_of(rows[-1]['step'])}"] = number(losses[-1])
     if is_number(scores.get("seconds")):
-        title = f"on {text_of(scores.get('device'))}"
+        title = f"time, on {text_of(scores.get('device'))}"
         cards[title] = element("data", duration(scores["seconds"]), value=repr(scores["seconds"]))
     return cards
 
@@ -140,7 +143,7 @@ def _config(contents: Contents, config: dict[str, Any], base: dict[str, Any]) ->
         settings = [f"--config.{key}={_literal(config[key])}" for key in changed if key in config]
         arguments = [f"--config={name}", f"--workdir={contents.directory}", *settings]
         parts.append(element("p", "The command of this run; given again, it goes on where the run stopped:"))
-        parts.append(element("pre", f"python main.py {shlex.join(arguments)}"))
+        parts.append(element("pre", " \\\n    ".join(["python main.py", *map(shlex.quote, arguments)])))
     else:
         parts.append(element("p", f"There is no {BASE}, which says from which config file the run started."))
     facts = {key: text_of(value) or '""' for key, value in sorted(config.items())}

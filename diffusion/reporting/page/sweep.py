@@ -16,6 +16,7 @@ from diffusion.reporting.page.markup import (
     Markup,
     element,
     is_number,
+    joined,
     number,
     table,
     text_of,
@@ -99,23 +100,22 @@ def _runs(contents: Contents, found: list[Run], run_page: str) -> list[Markup]:
     titles = list(dict.fromkeys(distance.title for distance in distances if distance))
     rows = []
     for run, distance in zip(found, distances, strict=True):
-        link = element("a", run.name, href=f"{urllib.parse.quote(run.name)}/{run_page}")
-        summary = run.summary
+        summary, page_path = run.summary, f"{run.name}/{run_page}"
+        link = element("a", run.name, href=urllib.parse.quote(page_path)) if contents.has(page_path) else run.name
+        unfinished = "" if summary else element("span", " not finished", class_="quiet")
         rows.append(
             [
-                link if contents.has(f"{run.name}/{run_page}") else run.name,
-                *(_setting(run.config.get(key)) for key in keys[:MAX_COLUMNS]),
+                joined([link, unfinished]),
                 with_error(summary.get("test_bpd"), summary.get("test_bpd_stderr")),
-                *(number(summary.get(f"test_{part}_bpd")) for part in ("decoder", "kl")),
-                number(summary.get("train_bpd")),
                 *(number(distance and distance.title == title and distance.value, ".4g") for title in titles),
-                "finished" if summary else "not finished",
+                *(number(summary.get(f"{part}_bpd")) for part in ("test_decoder", "test_kl", "train")),
+                *(_setting(run.config.get(key)) for key in keys[:MAX_COLUMNS]),
             ]
         )
-    head = ["run", *keys[:MAX_COLUMNS], "bits/dim", "L_0", "KL", "train", *titles, ""]
+    head = ["run", "bits/dim", *titles, numbers.subscripts("L_0"), "KL", "train", *keys[:MAX_COLUMNS]]
     caption = (
-        "Bits/dim of the test images ± the standard error over images, its parts, and the bits/dim of training images. "
-        "A click on a heading sorts."
+        "Bits/dim of the test images ± the standard error over images, its parts, the bits/dim of training images, and "
+        "the config keys that differ. A click on a heading sorts."
     )
     parts = [table(head, rows, caption, sortable=True)]
     if keys[MAX_COLUMNS:]:
@@ -149,7 +149,7 @@ def _cell(text: str) -> str:
         return text or UNKNOWN
     if not is_number(value):
         return text
-    return number(value, "," if value.is_integer() else ".5g")
+    return number(int(value), ",") if value.is_integer() else number(value, ".5g")
 
 
 def _plots(contents: Contents, found: list[Run]) -> list[Markup]:
