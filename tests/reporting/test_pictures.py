@@ -1,6 +1,7 @@
 """Pictures show the pixels given."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from diffusion.reporting import pictures

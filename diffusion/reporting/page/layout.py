@@ -1,5 +1,4 @@
-"""The frame of every page: its head, its navigation, and a policy by which a browser loads nothing and runs one script.
-"""
+"""The frame of every page: head, navigation, and a policy by which a browser loads nothing and runs one script."""
 
 import base64
 import hashlib

@@ -47,7 +47,7 @@ class Distance(NamedTuple):
     """The Fréchet distance of a run's samples, and that of the test split, if it was measured."""
 
     title: str  # with its features
-    value: float
+    value: float | int
     of_test_split: Any
 
 

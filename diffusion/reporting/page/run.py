@@ -117,7 +117,7 @@ def _cards(
     return cards
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """147.6 -> "2 min 28 s"."""
     whole = round(seconds)
     days, hours, minutes = whole // 86_400, whole // 3600 % 24, whole // 60 % 60

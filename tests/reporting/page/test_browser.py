@@ -39,6 +39,10 @@ def with_script(directory: Path, script: str, keep_policy: bool = False) -> Path
     return copy
 
 
+def body_of(content: str) -> str:
+    return re.search("<body>(.*)</body>", content, re.DOTALL)[1].strip()
+
+
 def test_a_page_opens_without_a_word_in_the_console(run_directory, opened):
     content, console = opened(page.write(run_directory))
     assert console == []
@@ -68,7 +72,7 @@ def test_a_click_on_a_heading_sorts_and_the_slider_shows_another_frame(tmp_path,
     """
     content, console = opened(with_script(tmp_path / "sweep", script))
     assert console == []
-    assert re.search("<body>(.*)</body>", content, re.DOTALL)[1].split("|") == [
+    assert body_of(content).split("|") == [
         "run10 run9 run1 run2",
         "run9 run10 run2 run1",  # by number, what is missing last
         "run2 run10 run9 run1",
@@ -87,5 +91,4 @@ def test_a_click_on_a_heading_sorts_and_the_slider_shows_another_frame(tmp_path,
     """
     content, console = opened(with_script(run_directory, script))
     assert console == []
-    shown = re.search("<body>(.*)</body>", content, re.DOTALL)[1]
-    assert shown == "2 of 4|50% 33.3333%|300% 400%"  # the second of three columns and of four rows
+    assert body_of(content) == "2 of 4|50% 33.3333%|300% 400%"  # the second of three columns and of four rows

@@ -43,7 +43,8 @@ def test_tick_labels(value, label):
 
 def drawn(markup):
     """The points of each polyline."""
-    return [np.array([pair.split(",") for pair in points.split()], float) for points in re.findall('points="(.*?)"', markup)]
+    found = re.findall('points="(.*?)"', markup)
+    return [np.array([pair.split(",") for pair in points.split()], float) for points in found]
 
 
 def test_points_lie_where_the_axes_say():
@@ -58,7 +59,7 @@ def test_what_cannot_be_drawn_is_left_out():
     x, y = np.array([0.0, 1, 2, 3, 4, 5]), np.array([1.0, np.nan, np.inf, -1, 2, 1e300])
     (points,) = drawn(charts.chart("", "", "", [Series("", x, y)]))
     assert len(points) == 3
-    (points,) = drawn(charts.chart("", "", "", [Series("", x, y), Series("", x + 1, y + 0.5)], log_x=True, log_y=True))[-1:]
+    (points,) = drawn(charts.chart("", "", "", [Series("", x + 1, y)], log_x=True, log_y=True))
     assert len(points) == 2
     assert charts.chart("", "", "", [Series("", x[1:3], y[1:3])]) == ""
 

@@ -84,8 +84,8 @@ def test_the_same_files_make_the_same_page(run_directory):
 
 def test_text_from_files_stays_text(run_directory, make_run, read_page):
     attack = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&lt;"
-    (run_directory / "evaluations" / "a\"><img src=x>").mkdir()
-    (run_directory / "evaluations" / "a\"><img src=x>" / "eval.json").write_text("{}")
+    (run_directory / "evaluations" / 'a"><img src=x>').mkdir()
+    (run_directory / "evaluations" / 'a"><img src=x>' / "eval.json").write_text("{}")
     for name in ("summary", "quality", "config", "base"):
         path = run_directory / f"{name}.json"
         hostile = json.loads(path.read_text(), object_hook=lambda group: group | {attack: attack})
@@ -191,7 +191,7 @@ def test_the_command_on_the_page_makes_the_same_config(tmp_path, read_page):
     found = read_page(tmp_path)
     line = next(text for text in found.of("pre") if text.startswith("python main.py"))
     assert {text for text in found.of("code") if "." in text} >= changes.keys() - {"seed", "init_from"}
-    arguments = dict(part.removeprefix("--").split("=", 1) for part in shlex.split(line)[2:])
+    arguments = dict(part.removeprefix("--").split("=", 1) for part in shlex.split(line.replace("\\\n", " "))[2:])
     base, directory = arguments.pop("config"), arguments.pop("workdir")
     overrides = {key.removeprefix("config."): value for key, value in arguments.items()}
     assert overrides.keys() == changes.keys() and directory == str(tmp_path)

@@ -52,7 +52,8 @@ def test_distances_of_different_features_are_not_put_in_one_column(sweep, read_p
 
 
 def test_tables_and_plots_of_the_program_are_on_the_page(tmp_path, read_page):
-    lines = [["variance", "T", "test_bpd", "published"], ["<b>", "50", "2.004949630410404", ""], ["β", "50", "nan", "x"]]
+    head = ["variance", "T", "test_bpd", "published"]
+    lines = [head, ["<b>", "50", "2.004949630410404", ""], ["β", "50", "nan", "x"]]
     with (tmp_path / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows(lines)
     (tmp_path / "table.md").write_text("# What was found")
