@@ -156,9 +156,7 @@ def _value(values: dict[str, Any], key: str) -> Any:
 
 
 def _literal(value: Any) -> str:
-    """A value of config.json as the command line takes it; JSON's lists are tuples in a config."""
-    if isinstance(value, list):
-        return repr(tuple(value))
+    """A value of config.json as the command line takes it."""
     return value if isinstance(value, str) else repr(value)
 
 
