@@ -199,6 +199,7 @@ def from_file(path: str, overrides: dict[str, str]) -> ConfigDict:
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         values(argv)
+        holder.value.keys()  # where there is no such file, the first use says so
     except (flags.Error, TypeError, ValueError, ImportError, OSError) as error:
         raise ValueError(str(error)) from error
     return holder.value
