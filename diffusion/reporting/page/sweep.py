@@ -113,11 +113,11 @@ def _runs(contents: Contents, found: list[Run], run_page: str) -> list[Markup]:
             ]
         )
     head = ["run", "bits/dim", *titles, numbers.subscripts("L_0"), "KL", "train", *keys[:MAX_COLUMNS]]
-    caption = (
+    words = (
         "Bits/dim of the test images ± the standard error over images, its parts, the bits/dim of training images, and "
         "the config keys that differ. A click on a heading sorts."
     )
-    parts = [table(head, rows, caption, sortable=True)]
+    parts = [element("p", words, class_="quiet"), table(head, rows, "Every run", sortable=True)]
     if keys[MAX_COLUMNS:]:
         parts.append(element("p", f"Further keys that differ: {', '.join(keys[MAX_COLUMNS:])}.", class_="quiet"))
     if len(runs(contents)) > len(found):
@@ -149,7 +149,7 @@ def _cell(text: str) -> str:
         return text or UNKNOWN
     if not is_number(value):
         return text
-    return number(int(value), ",") if value.is_integer() else number(value, ".5g")
+    return number(int(value), ",") if value.is_integer() else number(value, "#.5g")
 
 
 def _plots(contents: Contents, found: list[Run]) -> list[Markup]:
