@@ -11,7 +11,7 @@ from diffusion.reporting.page.markup import Markup, element
 MAX_POINTS = 1000  # of a curve
 WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 44  # what the axes leave free for their labels
-MIN_TICKS, MAX_TICKS = 3, 7
+MIN_TICKS, MAX_TICKS = 3, 8
 SMALL = np.finfo(np.float32)
 
 
@@ -76,12 +76,15 @@ def ticks(axis: Axis) -> list[float]:
 
 
 def _round_values(low: float, high: float) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten between two ends."""
-    rough = (high - low) / (MAX_TICKS - 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [k * step for k in range(first, last + 1)]
+    """Multiples of 1, 2 or 5 times a power of ten between two ends: 3 to MAX_TICKS of them."""
+    power = 10.0 ** math.floor(math.log10((high - low) / MAX_TICKS))
+    for step in (power, 2 * power, 5 * power, 10 * power):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        values = [k * step for k in range(first, last + 1)]
+        # The next larger step is 2.5 times as large at most: of 9 ticks at least 3 are left.
+        if len(values) <= MAX_TICKS:
+            break
+    return values
 
 
 def tick_label(value: float) -> str:
