@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from diffusion import learned_schedule, likelihood, objectives, reverse, samplers, schedules, timesteps
 from diffusion.evaluation import quality
@@ -188,6 +189,30 @@ def from_json(text: str) -> ConfigDict:
     if not isinstance(groups, dict):
         raise ValueError("it is not the JSON of a config")
     return ConfigDict(groups).lock()
+
+
+def from_file(path: str, overrides: dict[str, str]) -> ConfigDict:
+    """The config of a file in configs/, as main.py resolves it; not checked.
+
+    Args:
+        path: what --config would be.
+        overrides: config key -> value, written as for --config.KEY=VALUE.
+
+    Raises:
+        ValueError: the file cannot be read, a key does not exist, or a value cannot be read as what the file has.
+    """
+    for key in overrides:
+        if key not in all_keys():
+            raise ValueError(unknown(key))
+    argv = ["main.py", f"--config={path}", *(f"--config.{key}={value}" for key, value in overrides.items())]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        holder.value.keys()  # where there is no such file, the first use says so
+    except (flags.Error, TypeError, ValueError, ImportError, OSError) as error:
+        raise ValueError(str(error)) from error
+    return holder.value
 
 
 def differing(config: ConfigDict, saved: ConfigDict) -> list[str]:

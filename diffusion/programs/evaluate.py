@@ -21,7 +21,7 @@ from diffusion.evaluation.pairs import PRECISION
 from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
-from diffusion.reporting import plots, summary
+from diffusion.reporting import page, plots, summary
 from diffusion.runtime import files, processes
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
@@ -51,6 +51,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
         if processes.is_first():
             summary.write_json(out / "eval.json", scores)
             summary.write_json(directory / "eval.json", scores)
+            page.refresh(directory)
             print(json.dumps(scores, indent=2))
 
 

@@ -12,7 +12,7 @@ from diffusion.data import Source
 from diffusion.evaluation import quality
 from diffusion.experiment import build, memory
 from diffusion.programs import sample
-from diffusion.reporting import summary
+from diffusion.reporting import page, summary
 from diffusion.runtime import processes
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
@@ -40,6 +40,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     }
     if processes.is_first():
         summary.write_json(directory / "quality.json", scores)
+        page.refresh(directory)
         print(json.dumps(scores, indent=2, ensure_ascii=False))
 
 

@@ -15,7 +15,7 @@ from diffusion.data.levels import to_levels
 from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
-from diffusion.reporting import pictures
+from diffusion.reporting import page, pictures
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import files, processes, randomness
 from diffusion.runtime.preemption import Preemption
@@ -35,6 +35,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     with Preemption() as preemption, memory.explained(experiment, "sample.batch_size"):
         folder = save(experiment, directory, model, int(state.step), preemption.check)
     if processes.is_first():
+        page.refresh(directory)
         print(f"{config.sample.num_images} samples: {folder}; the last ones also as {directory / GRID}")
 
 
