@@ -18,7 +18,8 @@ BATCH, SHAPE, NUM_IMAGES = 16, (4, 4, 1), 40
 RNG = np.random.default_rng(0)
 LABELS = RNG.permutation(NUM_IMAGES).astype(np.int32)
 # Every pixel of an image is its label, so that a loss sees whether the two came together.
-SOURCE = Source("numbers", "train", np.full((NUM_IMAGES, *SHAPE), LABELS[:, None, None, None], np.uint8), 41, LABELS, 40)
+PIXELS = np.broadcast_to(LABELS[:, None, None, None], (NUM_IMAGES, *SHAPE)).astype(np.uint8)
+SOURCE = Source("numbers", "train", PIXELS, 41, LABELS, NUM_IMAGES)
 
 
 class Label(nn.Module):
