@@ -123,6 +123,21 @@ def save(
     return folder
 
 
+def fill(
+    experiment: Experiment,
+    directory: Path,
+    model: Model,
+    step: int,
+    num_images: int,
+    stop: Callable[[], None] | None = None,
+) -> Path:
+    """Draws as many images as `num_images` into the folder of `save`, but for those that it has; returns the folder."""
+    folder = directory / SAMPLES / name(experiment, model.p.variance, step)
+    with workdir.locked(folder):
+        _fill(Sampler(experiment), model, folder, num_images, stop)
+    return folder
+
+
 def name(experiment: Experiment, variance: str, step: int) -> str:
     """What tells one set of samples from another: checkpoint, method, number of steps and variance."""
     config = experiment.config.sample
@@ -153,10 +168,15 @@ def _holds(path: Path, num_images: int) -> bool:
     return path.exists() and len(np.load(path, mmap_mode="r")) >= num_images
 
 
+def shards(folder: Path, num_images: int) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
+    """The first images of a folder of samples/, shard by shard."""
+    for begin in range(0, num_images, SHARD_IMAGES):
+        yield np.load(shard(folder, begin // SHARD_IMAGES))[: num_images - begin]
+
+
 def read(folder: Path, num_images: int) -> UInt8[np.ndarray, "n h w c"]:
     """The first images of a folder of samples/."""
-    numbers = range(-(-num_images // SHARD_IMAGES))
-    return np.concatenate([np.load(shard(folder, number)) for number in numbers])[:num_images]
+    return np.concatenate(list(shards(folder, num_images)))
 
 
 def _save_archive(folder: Path, num_images: int, num_levels: int) -> None:
