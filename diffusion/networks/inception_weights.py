@@ -9,9 +9,9 @@ import logging
 import os
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -263,16 +263,17 @@ def _checked(tensors: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray
 
 
 def _folded(tensors: dict[str, np.ndarray]) -> PyTree:
-    params: PyTree = {"fc": jnp.asarray(tensors["fc.weight"].T)}
+    """The network's parameters, on the device."""
+    params: PyTree = {"fc": tensors["fc.weight"].T}
     for name, shape in CONVOLUTIONS.items():
         if isinstance(shape, dict):
             params[name] = {part: _convolution(tensors, f"{name}.{part}") for part in shape}
         else:
             params[name] = _convolution(tensors, name)
-    return params
+    return jax.device_put(params)
 
 
-def _convolution(tensors: dict[str, np.ndarray], name: str) -> dict[str, Array]:
+def _convolution(tensors: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     """Kernel and bias of a convolution with the batch norm behind it, in float64 until the end."""
     kernel = np.float64(tensors[f"{name}.conv.weight"])
     scale, bias, mean, variance = (
@@ -280,4 +281,4 @@ def _convolution(tensors: dict[str, np.ndarray], name: str) -> dict[str, Array]:
     )
     factor = scale / np.sqrt(variance + BATCH_NORM_EPS)
     kernel = (kernel * factor[:, None, None, None]).transpose(2, 3, 1, 0)
-    return {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias - mean * factor, jnp.float32)}
+    return {"kernel": np.float32(kernel), "bias": np.float32(bias - mean * factor)}
