@@ -9,9 +9,9 @@ import logging
 import os
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -123,9 +123,9 @@ def layout() -> dict[str, Shape]:
 
 
 def published_weights() -> Path:
-    """The published file in the cache (`$XDG_CACHE_HOME/diffusion`, ~/.cache/diffusion), downloaded once if it is absent.
+    """The published file in ~/.cache/diffusion ($XDG_CACHE_HOME/diffusion), downloaded if it is not there.
 
-    Where only the converted file is left, that one.
+    Where only the file that was converted from it is left, that one.
 
     Raises:
         ValueError: the server sent something else.
@@ -177,16 +177,16 @@ def load(path: str | Path, check_digest: bool = True) -> PyTree:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: a PyTorch file that was not converted yet, and PyTorch is not installed.
+        RuntimeError: a PyTorch file that was not converted yet, and PyTorch is not installed.
         ValueError: the weights are not the published ones, the file is damaged, or its layout is another.
     """
     path = _existing(path)
-    if check_digest and (found := digest(path)) != SHA256:
-        raise ValueError(
-            f"{path} is not the published Inception: its SHA-256 is {found}, not {SHA256}; delete it to download it again"
-        )
-    tensors = _read(path, check_digest) if path.suffix == SUFFIX else _read_torch(path)
-    return _folded(tensors)
+    found = digest(path)
+    if check_digest and found != SHA256:
+        raise ValueError(f"{path} is not the published Inception: its SHA-256 is {found}, not {SHA256}")
+    if path.suffix == SUFFIX:
+        return _folded(_read(path, check_digest))
+    return _folded(_read_torch(path, found))
 
 
 def _existing(path: str | Path) -> Path:
@@ -214,29 +214,36 @@ def _read(path: Path, check_digest: bool) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a PyTorch file, by way of the converted one, which is made if it is absent or of another file."""
-    source, kept = digest(path), converted(path)
-    if kept.is_file() and _metadata(kept).get(SOURCE_SHA256) == source:
+def _read_torch(path: Path, sha256: str) -> dict[str, np.ndarray]:
+    """The tensors of a PyTorch file, from the converted one, which is made where it is absent or of another file."""
+    kept = converted(path)
+    if kept.is_file() and _metadata(kept).get(SOURCE_SHA256) == sha256:
         return _read(kept, check_digest=True)
+    tensors = _checked(_state_dict(path), path)
+    try:
+        with replacing(kept) as file:
+            file.write(save(tensors, {SOURCE_SHA256: sha256, TENSORS_SHA256: tree_sha256(tensors)}))
+    except OSError as error:
+        logging.warning("%s; PyTorch will have to read %s again", error, path.name)
+    return tensors
+
+
+def _state_dict(path: Path) -> dict[str, np.ndarray]:
+    """What PyTorch reads from a file, without unpickling any object."""
     try:
         import torch
     except ImportError as error:
-        raise ImportError(f"PyTorch must read {path} once: pip install torch, or give a .safetensors file") from error
+        raise RuntimeError(
+            f"{path} must be read by PyTorch once: pip install -e '.[inception]', or give a .safetensors file"
+        ) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = _checked({name: tensor.numpy() for name, tensor in state.items()}, path)
+        return {name: tensor.detach().float().numpy() for name, tensor in state.items()}
     except OSError:
-        raise
-    except Exception as error:  # whatever torch.load makes of a file that is no state_dict
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: {message}") from error
-    try:
-        with replacing(kept) as file:
-            file.write(save(tensors, {SOURCE_SHA256: source, TENSORS_SHA256: tree_sha256(tensors)}))
-    except OSError as error:
-        logging.warning("%s: PyTorch will have to read %s again", error, path)
-    return tensors
+        raise  # no damage
+    except Exception as error:  # PyTorch raises nearly anything for a file that is something else
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"{path} is no PyTorch state_dict: {type(error).__name__}: {reason}") from error
 
 
 def _checked(tensors: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
@@ -256,16 +263,17 @@ def _checked(tensors: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray
 
 
 def _folded(tensors: dict[str, np.ndarray]) -> PyTree:
-    params: PyTree = {"fc": jnp.asarray(tensors["fc.weight"].T)}
+    """The network's parameters, on the device."""
+    params: PyTree = {"fc": tensors["fc.weight"].T}
     for name, shape in CONVOLUTIONS.items():
         if isinstance(shape, dict):
             params[name] = {part: _convolution(tensors, f"{name}.{part}") for part in shape}
         else:
             params[name] = _convolution(tensors, name)
-    return params
+    return jax.device_put(params)
 
 
-def _convolution(tensors: dict[str, np.ndarray], name: str) -> dict[str, Float[np.ndarray, "..."]]:
+def _convolution(tensors: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     """Kernel and bias of a convolution with the batch norm behind it, in float64 until the end."""
     kernel = np.float64(tensors[f"{name}.conv.weight"])
     scale, bias, mean, variance = (
@@ -273,4 +281,4 @@ def _convolution(tensors: dict[str, np.ndarray], name: str) -> dict[str, Float[n
     )
     factor = scale / np.sqrt(variance + BATCH_NORM_EPS)
     kernel = (kernel * factor[:, None, None, None]).transpose(2, 3, 1, 0)
-    return {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias - mean * factor, jnp.float32)}
+    return {"kernel": np.float32(kernel), "bias": np.float32(bias - mean * factor)}

@@ -26,8 +26,8 @@ def download(url: str, sha256: str, path: Path, num_bytes: int | None = None) ->
     digest = hashlib.sha256()
     try:
         with urllib.request.urlopen(url, timeout=60) as response, partial.open("wb") as file:
-            announced = int(response.headers["Content-Length"] or 0) or None
-            if announced is not None and num_bytes not in (None, announced):
+            announced = int(response.headers["Content-Length"] or 0) or num_bytes
+            if num_bytes not in (None, announced):
                 raise ValueError(f"{url} has {announced} bytes, not {num_bytes}: nothing was kept")
             with tqdm(total=announced, desc=f"downloading {path.name}", unit="B", unit_scale=True) as progress:
                 while block := response.read(BLOCK_BYTES):
