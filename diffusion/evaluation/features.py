@@ -1,6 +1,8 @@
 """What samples are compared by: pixels, FID's Inception, or a classifier of the data's own classes."""
 
 import functools
+import hashlib
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ from jaxtyping import Bool, Float, Float64, UInt8
 from diffusion.data import Source
 from diffusion.evaluation import classifier as classifiers
 from diffusion.networks import inception as inception_network
+from diffusion.runtime import files
 
 BATCH_SIZE = 1000  # images whose features are in memory at a time
 
@@ -39,10 +42,29 @@ class Features(NamedTuple):
     sha256: str = ""
     facts: dict[str, Any] = {}
 
-    def batches(self, images: UInt8[np.ndarray, "n h w c"]) -> Iterator[Batch]:
-        """Of all images, BATCH_SIZE at a time."""
+    def batches(self, images: UInt8[np.ndarray, "n h w c"], folder: Path | None = None) -> Iterator[Batch]:
+        """Of all images, BATCH_SIZE at a time.
+
+        Args:
+            folder: keeps what a network made of a batch, so that work that was stopped can go on.
+        """
         for begin in range(0, len(images), BATCH_SIZE):
-            yield self.extract(images[begin : begin + BATCH_SIZE])
+            batch = images[begin : begin + BATCH_SIZE]
+            yield self.extract(batch) if folder is None or not self.sha256 else self._kept(batch, folder)
+
+    def _kept(self, images: UInt8[np.ndarray, "n h w c"], folder: Path) -> Batch:
+        about = hashlib.sha256(f"{self.sha256} {images.shape}\n".encode())
+        about.update(np.ascontiguousarray(images))
+        path = folder / f"{about.hexdigest()}.npz"
+        try:
+            with np.load(path) as saved:
+                return Batch(saved["features"], saved["logits"])
+        except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent or damaged
+            batch = self.extract(images)
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.replacing(path) as file:
+            np.savez(file, features=batch.features, logits=batch.logits)
+        return batch
 
 
 def pixels(train_set: Source) -> Features:

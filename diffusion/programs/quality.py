@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from diffusion.runtime import processes
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
 
+UNFINISHED = "unfinished_quality"  # in the workdir: features of a call that was stopped
 USUAL_IMAGES = 50_000  # of published Fréchet distances
 
 
@@ -31,7 +33,8 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     """Draws from a checkpoint of `directory` what is not in its samples/ yet, writes quality.json and prints it."""
     experiment, state, model = sample.trained(config, directory, checkpoint)
     train_set, test_set = (build.load_data(config, split) for split in SPLITS)
-    scorer = processes.on_first(lambda: Scorer(config, train_set, test_set))
+    unfinished = directory / UNFINISHED
+    scorer = processes.on_first(lambda: Scorer(config, train_set, test_set, unfinished))
     num_images = config.quality.num_images
     with Preemption() as preemption:
         with memory.explained(experiment, "sample.batch_size"):
@@ -51,6 +54,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
                 "versions": summary.versions(),
             }
             summary.write_json(directory / "quality.json", scores)
+            shutil.rmtree(unfinished, ignore_errors=True)
             print(json.dumps(scores, indent=2, ensure_ascii=False))
 
         processes.on_first(write)
@@ -66,12 +70,18 @@ def score(
 class Scorer:
     """Measures samples by the config's features, against its reference.
 
+    Args:
+        config: says by which features, and against what.
+        train_set, test_set: the data.
+        unfinished: a folder that keeps the features of a network, for a call that may be stopped.
+
     Raises:
         FileNotFoundError, ConnectionError: the features' weights or the reference's file are missing.
         ValueError: they are damaged, or do not fit.
     """
 
-    def __init__(self, config: ConfigDict, train_set: Source, test_set: Source):
+    def __init__(self, config: ConfigDict, train_set: Source, test_set: Source, unfinished: Path | None = None):
+        self._unfinished = unfinished
         self._config, self._sets = config.quality, {"train": train_set, "test": test_set}
         self._features = build.quality_features(config, train_set)
         self._dimension = self._features.extract(train_set.images(slice(1))).features.shape[1]
@@ -150,7 +160,7 @@ class Scorer:
 
     def _batches(self, images: Iterable[UInt8[np.ndarray, "n h w c"]], progress: Progress) -> Iterator[Batch]:
         for part in images:
-            for batch in self._features.batches(part):
+            for batch in self._features.batches(part, self._unfinished):
                 yield batch
                 progress.update(len(batch.features))
 
