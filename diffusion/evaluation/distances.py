@@ -41,7 +41,7 @@ def kernel_distance(
     rng, distances = np.random.RandomState(seed), []
     for _ in range(num_subsets):
         x, y = (side[rng.choice(len(side), subset_size, replace=False)] for side in (features_1, features_2))
-        distances.append(float(_mmd2(x, y)))
+        distances.append(_mmd2(x, y))
     return float(np.mean(distances)), float(np.std(distances))
 
 
@@ -49,7 +49,7 @@ def _mmd2(x: Float[np.ndarray, "m d"], y: Float[np.ndarray, "m d"]) -> float:
     """Gretton et al. (2012), eq. 3: an image is not compared with itself."""
     size = len(x)
     within = sum((kernel.sum(axis=1) - kernel.diagonal()).sum() for kernel in (_kernel(x, x), _kernel(y, y)))
-    return within / (size * (size - 1)) - 2 * _kernel(x, y).sum(axis=0).sum() / size**2
+    return float(within / (size * (size - 1)) - 2 * _kernel(x, y).sum(axis=0).sum() / size**2)
 
 
 def _kernel(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "n m"]:
