@@ -1,4 +1,7 @@
-"""python main.py --config=configs/cifar10.py [--workdir=runs/cifar10] [--mode=train|eval|sample|quality|describe]"""
+"""python main.py --config=configs/cifar10.py [--workdir=runs/cifar10] [--mode=MODE]
+
+MODE is train, eval, sample, quality, classifier or describe.
+"""
 
 import contextlib
 import importlib
@@ -17,6 +20,7 @@ _MODES = {
     "eval": "evaluate",
     "sample": "sample",
     "quality": "quality",
+    "classifier": "classifier",
     "describe": "describe",
 }
 _READ_A_CHECKPOINT = ("eval", "sample", "quality")

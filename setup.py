@@ -47,7 +47,8 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "compilers": ["jax[cuda12,tpu]"],  # benchmarks/compiled.py compiles for devices that are not there
-        "peers": ["diffusers", "torch"],  # to compare with; the programs do not need them
+        "inception": ["torch"],  # reads the published weights once
+        "peers": ["diffusers", "torch", "torch-fidelity", "torchvision"],  # to compare with; no program needs them
         "ode": ["diffrax>=0.7"],  # diffusion/exact/ode.py alone needs it
         "dev": [
             "beartype",

@@ -73,7 +73,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def finish(out: Path, settings: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
     """Prints the table and writes everything as JSON, with what the numbers depend on."""
     versions = summary.versions()
-    for package in ("torch", "diffusers"):
+    for package in ("torch", "diffusers", "torch-fidelity"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -100,5 +100,7 @@ def get_config() -> ConfigDict:
 
     config.quality = ConfigDict()
     config.quality.num_images = 10_000  # samples that --mode=quality draws; published distances take 50,000
-    config.quality.features = "pixels"  # pixels
+    config.quality.features = "pixels"  # pixels, inception (FID), classifier (of the data's own labels)
+    config.quality.reference = "train"  # train, test, or an .npz file with mu and sigma
+    config.quality.every = 0  # steps of training after which samples are scored, into metrics.jsonl; 0: never
     return config.lock()

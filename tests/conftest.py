@@ -26,6 +26,8 @@ matplotlib.use("Agg")
 if "DIFFUSION_TESTS_COMPILED" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="diffusion-tests-")
     os.environ["DIFFUSION_TESTS_COMPILED"] = COMPILED.name
+    # Classifiers and references are kept in the user's cache, which tests leave alone.
+    os.environ["XDG_CACHE_HOME"] = f"{COMPILED.name}/cache"
 jax.config.update("jax_compilation_cache_dir", os.environ["DIFFUSION_TESTS_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -2,10 +2,7 @@
 
 import hashlib
 import io
-import os
 import tarfile
-import urllib.request
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +10,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
+
+from diffusion.runtime.download import download
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -87,29 +86,3 @@ def find_archive(data_dir: Path, url: str, sha256: str) -> Path:
             "or set data.data_dir to a TFDS directory that holds cifar10 in ArrayRecord format"
         ) from error
     return downloaded
-
-
-def download(url: str, sha256: str, path: Path) -> None:
-    """Downloads `url` to `path`, which appears only once complete and with the right SHA-256.
-
-    Raises:
-      ValueError: the server sent something else.
-      OSError: the server or the disk failed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    digest = hashlib.sha256()
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, partial.open("wb") as file:
-            size = int(response.headers["Content-Length"] or 0) or None
-            with tqdm(total=size, desc=f"downloading {path.name}", unit="B", unit_scale=True) as progress:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    digest.update(block)
-                    progress.update(len(block))
-        found = digest.hexdigest()
-        if found != sha256:
-            raise ValueError(f"{url} sent SHA-256 {found}, not {sha256}: nothing was kept, try again")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

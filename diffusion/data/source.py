@@ -1,12 +1,14 @@
 """What a data set is: pixel values and labels by index, and what is known of a set before it is read."""
 
 import dataclasses
+import hashlib
 import mmap
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
 SPLITS = ("train", "test")
+IMAGES_PER_READ = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,15 @@ class Source:
         if self.classes is None:
             raise ValueError(f"data.name={self.name!r} has no labels")
         return self.classes[indices]
+
+    def sha256(self) -> str:
+        """A digest of what the split holds: pixel values, levels and labels."""
+        digest = hashlib.sha256(f"{self.pixels.shape} {self.num_levels} {self.num_classes}\n".encode())
+        for begin in range(0, len(self), IMAGES_PER_READ):
+            digest.update(np.ascontiguousarray(self.images(slice(begin, begin + IMAGES_PER_READ))))
+        if self.classes is not None:
+            digest.update(np.ascontiguousarray(self.classes, np.int32))
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

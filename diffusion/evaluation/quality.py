@@ -3,125 +3,176 @@
 A metric sees all features once, batch by batch. To add one, write its three functions and a line in METRICS.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float64, UInt8
+from jaxtyping import Float, Float32, Float64, Int64
 
-BATCH_SIZE = 1000  # images whose features are in memory at a time
+from diffusion.evaluation.distances import inception_score, kernel_distance, precision_recall
+from diffusion.evaluation.features import FEATURES, Batch
+from diffusion.evaluation.frechet import (
+    Moments,
+    add_to_moments,
+    frechet_at_infinity,
+    frechet_distance,
+    no_moments,
+)
+
+__all__ = [
+    "FEATURES",
+    "METRICS",
+    "Batch",
+    "Metric",
+    "frechet_at_infinity",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "precision_recall",
+    "results",
+    "states",
+    "updated",
+]
+
+KEPT_IMAGES = 10_000  # a random choice of so many, for the metrics that compare image with image
+KEPT_LOGITS = 50_000
+# The usual choices. With this seed the subsets and the order of images are those of torch-fidelity.
+KID_SUBSETS, KID_SUBSET_SIZE, SEED = 100, 1000, 2020
+SPLITS, NEIGHBOUR = 10, 3
 
 
 class Metric(NamedTuple):
     """A metric of samples, computed from one pass over the features of both sides.
 
     Attributes:
-        init: dimension of the features -> the state before the first batch, NumPy arrays in float64.
-        update: (state, features [n, d]) -> the state after this batch.
-        result: (state of the generated images, state of the reference) -> {name in quality.json: number}.
+        init: dimension of the features -> the state before the first batch, a tuple of arrays and numbers.
+        update: (state, batch) -> the state after this batch. Metrics with the same `update` share their state.
+        result: (state of the generated images, state of the reference) -> {name in quality.json: number}, None for
+            a number that these images do not have.
     """
 
     init: Callable[[int], Any]
-    update: Callable[[Any, np.ndarray], Any]
-    result: Callable[[Any, Any], dict[str, float]]
+    update: Callable[[Any, Batch], Any]
+    result: Callable[[Any, Any], dict[str, float | int | None]]
 
 
-def frechet_distance(
-    mean_1: Float[np.ndarray, " d"],
-    cov_1: Float[np.ndarray, "d d"],
-    mean_2: Float[np.ndarray, " d"],
-    cov_2: Float[np.ndarray, "d d"],
-) -> float:
-    """The squared Fréchet (Wasserstein-2) distance of two Gaussians, in squared units of the features, in float64.
+class Kept(NamedTuple):
+    """A random choice of rows, in the order in which they came: those with the smallest of uniform random numbers.
 
-    |μ_1 − μ_2|² + tr(C_1 + C_2 − 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}). Covariances may be singular.
-
-    Source: Dowson & Landau (1982); Heusel et al. (2017), eq. 6.
-
-    Raises:
-        ValueError: a mean or a covariance holds NaN or Inf.
+    The numbers depend on a row's position alone, so the choice does not depend on the batches.
     """
-    arguments = [np.asarray(value, np.float64) for value in (mean_1, cov_1, mean_2, cov_2)]
-    if not all(np.isfinite(value).all() for value in arguments):
-        raise ValueError("the mean or the covariance of the features holds NaN or Inf")
-    mean_1, cov_1, mean_2, cov_2 = arguments
-    # With C_i = F_i F_iᵀ the trace of the square root is the sum of the singular values of F_1ᵀ F_2. The eigenvalues
-    # of C_1^{1/2} C_2 C_1^{1/2} are their squares: the root of a rounding error of 1e-16 would be 1e-8.
-    overlap = np.linalg.svd(_factor(cov_1).T @ _factor(cov_2), compute_uv=False).sum()
-    distance = np.sum((mean_1 - mean_2) ** 2) + np.trace(cov_1) + np.trace(cov_2) - 2 * overlap
-    return max(float(distance), 0.0)  # below 0 by rounding, where the two are equal
+
+    count: int  # rows seen
+    numbers: Float64[np.ndarray, " kept"]
+    rows: Float32[np.ndarray, "kept d"]
 
 
-def _factor(cov: Float64[np.ndarray, "d d"]) -> Float64[np.ndarray, "d rank"]:
-    """F with F Fᵀ = C, from the eigenvalues that are more than rounding errors."""
-    values, vectors = np.linalg.eigh((cov + cov.T) / 2)
-    is_kept = values > len(cov) * np.finfo(np.float64).eps * values[-1]
-    return vectors[:, is_kept] * np.sqrt(values[is_kept])
+def _none_kept(dimension: int) -> Kept:
+    return Kept(0, np.zeros(0), np.zeros((0, dimension), np.float32))
 
 
-class Moments(NamedTuple):
-    """The count, the mean and the summed outer products of deviations from the mean."""
-
-    count: int
-    mean: Float64[np.ndarray, " d"]
-    scatter: Float64[np.ndarray, "d d"]
-
-
-def _no_moments(dimension: int) -> Moments:
-    return Moments(0, np.zeros(dimension), np.zeros((dimension, dimension)))
+def _keep(state: Kept, rows: Float[np.ndarray, "n d"], most: int) -> Kept:
+    numbers = np.random.Generator(np.random.PCG64(0).advance(state.count)).random(len(rows))
+    numbers = np.concatenate([state.numbers, numbers])
+    rows, count = np.concatenate([state.rows, np.asarray(rows, np.float32)]), state.count + len(rows)
+    if len(rows) > most:
+        chosen: Int64[np.ndarray, " kept"] = np.sort(np.argpartition(numbers, most)[:most])
+        numbers, rows = numbers[chosen], rows[chosen]
+    return Kept(count, numbers, rows)
 
 
-def _with_batch(state: Moments, features: Float64[np.ndarray, "n d"]) -> Moments:
-    """Chan, Golub & LeVeque (1979): sums of squares around a mean lose no digits to a large mean."""
-    num_new, batch_mean = len(features), features.mean(axis=0)
-    deviations, shift = features - batch_mean, batch_mean - state.mean
-    count = state.count + num_new
-    between = np.outer(shift, shift) * (state.count * num_new / count)
-    mean = state.mean + shift * (num_new / count)
-    return Moments(count, mean, state.scatter + deviations.T @ deviations + between)
+class Seen(NamedTuple):
+    """What most metrics need of a set's features."""
+
+    moments: Moments
+    kept: Kept
 
 
-def _frechet_of_moments(generated: Moments, reference: Moments) -> dict[str, float]:
-    sides = [(side.mean, side.scatter / (side.count - 1)) for side in (generated, reference)]
-    return {"frechet_distance": frechet_distance(*sides[0], *sides[1])}
+def nothing_seen(dimension: int) -> Seen:
+    return Seen(no_moments(dimension), _none_kept(dimension))
+
+
+def see(state: Seen, batch: Batch) -> Seen:
+    return Seen(add_to_moments(state.moments, batch.features), _keep(state.kept, batch.features, KEPT_IMAGES))
+
+
+def _frechet(generated: Seen, reference: Seen) -> dict[str, float | None]:
+    one, two = generated.moments, reference.moments
+    distance = frechet_distance(one.mean, one.cov, two.mean, two.cov)
+    # FID is its name with the features of Inception.
+    return {"fid": distance, "frechet_distance": distance}
+
+
+def _at_infinity(generated: Seen, reference: Seen) -> dict[str, float | None]:
+    two = reference.moments
+    found = frechet_at_infinity(generated.kept.rows, two.mean, two.cov, of_all=generated.moments)
+    distance, stderr = found or (None, None)
+    return {"fid_infinity": distance, "fid_infinity_stderr": stderr}
+
+
+def _kernel(generated: Seen, reference: Seen) -> dict[str, float | int | None]:
+    sides = [np.float64(side.kept.rows) for side in (generated, reference)]
+    size = min(KID_SUBSET_SIZE, *map(len, sides))
+    mean, spread = kernel_distance(*sides, KID_SUBSETS, size, SEED) if size >= 2 else (None, None)
+    return {"kid": mean, "kid_stderr": spread, "kid_subset_size": size}
+
+
+def _neighbours(generated: Seen, reference: Seen) -> dict[str, float | None]:
+    sides = [side.kept.rows for side in (generated, reference)]
+    is_possible = min(map(len, sides)) > NEIGHBOUR
+    precision, recall = precision_recall(*sides, NEIGHBOUR) if is_possible else (None, None)
+    return {"precision": precision, "recall": recall}
+
+
+def _no_logits(dimension: int) -> Kept:
+    return _none_kept(0)
+
+
+def _keep_logits(state: Kept, batch: Batch) -> Kept:
+    if batch.logits is None:
+        return state
+    return _keep(state if state.count else _none_kept(batch.logits.shape[1]), batch.logits, KEPT_LOGITS)
+
+
+def _inception_score(generated: Kept, reference: Kept) -> dict[str, float | None]:
+    if len(generated.rows) < SPLITS:
+        return {"inception_score": None, "inception_score_stderr": None}
+    # Samples may come sorted by class, of which every part should have its share.
+    order = np.random.RandomState(SEED).permutation(len(generated.rows))
+    mean, spread = inception_score(generated.rows[order], SPLITS)
+    return {"inception_score": mean, "inception_score_stderr": spread}
 
 
 METRICS = {
-    "frechet_distance": Metric(_no_moments, _with_batch, _frechet_of_moments),
+    "frechet_distance": Metric(nothing_seen, see, _frechet),
+    "frechet_at_infinity": Metric(nothing_seen, see, _at_infinity),
+    "kernel_distance": Metric(nothing_seen, see, _kernel),
+    "inception_score": Metric(_no_logits, _keep_logits, _inception_score),
+    "precision_recall": Metric(nothing_seen, see, _neighbours),
 }
 
-
-def pixels(images: UInt8[np.ndarray, "n h w c"], num_levels: int) -> Float64[np.ndarray, "n d"]:
-    """The images themselves, in [-1, 1]."""
-    return images.reshape(len(images), -1) / ((num_levels - 1) / 2) - 1.0
+States = dict[Callable, Any]  # by the `update` that makes them
 
 
-# name -> (images, uint8 [n, h, w, c]; number of pixel values) -> features, float64 [n, d]
-FEATURES = {"pixels": pixels}
+def updated(states: States, batch: Batch) -> States:
+    """Every metric's state after a batch; {} stands for those before the first one."""
+    if not len(batch.features):
+        return states
+    before = states or {metric.update: metric.init(batch.features.shape[1]) for metric in METRICS.values()}
+    return {update: update(state, batch) for update, state in before.items()}
 
 
-def states(
-    images: UInt8[np.ndarray, "n h w c"], num_levels: int, features: Callable[[np.ndarray, int], np.ndarray]
-) -> dict[str, Any]:
-    """Every metric's state after all images, at least one, in batches.
-
-    Args:
-        images: pixel values.
-        num_levels: how many pixel values there are.
-        features: one of FEATURES.
-    """
-    found: dict[str, Any] = {}
-    for start in range(0, len(images), BATCH_SIZE):
-        batch = features(images[start : start + BATCH_SIZE], num_levels)
-        if not found:
-            found = {name: metric.init(batch.shape[1]) for name, metric in METRICS.items()}
-        found = {name: metric.update(found[name], batch) for name, metric in METRICS.items()}
+def states(batches: Iterable[Batch]) -> States:
+    """Every metric's state after all batches, at least one."""
+    found: States = {}
+    for batch in batches:
+        found = updated(found, batch)
     return found
 
 
-def results(generated: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
-    """What every metric says of the generated images, from the `states` of both sides."""
-    numbers: dict[str, float] = {}
-    for name, metric in METRICS.items():
-        numbers |= metric.result(generated[name], reference[name])
+def results(generated: States, reference: States) -> dict[str, float | int | None]:
+    """What every metric says of the generated images, from the states of both sides."""
+    numbers: dict[str, float | int | None] = {}
+    for metric in METRICS.values():
+        numbers |= metric.result(generated[metric.update], reference[metric.update])
     return numbers

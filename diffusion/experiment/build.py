@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from diffusion import data, interop, learned_schedule, objectives, reverse
 from diffusion.evaluation import bound
+from diffusion.evaluation.features import Features
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import names, rules
 from diffusion.experiment.config import KEYS
@@ -179,6 +180,7 @@ def plan(config: ConfigDict) -> loop.Plan:
         log_every=settings.log_every,
         checkpoint_every=settings.checkpoint_every,
         sample_every=settings.sample_every,
+        quality_every=config.quality.every,
         check_replicas_every=settings.check_replicas_every,
         skip_nonfinite=settings.skip_nonfinite,
     )
@@ -195,9 +197,9 @@ def sample_method(config: ConfigDict) -> Callable:
     return _chosen(config, "sample.method")
 
 
-def quality_features(config: ConfigDict) -> Callable:
-    """What samples are compared by: (images, number of pixel values) -> features."""
-    return _chosen(config, "quality.features")
+def quality_features(config: ConfigDict, train_set: data.Source) -> Features:
+    """What samples are compared by. Raises what the functions of `evaluation.features` do."""
+    return _chosen(config, "quality.features")(train_set)
 
 
 def _chosen(config: ConfigDict, key: str):

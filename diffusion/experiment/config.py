@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diffusion import learned_schedule, likelihood, objectives, reverse, samplers, schedules, timesteps
+from diffusion.data.source import SPLITS
 from diffusion.evaluation import quality
 from diffusion.experiment import names
 from diffusion.experiment.names import Choice
@@ -32,9 +33,7 @@ class Constraint(NamedTuple):
 
 def integer(at_least: int, at_most: int = 2**31 - 1) -> Constraint:
     end = "2³¹ − 1" if at_most == 2**31 - 1 else f"{at_most:,}"
-    return Constraint(
-        lambda v: names.accepts(int, v) and at_least <= v <= at_most, f"an integer in {at_least}…{end}"
-    )
+    return Constraint(lambda v: names.accepts(int, v) and at_least <= v <= at_most, f"an integer in {at_least}…{end}")
 
 
 def number(low: float | int, high: float | int, words: str) -> Constraint:
@@ -113,7 +112,12 @@ KEYS: dict[str, Constraint | Choice] = {
         "(low, high) with low < high, or () for every t",
     ),
     "quality.num_images": integer(2),
-    "quality.features": Choice(quality.FEATURES, given=("images", "num_levels")),
+    "quality.features": Choice(quality.FEATURES, given=("train_set",)),
+    "quality.reference": Constraint(
+        lambda v: names.accepts(str, v) and (v in SPLITS or v.endswith(".npz")),
+        "train, test or the path of an .npz file with mu and sigma",
+    ),
+    "quality.every": integer(0),
 }
 
 # What may change between the legs of a run: where the data lies, with what means the same is computed, how it is

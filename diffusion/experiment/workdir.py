@@ -33,7 +33,8 @@ LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, whi
 WRITTEN = (
     *("metrics.jsonl", "checkpoints", "tensorboard", "loss.png", "schedule.png", "x0_variance.npz"),
     *("summary*.json", SECONDS),
-    *("samples", "samples*.png", "samples.npz", "progressive.png", "quality.json"),
+    *("samples", "samples*.png", "samples.npz", "progressive.png"),
+    *("quality.json", "unfinished_quality"),
     *("evaluations", "unfinished_eval", "eval.json", "bpd.npz", "bpd.png", "rate_distortion.png"),
     *(BASE, "report.html"),
 )

@@ -1,6 +1,10 @@
-"""--mode=quality: samples of a trained model against the training split, by every metric of `evaluation.quality`."""
+"""--mode=quality: samples of a trained model against a reference set, by every metric of `evaluation.quality`."""
 
+import functools
+import hashlib
 import json
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,62 +13,153 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from diffusion.data import Source
-from diffusion.evaluation import quality
+from diffusion.data.source import SPLITS
+from diffusion.evaluation import quality, reference
+from diffusion.evaluation.features import Batch
+from diffusion.evaluation.reference import Numbers, Reference
 from diffusion.experiment import build, memory
 from diffusion.programs import sample
 from diffusion.reporting import page, summary
+from diffusion.reporting.progress import Progress
 from diffusion.runtime import processes
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
 
+UNFINISHED = "unfinished_quality"  # in the workdir: features of a call that was stopped
 USUAL_IMAGES = 50_000  # of published Fréchet distances
 
 
 def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
-    """Draws from a checkpoint of `directory`, writes quality.json and prints it."""
+    """Draws from a checkpoint of `directory` what is not in its samples/ yet, writes quality.json and prints it."""
     experiment, state, model = sample.trained(config, directory, checkpoint)
-    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
-    with Preemption(), memory.explained(experiment, "sample.batch_size"):
-        images = sample.Sampler(experiment).images(model, config.quality.num_images)
-    scores = score(config, images, train_set, test_set) | {
-        "sampler": {
-            "method": config.sample.method,
-            "num_steps": config.sample.num_steps or config.schedule.num_steps,
-            "variance": model.p.variance,
-            "seed": config.seed,
-        },
-        "step": int(state.step),
-        "ema_sha256": tree_sha256(state.ema_params),
-        "device": summary.device_name(),
-        "versions": summary.versions(),
-    }
-    if processes.is_first():
-        summary.write_json(directory / "quality.json", scores)
-        page.refresh(directory)
-        print(json.dumps(scores, indent=2, ensure_ascii=False))
+    train_set, test_set = (build.load_data(config, split) for split in SPLITS)
+    unfinished = directory / UNFINISHED
+    scorer = processes.on_first(lambda: Scorer(config, train_set, test_set, unfinished))
+    num_images = config.quality.num_images
+    with Preemption() as preemption:
+        with memory.explained(experiment, "sample.batch_size"):
+            folder = sample.fill(experiment, directory, model, int(state.step), num_images, preemption.check)
+
+        def write() -> None:
+            scores = scorer.scores(sample.shards(folder, num_images), num_images) | {
+                "sampler": sample.described(config, model.p.variance),
+                "step": int(state.step),
+                "ema_sha256": tree_sha256(state.ema_params),
+                "device": summary.device_name(),
+                "versions": summary.versions(),
+            }
+            summary.write_json(directory / "quality.json", scores)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            print(json.dumps(scores, indent=2, ensure_ascii=False))
+            page.refresh(directory)
+
+        processes.on_first(write)
 
 
 def score(
     config: ConfigDict, images: UInt8[np.ndarray, "n h w c"], train_set: Source, test_set: Source
 ) -> dict[str, Any]:
-    """Every metric of the samples, and for scale of the test split, against all of the training split.
+    """The entries of quality.json that say what these images were compared with, and the numbers."""
+    return Scorer(config, train_set, test_set).scores([images], len(images))
 
-    Returns:
-        The entries of quality.json that say what was compared, and the numbers.
+
+class Scorer:
+    """Measures samples by the config's features, against its reference.
+
+    Args:
+        config: says by which features, and against what.
+        train_set, test_set: the data.
+        unfinished: a folder that keeps the features of a network, for a call that may be stopped.
+
+    Raises:
+        FileNotFoundError, ConnectionError: the features' weights or the reference's file are missing.
+        ValueError: they are damaged, or do not fit.
     """
-    features, num_levels = build.quality_features(config), train_set.num_levels
-    compared = (images, train_set.images(), test_set.images())
-    samples, train, test = (quality.states(side, num_levels, features) for side in compared)
-    scores = quality.results(samples, train)
-    scores |= {f"{name}_test_split": value for name, value in quality.results(test, train).items()}
-    scores |= {
-        "num_samples": len(images),
-        "features": config.quality.features,
-        "reference": f"{train_set.name}, train split, {len(train_set)} images",
-    }
-    if len(images) < USUAL_IMAGES:
-        scores["note"] = (
-            f"the Fréchet distance of few images is biased upwards: that of {len(images)} samples compares only with "
-            f"others of {len(images)}; the test split has {len(test_set)} images"
-        )
-    return scores
+
+    def __init__(self, config: ConfigDict, train_set: Source, test_set: Source, unfinished: Path | None = None):
+        self._unfinished = unfinished
+        self._config, self._sets = config.quality, {"train": train_set, "test": test_set}
+        self._features = build.quality_features(config, train_set)
+        self._dimension = self._features.extract(train_set.images(slice(1))).features.shape[1]
+        self._published = None
+        if self._config.reference not in SPLITS:
+            self._published = reference.published(self._path, self._dimension)
+
+    @property
+    def _path(self) -> Path:
+        return Path(self._config.reference).expanduser()
+
+    def numbers(self, images: Iterable[UInt8[np.ndarray, "n h w c"]], num_images: int) -> Numbers:
+        """Every metric of samples that come in parts."""
+        with Progress(num_images, desc="features of the samples", unit="image") as progress:
+            states = quality.states(self._batches(images, progress))
+        return quality.results(states, self._reference.states)
+
+    def scores(self, images: Iterable[UInt8[np.ndarray, "n h w c"]], num_images: int) -> dict[str, Any]:
+        """The numbers, those of real images for scale, and what was compared with what."""
+        found = self.numbers(images, num_images) | self._reference.scale
+        about = {
+            "num_samples": num_images,
+            "features": self._config.features,
+            "weights_sha256": self._features.sha256 or None,
+            **self._features.facts,
+            "reference": self._reference_name,
+        }
+        if num_images < USUAL_IMAGES:
+            about["note"] = (
+                f"the Fréchet distance of few images is biased upwards: that of {num_images} samples compares only "
+                f"with others of {num_images}, and the test split has {len(self._sets['test'])} images; fid_infinity "
+                "is without this bias"
+            )
+        return found | about
+
+    @functools.cached_property
+    def _reference_name(self) -> str:
+        if self._published is not None:
+            return f"{self._path}, SHA-256 {hashlib.sha256(self._path.read_bytes()).hexdigest()}"
+        split = self._sets[self._config.reference]
+        return f"{split.name}, {split.split} split, {len(split)} images"
+
+    @functools.cached_property
+    def _reference(self) -> Reference:
+        facts = {
+            "features": self._config.features,
+            "weights": self._features.sha256,
+            "reference": self._reference_name,
+        }
+        digests = {split: source.sha256() for split, source in self._sets.items()}
+        return reference.cached(facts | digests, self._dimension, self._made)
+
+    def _made(self) -> Reference:
+        """The reference's states; for scale the other split against it, and two halves of the training set."""
+        of_splits = {split: self._states(source) for split, source in self._sets.items() if split != "train"}
+        of_splits["train"], *halves = self._states_with_halves(self._sets["train"])
+        states = of_splits.get(self._config.reference, self._published)
+        other = "train" if self._config.reference == "test" else "test"
+        scale = _named(quality.results(of_splits[other], states), f"{other}_split")
+        return Reference(states, scale | _named(quality.results(*halves), "train_halves"))
+
+    def _states(self, source: Source) -> quality.States:
+        with Progress(len(source), desc=f"features of the {source.split} split", unit="image") as progress:
+            return quality.states(self._batches([source.images()], progress))
+
+    def _states_with_halves(self, source: Source) -> tuple[quality.States, quality.States, quality.States]:
+        half = np.random.default_rng(0).permutation(len(source)) % 2
+        whole, parts, begin = {}, [{}, {}], 0
+        with Progress(len(source), desc=f"features of the {source.split} split", unit="image") as progress:
+            for batch in self._batches([source.images()], progress):
+                whole = quality.updated(whole, batch)
+                of_batch = half[begin : begin + len(batch.features)]
+                parts = [quality.updated(part, batch.only(of_batch == number)) for number, part in enumerate(parts)]
+                begin += len(batch.features)
+        return whole, *parts
+
+    def _batches(self, images: Iterable[UInt8[np.ndarray, "n h w c"]], progress: Progress) -> Iterator[Batch]:
+        for part in images:
+            for batch in self._features.batches(part, self._unfinished):
+                yield batch
+                progress.update(len(batch.features))
+
+
+def _named(numbers: Numbers, suffix: str) -> Numbers:
+    return {f"{name}_{suffix}": value for name, value in numbers.items()}

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -129,6 +130,21 @@ def save(
     return folder
 
 
+def fill(
+    experiment: Experiment,
+    directory: Path,
+    model: Model,
+    step: int,
+    num_images: int,
+    stop: Callable[[], None] | None = None,
+) -> Path:
+    """Draws as many images as `num_images` into the folder of `save`, but for those that it has; returns the folder."""
+    folder = directory / SAMPLES / name(experiment, model.p.variance, step)
+    with workdir.locked(folder):
+        _fill(Sampler(experiment), model, folder, num_images, stop)
+    return folder
+
+
 def name(experiment: Experiment, variance: str, step: int) -> str:
     """What tells one set of samples from another: checkpoint, method, number of steps, variance, labels, guidance."""
     config = experiment.config.sample
@@ -140,6 +156,23 @@ def name(experiment: Experiment, variance: str, step: int) -> str:
         within = "to".join(f"{t:g}" for t in config.guidance_interval)
         parts += [f"guidance{config.guidance:g}" + (f"within{within}" if within else "")]
     return re.sub(r"[^\w.=+-]+", "_", "-".join(parts))
+
+
+def described(config: ConfigDict, variance: str) -> dict[str, Any]:
+    """How images are drawn, as quality.json says it."""
+    about = {
+        "method": config.sample.method,
+        "num_steps": config.sample.num_steps or config.schedule.num_steps,
+        "variance": variance,
+        "seed": config.seed,
+    }
+    if config.model.conditional:
+        about |= {
+            "labels": list(config.sample.labels) or "all in turn",
+            "guidance": config.sample.guidance,
+            "guidance_interval": list(config.sample.guidance_interval) or "every t",
+        }
+    return about
 
 
 def classes(experiment: Experiment) -> tuple[int, ...]:
@@ -184,10 +217,15 @@ def _holds(path: Path, num_images: int) -> bool:
     return path.exists() and len(np.load(path, mmap_mode="r")) >= num_images
 
 
+def shards(folder: Path, num_images: int) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
+    """The first images of a folder of samples/, shard by shard."""
+    for begin in range(0, num_images, SHARD_IMAGES):
+        yield np.load(shard(folder, begin // SHARD_IMAGES))[: num_images - begin]
+
+
 def read(folder: Path, num_images: int) -> UInt8[np.ndarray, "n h w c"]:
     """The first images of a folder of samples/."""
-    numbers = range(-(-num_images // SHARD_IMAGES))
-    return np.concatenate([np.load(shard(folder, number)) for number in numbers])[:num_images]
+    return np.concatenate(list(shards(folder, num_images)))
 
 
 def _save_archive(experiment: Experiment, folder: Path) -> None:

@@ -16,6 +16,7 @@ from diffusion.evaluation import images
 from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.programs import evaluate, sample
+from diffusion.programs.quality import Scorer
 from diffusion.programs.sample import Sampler
 from diffusion.reporting import page, pictures, plots, summary
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
@@ -112,6 +113,7 @@ def train(
 ) -> TrainState:
     """Trains to the end from the latest checkpoint in `directory`, or from the start; returns the last state."""
     config, plan = experiment.config, build.plan(experiment.config)
+    scorer = processes.on_first(lambda: Scorer(config, train_set, test_set)) if config.quality.every else None
     numbers = images.subset(len(test_set), min(config.train.monitor_images, len(test_set)))
     test_loss = loop.monitor(experiment.training, config.seed, config.schedule.num_steps, test_set, numbers)
     with Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
@@ -120,10 +122,11 @@ def train(
             return state
         with MetricsLog(directory, int(state.step), after_row) as log:
             show = _shower(experiment, directory, sampler, log)
+            quality_of = _quality_of(experiment, sampler, scorer)
             training = experiment.training
             on_devices = processes.agreed(memory.keeps_images(experiment, len(train_set)))
             return loop.train(
-                training, plan, state, train_set, on_devices, test_loss, show, checkpoints, log, preemption
+                training, plan, state, train_set, on_devices, test_loss, show, quality_of, checkpoints, log, preemption
             )
 
 
@@ -153,6 +156,22 @@ def _shower(
             page.refresh(directory)
 
     return show
+
+
+def _quality_of(
+    experiment: Experiment, sampler: Sampler, scorer: Scorer | None
+) -> Callable[[Replicated], dict[str, float]]:
+    """A function of EMA parameters: the metrics of quality.num_images samples, on process 0."""
+    num_images = experiment.config.quality.num_images
+
+    def quality_of(ema_params: Replicated) -> dict[str, float]:
+        model = experiment.model(ema_params.host(), experiment.config.sample.variance)
+        with memory.explained(experiment, "sample.batch_size"):
+            images = sampler.images(model, num_images)
+        numbers = processes.on_first(lambda: scorer.numbers([images], num_images)) or {}
+        return {name: value for name, value in numbers.items() if value is not None}
+
+    return quality_of
 
 
 def _plot_schedule(experiment: Experiment, directory: Path, state: TrainState) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and where files lie that can be made again."""
 
 import contextlib
 import os
@@ -36,3 +36,8 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file, completely or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def cache_directory() -> Path:
+    """`$XDG_CACHE_HOME/diffusion`, or ~/.cache/diffusion; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion"

@@ -40,6 +40,7 @@ class Plan:
     log_every: int
     checkpoint_every: int
     sample_every: int
+    quality_every: int
     check_replicas_every: int
     skip_nonfinite: int
 
@@ -53,7 +54,10 @@ class Plan:
         Each length is a compilation, so there are two. No call goes beyond a step after which something happens: what
         is left before it is made of single steps.
         """
-        every = (self.log_every, self.checkpoint_every, self.sample_every, self.check_replicas_every)
+        every = (
+            *(self.log_every, self.checkpoint_every, self.sample_every, self.quality_every),
+            self.check_replicas_every,
+        )
         intervals = [interval for interval in every if interval]
         longest = min([self.steps_per_call, self.num_steps, *intervals])
         left = min([self.num_steps - step, *(interval - step % interval for interval in intervals)])
@@ -68,6 +72,7 @@ def train(
     on_devices: bool,
     test_loss: Callable[[Replicated], float],
     draw: Callable[[int, Replicated], None],
+    quality: Callable[[Replicated], dict[str, float]],
     checkpoints: Checkpoints,
     log: MetricsLog,
     preemption: Preemption,
@@ -82,6 +87,7 @@ def train(
         on_devices: whether every device keeps all images; else they are read from disk while a step runs.
         test_loss: of EMA parameters; it ranks the checkpoints.
         draw: (step, EMA parameters) -> shows samples.
+        quality: EMA parameters -> metrics of samples.
         checkpoints: where process 0 saves.
         log: gets the rows.
         preemption: says when a signal asks to stop.
@@ -117,6 +123,8 @@ def train(
             row = _means(window) | {"images_per_second": clock.images_per_second()} if logs else {}
             if saves:
                 row["test_loss"] = _finite_loss(step, test_loss(state.part(lambda state: state.ema_params)))
+            if plan.quality_every and plan.is_due(step, plan.quality_every):
+                row |= quality(state.part(lambda state: state.ema_params))
             if row:
                 log.write(step, **row)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)

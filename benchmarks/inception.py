@@ -1,0 +1,129 @@
+"""Inception's features for FID: images per second, beside torch-fidelity's module with the same random weights.
+
+    python -m benchmarks.inception                              # 64 images of 32×32 in a timed call
+    python -m benchmarks.inception --num-images=10000 --rounds=1 --no-compile
+
+Both sides take uint8 images and return all five kinds of features. The PyTorch arms are torch-fidelity's module as it
+is, with channels_last, and compiled by torch.compile, in batches of 64. They must agree to 1e-4 before they are timed.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from benchmarks import networks, timing
+from diffusion.networks import inception
+from diffusion.networks.inception_weights import layout
+
+try:
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+except ImportError:  # the peers are optional: pip install -e '.[peers]'
+    torch = None
+
+MANY = 10_000
+
+
+def main() -> None:
+    parser = timing.arguments(__doc__, "inception")
+    parser.add_argument("--num-images", type=int, default=64, help="in a timed call")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=64, help="of PyTorch; ours chooses its own")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
+    args = parser.parse_args()
+
+    images = random_images(args.num_images, args.image_size)
+    tensors = random_tensors(seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, f"{folder}/inception.safetensors")
+        params = inception.load(f"{folder}/inception.safetensors", check_digest=False)
+    arms: dict[str, Callable[[], Any]] = {"ours": lambda: inception.features(params, images)}
+    if torch is not None:
+        peer = torch_fidelity(tensors).to(networks.device())
+        refuse_difference(params, peer, images[:2])
+        arms |= peer_arms(args, peer, images)
+
+    seconds = timing.alternate(arms, args.rounds)
+    rows = [
+        {
+            "arm": name,
+            "images/s": timing.quartiles(len(images) / values),
+            f"{MANY:,} images, minutes": timing.quartiles(MANY / len(images) * values / 60),
+        }
+        for name, values in seconds.items()
+    ]
+    theirs = [name for name in arms if name != "ours"]
+    ratio = {"seconds": timing.best_ratio(seconds, ["ours"], theirs)} if theirs else {}
+    timing.finish(args.out, vars(args), rows, **ratio)
+
+
+def random_images(count: int, height: int, width: int | None = None) -> np.ndarray:
+    """The same on every machine and under every NumPy: `RandomState` is frozen."""
+    shape = (count, height, width or height, 3)
+    return np.random.RandomState(height).randint(0, 256, shape, np.uint8)
+
+
+def random_tensors(seed: int) -> dict[str, np.ndarray]:
+    """Weights by their published names, the same everywhere, with which every part of the network shows in the output.
+
+    He et al.'s variance keeps the size of the maps. About half of the numbers are negative before they are cut off,
+    and small variances of the batch norms make their ε count.
+    """
+    random = np.random.RandomState(seed)
+    ranges = {"running_mean": (-0.2, 0.2), "running_var": (0.2, 2.0), "bn.weight": (0.4, 1.3), "bias": (-0.3, 0.3)}
+    tensors = {}
+    for name, shape in layout().items():
+        limit = (6 / np.prod(shape[1:])) ** 0.5
+        low, high = next((ends for part, ends in ranges.items() if part in name), (-limit, limit))
+        tensors[name] = (low + (high - low) * random.random_sample(shape)).astype(np.float32)
+    return tensors
+
+
+def torch_fidelity(tensors: dict[str, np.ndarray], dtype: str = "float32") -> Any:
+    """torch-fidelity's module with these weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "inception.pth"
+        torch.save({name: torch.tensor(tensor) for name, tensor in tensors.items()}, path)
+        return FeatureExtractorInceptionV3(
+            "inception",
+            list(inception.DIMENSIONS),
+            feature_extractor_weights_path=str(path),
+            feature_extractor_internal_dtype=dtype,
+        )
+
+
+def peer_features(module: Any, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What the module makes of images [n, h, w, 3]."""
+    with torch.no_grad():
+        found = module(torch.tensor(images.transpose(0, 3, 1, 2).copy(), device=networks.device()))
+    return {name: values.cpu().numpy() for name, values in zip(inception.DIMENSIONS, found, strict=True)}
+
+
+def refuse_difference(params: Any, module: Any, images: np.ndarray) -> None:
+    """Raises a RuntimeError where a feature differs by more than 1e-4 of its norm."""
+    found, wanted = inception.features(params, images), peer_features(module, images)
+    for name in inception.DIMENSIONS:
+        error = np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name])
+        if not error < 1e-4:
+            raise RuntimeError(f"the weights are the same, but the features {name} differ by {error:.2g}")
+
+
+def peer_arms(args, module: Any, images: np.ndarray) -> dict[str, Callable[[], Any]]:
+    def arm(module: Any) -> Callable[[], Any]:
+        starts = range(0, len(images), args.batch_size)
+        return lambda: [peer_features(module, images[i : i + args.batch_size]) for i in starts]
+
+    arms = {"torch-fidelity": arm(module)}
+    channels_last = torch_fidelity(random_tensors(seed=0)).to(networks.device(), memory_format=torch.channels_last)
+    arms["torch-fidelity, channels_last"] = arm(channels_last)
+    if not args.no_compile:
+        arms["torch-fidelity, channels_last, compiled"] = arm(torch.compile(channels_last))
+    return arms
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What samples are measured against, computed once: it is kept under a digest of all that it depends on."""
+
+import hashlib
+import json
+import logging
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float64
+
+from diffusion import __version__
+from diffusion.evaluation import quality
+from diffusion.evaluation.frechet import Moments
+from diffusion.runtime import files
+
+Numbers = dict[str, float | int | None]
+
+
+class Reference(NamedTuple):
+    """The metrics' states of the reference set, and the metrics of other images against it, for scale."""
+
+    states: quality.States
+    scale: Numbers
+
+
+def cached(facts: dict[str, str], dimension: int, make: Callable[[], Reference]) -> Reference:
+    """The reference that `make` computes, or the one that was kept when it was computed before.
+
+    Args:
+        facts: all that it depends on; with the metrics and the version of this package they make up its name.
+        dimension: of the features.
+
+    Raises:
+        OSError: what was kept cannot be read. (One that is damaged is computed again, one that cannot be written is
+            not kept; a warning says so.)
+    """
+    about = json.dumps([facts, sorted(quality.METRICS), __version__], sort_keys=True)
+    path = files.cache_directory() / "references" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.npz"
+    if path.exists():
+        try:
+            return _load(path, dimension)
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            logging.warning("%s is damaged (%s); it is computed again", path, error)
+    reference = make()
+    try:
+        _save(path, reference)
+    except OSError as error:
+        logging.warning("%s; it will be computed again", error)
+    return reference
+
+
+def _save(path: Path, reference: Reference) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    leaves = jax.tree.leaves(list(reference.states.values()))
+    with files.replacing(path) as file:
+        np.savez(file, *leaves, scale=json.dumps(reference.scale))
+
+
+def _load(path: Path, dimension: int) -> Reference:
+    # In the order of METRICS, as `quality.states` makes them.
+    empty = {metric.update: metric.init(dimension) for metric in quality.METRICS.values()}
+    with np.load(path) as saved:
+        scale = json.loads(str(saved["scale"]))
+        leaves = [saved[f"arr_{number}"] for number in range(len(saved.files) - 1)]
+    leaves = [leaf if leaf.ndim else leaf.item() for leaf in leaves]
+    states = jax.tree.unflatten(jax.tree.structure(list(empty.values())), leaves)
+    return Reference(dict(zip(empty, states, strict=True)), scale)
+
+
+def published(path: Path, dimension: int) -> quality.States:
+    """The states of a set of which only mean and covariance are known; metrics that compare images give None.
+
+    Args:
+        path: an .npz file with `mu` [d] and `sigma` [d, d].
+        dimension: of the features, d.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"quality.reference={str(path)!r} does not exist")
+    try:
+        with np.load(path) as saved:
+            mean, cov = (np.asarray(saved[name], np.float64) for name in ("mu", "sigma"))
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"quality.reference={str(path)!r} is no .npz file with mu and sigma ({error})") from error
+    if mean.shape != (dimension,) or cov.shape != (dimension, dimension):
+        raise ValueError(
+            f"quality.reference={str(path)!r} has mu {list(mean.shape)} and sigma {list(cov.shape)}, "
+            f"but quality.features gives {dimension} numbers"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError(f"quality.reference={str(path)!r} holds NaN or Inf")
+    states = {metric.update: metric.init(dimension) for metric in quality.METRICS.values()}
+    states[quality.see] = states[quality.see]._replace(moments=_moments(mean, cov))
+    return states
+
+
+def _moments(mean: Float64[np.ndarray, " d"], cov: Float64[np.ndarray, "d d"]) -> Moments:
+    """Those of two images; how many there were is not known, and only the covariance is asked for."""
+    return Moments(2, mean, cov)

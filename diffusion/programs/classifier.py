@@ -1,0 +1,26 @@
+"""--mode=classifier: trains the classifier of the data's own labels that quality.features="classifier" takes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from diffusion.evaluation import classifier
+from diffusion.experiment import build
+from diffusion.runtime import processes
+from diffusion.runtime.preemption import Preemption
+
+
+def run(config: ConfigDict, _directory: Path) -> None:
+    """Trains it from config.seed and keeps it in the cache, by the digest of the data; prints what is known of it."""
+    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
+
+    def train() -> None:
+        with Preemption():
+            trained = classifier.train(train_set, test_set, config.seed)
+        path = classifier.path_of(trained.facts.data_sha256)
+        classifier.save(trained, path)
+        print(json.dumps({"path": str(path), "sha256": trained.sha256()} | dataclasses.asdict(trained.facts), indent=2))
+
+    processes.on_first(train)
