@@ -53,9 +53,10 @@ def forward_flops(experiment: Experiment) -> float:
     """Of one image through the network, as XLA counts them."""
     network = build.Network(experiment.training.network, experiment.p.output_channels(experiment.image_shape[-1]))
     image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
-    params = experiment.abstract_state().params
+    params, number = experiment.abstract_state().params, jax.ShapeDtypeStruct((1,), jnp.float32)
+    given = {"labels": jax.ShapeDtypeStruct((1,), jnp.int32)} if experiment.training.conditional else {}
     with jax.default_device(jax.devices("cpu")[0]):  # accelerators do not count FLOPs before they compile
-        return jax.jit(network).lower(params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).cost_analysis()["flops"]
+        return jax.jit(network).lower(params, image, number, **given).cost_analysis()["flops"]
 
 
 def schedule_figures(experiment: Experiment) -> dict[str, str]:

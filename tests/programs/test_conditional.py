@@ -12,7 +12,7 @@ from PIL import Image
 from diffusion import data, guidance, likelihood, samplers
 from diffusion.data.levels import to_levels, to_unit
 from diffusion.experiment import build, workdir
-from diffusion.programs import evaluate, sample, train
+from diffusion.programs import describe, evaluate, sample, train
 from diffusion.runtime import randomness
 
 
@@ -134,3 +134,12 @@ def test_a_network_that_takes_no_labels_is_refused(conditional, monkeypatch):
     monkeypatch.setitem(NETWORKS, "layer", toy.Layer)
     with pytest.raises(ValueError, match="model.network='layer' takes no labels"):
         build.experiment(conditional(model__network="layer"), (8, 8, 1), 17, 10)
+
+
+def test_describe_counts_the_labels_vectors_and_the_same_work(conditional, tiny):
+    labelled = build.experiment(conditional(), (8, 8, 1), 17, 10)
+    plain = build.experiment(tiny(), (8, 8, 1), 17)
+    numbers = [int(describe.network(e, 1498)["parameters"].replace(",", "")) for e in (labelled, plain)]
+    assert numbers[0] - numbers[1] == 10 * 4 * 8  # ten classes, four times the width of 8
+    # A product of one-hot labels with the table, and a sum.
+    assert 0 <= describe.forward_flops(labelled) - describe.forward_flops(plain) < 5000
