@@ -2,7 +2,6 @@
 
 import csv
 import datetime
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,8 @@ from diffusion.programs.quality import Scorer
 from diffusion.reporting import summary
 from diffusion.variances import X0Variance
 
-METRICS = ("frechet_distance", "precision", "recall")
+COMPUTED = ("frechet_distance", "precision_recall")  # of quality.METRICS
+METRICS = ("frechet_distance", "precision", "recall")  # their numbers
 REAL = "test images"
 
 
@@ -30,45 +30,43 @@ class Study(NamedTuple):
         directory: gets the samples, in shards that an interrupted study keeps.
         trained: the run.
         scorer: compares samples with the data by the study's features.
-        num_images: samples of each way of drawing and each seed.
-        seeds: of the samples.
+        num_images: samples of a set.
+        num_sets: disjoint sets of each way of drawing; how far their scores are apart is the error of one.
     """
 
     directory: Path
     trained: Run
     scorer: Scorer
     num_images: int
-    seeds: list[int]
+    num_sets: int
 
     def images(
         self, changes: dict[str, Any], x0_variance: X0Variance | None = None
-    ) -> list[UInt8[np.ndarray, "n h w c"]]:
-        """For each seed the samples that the run's config draws with these keys changed."""
-        return [self._images(changes | {"seed": seed}, x0_variance) for seed in self.seeds]
-
-    def _images(self, changes: dict[str, Any], x0_variance: X0Variance | None) -> UInt8[np.ndarray, "n h w c"]:
+    ) -> UInt8[np.ndarray, "sets n h w c"]:
+        """The sets of samples that the run's config draws with these keys changed."""
         config, state = changed(self.trained.config, changes), self.trained.state
         labels = self.trained.experiment.training.network.num_classes if config.model.conditional else 0
         num_levels = self.trained.experiment.training.num_levels
         experiment = build.experiment(config, self.trained.image_shape, num_levels, labels)
         model = experiment.model(state.ema_params, config.sample.variance, x0_variance)
-        into = self.directory / f"seed{config.seed}"
-        folder = sample.fill(experiment, into, model, int(state.step), self.num_images)
+        total = self.num_images * self.num_sets
+        folder = sample.fill(experiment, self.directory, model, int(state.step), total)
         jax.clear_caches()  # each way of drawing is a program of its own
-        return sample.read(folder, self.num_images)
+        images = sample.read(folder, total)
+        return images.reshape(self.num_sets, self.num_images, *images.shape[1:])
 
-    def scores(self, images: Iterable[UInt8[np.ndarray, "n h w c"]]) -> dict[str, float]:
-        """The mean over seeds of each of METRICS, and its standard deviation under NAME_spread (NaN for one seed)."""
-        by_seed = [self.scorer.numbers([of_seed], len(of_seed)) for of_seed in images]
-        return spread({name: [numbers[name] for numbers in by_seed] for name in METRICS})
+    def scores(self, images: UInt8[np.ndarray, "sets n h w c"]) -> dict[str, float]:
+        """The mean over sets of each of METRICS, and its standard deviation under NAME_spread (NaN for one set)."""
+        by_set = [self.scorer.numbers([of_set], len(of_set), COMPUTED) for of_set in images]
+        return spread({name: [numbers[name] for numbers in by_set] for name in METRICS})
 
 
-def study(directory: Path, name: str, checkpoint: str, features: str, num_images: int, num_seeds: int) -> Study:
+def study(directory: Path, name: str, checkpoint: str, features: str, num_images: int, num_sets: int) -> Study:
     """The study `name` of the run in `directory`. Raises what `workdir.load` and `Scorer` do."""
     trained = workdir.load(directory, checkpoint)
     config = changed(trained.config, {"quality.features": features, "quality.reference": "train"})
     scorer = Scorer(config, *(build.load_data(config, split) for split in ("train", "test")))
-    return Study(directory / name, trained, scorer, num_images, list(range(num_seeds)))
+    return Study(directory / name, trained, scorer, num_images, num_sets)
 
 
 def changed(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:
@@ -89,15 +87,15 @@ def spread(values: dict[str, list[float]]) -> dict[str, float]:
 
 def real_images(study: Study, test_set: Source) -> dict[str, float]:
     """The test images' METRICS against the training images: what perfect samples would come to, if as many."""
-    numbers = study.scorer.numbers([test_set.images()], len(test_set))
+    numbers = study.scorer.numbers([test_set.images()], len(test_set), COMPUTED)
     return {name: numbers[name] for name in METRICS}
 
 
 def protocol(study: Study, features: str) -> str:
     """How samples were drawn and compared: what a reader must know to compare the numbers with others."""
     return (
-        f"{study.num_images} samples and {len(study.seeds)} seeds of sampling, of one trained network; ± is their "
-        "standard deviation. Fréchet distance, precision and recall are against all training images, by the features "
+        f"{study.num_sets} sets of {study.num_images} samples of one trained network; ± is their standard deviation. "
+        "Fréchet distance, precision and recall are against all training images, by the features "
         f"`{features}`. The Fréchet distance of few images is biased upwards, and more so for the test images, which "
         "are fewer."
     )

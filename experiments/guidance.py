@@ -33,14 +33,14 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="of a run with labels; gets the results")
     parser.add_argument("--weights", default="0,0.25,0.5,1,2,4", help="w, with commas between them")
     parser.add_argument("--features", default="classifier", help="a value of quality.features")
-    parser.add_argument("--num_images", type=int, default=1000, help="samples of each weight and seed")
-    parser.add_argument("--num_seeds", type=int, default=3, help="of the samples")
+    parser.add_argument("--num_images", type=int, default=1000, help="samples of a set")
+    parser.add_argument("--num_sets", type=int, default=3, help="of samples, for the error")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     arguments = parser.parse_args()
     try:
         weights = [float(weight) for weight in arguments.weights.split(",")]
         run(
-            arguments.workdir, weights, arguments.features, arguments.num_images, arguments.num_seeds,
+            arguments.workdir, weights, arguments.features, arguments.num_images, arguments.num_sets,
             arguments.checkpoint,
         )  # fmt: skip
     except (ValueError, OSError) as error:
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def run(
-    directory: Path, weights: list[float], features: str, num_images: int, num_seeds: int, checkpoint: str = "latest"
+    directory: Path, weights: list[float], features: str, num_images: int, num_sets: int, checkpoint: str = "latest"
 ) -> None:
     """Draws and scores samples for every weight; prints and saves the results."""
     config = workdir.read_config(directory)
@@ -56,7 +56,7 @@ def run(
         raise ValueError(f"{directory} knows no images without labels: train with model.label_dropout > 0")
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     judge = _classifier(train_set, test_set, config.seed)
-    study = drawn.study(directory, FILE, checkpoint, features, num_images, num_seeds)
+    study = drawn.study(directory, FILE, checkpoint, features, num_images, num_sets)
     rows, shown = [], {}
     for weight in [UNCONDITIONAL, *weights]:
         images = study.images({"sample.guidance": weight, "sample.labels": (), "sample.guidance_interval": ()})
@@ -82,13 +82,13 @@ def _classifier(train_set: Source, test_set: Source, seed: int) -> Trained:
     return classifier.load(path)
 
 
-def recognised(judge: Trained, images: list[UInt8[np.ndarray, "n h w c"]], weight: float) -> dict[str, float]:
+def recognised(judge: Trained, images: UInt8[np.ndarray, "sets n h w c"], weight: float) -> dict[str, float]:
     """The part of the samples that the classifier takes for their label; none for samples that had no label."""
     if weight == UNCONDITIONAL:
         return {}
-    num_classes = judge.facts.num_classes
-    labels = np.arange(len(images[0])) % num_classes
-    found = [float((judge.outputs(of_seed)[1].argmax(axis=1) == labels).mean()) for of_seed in images]
+    labels = np.arange(images.shape[0] * images.shape[1]).reshape(images.shape[:2]) % judge.facts.num_classes
+    taken_for = [judge.outputs(of_set)[1].argmax(axis=1) for of_set in images]
+    found = [float((one == other).mean()) for one, other in zip(taken_for, labels, strict=True)]
     return drawn.spread({"accuracy": found})
 
 

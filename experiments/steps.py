@@ -56,8 +56,8 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint; gets the results")
     parser.add_argument("--steps", default="5,10,25,50", help="numbers of steps, with commas between them")
     parser.add_argument("--features", default="classifier", help="a value of quality.features")
-    parser.add_argument("--num_images", type=int, default=1000, help="samples of each way and seed")
-    parser.add_argument("--num_seeds", type=int, default=3, help="of the samples")
+    parser.add_argument("--num_images", type=int, default=1000, help="samples of a set")
+    parser.add_argument("--num_sets", type=int, default=3, help="of samples, for the error")
     parser.add_argument("--num_scored", type=int, default=299, help="test images whose bits/dim are computed")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     arguments = parser.parse_args()
@@ -65,7 +65,7 @@ def main() -> None:
         steps = [int(number) for number in arguments.steps.split(",")]
         study = drawn.study(
             arguments.workdir, FILE, arguments.checkpoint, arguments.features, arguments.num_images,
-            arguments.num_seeds,
+            arguments.num_sets,
         )  # fmt: skip
         run(arguments.workdir, study, steps, arguments.features, arguments.num_scored)
     except (ValueError, OSError) as error:

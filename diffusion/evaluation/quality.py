@@ -170,9 +170,11 @@ def states(batches: Iterable[Batch]) -> States:
     return found
 
 
-def results(generated: States, reference: States) -> dict[str, float | int | None]:
-    """What every metric says of the generated images, from the states of both sides."""
+def results(
+    generated: States, reference: States, names: Iterable[str] = tuple(METRICS)
+) -> dict[str, float | int | None]:
+    """What metrics, by default all, say of the generated images, from the states of both sides."""
     numbers: dict[str, float | int | None] = {}
-    for metric in METRICS.values():
+    for metric in (METRICS[name] for name in names):
         numbers |= metric.result(generated[metric.update], reference[metric.update])
     return numbers

@@ -89,11 +89,16 @@ class Scorer:
     def _path(self) -> Path:
         return Path(self._config.reference).expanduser()
 
-    def numbers(self, images: Iterable[UInt8[np.ndarray, "n h w c"]], num_images: int) -> Numbers:
-        """Every metric of samples that come in parts."""
+    def numbers(
+        self,
+        images: Iterable[UInt8[np.ndarray, "n h w c"]],
+        num_images: int,
+        metrics: Iterable[str] = tuple(quality.METRICS),
+    ) -> Numbers:
+        """Metrics, by default all, of samples that come in parts."""
         with Progress(num_images, desc="features of the samples", unit="image") as progress:
             states = quality.states(self._batches(images, progress))
-        return quality.results(states, self._reference.states)
+        return quality.results(states, self._reference.states, metrics)
 
     def scores(self, images: Iterable[UInt8[np.ndarray, "n h w c"]], num_images: int) -> dict[str, Any]:
         """The numbers, those of real images for scale, and what was compared with what."""
