@@ -3,6 +3,7 @@
     python main.py --config=configs/celebahq256.py --workdir=runs/celebahq256
 
 Data     celeb_a_hq/256 as TFDS prepared it. It has 30,000 training pictures alone: every twentieth is held out here
+Weights  the network is that of the published layout, of google/ddpm-celebahq-256: --config.init_from, docs/cifar10.md
 Cost     113,673,219 parameters; 500,000 steps of 64 images, 492 GFLOP per image and forward pass
 Memory   at most 68 GiB on one device, by --mode=describe, because a batch goes through the network in four parts
 Expect   the paper gives pictures, but neither FID nor bits per dimension; not run here
