@@ -3,6 +3,7 @@
     pip install -e '.[compilers]'
     python -m benchmarks.compiled                        # for an H200; two minutes of compilation a row
     python -m benchmarks.compiled --target="TPU v4"      # a quarter of an hour a row
+    python -m benchmarks.compiled --target=H100 --configs folder64 imagenet64 celebahq256
 
 XLA's compilers run without the device that they compile for. The programs are the complete ones of training and
 sampling. Nothing is run: the figures are counts, and the times follow from the device's data sheet. On a GPU the
@@ -10,6 +11,7 @@ compiler chooses algorithms by timing them: here it cannot, so matrix products a
 differ.
 """
 
+import importlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -22,26 +24,32 @@ from jax.experimental import topologies
 from jaxtyping import PyTree
 
 from benchmarks import networks, sampling, scaling, timing
-from diffusion.experiment import build
+from diffusion.experiment import build, memory
 from diffusion.experiment.build import Experiment
 from diffusion.programs import describe
 from diffusion.training import devices
 
-# As the compiler describes a card; the data sheet's figures, and the versions of jax[cuda12]'s libraries.
-H200 = """
+# As the compiler describes a card; the data sheet's figures, and the versions of jax[cuda12]'s libraries. Both are the
+# same chip with other memory: its bandwidth, its size, its name.
+HOPPER = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
   core_count: 132 fpus_per_core: 128 registers_per_core_limit: 65536 registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150754820096
+  memory_bandwidth: %d l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: %d
   cuda_compute_capability { major: 9 }
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 12 minor: 9 }
-device_description_str: "NVIDIA H200"
+device_description_str: "NVIDIA %s"
 """
+CARDS = {
+    "H200": HOPPER % (4_800_000_000_000, 150_754_820_096, "H200"),
+    "H100": HOPPER % (3_350_000_000_000, 85_028_896_768, "H100"),
+}
+TARGETS = (*scaling.DEVICES, scaling.Device("H100", 990e12, 3.35e12))
 STEPS = 10  # of training in a call, of sampling in a chain
 
 
@@ -54,6 +62,13 @@ class Program(NamedTuple):
     remat: bool = False
 
 
+# Of what --configs takes, the shape of its images.
+SHAPES = {
+    "folder64": (64, 64, 3),
+    "imagenet64": (64, 64, 3),
+    "celebahq256": (256, 256, 3),
+    "lsun256": (256, 256, 3),
+}
 PROGRAMS = (
     Program("train step", 128),
     Program("train step", 512),
@@ -65,8 +80,9 @@ PROGRAMS = (
 
 def main() -> None:
     parser = timing.arguments(__doc__, "compiled")
-    parser.add_argument("--target", choices=[device.name for device in scaling.DEVICES], default="H200")
+    parser.add_argument("--target", choices=[device.name for device in TARGETS], default="H200")
     parser.add_argument("--rows", type=int, nargs="+", choices=range(len(PROGRAMS)), default=[*range(len(PROGRAMS))])
+    parser.add_argument("--configs", nargs="+", choices=SHAPES, help="in place of the rows")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # a TPU's compiler asks a cloud's server what it runs on
@@ -74,13 +90,16 @@ def main() -> None:
         topology(args.target, 1)
     except (NotImplementedError, RuntimeError) as error:
         parser.error(f"there is no compiler for {args.target} here ({error}); pip install -e '.[compilers]'")
-    rows = [row(PROGRAMS[i], args.target) for i in args.rows]
+    if args.configs:
+        rows = [config_row(name, args.target) for name in args.configs]
+    else:
+        rows = [row(PROGRAMS[i], args.target) for i in args.rows]
     timing.finish(args.out, vars(args), rows)
 
 
 def row(program: Program, target: str) -> dict[str, Any]:
     """The figures of one program, for each of its devices and each of its steps."""
-    (device,) = (device for device in scaling.DEVICES if device.name == target)
+    (device,) = (device for device in TARGETS if device.name == target)
     targets = topology(target, program.devices)
     # The network is written another way for CPUs; it asks JAX where it is.
     with mock.patch.object(jax, "default_backend", return_value=targets[0].platform):
@@ -91,7 +110,7 @@ def row(program: Program, target: str) -> dict[str, Any]:
         compiled = lower(experiment, program.batch // program.devices, targets).compile()
     passes = 1 if program.name != "train step" else 4 if program.remat else 3
     flops = passes * program.batch / program.devices * describe.forward_flops(experiment)
-    memory, counted = compiled.memory_analysis(), (compiled.cost_analysis() or {}).get("bytes accessed")
+    held, counted = compiled.memory_analysis(), (compiled.cost_analysis() or {}).get("bytes accessed")
     if counted is None:
         kernels, moved = (total / STEPS for total in work(compiled.as_text()))
     else:  # XLA's own count, which takes a loop's body once; of kernels a TPU has none
@@ -100,8 +119,8 @@ def row(program: Program, target: str) -> dict[str, Any]:
         "program": program.name + (", remat" if program.remat else ""),
         "batch": program.batch,
         "devices": program.devices,
-        "arguments, GiB": memory.argument_size_in_bytes / 2**30,
-        "beside them, GiB": memory.temp_size_in_bytes / 2**30,
+        "arguments, GiB": held.argument_size_in_bytes / 2**30,
+        "beside them, GiB": held.temp_size_in_bytes / 2**30,
         "kernels": kernels,
         "GB read and written": moved / 1e9,
         "at full bandwidth, ms": 1e3 * moved / device.bandwidth,
@@ -110,10 +129,32 @@ def row(program: Program, target: str) -> dict[str, Any]:
     }
 
 
+def config_row(name: str, target: str) -> dict[str, Any]:
+    """The memory of one config's train step; the images are those of one call, as if they came from disk."""
+    targets = topology(target, 1)
+    with mock.patch.object(jax, "default_backend", return_value=targets[0].platform):
+        config = importlib.import_module(f"configs.{name}").get_config()
+        experiment = build.experiment(config, SHAPES[name], 256)
+        steps, batch = config.train.steps_per_call, config.train.batch_size
+        compiled = lower_training(experiment, batch, targets, steps, steps * batch).compile()
+        kept = memory.residual_bytes(experiment, batch // config.train.grad_accum)
+    held = compiled.memory_analysis()
+    return {
+        "config": name,
+        "batch": batch,
+        "grad_accum": config.train.grad_accum,
+        "remat": "yes" if config.unet.remat else "no",
+        "arguments, GiB": held.argument_size_in_bytes / 2**30,
+        "beside them, GiB": held.temp_size_in_bytes / 2**30,
+        "together, GiB": (held.argument_size_in_bytes + held.temp_size_in_bytes) / 2**30,
+        "state, gradient and what is kept, GiB, at most": (memory.state_bytes(experiment) + kept) / 2**30,
+    }
+
+
 def topology(target: str, count: int) -> list[jax.Device]:
     """So many devices to compile for."""
-    if target == "H200":
-        found = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{count}")
+    if target in CARDS:
+        found = topologies.get_topology_desc(platform="cuda", target_config=CARDS[target], topology=f"1x1x{count}")
     else:
         bounds = {"chips_per_host_bounds": (2, 2, 1), "num_slices": 1, "chip_config_name": "megacore"}
         found = topologies.get_topology_desc(platform="tpu", topology_name="v4:2x2x1", **bounds)

@@ -2,14 +2,17 @@
 
     python -m benchmarks.streaming                       # a set of 15.7 GB: 1,281,149 images of 64×64
     python -m benchmarks.streaming --images=20000 --size=32
+    python -m benchmarks.streaming --cold                # as if the file were read for the first time
 
 The images are random bytes in a file that is mapped into memory, as decoded pictures are. It is written to --scratch
 once, and stays there until you delete it. Three arms take steps whose work is a pause, as it is for a host whose
 device is at work: the pause alone, batches that are read before each pause, and batches that are read during the pauses
-before, as training does it. What the second arm loses and the third one does not is hidden.
+before, as training does it. What the second arm loses and the third one does not is hidden. With --cold the system
+forgets what it keeps of the file before every batch; dropping it is a part of the time.
 """
 
 import itertools
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -37,10 +40,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--pause", type=float, default=0.02, help="seconds of a step")
     parser.add_argument("--scratch", type=Path, default=Path("runs/benchmarks"), help="where the file goes")
+    parser.add_argument("--cold", action="store_true", help="read every batch from the disk itself")
     args = parser.parse_args()
-    source = random_source(args.scratch / f"random-{args.images}-{args.size}.npy", args.images, args.size)
+    path = args.scratch / f"random-{args.images}-{args.size}.npy"
+    source = random_source(path, args.images, args.size)
     at_first = peak_gibibytes()
-    seconds = timing.alternate(arms(source, args.batch_size, args.pause), args.rounds)
+    forgotten = path if args.cold else None
+    seconds = timing.alternate(arms(source, args.batch_size, args.pause, forgotten), args.rounds)
     rows = [
         {
             "arm": name,
@@ -73,12 +79,21 @@ def random_source(path: Path, num_images: int, size: int) -> Source:
     return Source("random", "train", np.load(path, mmap_mode="r"))
 
 
-def arms(source: Source, batch_size: int, pause: float) -> dict[str, Callable[[], None]]:
+def forget(path: Path) -> None:
+    """The system no longer keeps any of the file in its memory."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # what is not yet on the disk stays in memory
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def arms(source: Source, batch_size: int, pause: float, forgotten: Path | None) -> dict[str, Callable[[], None]]:
     """The batches alone, the pauses alone, and both: one after the other, or at the same time."""
     place, counter = devices.streamed(source), itertools.count()
 
     def batches() -> Iterator[Batch]:
         for step in itertools.islice(counter, STEPS):
+            if forgotten:
+                forget(forgotten)
             yield jax.block_until_ready(place(data.batch_indices(0, step, batch_size, len(source))[None]))
 
     def take(steps: Iterator, seconds: float) -> None:

@@ -3,8 +3,10 @@
     python main.py --config=configs/celebahq256.py --workdir=runs/celebahq256
 
 Data     celeb_a_hq/256 as TFDS prepared it. It has 30,000 training pictures alone: every twentieth is held out here
+Weights  the network is that of the published layout, of google/ddpm-celebahq-256: --config.init_from, docs/cifar10.md
 Cost     113,673,219 parameters; 500,000 steps of 64 images, 492 GFLOP per image and forward pass
-Memory   at most 68 GiB on one device, by --mode=describe, because a batch goes through the network in four parts
+Memory   25 GiB compiled for one H100 (benchmarks.compiled, 2026-11-27), because a batch goes through the network in
+         four parts; at most 68 GiB by --mode=describe
 Expect   the paper gives pictures, but neither FID nor bits per dimension; not run here
 """
 
@@ -22,7 +24,7 @@ def get_config() -> ConfigDict:
     config.optim.learning_rate = 2e-5
     config.train.num_steps = 500_000
     config.train.batch_size = 64
-    config.train.grad_accum = 4  # or 64 images would take up to 264 GiB on one device; 1 for four devices or more
+    config.train.grad_accum = 4  # 25 GiB on one H100; 2: 47; 1: 64, too much. On four devices or more, 1
     config.train.monitor_images = 64
     config.eval.batch_size = 64
     config.eval.num_images = 256

@@ -5,7 +5,8 @@
 Data     downsampled_imagenet/64x64 as TFDS prepared it, 15.7 GB of pixels that stay on disk. This is the old set: the
          new one is anti-aliased and easier, so the numbers of one say nothing about the other
 Cost     121,063,942 parameters; 1,500,000 steps of 128 images, 76 GFLOP per image and forward pass
-Memory   at most 66 GiB on one device, by --mode=describe
+Memory   26 GiB compiled for one H100 (benchmarks.compiled, 2026-11-27), and 15 more where it keeps the images; at most
+         66 GiB by --mode=describe
 Expect   the paper: 3.57 bits/dim and FID 19.2 after 1.5M steps, 3.62 and 28.0 after 200,000; not run here
 """
 

@@ -46,10 +46,13 @@ class Source:
 
     def images(self, indices: Int[np.ndarray, "*b"] | slice = slice(None)) -> UInt8[np.ndarray, "*b h w c"]:
         """The pixel values of these examples; of a slice, by default all of them, without a copy."""
+        mapping = self.pixels.base
+        if not isinstance(mapping, mmap.mmap) or isinstance(indices, slice):
+            return self.pixels[indices]
+        _announce(self.pixels, indices)
         chosen = self.pixels[indices]
-        if isinstance(self.pixels.base, mmap.mmap) and not isinstance(indices, slice):
-            # What was read of the file would count as this process's memory until the system needs it.
-            self.pixels.base.madvise(mmap.MADV_DONTNEED)
+        # What was read of the file would count as this process's memory until the system needs it.
+        mapping.madvise(mmap.MADV_DONTNEED)
         return chosen
 
     def labels(self, indices: Int[np.ndarray, " b"] | slice = slice(None)) -> Int32[np.ndarray, " b"]:
@@ -70,6 +73,21 @@ class Source:
         if self.classes is not None:
             digest.update(np.ascontiguousarray(self.classes, np.int32))
         return digest.hexdigest()
+
+
+def _announce(pixels: np.ndarray, indices: np.ndarray) -> None:
+    """Asks the system to read these examples of a mapped file, all at once and nothing around them.
+
+    Else it reads one after the other, and with every missing page those around it: 128 KiB, or as much as 8 MiB.
+    """
+    mapping, size = pixels.base, pixels[0].nbytes
+    begin = pixels.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+    mapping.madvise(mmap.MADV_RANDOM)
+    for index in (indices.ravel() % len(pixels)).tolist():
+        first = begin + index * size
+        page = first - first % mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_WILLNEED, page, first + size - page)
+    mapping.madvise(mmap.MADV_NORMAL)  # slices are read in order
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,10 @@
 """Decoded pictures: their size, the splits they come from, and where they are kept."""
 
+import contextlib
 import mmap
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,21 +83,48 @@ def test_pixels_are_mapped(digits_copy):
     assert isinstance(data.load("digits", "test", str(digits_copy)).pixels.base, mmap.mmap)
 
 
-def test_what_was_read_of_a_mapped_file_is_given_back(tmp_path):
-    given_back, whole = [], np.random.default_rng(0).integers(0, 256, (9, 4, 4, 1), np.uint8)
+def test_what_is_read_of_a_mapped_file_is_announced_and_given_back(tmp_path):
+    advice, whole = [], np.random.default_rng(0).integers(0, 256, (9, 30, 40, 1), np.uint8)
 
     class Mapped(mmap.mmap):
-        def madvise(self, advice):
-            given_back.append(advice)
+        def madvise(self, kind, start=0, length=None):
+            advice.append((kind, start, length))
 
-    (tmp_path / "pixels").write_bytes(whole.tobytes())
+    (tmp_path / "pixels").write_bytes(bytes(100) + whole.tobytes())
     with (tmp_path / "pixels").open("rb") as file:
         mapped = Mapped(file.fileno(), 0, access=mmap.ACCESS_READ)
-    source = Source("mapped", "test", np.ndarray(whole.shape, np.uint8, mapped))
-    np.testing.assert_array_equal(source.images(np.array([3, 1])), whole[[3, 1]])
-    assert given_back == [mmap.MADV_DONTNEED]
+    source = Source("mapped", "test", np.ndarray(whole.shape, np.uint8, mapped, offset=100))
+    np.testing.assert_array_equal(source.images(np.array([[-1], [1]])), whole[[-1, 1]][:, None])
+    (before, *announced, after, last), page = advice, mmap.PAGESIZE
+    assert [before, after, last] == [
+        (kind, 0, None) for kind in (mmap.MADV_RANDOM, mmap.MADV_NORMAL, mmap.MADV_DONTNEED)
+    ]
+    for (kind, start, length), number in zip(announced, (8, 1), strict=True):
+        assert (kind, start % page) == (mmap.MADV_WILLNEED, 0)
+        assert start <= 100 + 1200 * number < start + page and start + length == 100 + 1200 * (number + 1)
+    advice.clear()
     source.images(slice(2, 4))
-    assert len(given_back) == 1, "a slice is no copy, so its pages are still wanted"
+    assert not advice, "a slice is no copy, so its pages are still wanted"
+
+
+def read_from_disk():
+    """Bytes that the system fetched for this process."""
+    with contextlib.suppress(OSError):  # where there is no such file, or it may not be read
+        return int(re.search(r"^read_bytes: (\d+)$", Path("/proc/self/io").read_text(), re.MULTILINE).group(1))
+    return 0
+
+
+def test_of_a_mapped_file_only_the_pages_of_the_examples_are_read(tmp_path):
+    np.save(tmp_path / "pixels.npy", np.zeros((1000, 64, 64, 3), np.uint8))
+    with (tmp_path / "pixels.npy").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    source, before = Source("mapped", "test", np.load(tmp_path / "pixels.npy", mmap_mode="r")), read_from_disk()
+    source.images(np.arange(50, 1000, 100))
+    read = read_from_disk() - before
+    if not read:
+        pytest.skip("the files of tests lie in memory, or it is not said what is read")
+    assert read < 10 * 64 * 1024, "an example has 12 KiB; Linux would read 128 KiB around each, and often more"
 
 
 def test_a_part_of_a_mapped_file_is_a_source_too(tmp_path):
