@@ -13,6 +13,8 @@ from jaxtyping import Float
 from scipy import stats
 
 from diffusion.experiment import config as config_lib
+from diffusion.programs import quality
+from diffusion.reporting.page import numbers
 
 # The axes of a grid, and the config keys behind them.
 AXES = {
@@ -52,6 +54,7 @@ class Run:
         name: of its folder.
         config: config key -> value, as config.json holds it.
         summary: what summary.json holds.
+        quality: what quality.json holds; {} if there is none of these weights.
         image_bpd: the bound of each test image.
         terms_bpd: entry t − 1 is the mean term of t.
     """
@@ -59,11 +62,23 @@ class Run:
     name: str
     config: dict[str, Any]
     summary: dict[str, Any]
+    quality: dict[str, Any]
     image_bpd: Float[np.ndarray, " n"]
     terms_bpd: Float[np.ndarray, " t"]
 
 
 Published = Callable[[Run], Target | None]
+
+
+class Measure(NamedTuple):
+    """A Fréchet distance of one kind: only equal features and equal numbers of samples compare."""
+
+    title: str  # with the features; FID is its name with those of Inception alone
+    features: str
+    num_samples: int
+
+    def __str__(self) -> str:
+        return f"{self.title}, {self.num_samples:,} samples"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +100,28 @@ class Row:
     @property
     def spread_bpd(self) -> float:
         """The standard deviation over seeds, of bits/dim; nan for one."""
-        by_seed = [run.summary["test_bpd"] for run in self.runs]
-        return float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else np.nan
+        return _spread([run.summary["test_bpd"] for run in self.runs])
+
+    @property
+    def measure(self) -> Measure | None:
+        """By what the samples of every seed were measured; None if those of one were not, or by something else."""
+        found = {measure(run) for run in self.runs}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def distances(self) -> list[float]:
+        """The Fréchet distance of each seed, where the row has a measure."""
+        return [numbers.distance(run.quality).value for run in self.runs] if self.measure else []
+
+    @property
+    def distance(self) -> float:
+        """The mean of the Fréchet distance over seeds; nan without one."""
+        return float(np.mean(self.distances)) if self.measure else np.nan
+
+    @property
+    def spread_of_distance(self) -> float:
+        """The standard deviation over seeds, of the Fréchet distance; nan for one."""
+        return _spread(self.distances)
 
 
 class Difference(NamedTuple):
@@ -99,6 +134,12 @@ class Difference(NamedTuple):
     low_bpd: float
     high_bpd: float
     by_seed_bpd: list[float]
+
+
+def measure(run: Run) -> Measure | None:
+    """By what the samples of a run were measured."""
+    found = numbers.distance(run.quality)
+    return Measure(found.title, run.quality["features"], run.quality["num_samples"]) if found else None
 
 
 def last_line(folder: Path) -> str:
@@ -118,7 +159,8 @@ def read(directory: Path) -> tuple[list[Run], dict[str, str]]:
         config = config_lib.flatten(config_lib.from_json((folder / "config.json").read_text()))
         summary = json.loads((folder / "summary.json").read_text())
         with np.load(folder / "bpd.npz") as saved:
-            runs.append(Run(folder.name, config, summary, saved["test_image_bpd"], saved["test_terms_bpd"]))
+            bounds = saved["test_image_bpd"], saved["test_terms_bpd"]
+        runs.append(Run(folder.name, config, summary, quality.read(folder), *bounds))
     return runs, unfinished
 
 
@@ -165,6 +207,10 @@ def confidence_interval(samples: Float[np.ndarray, " n"]) -> tuple[float, float,
     """The mean of independent samples and the ends of Student's 95% confidence interval for it."""
     mean, half = float(samples.mean()), float(stats.t.ppf(0.975, len(samples) - 1)) * _stderr(samples)
     return mean, mean - half, mean + half
+
+
+def _spread(by_seed: list[float]) -> float:
+    return float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else np.nan
 
 
 def _stderr(samples: Float[np.ndarray, " n"]) -> float:

@@ -14,12 +14,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from ml_collections import ConfigDict
 
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import rules, workdir
+from diffusion.programs import quality
 from diffusion.reporting import page
 from diffusion.reporting.metrics_log import read_metrics
 from diffusion.reporting.progress import Progress
@@ -122,14 +123,14 @@ def possible(cells: list[Cell]) -> tuple[list[Cell], dict[str, list[str]]]:
 
 
 def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None]) -> str:
-    """Trains and scores one cell in `directory`, or the rest of it; returns why it failed, or "".
+    """Trains and scores one cell in `directory` and measures its samples, or the rest of it.
 
-    `watch` gets a word on the progress every few seconds.
+    Returns why it failed, or "". `watch` gets a word on the progress every few seconds.
     """
     try:
         config = cell.config()
         workdir.check(config, directory)
-        if workdir.is_finished(directory, config):
+        if workdir.is_finished(directory, config) and quality.is_measured(config, directory):
             return ""
         workdir.claim(config, directory)
         with (directory / LOG).open("a") as log:
@@ -137,18 +138,22 @@ def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None]) -> str:
             # does not get a rival when it is started again, and two sweeps can share a folder.
             watch("waits for another process")
             fcntl.flock(log, fcntl.LOCK_EX)
-            if workdir.is_finished(directory):
-                return ""
-            watch("starts")
-            command = [sys.executable, str(MAIN), *cell.arguments(), f"--workdir={directory}"]
-            print("$", shlex.join(command), file=log, flush=True)
-            code = _wait(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log), directory, watch)
+            code = 0
+            if not workdir.is_finished(directory):
+                code = _run(cell, "train", directory, log, watch)
+            if not code and not quality.is_measured(config, directory):
+                code = _run(cell, "quality", directory, log, watch)
     except (ValueError, OSError) as error:
         return str(error)
     return f"{last_line(directory)} (exit code {code}, see {directory / LOG})" if code else ""
 
 
-def _wait(process: subprocess.Popen, directory: Path, watch: Callable[[str], None]) -> int:
+def _run(cell: Cell, mode: str, directory: Path, log: TextIO, watch: Callable[[str], None]) -> int:
+    """The exit code of main.py."""
+    command = [sys.executable, str(MAIN), *cell.arguments(), f"--mode={mode}", f"--workdir={directory}"]
+    print("$", shlex.join(command), file=log, flush=True)
+    watch(f"{mode} starts")
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         while True:
             try:
@@ -156,7 +161,7 @@ def _wait(process: subprocess.Popen, directory: Path, watch: Callable[[str], Non
             except subprocess.TimeoutExpired:
                 rows = read_metrics(directory)
                 if rows:
-                    watch(f"step {rows[-1]['step']}")
+                    watch(f"{mode}, step {rows[-1]['step']}")
     finally:  # no run survives the sweep that was asked to end
         process.terminate()
         process.wait()
@@ -165,10 +170,10 @@ def _wait(process: subprocess.Popen, directory: Path, watch: Callable[[str], Non
 def run_cells(cells: list[Cell], directory: Path) -> dict[str, str]:
     """Runs the cells one after the other; returns the reasons of those that failed by their names."""
     failures = {}
-    finished = sum(workdir.is_finished(directory / cell.name) for cell in cells)
+    finished = sum(_is_done(cell, directory / cell.name) for cell in cells)
     with Progress(len(cells), initial=finished, desc="sweep", unit="cell") as progress:
         for cell in cells:
-            was_finished = workdir.is_finished(directory / cell.name)
+            was_finished = _is_done(cell, directory / cell.name)
 
             def watch(words: str, name: str = cell.name) -> None:
                 # In a log file, a line per cell is enough.
@@ -178,6 +183,10 @@ def run_cells(cells: list[Cell], directory: Path) -> dict[str, str]:
                 failures[cell.name] = failure
             progress.update(not was_finished)
     return failures
+
+
+def _is_done(cell: Cell, directory: Path) -> bool:
+    return workdir.is_finished(directory) and quality.is_measured(cell.config(), directory)
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:

@@ -1,21 +1,24 @@
-"""A sweep's report, made from its folders alone: table.md, table.csv, bpd.png and terms.png."""
+"""A sweep's report, made from its folders alone: table.md, table.csv, bpd.png, terms.png, quality.png."""
 
 import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.results import Difference, Published, Row, Run, differences, read, rows
+from experiments.results import Difference, Measure, Published, Row, Run, differences, last_line, read, rows
 
+MARKERS = "osv^X*"
 NOTES = """\
 Bits/dim of the test images: the mean over seeds ± its standard error over images, and the standard deviation over
 seeds; then the parts, L_0 (decoder), the sum of L_{t−1} (KL) and L_T (prior), and the bits/dim of as many training
-images. Published numbers are of fully trained networks on CIFAR-10: those of Ho et al. (2020) as its tables 1 and 2
-print them, with train bits/dim of 49,920 images; those of Nichol & Dhariwal (2021) from transcriptions of its table 2,
-not checked with the paper itself.
+images. Fréchet distances are of samples: the mean over seeds ± the standard deviation over seeds; those of different
+features or numbers of samples do not compare. Published numbers are of fully trained networks on CIFAR-10: those of Ho
+et al. (2020) as its tables 1 and 2 print them, with train bits/dim of 49,920 images; those of Nichol & Dhariwal (2021)
+from transcriptions of its table 2, not checked with the paper itself.
 """
 PAIRED = """\
 Bits/dim of the first variance less those of the second, image by image for the same images, noise and seeds, with
@@ -44,12 +47,14 @@ def write(directory: Path, published: Published) -> str:
         "".join(f"- recipe {letter}: {recipe}\n" for letter, recipe in recipes.items()),
         _paired(differences(table)),
         "".join(f"- {name} is not finished: {words}\n" for name, words in unfinished.items()),
+        _unmeasured(directory, runs),
     ]
     text = "\n".join(section for section in sections if section)
     (directory / "table.md").write_text(text)
     _write_csv(directory / "table.csv", [_numbers(row, published) for row in table])
     plot_bpd(directory / "bpd.png", table, published)
     plot_terms(directory / "terms.png", table)
+    plot_quality(directory / "quality.png", table, published)
     return text
 
 
@@ -65,6 +70,10 @@ def _numbers(row: Row, published: Published) -> dict[str, Any]:
         "test_kl_bpd": row.mean("test_kl_bpd"),
         "prior_bpd": row.mean("prior_bpd"),
         "train_bpd": row.mean("train_bpd"),
+        "frechet_distance": row.distance,
+        "frechet_distance_spread": row.spread_of_distance,
+        "features": row.measure.features if row.measure else "",
+        "num_samples": row.measure.num_samples if row.measure else "",
         "published": published(row.runs[0]) or "",
     }
 
@@ -85,7 +94,27 @@ def _head(runs: list[Run]) -> str:
     )
 
 
+def _measures(table: list[Row]) -> list[Measure]:
+    return list(dict.fromkeys(row.measure for row in table if row.measure))
+
+
+def _distance(row: Row, measure: Measure) -> str:
+    if row.measure != measure:
+        return "–"
+    spread = f" ± {row.spread_of_distance:.2g}" if len(row.runs) > 1 else ""
+    return f"{row.distance:.4g}{spread}"
+
+
+def _unmeasured(directory: Path, runs: list[Run]) -> str:
+    """The finished runs without a Fréchet distance, if others have one."""
+    without = [run.name for run in runs if not run.quality]
+    if len(without) == len(runs):
+        return ""
+    return "".join(f"- {name} has no Fréchet distance: {last_line(directory / name)}\n" for name in without)
+
+
 def _bounds(table: list[Row], published: Published) -> str:
+    measures = _measures(table)
     cells = []
     for row in table:
         numbers = _numbers(row, published)
@@ -98,12 +127,12 @@ def _bounds(table: list[Row], published: Published) -> str:
                 *(f"{numbers[key]:.4f}" for key in ("test_decoder_bpd", "test_kl_bpd")),
                 f"{numbers['prior_bpd']:.2g}",
                 f"{numbers['train_bpd']:.4f}",
+                *(_distance(row, measure) for measure in measures),
                 str(numbers["published"]) or "–",
             ]
         )
-    return _markdown(
-        [*table[0].setting, "seeds", "bits/dim", "spread", "L_0", "KL", "L_T", "train", "published"], cells
-    )
+    bounds = ["bits/dim", "spread", "L_0", "KL", "L_T", "train"]
+    return _markdown([*table[0].setting, "seeds", *bounds, *map(str, measures), "published"], cells)
 
 
 def _paired(pairs: list[Difference]) -> str:
@@ -142,9 +171,14 @@ def plot_bpd(path: Path, table: list[Row], published: Published) -> None:
     axes.set_yticks(range(len(table)), [", ".join(row.setting.values()) for row in table], fontsize=8)
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    labelled = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one entry per label
-    axes.legend(labelled.values(), labelled.keys(), fontsize=8)
+    axes.legend(*_once_each(axes), fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _once_each(axes: Axes) -> tuple[list[Artist], list[str]]:
+    """The handles and labels of a legend, with one entry per label."""
+    labelled = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    return list(labelled.values()), list(labelled)
 
 
 def plot_terms(path: Path, table: list[Row]) -> None:
@@ -176,3 +210,31 @@ def _plot_row(axes: Axes, row: Row, colour: str) -> None:
     label = f"{row.setting['variance']}: {row.mean('test_bpd'):.4f}"
     axes.loglog(np.arange(2, len(terms) + 1), terms[1:], color=colour, label=label, linewidth=1)
     axes.loglog(1, terms[0], "o", color=colour, markersize=4)
+
+
+def plot_quality(path: Path, table: list[Row], published: Published) -> None:
+    """Fréchet distance against bits/dim: a point per row, with the spread over seeds, and published FIDs as diamonds.
+
+    A panel per kind of distance; nothing is plotted where there is none.
+    """
+    measures = _measures(table)
+    if not measures:
+        return
+    columns = [column for column in table[0].setting if len({row.setting[column] for row in table}) > 1]
+    figure = Figure(figsize=(9, max(4.5, 0.22 * len(table)) * len(measures)), layout="constrained")
+    panels = figure.subplots(len(measures), squeeze=False)[:, 0]
+    for axes, measure in zip(panels, measures, strict=True):
+        axes.set(xlabel="bits/dim (test)", ylabel=str(measure))
+        of_this_kind = [row for row in table if row.measure == measure]
+        for number, row in enumerate(of_this_kind):
+            style = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
+            errors = {"xerr": row.spread_bpd, "yerr": row.spread_of_distance} if len(row.runs) > 1 else {}
+            label = ", ".join(row.setting[column] for column in columns) or "all runs"
+            axes.errorbar(row.mean("test_bpd"), row.distance, **errors, **style, linestyle="", label=label, capsize=2)
+            target = published(row.runs[0])
+            if target and target.test_bpd and target.fid and measure.title.startswith("FID"):
+                published_at = target.test_bpd, target.fid
+                axes.plot(*published_at, "D", color=style["color"], fillstyle="none", label="published, CIFAR-10")
+        axes.grid(alpha=0.3)
+        axes.legend(*_once_each(axes), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)

@@ -17,7 +17,7 @@ from diffusion.data.source import SPLITS
 from diffusion.evaluation import quality, reference
 from diffusion.evaluation.features import Batch
 from diffusion.evaluation.reference import Numbers, Reference
-from diffusion.experiment import build, memory
+from diffusion.experiment import build, memory, workdir
 from diffusion.programs import sample
 from diffusion.reporting import page, summary
 from diffusion.reporting.progress import Progress
@@ -25,6 +25,7 @@ from diffusion.runtime import processes
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
 
+NAME = "quality.json"
 UNFINISHED = "unfinished_quality"  # in the workdir: features of a call that was stopped
 USUAL_IMAGES = 50_000  # of published Fréchet distances
 
@@ -48,12 +49,35 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
                 "device": summary.device_name(),
                 "versions": summary.versions(),
             }
-            summary.write_json(directory / "quality.json", scores)
+            summary.write_json(directory / NAME, scores)
             shutil.rmtree(unfinished, ignore_errors=True)
             print(json.dumps(scores, indent=2, ensure_ascii=False))
             page.refresh(directory)
 
         processes.on_first(write)
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """What quality.json holds, if it is of the weights that summary.json is of; else {}."""
+    try:
+        scores, bound = (json.loads((directory / name).read_text()) for name in (NAME, workdir.SUMMARY))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return scores if scores.get("ema_sha256") == bound.get("ema_sha256") else {}
+
+
+def is_measured(config: ConfigDict, directory: Path) -> bool:
+    """Whether quality.json is of a finished run's last weights and of samples as the config asks for them."""
+    scores, wanted = read(directory), config.quality
+    variance = config.model.variance if config.sample.variance == "model" else config.sample.variance
+    asked = {
+        "num_samples": wanted.num_images,
+        "features": wanted.features,
+        "sampler": sample.described(config, variance),
+    }
+    is_split = wanted.reference in SPLITS
+    reference_name = f", {wanted.reference} split, " if is_split else f"{Path(wanted.reference).expanduser()}, "
+    return all(scores.get(key) == value for key, value in asked.items()) and reference_name in scores["reference"]
 
 
 def score(

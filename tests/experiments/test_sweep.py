@@ -1,7 +1,5 @@
-"""Sweeps: which cells there are, that each runs once in its own process, and what the report makes of the folders."""
+"""Sweeps: which cells there are, and that each is trained and measured once, in processes of its own."""
 
-import csv
-import json
 import signal
 import subprocess
 import sys
@@ -9,13 +7,10 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
-from PIL import Image
-from scipy import stats
 
 from diffusion.experiment import config as config_lib
-from experiments import ho2020, results, sweep, table, variance
+from experiments import ho2020, results, sweep, variance
 from experiments.sweep import Cell
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +20,7 @@ TINY = {
     "unet.channels": "4", "unet.channel_mult": "(1,)", "unet.num_res_blocks": "1", "unet.num_groups": "2",
     "unet.attention_resolutions": "()", "unet.fourier_features": "()", "train.batch_size": "16",
     "train.num_steps": "4", "train.checkpoint_every": "2", "train.log_every": "1", "train.sample_every": "0",
-    "eval.num_images": "20", "sample.num_images": "4",
+    "eval.num_images": "20", "sample.num_images": "4", "quality.num_images": "10",
 }  # fmt: skip
 
 
@@ -123,106 +118,6 @@ def test_indices_are_stable_contiguous_and_run_disjoint_cells(capsys, monkeypatc
         variance.main(["--workdir=none", "--index=16"])
 
 
-def write_run(directory, name, image_bpd, config, **summary):
-    """The folder of a finished run with these bounds, as train.run leaves it."""
-    folder = directory / name
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(config_lib.to_json(config))
-    terms = image_bpd.mean() * np.array([0.5, 0.3, 0.15, 0.05])
-    np.savez(folder / "bpd.npz", test_image_bpd=image_bpd, test_terms_bpd=terms)
-    numbers = {
-        "test_bpd": image_bpd.mean(), "test_decoder_bpd": terms[0], "test_kl_bpd": terms[1:].sum(), "prior_bpd": 1e-5,
-        "train_bpd": image_bpd.mean() - 0.1, "device": "cpu ×1", "versions": {"jax": "0"},
-    }  # fmt: skip
-    (folder / "summary.json").write_text(json.dumps(numbers | summary))
-
-
-@pytest.fixture
-def finished(tmp_path):
-    """Two variances × two seeds with bounds that share what makes an image hard; returns bounds [seed, image]."""
-    generator = np.random.default_rng(0)
-    hardness = generator.normal(3.0, 0.5, 40)
-    bounds = {
-        name: np.stack([hardness + shift + generator.normal(0, 0.02, 40) + 0.01 * seed for seed in (0, 1)])
-        for name, shift in (("fixed_small", 0.0), ("fixed_large", 0.2))
-    }
-    for cell in sweep.grid(BASE, axes(variance=list(bounds), seed=["0", "1"]), {}):
-        image_bpd = bounds[cell.overrides["model.variance"]][int(cell.overrides["seed"])]
-        write_run(tmp_path, cell.name, image_bpd, cell.config())
-    return bounds
-
-
-def test_paired_intervals_are_students(finished, tmp_path):
-    found = results.differences(results.rows(results.read(tmp_path)[0])[0])
-    assert len(found) == 1 and {found[0].a, found[0].b} == finished.keys()
-    a, b = finished[found[0].a], finished[found[0].b]
-    interval = stats.ttest_rel(a.mean(axis=0), b.mean(axis=0)).confidence_interval(0.95)
-    np.testing.assert_allclose(found[0][4:6], (interval.low, interval.high), rtol=1e-9)
-    np.testing.assert_allclose(found[0].by_seed_bpd, (a - b).mean(axis=1), rtol=1e-9)
-    # Pairing is what it is worth: unpaired, the same difference drowns in how hard the images are.
-    assert interval.high - interval.low < 0.1 * 4 * stats.sem(a.mean(axis=0))
-
-
-def test_rows_are_means_over_seeds_with_both_kinds_of_error(finished, tmp_path):
-    rows, recipes = results.rows(results.read(tmp_path)[0])
-    assert recipes == {} and [len(row.runs) for row in rows] == [2, 2]
-    for row in rows:
-        bounds = finished[row.setting["variance"]]
-        np.testing.assert_allclose(row.mean("test_bpd"), bounds.mean())
-        np.testing.assert_allclose(row.stderr_bpd, stats.sem(bounds.mean(axis=0)))
-        np.testing.assert_allclose(row.spread_bpd, np.std(bounds.mean(axis=1), ddof=1))
-
-
-def test_runs_of_another_recipe_are_another_row(finished, tmp_path):
-    longer = Cell("longer", BASE, {"train.num_steps": "9", "model.variance": "fixed_small", "schedule.num_steps": "4"})
-    write_run(tmp_path, "longer", np.full(40, 2.0) + np.arange(40), longer.config())
-    rows, recipes = results.rows(results.read(tmp_path)[0])
-    assert len(rows) == 3 and sorted(recipes) == ["a", "b"] and "train.num_steps=9" in recipes.values()
-    assert len(results.differences(rows)) == 1
-
-
-def test_report_is_rebuilt_from_the_folders(finished, tmp_path, capsys):
-    cut = tmp_path / "eps-cut"
-    cut.mkdir()
-    (cut / "config.json").write_text("{}")
-    (cut / "log.txt").write_text("$ python main.py\nerror: out of luck\n\n")
-    assert variance.main([f"--workdir={tmp_path}", "--report"]) == 0
-    text = (tmp_path / "table.md").read_text()
-    assert text in capsys.readouterr().out
-    best, worst = (finished[name].mean() for name in ("fixed_small", "fixed_large"))
-    assert text.index(f"| {best:.4f} ±") < text.index(f"| {worst:.4f} ±")
-    assert "eps-cut is not finished: error: out of luck" in text
-    with (tmp_path / "table.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    np.testing.assert_allclose([float(line["test_bpd"]) for line in lines], [best, worst])
-    for name in ("bpd.png", "terms.png"):
-        assert np.asarray(Image.open(tmp_path / name)).min() < 100
-    page = (tmp_path / "report.html").read_text()
-    assert all(f'<data value="{line["test_bpd"]}"' in page for line in lines)
-    assert "eps-cut" in page and "4 of 5 runs are finished" in page
-
-
-def test_a_report_of_nothing_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no run in .* is finished"):
-        table.write(tmp_path, variance.published)
-
-
-def test_published_numbers_stand_beside_the_settings_that_they_are_of():
-    def published(base, **keys):
-        cell = Cell("run", base, {key.replace("__", "."): value for key, value in keys.items()})
-        config = config_lib.flatten(config_lib.from_json(config_lib.to_json(cell.config())))
-        return variance.published(results.Run("run", config, {}, np.zeros(2), np.zeros(2)))
-
-    assert published("configs/cifar10.py", train__num_steps="10").test_bpd == 3.75
-    assert published("configs/cifar10.py", objective__name="vlb").test_bpd == 3.70
-    assert published("configs/cifar10.py", model__variance="fixed_small") is None
-    assert published(BASE) is None
-    best = ho2020.ROWS[-1].cell("full", "0", {})
-    assert published(best.base, **best.overrides).test_bpd == 2.94
-    # They trained with dropout 0.3 under the cosine schedule alone.
-    assert published(best.base, **best.overrides | {"unet.dropout": "0.1"}) is None
-
-
 def test_every_published_row_can_be_run_at_both_scales(capsys):
     for scale, count in (("full", 12), ("digits", 11)):  # on digits two of the rows are the same run
         assert ho2020.main(["--workdir=none", f"--scale={scale}", "--list"]) == 0
@@ -249,11 +144,21 @@ def test_one_failure_leaves_the_others_alone(tmp_path, monkeypatch):
 
 
 STAND_IN = """
-import pathlib, sys, time
-folder = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
-(folder / "starts").open("a").write("x")
+import json, pathlib, sys, time
+settings = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[1:])
+folder, mode = pathlib.Path(settings["workdir"]), settings["mode"]
+(folder / f"{mode}_starts").open("a").write("x")
+if mode == "quality" and (folder / "no_memory").exists():
+    sys.exit("error: no memory")
 time.sleep(SECONDS)
-(folder / "summary.json").write_text("{}")
+if mode == "train":
+    (folder / "summary.json").write_text("{}")
+else:
+    num_images = int(settings.get("config.quality.num_images", 1000))
+    sampler = {"method": "ancestral", "num_steps": 50, "variance": "learned_range", "seed": 0}
+    scores = {"num_samples": num_images, "features": "pixels", "sampler": sampler}
+    scores["reference"] = "digits, train split, 1498 images"
+    (folder / "quality.json").write_text(json.dumps(scores))
 """
 
 
@@ -275,13 +180,37 @@ def wait_for(path):
 def test_a_sweep_that_is_killed_and_started_again_trains_no_cell_twice_at_once(tmp_path):
     """SIGKILL leaves the run behind; the next sweep waits for it, finds it finished and does not start another."""
     killed = sweep_of_a_stand_in(tmp_path, seconds=8)
-    wait_for(tmp_path / "cell" / "starts")
+    wait_for(tmp_path / "cell" / "train_starts")
     killed.kill()
     killed.wait()
     assert not (tmp_path / "cell" / "summary.json").exists()
     assert sweep_of_a_stand_in(tmp_path, seconds=0).wait(60) == 0
     assert (tmp_path / "cell" / "summary.json").exists()
-    assert (tmp_path / "cell" / "starts").read_text() == "x"
+    assert (tmp_path / "cell" / "train_starts").read_text() == "x"
+    assert (tmp_path / "cell" / "quality_starts").read_text() == "x"
+
+
+def test_samples_are_measured_again_where_they_were_not_or_otherwise(tmp_path, monkeypatch):
+    """A failure keeps what was trained, and the next sweep does only what is missing."""
+    monkeypatch.setattr(sweep, "MAIN", tmp_path / "main.py")
+    (tmp_path / "main.py").write_text(STAND_IN.replace("SECONDS", "0"))
+    folder = tmp_path / "cell"
+    folder.mkdir()
+
+    def starts(**overrides):
+        cell = Cell("cell", BASE, {key.replace("__", "."): value for key, value in overrides.items()})
+        failures = sweep.run_cells([cell], tmp_path)
+        return failures, *((folder / f"{mode}_starts").read_text().count("x") for mode in ("train", "quality"))
+
+    (folder / "no_memory").touch()
+    failures, *counts = starts()
+    assert counts == [1, 1] and failures["cell"].startswith("error: no memory (exit code 1, see ")
+    assert (folder / "summary.json").exists()
+    (folder / "no_memory").unlink()
+    assert starts() == ({}, 1, 2)
+    assert starts() == ({}, 1, 2)
+    assert starts(quality__num_images="30") == ({}, 1, 3)
+    assert starts(quality__num_images="30") == ({}, 1, 3)
 
 
 @pytest.mark.slow
@@ -302,7 +231,11 @@ def test_a_sweep_end_to_end(tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     rows, _ = results.rows(results.read(tmp_path / "sweep")[0])
     assert sorted(row.setting["variance"] for row in rows) == ["fixed_small", "learned"]
-    assert (first / "log.txt").read_text().count("$ ") == 2  # it was started, and resumed
+    assert (first / "log.txt").read_text().count("$ ") == 3  # it was started, resumed and measured
+    assert all(row.distance > 0 and row.measure == ("Fréchet distance (pixels)", "pixels", 10) for row in rows)
+    assert (tmp_path / "sweep" / "quality.png").exists()
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "The plot quality.png" in page and "Fréchet distance (pixels) against bits/dim" in page
     assert "## Paired differences" in result.stdout
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/*")}

@@ -39,6 +39,25 @@ def test_a_run_is_compared_with_the_training_split(straight, tiny, sources, tmp_
     assert "biased upwards" in scores["note"]
 
 
+def test_samples_are_measured_if_they_are_of_the_last_weights_and_as_asked_for(straight, tiny, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    asked = {"quality__num_images": 9, "sample__num_steps": 3}
+    assert not program.is_measured(tiny(**asked), tmp_path / "run")
+    program.run(tiny(**asked), tmp_path / "run")
+    assert program.is_measured(tiny(**asked), tmp_path / "run")
+    assert program.is_measured(tiny(**asked, sample__batch_size=5), tmp_path / "run")
+    for other in (
+        {"quality__num_images": 8}, {"quality__features": "classifier"}, {"quality__reference": "test"},
+        {"quality__reference": "train.npz"}, {"sample__num_steps": 2}, {"sample__method": "ddim"},
+        {"sample__variance": "fixed_small"},
+    ):  # fmt: skip
+        assert not program.is_measured(tiny(**(asked | other)), tmp_path / "run"), other
+    path = tmp_path / "run" / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | {"ema_sha256": "of a longer run"}))
+    assert not program.is_measured(tiny(**asked), tmp_path / "run") and program.read(tmp_path / "run") == {}
+
+
 def test_the_training_split_is_at_distance_0_from_itself(tiny, sources):
     train, test = sources
     scores = program.score(tiny(), train.images(), train, test)

@@ -38,7 +38,7 @@ METRICS = {
     "precision": ("precision", "higher"),
     "recall": ("recall", "higher"),
 }
-DISTANCES = ("fid", "frechet_distance")  # what a run is ranked by: the first that is there
+DISTANCES = ("frechet_distance", "fid")  # what a run is ranked by: the first that is there
 ERROR, TEST_SPLIT = "_stderr", "_test_split"
 NOT_METRICS = ("step", "num_samples")
 
@@ -55,8 +55,10 @@ def distance(quality: dict[str, Any]) -> Distance | None:
     """The Fréchet distance in quality.json; None without one."""
     for name in DISTANCES:
         if is_number(quality.get(name)):
-            title, features = METRICS[name][0], quality.get("features")
-            title = f"{title} ({text_of(features)})" if features else title
+            features = text_of(quality.get("features", ""))
+            # FID is its name with the features of Inception alone.
+            title = METRICS["fid" if features.startswith("inception") else name][0]
+            title = f"{title} ({features})" if features else title
             return Distance(title, quality[name], quality.get(f"{name}{TEST_SPLIT}"))
     return None
 

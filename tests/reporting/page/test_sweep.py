@@ -9,6 +9,7 @@ import pytest
 
 from diffusion.reporting import page, pictures
 from diffusion.reporting.page import __main__ as command
+from diffusion.reporting.page import numbers
 
 
 @pytest.fixture
@@ -49,6 +50,15 @@ def test_distances_of_different_features_are_not_put_in_one_column(sweep, read_p
     found = read_page(sweep)
     assert {"FID (2048)", "Fréchet distance (pixels)"} <= set(found.of("th"))
     assert not [name for name in found.of("dt") if "distance" in name or "FID" in name], "nothing is the lowest"
+
+
+@pytest.mark.parametrize(
+    ("features", "title"), [("pixels", "Fréchet distance (pixels)"), ("inception", "FID (inception)")]
+)
+def test_only_the_distance_of_inceptions_features_is_called_fid(features, title):
+    """quality.json has it under both names, whatever the features."""
+    scores = {"fid": 3.5, "frechet_distance": 3.5, "frechet_distance_test_split": 1.0, "features": features}
+    assert numbers.distance(scores) == (title, 3.5, 1.0)
 
 
 def test_tables_and_plots_of_the_program_are_on_the_page(tmp_path, read_page):

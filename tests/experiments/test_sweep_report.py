@@ -1,0 +1,239 @@
+"""A sweep's report: what is made of the folders of its runs, and the published numbers beside it."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy import stats
+
+from diffusion.experiment import config as config_lib
+from experiments import ho2020, results, sweep, table, variance
+from experiments.sweep import Cell
+
+ROOT = Path(__file__).parents[2]
+BASE = "configs/digits.py"
+AXES = {
+    "prediction": ["eps"], "objective": ["vlb"], "variance": ["fixed_small", "fixed_large"], "schedule": ["cosine"],
+    "T": ["4"], "seed": ["0", "1"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def write_run(directory, name, image_bpd, config, **summary):
+    """The folder of a finished run with these bounds, as train.run leaves it."""
+    folder = directory / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config_lib.to_json(config))
+    terms = image_bpd.mean() * np.array([0.5, 0.3, 0.15, 0.05])
+    np.savez(folder / "bpd.npz", test_image_bpd=image_bpd, test_terms_bpd=terms)
+    numbers = {
+        "test_bpd": image_bpd.mean(), "test_decoder_bpd": terms[0], "test_kl_bpd": terms[1:].sum(), "prior_bpd": 1e-5,
+        "train_bpd": image_bpd.mean() - 0.1, "device": "cpu ×1", "versions": {"jax": "0"}, "ema_sha256": name,
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(numbers | summary))
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Two variances × two seeds with bounds that share what makes an image hard; returns bounds [seed, image]."""
+    generator = np.random.default_rng(0)
+    hardness = generator.normal(3.0, 0.5, 40)
+    bounds = {
+        name: np.stack([hardness + shift + generator.normal(0, 0.02, 40) + 0.01 * seed for seed in (0, 1)])
+        for name, shift in (("fixed_small", 0.0), ("fixed_large", 0.2))
+    }
+    for cell in sweep.grid(BASE, AXES, {}):
+        image_bpd = bounds[cell.overrides["model.variance"]][int(cell.overrides["seed"])]
+        write_run(tmp_path, cell.name, image_bpd, cell.config())
+    return bounds
+
+
+def test_paired_intervals_are_students(finished, tmp_path):
+    found = results.differences(results.rows(results.read(tmp_path)[0])[0])
+    assert len(found) == 1 and {found[0].a, found[0].b} == finished.keys()
+    a, b = finished[found[0].a], finished[found[0].b]
+    interval = stats.ttest_rel(a.mean(axis=0), b.mean(axis=0)).confidence_interval(0.95)
+    np.testing.assert_allclose(found[0][4:6], (interval.low, interval.high), rtol=1e-9)
+    np.testing.assert_allclose(found[0].by_seed_bpd, (a - b).mean(axis=1), rtol=1e-9)
+    # Pairing is what it is worth: unpaired, the same difference drowns in how hard the images are.
+    assert interval.high - interval.low < 0.1 * 4 * stats.sem(a.mean(axis=0))
+
+
+def test_rows_are_means_over_seeds_with_both_kinds_of_error(finished, tmp_path):
+    rows, recipes = results.rows(results.read(tmp_path)[0])
+    assert recipes == {} and [len(row.runs) for row in rows] == [2, 2]
+    for row in rows:
+        bounds = finished[row.setting["variance"]]
+        np.testing.assert_allclose(row.mean("test_bpd"), bounds.mean())
+        np.testing.assert_allclose(row.stderr_bpd, stats.sem(bounds.mean(axis=0)))
+        np.testing.assert_allclose(row.spread_bpd, np.std(bounds.mean(axis=1), ddof=1))
+
+
+def test_runs_of_another_recipe_are_another_row(finished, tmp_path):
+    longer = Cell("longer", BASE, {"train.num_steps": "9", "model.variance": "fixed_small", "schedule.num_steps": "4"})
+    write_run(tmp_path, "longer", np.full(40, 2.0) + np.arange(40), longer.config())
+    rows, recipes = results.rows(results.read(tmp_path)[0])
+    assert len(rows) == 3 and sorted(recipes) == ["a", "b"] and "train.num_steps=9" in recipes.values()
+    assert len(results.differences(rows)) == 1
+
+
+def test_report_is_rebuilt_from_the_folders(finished, tmp_path, capsys):
+    cut = tmp_path / "eps-cut"
+    cut.mkdir()
+    (cut / "config.json").write_text("{}")
+    (cut / "log.txt").write_text("$ python main.py\nerror: out of luck\n\n")
+    assert variance.main([f"--workdir={tmp_path}", "--report"]) == 0
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    best, worst = (finished[name].mean() for name in ("fixed_small", "fixed_large"))
+    assert text.index(f"| {best:.4f} ±") < text.index(f"| {worst:.4f} ±")
+    assert "eps-cut is not finished: error: out of luck" in text
+    with (tmp_path / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    np.testing.assert_allclose([float(line["test_bpd"]) for line in lines], [best, worst])
+    for name in ("bpd.png", "terms.png"):
+        assert np.asarray(Image.open(tmp_path / name)).min() < 100
+    page = (tmp_path / "report.html").read_text()
+    assert all(f'<data value="{line["test_bpd"]}"' in page for line in lines)
+    assert "eps-cut" in page and "4 of 5 runs are finished" in page
+
+
+def write_quality(directory, name, distance, **changes):
+    """The quality.json of a run of `write_run`, as --mode=quality leaves it."""
+    scores = {"fid": distance, "frechet_distance": distance, "num_samples": 50, "features": "classifier"}
+    (directory / name / "quality.json").write_text(json.dumps(scores | {"ema_sha256": name} | changes))
+
+
+@pytest.fixture
+def measured(finished, tmp_path):
+    """The finished runs with a Fréchet distance each; returns distances [seed]."""
+    distances = {"fixed_small": [30.0, 34.0], "fixed_large": [20.0, 21.0]}
+    for name, by_seed in distances.items():
+        for seed, distance in enumerate(by_seed):
+            write_quality(tmp_path, f"eps-vlb-{name}-cosine-T4-seed{seed}", distance)
+    return distances
+
+
+def columns(directory):
+    """The cells of the first table of table.md, by column."""
+    head, _, *lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (directory / "table.md").read_text().partition("\n## ")[0].splitlines()
+        if line.startswith("|")
+    ]
+    return dict(zip(head, zip(*lines, strict=True), strict=True))
+
+
+def test_the_table_has_both_numbers_of_every_row(measured, tmp_path):
+    table.write(tmp_path, variance.published)
+    assert columns(tmp_path)["variance"] == ("fixed_small", "fixed_large")
+    # means; √(2² + 2²) and √(0.5² + 0.5²)
+    assert columns(tmp_path)["Fréchet distance (classifier), 50 samples"] == ("32 ± 2.8", "20.5 ± 0.71")
+    with (tmp_path / "table.csv").open() as file:
+        lines = {line["variance"]: line for line in csv.DictReader(file)}
+    for name, by_seed in measured.items():
+        np.testing.assert_allclose(float(lines[name]["frechet_distance"]), np.mean(by_seed))
+        np.testing.assert_allclose(float(lines[name]["frechet_distance_spread"]), np.std(by_seed, ddof=1))
+        assert (lines[name]["features"], lines[name]["num_samples"]) == ("classifier", "50")
+
+
+@pytest.mark.parametrize(
+    ("features", "title"), [("inception", "FID (inception)"), ("pixels", "Fréchet distance (pixels)")]
+)
+def test_only_the_distance_of_inceptions_features_is_called_fid(measured, tmp_path, features, title):
+    for folder in tmp_path.glob("*-seed*"):
+        write_quality(tmp_path, folder.name, 3.17, features=features)
+    table.write(tmp_path, variance.published)
+    assert f"{title}, 50 samples" in columns(tmp_path)
+
+
+def test_distances_of_two_kinds_are_two_columns_and_have_no_mean(measured, tmp_path):
+    for name, distance in (("fixed_small", 8.0), ("fixed_large", 7.0)):
+        write_quality(tmp_path, f"eps-vlb-{name}-cosine-T4-seed0", distance, num_samples=100)
+    write_quality(tmp_path, "eps-vlb-fixed_small-cosine-T4-seed1", 9.0, num_samples=100)
+    table.write(tmp_path, variance.published)
+    found = {head: cells for head, cells in columns(tmp_path).items() if "Fréchet" in head}
+    assert found == {"Fréchet distance (classifier), 100 samples": ("8.5 ± 0.71", "–")}
+    write_quality(tmp_path, "eps-vlb-fixed_large-cosine-T4-seed0", 20.0)
+    table.write(tmp_path, variance.published)
+    assert columns(tmp_path)["Fréchet distance (classifier), 50 samples"] == ("–", "20.5 ± 0.71")
+
+
+@pytest.mark.parametrize("damage", ["absent", "of other weights", "cut"])
+def test_a_run_whose_samples_were_not_measured_keeps_its_bound(measured, tmp_path, damage):
+    name = "eps-vlb-fixed_small-cosine-T4-seed0"
+    path = tmp_path / name / "quality.json"
+    if damage == "of other weights":
+        write_quality(tmp_path, name, 1.0, ema_sha256="of an earlier step")
+    else:
+        path.write_text(path.read_text()[:20]) if damage == "cut" else path.unlink()
+    (tmp_path / name / "log.txt").write_text("$ python main.py\nerror: no memory\n")
+    text = table.write(tmp_path, variance.published)
+    found = columns(tmp_path)
+    assert found["Fréchet distance (classifier), 50 samples"] == ("–", "20.5 ± 0.71")
+    assert found["seeds"] == ("2", "2")
+    assert f"- {name} has no Fréchet distance: error: no memory" in text
+
+
+def test_a_sweep_without_samples_has_no_such_column(finished, tmp_path):
+    assert "has no Fréchet distance" not in table.write(tmp_path, variance.published)
+    assert not [head for head in columns(tmp_path) if "Fréchet" in head]
+    assert not (tmp_path / "quality.png").exists()
+
+
+def drawn(monkeypatch, directory, published):
+    """The points and the diamonds of quality.png, [n, 2] each."""
+    figures = []
+    monkeypatch.setattr(table, "Figure", lambda **size: figures.append(Figure(**size)) or figures[-1])
+    rows = results.rows(results.read(directory)[0])[0]
+    table.plot_quality(directory / "quality.png", rows, published)
+    (axes,) = figures[0].axes
+    lines = [(line.get_marker(), line.get_xydata()) for line in axes.lines]
+    points = [data for marker, data in lines if marker in table.MARKERS]
+    diamonds = [data for marker, data in lines if marker == "D"]
+    return [np.concatenate([*data, np.zeros((0, 2))]) for data in (points, diamonds)]
+
+
+def test_the_plot_has_a_point_per_row_and_published_fids(finished, measured, tmp_path, monkeypatch):
+    def published(run):
+        return results.Target("a paper", test_bpd=2.94, fid=11.47)
+
+    points, diamonds = drawn(monkeypatch, tmp_path, published)
+    wanted = [(finished[name].mean(), np.mean(measured[name])) for name in ("fixed_large", "fixed_small")]
+    np.testing.assert_allclose(points[np.argsort(points[:, 1])], wanted)
+    assert not len(diamonds), "a FID is not drawn on the scale of other features"
+    for folder in tmp_path.glob("*-seed*"):
+        write_quality(tmp_path, folder.name, 3.17, features="inception")
+    points, diamonds = drawn(monkeypatch, tmp_path, published)
+    np.testing.assert_array_equal(points[:, 1], [3.17, 3.17])
+    np.testing.assert_array_equal(np.unique(diamonds, axis=0), [[2.94, 11.47]])
+    assert np.asarray(Image.open(tmp_path / "quality.png")).min() < 100
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run in .* is finished"):
+        table.write(tmp_path, variance.published)
+
+
+def test_published_numbers_stand_beside_the_settings_that_they_are_of():
+    def published(base, **keys):
+        cell = Cell("run", base, {key.replace("__", "."): value for key, value in keys.items()})
+        config = config_lib.flatten(config_lib.from_json(config_lib.to_json(cell.config())))
+        return variance.published(results.Run("run", config, {}, {}, np.zeros(2), np.zeros(2)))
+
+    assert published("configs/cifar10.py", train__num_steps="10").test_bpd == 3.75
+    assert published("configs/cifar10.py", objective__name="vlb").test_bpd == 3.70
+    assert published("configs/cifar10.py", model__variance="fixed_small") is None
+    assert published(BASE) is None
+    best = ho2020.ROWS[-1].cell("full", "0", {})
+    assert published(best.base, **best.overrides).test_bpd == 2.94
+    # They trained with dropout 0.3 under the cosine schedule alone.
+    assert published(best.base, **best.overrides | {"unet.dropout": "0.1"}) is None
