@@ -62,13 +62,14 @@ def main(argv: list[str]) -> None:
         # On CPUs a program that was compiled for one processor may not run on the next one that reads the same folder.
         if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/diffusion/compiled"))
-        name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+        base = config_flags.get_config_filename(flags.FLAGS["config"])
         mode = importlib.import_module(f"diffusion.programs.{_MODES[_MODE.value]}")
         if _CHECKPOINT.value != "latest" and _MODE.value not in _READ_A_CHECKPOINT:
             raise ValueError(f"--checkpoint={_CHECKPOINT.value} has no part in --mode={_MODE.value}")
         which = {"checkpoint": _CHECKPOINT.value} if _MODE.value in _READ_A_CHECKPOINT else {}
+        which |= {"base": base} if _MODE.value == "train" else {}
         try:
-            mode.run(_CONFIG.value, workdir.parse(_WORKDIR.value or f"runs/{name}"), **which)
+            mode.run(_CONFIG.value, workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}"), **which)
         except preemption.Preempted as stop:
             _stop(stop.reason, stop.code)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:

@@ -21,6 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["diffusion", "diffusion.*"]),
+    package_data={"diffusion.reporting.page": ["style.css", "script.js"]},
     install_requires=[
         "absl-py",
         "array-record",

@@ -131,7 +131,7 @@ def lower_training(
     seed = jax.ShapeDtypeStruct((), jnp.int32)
     images = jax.ShapeDtypeStruct((num_images, *experiment.image_shape), jnp.uint8)
     indices = jax.ShapeDtypeStruct((steps, local_batch), jnp.int32)
-    arguments = on_all((seed, experiment.abstract_state(), images, indices), len(targets))
+    arguments = on_all((seed, experiment.abstract_state(), images, None, indices), len(targets))
     return devices.compiled_train_steps(experiment.training, targets).lower(*arguments)
 
 

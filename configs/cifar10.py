@@ -36,6 +36,8 @@ def get_config() -> ConfigDict:
     config.model.network = "unet"  # its fields are the keys of the group of its name
     config.model.prediction = "eps"  # eps, x0, v, mean
     config.model.variance = "fixed_large"  # fixed_small, fixed_large, learned, learned_range
+    config.model.conditional = False  # True: the network is given the data's labels
+    config.model.label_dropout = 0.0  # the part of the training images whose label it is not given; for guidance
 
     config.unet = ConfigDict()
     config.unet.channels = 128
@@ -92,6 +94,9 @@ def get_config() -> ConfigDict:
     config.sample.method = "ancestral"  # ancestral, ddim(eta=0.0); for few steps dpm_solver_pp, heun
     config.sample.num_steps = 0  # 0: all; fewer: evenly spaced
     config.sample.variance = "model"  # of ancestral: model (its own), fixed_small, fixed_large, optimal
+    config.sample.labels = ()  # of a conditional network's images, in turn; (): every class
+    config.sample.guidance = 0.0  # w of (1 + w) ε_c − w ε_u; 0: the conditional network as it is
+    config.sample.guidance_interval = ()  # (low, high): guidance only where low < t ≤ high
 
     config.quality = ConfigDict()
     config.quality.num_images = 10_000  # samples that --mode=quality draws; published distances take 50,000

@@ -36,7 +36,6 @@ FIXED_CONFIG = {
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2D",
     "norm_eps": 1e-6,
-    "num_class_embeds": None,
     "resnet_time_scale_shift": "default",  # the time embedding is added
     "time_embedding_dim": None,  # 4 * the first width
     "time_embedding_type": "positional",
@@ -55,7 +54,7 @@ SIZES = {"sample_size", "in_channels", "out_channels"}
 SIZES |= {"block_out_channels", "layers_per_block", "norm_num_groups"}
 BLOCK_TYPES = {"down_block_types", "up_block_types"}
 # ... and what may be absent; num_train_timesteps does not concern this kind of time embedding.
-OPTIONAL = {"dropout", "num_train_timesteps"}
+OPTIONAL = {"dropout", "num_class_embeds", "num_train_timesteps"}
 
 # Inside the modules of `UNet` -> inside the published ones.
 PART_NAMES = {
@@ -71,6 +70,7 @@ PART_NAMES = {
     "value": "to_v",
     "projection": "to_out.0",
     "kernel": "weight",
+    "embedding": "weight",
     "scale": "weight",
     "bias": "bias",
 }
@@ -97,8 +97,9 @@ def load_diffusers(directory: str | Path) -> tuple[UNet, PyTree]:
         tensor = tensors[name]
         if name.endswith("conv_shortcut.weight"):
             tensor = tensor[:, :, 0, 0]
-        axes = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}[tensor.ndim]  # OIHW -> HWIO
-        params[path] = jnp.asarray(tensor.transpose(axes))
+        if path[-1] == "kernel":
+            tensor = tensor.transpose({2: (1, 0), 4: (2, 3, 1, 0)}[tensor.ndim])  # OIHW -> HWIO
+        params[path] = jnp.asarray(tensor)
     return unet, unflatten_dict(params)
 
 
@@ -130,6 +131,7 @@ def save_diffusers(directory: str | Path, unet: UNet, params: PyTree, sample_siz
         "layers_per_block": unet.num_res_blocks,
         "norm_num_groups": unet.num_groups,
         "dropout": unet.dropout,
+        "num_class_embeds": unet.num_classes or None,
         **_block_types(attends),
     }
     tensors = {name: np.asarray(tensor, order="C") for name, tensor in _to_published(unet, params).items()}
@@ -148,7 +150,8 @@ def _unet_of(config: dict[str, Any]) -> tuple[UNet, tuple[int, int, int]]:
             raise ValueError(f"{key}={value!r} is not a key of this kind of network.")
     if missing := (SIZES | BLOCK_TYPES) - config.keys():
         raise ValueError(f"{', '.join(sorted(missing))} must be given.")
-    for key in sorted(SIZES):
+    sizes = SIZES | {"num_class_embeds"} if config.get("num_class_embeds") is not None else SIZES
+    for key in sorted(sizes):
         if not all(type(size) is int and size > 0 for size in np.ravel(np.array(config[key], dtype=object))):
             raise ValueError(f"{key}={config[key]!r} must consist of positive integers.")
 
@@ -171,6 +174,7 @@ def _unet_of(config: dict[str, Any]) -> tuple[UNet, tuple[int, int, int]]:
         attention_resolutions=tuple(height >> level for level, attend in enumerate(attends) if attend),
         num_groups=config["norm_num_groups"],
         dropout=config.get("dropout", 0.0),
+        num_classes=config.get("num_class_embeds") or 0,
         out_channels=config["out_channels"],
     )
     image_shape = (height, width, config["in_channels"])
@@ -198,6 +202,7 @@ def _published_name(unet: UNet, path: tuple[str, ...]) -> str:
         "conv_in": "conv_in",
         "time_1": "time_embedding.linear_1",
         "time_2": "time_embedding.linear_2",
+        "label": "class_embedding",
         "mid_block_0": "mid_block.resnets.0",
         "mid_attention": "mid_block.attentions.0",
         "mid_block_1": "mid_block.resnets.1",
@@ -222,8 +227,8 @@ def _to_published(unet: UNet, params: PyTree) -> dict[str, Any]:
     tensors = {}
     for path, tensor in flatten_dict(params).items():
         name = _published_name(unet, path)
-        axes = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[tensor.ndim]  # HWIO -> OIHW
-        tensor = tensor.transpose(axes)
+        if path[-1] == "kernel":
+            tensor = tensor.transpose({2: (1, 0), 4: (3, 2, 0, 1)}[tensor.ndim])  # HWIO -> OIHW
         if name.endswith("conv_shortcut.weight"):
             tensor = tensor[:, :, None, None]  # published as a 1x1 convolution
         tensors[name] = tensor

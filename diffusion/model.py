@@ -18,17 +18,19 @@ class Model:
     where `denoise` is a `jax.tree_util.Partial(apply, params)`, the network's parameters.
 
     Attributes:
-        denoise: (x_t [B, H, W, C], network_t [B]) -> output [B, H, W, p.output_channels(C)]. Labels and guidance
-            are closed over: nothing that takes a model knows of them.
+        denoise: (x_t [B, H, W, C], network_t [B]) -> output [B, H, W, p.output_channels(C)].
         p: the reverse process: what the output predicts, and where the variance comes from.
         schedule: the forward process.
         num_levels: how many values a channel of a pixel can have: 256 for photographs.
+        takes_labels: whether `denoise` takes labels [B] as a third argument. Whoever knows the labels closes over them
+            with `guidance` first: no sampler and no bound takes such a network.
     """
 
     denoise: Any  # a `reverse.Denoise`, or the same with shapes in the place of arrays
     p: Reverse = dataclasses.field(metadata={"static": True})
     schedule: Schedule
     num_levels: int = dataclasses.field(default=256, metadata={"static": True})
+    takes_labels: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __post_init__(self):
         if callable(self.denoise) and not isinstance(self.denoise, jax.tree_util.Partial):

@@ -27,7 +27,7 @@ from diffusion import gaussian, likelihood, parameterizations, process, reverse,
 from diffusion.data.levels import to_unit
 from diffusion.evaluation.images import subset
 from diffusion.experiment import build, workdir
-from diffusion.reporting import summary
+from diffusion.reporting import page, summary
 from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
 from experiments import results, sweep
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     code = sweep.execute(arguments, cells, lambda run: None)
     if not arguments.list and arguments.index is None:
         write(arguments.workdir, arguments.network or arguments.workdir / cells[0].name, arguments.checkpoint)
+        page.refresh(arguments.workdir)
     return code
 
 

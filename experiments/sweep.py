@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import rules, workdir
+from diffusion.reporting import page
 from diffusion.reporting.metrics_log import read_metrics
 from diffusion.reporting.progress import Progress
 from experiments import table
@@ -46,18 +46,12 @@ class Cell(NamedTuple):
         Raises:
             ValueError: the file cannot be read, a key does not exist, or a value is none that the key may have.
         """
-        for key in self.overrides:
-            if key not in config_lib.all_keys():
-                raise ValueError(config_lib.unknown(key))
-        argv = ["main.py", *self.arguments()]
-        values = flags.FlagValues()
-        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
         try:
-            values(argv)
-        except (flags.Error, TypeError, ValueError, ImportError, OSError) as error:
+            config = config_lib.from_file(self.base, self.overrides)
+        except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        config_lib.check(holder.value)
-        return holder.value
+        config_lib.check(config)
+        return config
 
 
 def grid(base: str, axes: dict[str, list[str]], extra: dict[str, str]) -> list[Cell]:
@@ -225,6 +219,7 @@ def execute(arguments: argparse.Namespace, cells: list[Cell], published: Publish
         failures = run_cells(cells, arguments.workdir)
     if arguments.index is None:
         print(table.write(arguments.workdir, published))
+        page.refresh(arguments.workdir)
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0

@@ -78,3 +78,5 @@ def test_all_of_them_together_run_as_the_page_says(copy):
     quality = json.loads((run / "quality.json").read_text())
     assert quality["sampler"]["method"] == "tempered(temperature=0.8)"
     assert quality["distance_of_means"] > 0 and quality["reference"].startswith("bars")
+    page = (run / "report.html").read_text()  # that of the last program: it knows the config file and the new metric
+    assert "Keys that differ from configs/digits.py" in page and "distance_of_means" in page

@@ -246,3 +246,32 @@ def test_saving_what_the_layout_has_no_place_for_is_refused(published, tmp_path,
     with pytest.raises(ValueError, match=key):
         interop.save_diffusers(tmp_path / "new", unet.copy(**changes), params, sample_size=16)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_class_conditional_network_is_read_and_written_with_its_embedding(published, tmp_path):
+    unet, params = interop.load_diffusers(published)
+    tensors, rng = load_file(published / WEIGHTS), np.random.default_rng(0)
+    tensors["class_embedding.weight"] = rng.normal(size=(5, 32)).astype(np.float32)  # [classes, 4 × width]
+    save_file(tensors, published / WEIGHTS)
+    with pytest.raises(ValueError, match=r"class_embedding\.weight is extra"):
+        interop.load_diffusers(published)
+    change_config(published, num_class_embeds=5)
+    labelled, more = interop.load_diffusers(published)
+    assert labelled == unet.copy(num_classes=5)
+    np.testing.assert_array_equal(more["label"]["embedding"], tensors["class_embedding.weight"])
+    interop.save_diffusers(tmp_path / "again", labelled, more, sample_size=16)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["num_class_embeds"] == 5
+    for name, tensor in load_file(tmp_path / "again" / WEIGHTS).items():
+        np.testing.assert_array_equal(tensor, tensors[name], err_msg=name)
+    reference = np.load(GOLDEN / "unet_tiny_io.npz")
+    x, network_t = jnp.asarray(reference["x"]), jnp.asarray(reference["network_t"])
+    no_labels = jnp.full(len(x), -1)
+    output = jax.jit(labelled.apply)({"params": more}, x, network_t, labels=no_labels)
+    assert np.linalg.norm(output - reference["y"]) < 5e-6 * np.linalg.norm(reference["y"])
+
+
+@pytest.mark.parametrize("value", [0, 2.5, "ten"])
+def test_a_number_of_classes_that_is_none_is_refused(published, value):
+    change_config(published, num_class_embeds=value)
+    with pytest.raises(ValueError, match=f"num_class_embeds={value!r} must consist of positive integers"):
+        interop.load_diffusers(published)

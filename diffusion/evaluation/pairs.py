@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from diffusion import likelihood
+from diffusion import guidance, likelihood
 from diffusion.data import Source
 from diffusion.data.levels import to_unit
 from diffusion.likelihood import Measure
@@ -24,7 +24,8 @@ PRECISION = "highest"
 class Pairs:
     """Measures (image, t) pairs of any images and any t, in batches, by one compiled program.
 
-    The ε of a pair depends only on the image's number in its split and on t, not on what else is in the batch.
+    The ε of a pair depends only on the image's number in its split and on t, not on what else is in the batch. A model
+    that takes labels is given the image's own.
 
     Args:
         measure_of: model -> what is measured, for example `likelihood.term_and_x0_mse`.
@@ -46,12 +47,13 @@ class Pairs:
         seed_key = randomness.stream(seed, stream)
 
         def one_batch(shared: PyTree, items: tuple[Array, Array]) -> PyTree:
-            model, (images, numbers, split_number) = shared
+            model, (images, labels, numbers, split_number) = shared
             image, t = items
+            denoise = guidance.conditional(model.denoise, labels[image]) if model.takes_labels else model.denoise
             x0 = to_unit(images[image], model.num_levels)
             keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), numbers[image])
             with jax.default_matmul_precision(PRECISION):
-                return likelihood.at_one_t(model.denoise, model.schedule[t], x0, keys, measure_of(model))
+                return likelihood.at_one_t(denoise, model.schedule[t], x0, keys, measure_of(model))
 
         self._batches = devices.over_batches(one_batch)
         self._batch_size, self._stop = batch_size, stop
@@ -70,7 +72,8 @@ class Pairs:
         Returns:
             An iterator of (the pairs that are done [b], their measures [b, ...]), batch by batch.
         """
-        data = devices.replicate((source.images(numbers), numbers, np.int32(source.split_number)))
+        labels = source.labels(numbers) if model.leaves.takes_labels else None
+        data = devices.replicate((source.images(numbers), labels, numbers, np.int32(source.split_number)))
         items = (wanted // t.shape[1], t.ravel()[wanted])
         with Progress(t.size, initial=t.size - len(wanted), desc=desc, unit="term") as progress:
             for done, measures in self._batches((model, data), items, self._batch_size):

@@ -75,7 +75,7 @@ class Experiment:
                 )
             schedule = dataclasses.replace(schedule, x0_variance=jnp.asarray(x0_variance.mean))
         denoise = jax.tree_util.Partial(Network(self.training.network, p.output_channels(self.image_shape[-1])), params)
-        return Model(denoise, p, schedule, self.training.num_levels)
+        return Model(denoise, p, schedule, self.training.num_levels, self.training.conditional)
 
     def initial_state(self) -> TrainState:
         """The state before the first step: the weights of config.init_from, or random ones from config.seed."""
@@ -101,14 +101,18 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """(params, x_t [B, H, W, C], network_t [B]) -> the first channels of the output; equal if its fields are."""
+    """(params, x_t [B, H, W, C], network_t [B]) -> the first channels of the output; equal if its fields are.
+
+    A conditional network takes labels [B], too.
+    """
 
     module: nn.Module
     channels: int
 
-    def __call__(self, params: PyTree, x_t: Array, network_t: Array) -> Array:
+    def __call__(self, params: PyTree, x_t: Array, network_t: Array, labels: Array | None = None) -> Array:
+        given = {} if labels is None else {"labels": labels}
         # Flax passes over the parameters of a learned schedule, which are none of the network's modules.
-        return self.module.apply({"params": params}, x_t, network_t)[..., : self.channels]
+        return self.module.apply({"params": params}, x_t, network_t, **given)[..., : self.channels]
 
 
 def describe_data(config: ConfigDict) -> data.Description:
@@ -121,19 +125,25 @@ def load_data(config: ConfigDict, split: str) -> data.Source:
     return data.load(config.data.name, split, config.data.data_dir, config.data.image_size, config.data.pad_to)
 
 
-def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels: int) -> Experiment:
+def experiment(
+    config: ConfigDict, image_shape: tuple[int, int, int], num_levels: int, num_classes: int = 0
+) -> Experiment:
     """The experiment that `config` describes, for images [H, W, C] of `num_levels` pixel values.
+
+    Args:
+        num_classes: of the images' labels; 0 for images without labels.
 
     Raises:
         ValueError: anything that does not fit, in one line that names the config key.
     """
     config_lib.check(config)
     rules.check(config)
+    _check_labels(config, num_classes)
     schedule, learned = rules.start_schedule(config)
     if learned is not None:
         learned_schedule.init(schedule)  # or its refusal would come with the first state
     p = reverse.make(config.model.prediction, config.model.variance)
-    network = _network(config, image_shape, p.output_channels(image_shape[-1]))
+    network = _network(config, image_shape, p.output_channels(image_shape[-1]), num_classes)
     published = _published(config, network, image_shape) if config.init_from else None
     training = Training(
         network=network,
@@ -146,6 +156,8 @@ def experiment(config: ConfigDict, image_shape: tuple[int, int, int], num_levels
         num_levels=num_levels,
         batch_size=config.train.batch_size,
         flip=config.data.flip,
+        conditional=config.model.conditional,
+        label_dropout=config.model.label_dropout,
         log_every=config.train.log_every,
         skip_nonfinite=config.train.skip_nonfinite > 0,
         grad_accum=config.train.grad_accum,
@@ -196,10 +208,27 @@ def _chosen(config: ConfigDict, key: str):
     return KEYS[key].bind(config[group][name])
 
 
-def _network(config: ConfigDict, image_shape: tuple[int, int, int], out_channels: int) -> nn.Module:
+def _check_labels(config: ConfigDict, num_classes: int) -> None:
+    """Raises a ValueError unless the data have the labels that the config needs."""
+    if config.model.conditional and num_classes == 0:
+        raise ValueError(f"model.conditional=True needs labels, and data.name={config.data.name!r} has none")
+    if beyond := [label for label in config.sample.labels if label >= num_classes]:
+        raise ValueError(
+            f"sample.labels={config.sample.labels}: {beyond[0]} is none of the labels 0…{num_classes - 1} of "
+            f"data.name={config.data.name!r}"
+        )
+
+
+def _network(
+    config: ConfigDict, image_shape: tuple[int, int, int], out_channels: int, num_classes: int
+) -> nn.Module:
     """The module: its fields from the config group of its name, over them the arguments of model.network."""
     name, arguments = names.parse(config.model.network)
     fields = dict(config.get(name, {})) | arguments
+    if config.model.conditional:
+        if "num_classes" not in (field.name for field in dataclasses.fields(NETWORKS[name])):
+            raise ValueError(f"model.network={config.model.network!r} takes no labels; model.conditional must be False")
+        fields |= {"num_classes": num_classes}
     network = NETWORKS[name](**fields, out_channels=out_channels)
     network.check(image_shape)
     return network

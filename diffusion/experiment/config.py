@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from diffusion import learned_schedule, likelihood, objectives, reverse, samplers, schedules, timesteps
 from diffusion.data.source import SPLITS
@@ -44,7 +45,7 @@ def of_type(annotation: Any) -> Constraint:
 
 
 TEXT, FLAG = of_type(str), of_type(bool)
-NETWORK_GIVEN = ("out_channels", "parent", "name")
+NETWORK_GIVEN = ("out_channels", "num_classes", "parent", "name")
 # The variance that the network was trained with, or one that needs nothing more than its mean.
 FOR_A_TRAINED_MEAN = Choice({"model": None} | {k: v for k, v in reverse.VARIANCES.items() if not v.is_learned})
 # What a learned schedule starts from.
@@ -67,6 +68,8 @@ KEYS: dict[str, Constraint | Choice] = {
     "model.prediction": Choice(reverse.PREDICTIONS),
     # The optimal variance follows from a trained mean, so nothing is trained with it.
     "model.variance": Choice({name: v for name, v in reverse.VARIANCES.items() if name != "optimal"}),
+    "model.conditional": FLAG,
+    "model.label_dropout": number(0, 1 - 1e-12, "a number in [0, 1)"),
     "objective.name": Choice(objectives.OBJECTIVES, given=("p", "num_steps", "num_levels", "weighting")),
     "objective.weighting": Choice(objectives.WEIGHTINGS, given=("p",)),
     "objective.timesteps": Choice(timesteps.SAMPLERS),
@@ -100,6 +103,14 @@ KEYS: dict[str, Constraint | Choice] = {
     "sample.method": Choice(samplers.SAMPLERS, given=("denoise", "p", "schedule", "keys", "shape", "num_frames")),
     "sample.num_steps": integer(0),
     "sample.variance": FOR_A_TRAINED_MEAN,
+    "sample.labels": Constraint(
+        lambda v: names.accepts(tuple[int, ...], v) and min(v, default=0) >= 0, "a tuple of integers ≥ 0, or () for all"
+    ),
+    "sample.guidance": number(-1, 1000, "a number in [-1, 1000]"),
+    "sample.guidance_interval": Constraint(
+        lambda v: names.accepts(tuple[float, ...], v) and (v == () or len(v) == 2 and v[0] < v[1]),
+        "(low, high) with low < high, or () for every t",
+    ),
     "quality.num_images": integer(2),
     "quality.features": Choice(quality.FEATURES, given=("train_set",)),
     "quality.reference": Constraint(
@@ -182,6 +193,30 @@ def from_json(text: str) -> ConfigDict:
     if not isinstance(groups, dict):
         raise ValueError("it is not the JSON of a config")
     return ConfigDict(groups).lock()
+
+
+def from_file(path: str, overrides: dict[str, str]) -> ConfigDict:
+    """The config of a file in configs/, as main.py resolves it; not checked.
+
+    Args:
+        path: what --config would be.
+        overrides: config key -> value, written as for --config.KEY=VALUE.
+
+    Raises:
+        ValueError: the file cannot be read, a key does not exist, or a value cannot be read as what the file has.
+    """
+    for key in overrides:
+        if key not in all_keys():
+            raise ValueError(unknown(key))
+    argv = ["main.py", f"--config={path}", *(f"--config.{key}={value}" for key, value in overrides.items())]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        holder.value.keys()  # where there is no such file, the first use says so
+    except (flags.Error, TypeError, ValueError, ImportError, OSError) as error:
+        raise ValueError(str(error)) from error
+    return holder.value
 
 
 def differing(config: ConfigDict, saved: ConfigDict) -> list[str]:

@@ -53,9 +53,9 @@ def local_batch(experiment: Experiment) -> int:
 def residual_bytes(experiment: Experiment, num_images: int) -> int:
     """What JAX would keep of so many images for the backward pass if XLA fused nothing: an upper estimate."""
 
-    def backward(params, t, keys, x0):
+    def backward(params, t, keys, x0, labels):
         def loss(params):
-            return losses(experiment.training, params, t, keys, x0, dropout=True)[0].mean()
+            return losses(experiment.training, params, t, keys, x0, True, labels)[0].mean()
 
         return jax.vjp(loss, params)[1]  # a pytree whose leaves are the kept arrays
 
@@ -63,7 +63,8 @@ def residual_bytes(experiment: Experiment, num_images: int) -> int:
     x0 = jax.ShapeDtypeStruct((num_images, *experiment.image_shape), jnp.float32)
     t = jax.ShapeDtypeStruct((num_images,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_images))
-    return num_bytes(jax.eval_shape(backward, params, t, keys, x0)) - num_bytes(params)
+    labels = t if experiment.training.conditional else None
+    return num_bytes(jax.eval_shape(backward, params, t, keys, x0, labels)) - num_bytes(params)
 
 
 def num_bytes(tree: PyTree) -> int:

@@ -102,6 +102,23 @@ RULES = (
         "sample.method={c.sample.method!r}: eta must be in [0, 1]",
     ),
     Rule(
+        lambda f: f.config.model.label_dropout > 0 and not f.config.model.conditional,
+        "model.label_dropout={c.model.label_dropout} leaves out labels that model.conditional=False does not give",
+    ),
+    Rule(
+        lambda f: f.config.sample.labels and not f.config.model.conditional,
+        "sample.labels={c.sample.labels} is only for a network with model.conditional=True",
+    ),
+    Rule(
+        lambda f: f.config.sample.guidance != 0 and f.config.model.label_dropout == 0,
+        "sample.guidance={c.sample.guidance} needs a network that was trained without labels, too: "
+        "model.conditional=True with model.label_dropout > 0",
+    ),
+    Rule(
+        lambda f: f.config.sample.guidance_interval and f.config.sample.guidance == 0,
+        "sample.guidance_interval={c.sample.guidance_interval} has no part in sample.guidance=0",
+    ),
+    Rule(
         lambda f: f.config.sample.num_steps > f.config.schedule.num_steps,
         "sample.num_steps={c.sample.num_steps} exceeds schedule.num_steps={c.schedule.num_steps}",
     ),

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import socket
 import tempfile
@@ -26,6 +27,7 @@ from diffusion.variances import X0Variance
 
 X0_VARIANCE = "x0_variance.npz"  # what the optimal variance needs
 SUMMARY, SECONDS = "summary.json", "seconds.json"
+BASE = "base.json"  # the config file that the run started from, by name and as it was
 LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, which ends with the process
 # What a run or its evaluation writes, apart from the lock and config.json.
 WRITTEN = (
@@ -34,6 +36,7 @@ WRITTEN = (
     *("samples", "samples*.png", "samples.npz", "progressive.png"),
     *("quality.json", "unfinished_quality"),
     *("evaluations", "unfinished_eval", "eval.json", "bpd.npz", "bpd.png", "rate_distortion.png"),
+    *(BASE, "report.html"),
 )
 
 
@@ -83,6 +86,13 @@ def claim(config: ConfigDict, directory: Path) -> None:
     if summary.exists() and not is_finished(directory, config):
         os.replace(summary, summary.with_stem(f"summary_{read_config(directory).train.num_steps}"))
     files.write_text(directory / "config.json", config_lib.to_json(config))
+
+
+def save_base(directory: Path, path: str) -> None:
+    """Keeps the config file of a run, which may change later: its path as --config has it, and the values in it."""
+    values = config_lib.from_file(path, {}).to_dict()
+    text = json.dumps({"config": path, "values": values}, indent=2, sort_keys=True)
+    files.write_text(directory / BASE, text + "\n")
 
 
 @contextlib.contextmanager
@@ -221,7 +231,7 @@ def load(directory: str | Path, checkpoint: str = "latest") -> Run:
     """
     config = read_config(Path(directory))
     described = build.describe_data(config)
-    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
     return Run(experiment, restore(experiment, Path(directory), checkpoint))
 
 

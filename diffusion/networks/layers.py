@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key, Real
+from jaxtyping import Array, Float, Int, Key, Real
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 # On smaller maps and for images themselves (3 channels) XLA's own weight gradient is as fast or faster.
@@ -48,6 +48,18 @@ def fourier_features(
     """
     angles = [2.0**n * jnp.pi * x for n in exponents]
     return jnp.concatenate([x] + [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)], axis=-1)
+
+
+class LabelEmbedding(nn.Module):
+    """A learned vector for each class, and zero for a label that is none of 0 ... num_classes - 1, such as -1."""
+
+    num_classes: int
+    features: int
+
+    @nn.compact
+    def __call__(self, labels: Int[Array, " b"]) -> Float[Array, "b {self.features}"]:
+        table = self.param("embedding", nn.initializers.normal(1.0), (self.num_classes, self.features))
+        return jnp.matmul(jax.nn.one_hot(labels, self.num_classes), table, **EXACT)
 
 
 class GroupNorm(nn.Module):

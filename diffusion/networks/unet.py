@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Key, Real
+from jaxtyping import Array, Float, Int, Key, Real
 
 from diffusion.networks.layers import (
     EXACT,
@@ -22,6 +22,7 @@ from diffusion.networks.layers import (
     Conv,
     Dense,
     GroupNorm,
+    LabelEmbedding,
     dropout,
     fourier_features,
     near_zero,
@@ -74,7 +75,7 @@ class ResidualBlock(nn.Module):
 class UNet(nn.Module):
     """The network; the default fields are Ho et al.'s for CIFAR-10: 35,746,307 parameters.
 
-    unet.apply({"params": params}, x, network_t, dropout_keys=None)
+    unet.apply({"params": params}, x, network_t, dropout_keys=None, labels=None)
 
     Attributes:
       channels: width of the first level; the time embedding is made of `channels` sines and cosines.
@@ -87,6 +88,8 @@ class UNet(nn.Module):
       dropout: probability with which an activation is dropped where dropout_keys are given.
       scale_shift_norm: the time embedding scales and shifts a block's second norm instead of being added before.
       fourier_features: exponents n for which sin and cos of 2^n pi x join the input; () for none.
+      num_classes: of the labels that the network is given, each with a learned vector that is added to the time
+        embedding; 0 for a network that is given none.
       out_channels: channels of the output.
       dtype: what the maps and matrix products are computed in. Parameters, norms, softmax, time embedding and the
         first and last convolution are float32. (On accelerators "float32" multiplies the rest at the default
@@ -104,6 +107,7 @@ class UNet(nn.Module):
     dropout: float = 0.1
     scale_shift_norm: bool = False
     fourier_features: tuple[int, ...] = ()
+    num_classes: int = 0
     out_channels: int = 3
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
@@ -144,15 +148,22 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], network_t: Real[Array, " b"], dropout_keys: Key[Array, " b"] | None = None
+        self,
+        x: Float[Array, "b h w c"],
+        network_t: Real[Array, " b"],
+        dropout_keys: Key[Array, " b"] | None = None,
+        labels: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b h w {self.out_channels}"]:
         """The network's output for noisy images x and the number each is conditioned on (0 ... T - 1).
 
-        Dropout needs a key for each example; without keys nothing is dropped.
+        Dropout needs a key for each example; without keys nothing is dropped. A network with classes needs a label for
+        each example, -1 for none, but not to be initialized.
         """
         self.check(x.shape[1:])
         embedding = Dense(4 * self.channels, **EXACT, name="time_1")(time_embedding(network_t, self.channels))
         embedding = Dense(4 * self.channels, **EXACT, name="time_2")(nn.swish(embedding))
+        if self.num_classes:
+            embedding = embedding + self._label_embedding(labels, len(x))
         residual_block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
 
         def block(h: Array, features: int, name: str) -> Array:
@@ -166,6 +177,13 @@ class UNet(nn.Module):
         h = self._up(h, skips, block)
         h = nn.swish(GroupNorm(self.num_groups, name="norm_out")(h))
         return Conv(self.out_channels, kernel_init=near_zero, **EXACT, name="conv_out")(h)
+
+    @nn.nowrap
+    def _label_embedding(self, labels: Array | None, batch_size: int) -> Array:
+        if labels is None and not self.is_initializing():
+            raise ValueError(f"this network is given labels of {self.num_classes} classes: pass labels, -1 for none")
+        labels = jnp.full(batch_size, -1) if labels is None else labels
+        return LabelEmbedding(self.num_classes, 4 * self.channels, name="label")(labels)
 
     @nn.nowrap
     def _down(self, h: Array, block: Callable[..., Array]) -> list[Array]:

@@ -17,7 +17,7 @@ def run(config_dict: ConfigDict, _directory: Path) -> None:
     """Prints the description; no network is compiled and nothing is written."""
     devices.check_batch_size(config_dict.train.batch_size, config_dict.train.grad_accum)
     described = build.describe_data(config_dict)
-    experiment = build.experiment(config_dict, described.image_shape, described.num_levels)
+    experiment = build.experiment(config_dict, described.image_shape, described.num_levels, described.num_classes)
     shape = "×".join(map(str, described.image_shape))
     figures = {
         "data": f"{described.name}: {described.num_train:,} training and {described.num_test:,} test images",
@@ -53,9 +53,10 @@ def forward_flops(experiment: Experiment) -> float:
     """Of one image through the network, as XLA counts them."""
     network = build.Network(experiment.training.network, experiment.p.output_channels(experiment.image_shape[-1]))
     image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
-    params = experiment.abstract_state().params
+    params, number = experiment.abstract_state().params, jax.ShapeDtypeStruct((1,), jnp.float32)
+    given = {"labels": jax.ShapeDtypeStruct((1,), jnp.int32)} if experiment.training.conditional else {}
     with jax.default_device(jax.devices("cpu")[0]):  # accelerators do not count FLOPs before they compile
-        return jax.jit(network).lower(params, image, jax.ShapeDtypeStruct((1,), jnp.float32)).cost_analysis()["flops"]
+        return jax.jit(network).lower(params, image, number, **given).cost_analysis()["flops"]
 
 
 def schedule_figures(experiment: Experiment) -> dict[str, str]:

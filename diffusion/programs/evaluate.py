@@ -1,6 +1,7 @@
 """--mode=eval: which images are scored, by which protocol, and the numbers and curves of a trained model."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import likelihood
+from diffusion import guidance, likelihood
 from diffusion.data import Source
 from diffusion.evaluation import images
 from diffusion.evaluation.bound import Bound, estimated_bound, full_bound
@@ -20,7 +21,7 @@ from diffusion.evaluation.pairs import PRECISION
 from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
-from diffusion.reporting import plots, summary
+from diffusion.reporting import page, plots, summary
 from diffusion.runtime import files, processes
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
@@ -38,7 +39,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     The results go into a folder that is named by what was measured; eval.json is a copy of the last ones.
     """
     described = build.describe_data(config)
-    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, described.num_test)
     state = workdir.restore(experiment, directory, checkpoint)
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
@@ -50,6 +51,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
         if processes.is_first():
             summary.write_json(out / "eval.json", scores)
             summary.write_json(directory / "eval.json", scores)
+            page.refresh(directory)
             print(json.dumps(scores, indent=2))
 
 
@@ -70,7 +72,9 @@ def score(
     x0_variance: X0Variance | None = None,
     stop: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores the EMA parameters on the test split and on as many training images.
+    """Scores the EMA parameters on the test split and on as many training images, given their labels if it takes any.
+
+    A network that also knows images without their labels is scored without them, too, on the same test images.
 
     Where every term is computed, process 0 writes bpd.npz, bpd.png and rate_distortion.png, and a call that was
     interrupted continues where it stopped.
@@ -108,17 +112,13 @@ def score(
         title = f"{test_set.name}, {num_images} test images, protocol {config.eval.protocol}"
         _save_curves(directory, bounds, protocol, title, test_set.num_levels)
         _forget(kept)
-    by_class = {}
-    if test_set.num_classes:
-        labels = test_set.labels(numbers["test"])
-        by_class["test_bpd_by_class"] = bounds["test"].bpd_by_class(labels, test_set.num_classes)
     return {
         "step": int(state.step),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "protocol": protocol,
         **bounds["test"].summary("test"),
         **bounds["train"].summary("train"),
-        **by_class,
+        **_by_label(bounds, test_set, numbers["test"]),
         "prior_bpd": bounds["test"].prior_bpd.mean(),
         "params_sha256": tree_sha256(state.params),
         "ema_sha256": ema_sha256,
@@ -133,13 +133,41 @@ def _bounds(
     kept: Path,
     stop: Callable[[], None] | None,
 ) -> dict[str, Bound]:
-    """The bound by split: from a few terms of each image, or from every term, which are kept on disk meanwhile."""
+    """The bound by split: from a few terms of each image, or from every term, which are kept on disk meanwhile.
+
+    Of a network that also knows images without labels, under "unconditional" the test split's bound without them.
+    """
     settings, replicated = build.bound_settings(config), devices.replicate(model)
+    scored = {split: (replicated, sources[split], numbers[split]) for split in sources}
+    if config.model.label_dropout:
+        scored["unconditional"] = (replicated.part(_without_labels), sources["test"], numbers["test"])
     if settings.terms_per_image:
         estimate = estimated_bound(settings, stop)
-        return {split: estimate(replicated, sources[split], numbers[split]) for split in sources}
+        return {name: estimate(*what) for name, what in scored.items()}
     bound = full_bound(settings, stop)
-    return {split: bound(replicated, sources[split], numbers[split], kept / f"{split}.npy") for split in sources}
+    return {name: bound(*what, kept / f"{name}.npy") for name, what in scored.items()}
+
+
+def _without_labels(model: Model) -> Model:
+    return dataclasses.replace(model, denoise=guidance.unconditional(model.denoise), takes_labels=False)
+
+
+def _by_label(bounds: dict[str, Bound], test_set: Source, numbers: np.ndarray) -> dict[str, Any]:
+    """What labels say of the test images' bits: their means by class, and what the network saves by knowing them."""
+    scores: dict[str, Any] = {}
+    if test_set.num_classes:
+        by_class = bounds["test"].bpd_by_class(test_set.labels(numbers), test_set.num_classes)
+        scores["test_bpd_by_class"] = by_class
+    if "unconditional" in bounds:
+        without, given = bounds["unconditional"].summary("test"), bounds["test"].image_bpd
+        saved = bounds["unconditional"].image_bpd - given  # image by image: what is common to both cancels
+        scores |= {
+            "test_unconditional_bpd": without["test_bpd"],
+            "test_unconditional_bpd_stderr": without["test_bpd_stderr"],
+            "test_label_gain_bpd": saved.mean(),
+            "test_label_gain_bpd_stderr": saved.std(ddof=1) / len(saved) ** 0.5 if len(saved) > 1 else None,
+        }
+    return scores
 
 
 def _key(config: ConfigDict, model: Model, ema_sha256: str, numbers: dict[str, np.ndarray]) -> str:
@@ -168,6 +196,7 @@ def protocol_of(experiment: Experiment, variance: str) -> dict[str, Any]:
         "variance": variance,
         "schedule": config.schedule.name,
         "num_steps": config.schedule.num_steps,
+        **({"labels": "given"} if config.model.conditional else {}),
         "estimator": f"{few} terms per image: t = 1 and two samples of {few // 2}" if few else "every term",
         "draws_per_term": 1,
         "matmul_precision": PRECISION,

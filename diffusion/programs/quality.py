@@ -19,7 +19,7 @@ from diffusion.evaluation.features import Batch
 from diffusion.evaluation.reference import Numbers, Reference
 from diffusion.experiment import build, memory
 from diffusion.programs import sample
-from diffusion.reporting import summary
+from diffusion.reporting import page, summary
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import processes
 from diffusion.runtime.digests import tree_sha256
@@ -42,12 +42,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
 
         def write() -> None:
             scores = scorer.scores(sample.shards(folder, num_images), num_images) | {
-                "sampler": {
-                    "method": config.sample.method,
-                    "num_steps": config.sample.num_steps or config.schedule.num_steps,
-                    "variance": model.p.variance,
-                    "seed": config.seed,
-                },
+                "sampler": sample.described(config, model.p.variance),
                 "step": int(state.step),
                 "ema_sha256": tree_sha256(state.ema_params),
                 "device": summary.device_name(),
@@ -56,6 +51,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
             summary.write_json(directory / "quality.json", scores)
             shutil.rmtree(unfinished, ignore_errors=True)
             print(json.dumps(scores, indent=2, ensure_ascii=False))
+            page.refresh(directory)
 
         processes.on_first(write)
 

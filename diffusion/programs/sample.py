@@ -4,18 +4,19 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, Int32, UInt8
 from ml_collections import ConfigDict
 
-from diffusion import schedules
+from diffusion import guidance, schedules
 from diffusion.data.levels import to_levels
 from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
-from diffusion.reporting import pictures
+from diffusion.reporting import page, pictures
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import files, processes, randomness
 from diffusion.runtime.preemption import Preemption
@@ -35,13 +36,14 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     with Preemption() as preemption, memory.explained(experiment, "sample.batch_size"):
         folder = save(experiment, directory, model, int(state.step), preemption.check)
     if processes.is_first():
+        page.refresh(directory)
         print(f"{config.sample.num_images} samples: {folder}; the last ones also as {directory / GRID}")
 
 
 def trained(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> tuple[Experiment, TrainState, Model]:
     """A checkpoint of `directory`, and the model that the config samples from: the EMA's."""
     described = build.describe_data(config)
-    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
     state = workdir.restore(experiment, directory, checkpoint)
     is_optimal = config.sample.variance == "optimal"
     x0_variance = workdir.load_x0_variance(directory, int(state.step)) if is_optimal else None
@@ -49,22 +51,27 @@ def trained(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> 
 
 
 class Sampler:
-    """The config's sampler, compiled once. Image n is the same whatever the batch size and the number of devices."""
+    """The config's sampler, compiled once. Image n is the same whatever the batch size and the number of devices.
+
+    A model that takes labels is given those of `labels`, and guided as the config says.
+    """
 
     def __init__(self, experiment: Experiment):
         self._config, self._shape = experiment.config.sample, experiment.image_shape
         self._method = build.sample_method(experiment.config)
         self._num_steps = self._config.num_steps or experiment.config.schedule.num_steps
+        self._classes = jnp.array(classes(experiment))
         self._seed_key = randomness.stream(experiment.config.seed, "sample")
         self._images = devices.over_batches(lambda model, numbers: self._draw(model, numbers, num_frames=1)[0])
         num_frames = min(TRAJECTORY_FRAMES, self._num_steps)
         self._trajectories = devices.over_batches(lambda model, numbers: self._draw(model, numbers, num_frames)[1])
 
     def _draw(self, model: Model, numbers: Int[Array, " n"], num_frames: int) -> tuple[Array, Array]:
-        keys = randomness.per_item(self._seed_key, numbers)
-        x0, frames = self._method(
-            model.denoise, model.p, model.schedule, keys, shape=self._shape, num_frames=num_frames
-        )
+        keys, denoise = randomness.per_item(self._seed_key, numbers), model.denoise
+        if model.takes_labels:
+            settings = self._config.guidance, self._config.guidance_interval
+            denoise = guidance.classifier_free(denoise, self._classes[numbers % len(self._classes)], *settings)
+        x0, frames = self._method(denoise, model.p, model.schedule, keys, shape=self._shape, num_frames=num_frames)
         frames = jnp.swapaxes(frames, 0, 1)  # the images first, as everywhere in a batch
         return to_levels(x0, model.num_levels), to_levels(frames, model.num_levels)
 
@@ -116,9 +123,9 @@ def save(
         trajectories = sampler.trajectories(model, min(TRAJECTORY_IMAGES, config.num_images))
         if processes.is_first():
             previews = read(folder, min(config.num_previews, config.num_images))
-            pictures.save_png(folder / GRID, pictures.image_grid(previews, model.num_levels))
+            pictures.save_png(folder / GRID, grid(experiment, previews))
             pictures.save_png(folder / TRAJECTORY, pictures.trajectory_grid(trajectories, model.num_levels))
-            _save_archive(folder, config.num_images, model.num_levels)
+            _save_archive(experiment, folder)
             _publish(folder, directory)
     return folder
 
@@ -139,10 +146,52 @@ def fill(
 
 
 def name(experiment: Experiment, variance: str, step: int) -> str:
-    """What tells one set of samples from another: checkpoint, method, number of steps and variance."""
+    """What tells one set of samples from another: checkpoint, method, number of steps, variance, labels, guidance."""
     config = experiment.config.sample
     num_steps = config.num_steps or experiment.config.schedule.num_steps
-    return re.sub(r"[^\w.=+-]+", "_", f"step{step}-{config.method}-{num_steps}steps-{variance}")
+    parts = [f"step{step}", config.method, f"{num_steps}steps", variance]
+    if config.labels:
+        parts += [f"labels{'.'.join(map(str, config.labels))}"]
+    if config.guidance:
+        within = "to".join(f"{t:g}" for t in config.guidance_interval)
+        parts += [f"guidance{config.guidance:g}" + (f"within{within}" if within else "")]
+    return re.sub(r"[^\w.=+-]+", "_", "-".join(parts))
+
+
+def described(config: ConfigDict, variance: str) -> dict[str, Any]:
+    """How images are drawn, as quality.json says it."""
+    about = {
+        "method": config.sample.method,
+        "num_steps": config.sample.num_steps or config.schedule.num_steps,
+        "variance": variance,
+        "seed": config.seed,
+    }
+    if config.model.conditional:
+        about |= {
+            "labels": list(config.sample.labels) or "all in turn",
+            "guidance": config.sample.guidance,
+            "guidance_interval": list(config.sample.guidance_interval) or "every t",
+        }
+    return about
+
+
+def classes(experiment: Experiment) -> tuple[int, ...]:
+    """The labels that images are drawn with, in turn; () for a network that takes none."""
+    config, network = experiment.config, experiment.training.network
+    return config.sample.labels or (tuple(range(network.num_classes)) if config.model.conditional else ())
+
+
+def labels(experiment: Experiment, num_images: int) -> Int32[np.ndarray, " n"]:
+    """The labels of the first images, of a network that takes them."""
+    return np.resize(np.array(classes(experiment), np.int32), num_images)
+
+
+def grid(experiment: Experiment, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "grid_h grid_w c"]:
+    """The first images side by side, with a row for each class where the network takes labels."""
+    num_levels = experiment.training.num_levels
+    if experiment.config.model.conditional:
+        return pictures.class_grid(images, labels(experiment, len(images)), num_levels)
+    return pictures.image_grid(images, num_levels)
 
 
 def shard(folder: Path, number: int) -> Path:
@@ -179,14 +228,17 @@ def read(folder: Path, num_images: int) -> UInt8[np.ndarray, "n h w c"]:
     return np.concatenate(list(shards(folder, num_images)))
 
 
-def _save_archive(folder: Path, num_images: int, num_levels: int) -> None:
+def _save_archive(experiment: Experiment, folder: Path) -> None:
     """samples.npz, or none if it were too large."""
+    num_images = experiment.config.sample.num_images
+    drawn = {"labels": labels(experiment, num_images)} if experiment.config.model.conditional else {}
     size = num_images * np.load(shard(folder, 0), mmap_mode="r")[0].size
     if size > MAX_ARCHIVE_BYTES:
         (folder / ARCHIVE).unlink(missing_ok=True)
         return
     with files.replacing(folder / ARCHIVE) as file:
-        np.savez_compressed(file, images=read(folder, num_images), num_levels=num_levels)
+        num_levels = experiment.training.num_levels
+        np.savez_compressed(file, images=read(folder, num_images), num_levels=num_levels, **drawn)
 
 
 def _publish(folder: Path, directory: Path) -> None:

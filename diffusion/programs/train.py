@@ -18,7 +18,7 @@ from diffusion.experiment.build import Experiment
 from diffusion.programs import evaluate, sample
 from diffusion.programs.quality import Scorer
 from diffusion.programs.sample import Sampler
-from diffusion.reporting import pictures, plots, summary
+from diffusion.reporting import page, pictures, plots, summary
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
 from diffusion.reporting.summary import Stopwatch
 from diffusion.runtime import processes
@@ -29,10 +29,13 @@ from diffusion.training.devices import Replicated
 from diffusion.training.step import TrainState
 
 
-def run(config: ConfigDict, directory: Path) -> None:
+def run(config: ConfigDict, directory: Path, base: str = "") -> None:
     """Trains to config.train.num_steps, resuming if `directory` holds a part of this run; then samples and scores.
 
     A run that is finished goes on if num_steps is larger now: see `config.differing` for what may change.
+
+    Args:
+        base: the config file that the config came from, which base.json then keeps.
 
     Raises:
         ValueError, OSError: what does not fit or is missing, in one line and before any compilation; or what
@@ -55,6 +58,8 @@ def run(config: ConfigDict, directory: Path) -> None:
         workdir.owned(config, directory) as directory,
         Stopwatch(directory / workdir.SECONDS) as stopwatch,
     ):
+        if base:
+            workdir.save_base(directory, base)
 
         def between_batches() -> None:
             stopwatch.tick()
@@ -77,15 +82,16 @@ def run(config: ConfigDict, directory: Path) -> None:
         }
         summary.write_json(directory / workdir.SUMMARY, scores)
     if processes.is_first():
+        page.refresh(directory)
         print("protocol: " + ", ".join(f"{name} {value}" for name, value in scores["protocol"].items()))
-        print(f"test {scores['test_bpd']:.4f} bits/dim; see {directory / workdir.SUMMARY} and the pictures beside it")
+        print(f"test {scores['test_bpd']:.4f} bits/dim; see {directory / workdir.SUMMARY} and {page.NAME} beside it")
 
 
 def prepare(config: ConfigDict, directory: Path) -> Experiment:
     """The experiment, after every check that needs no data and no device."""
     devices.check_batch_size(config.train.batch_size, config.train.grad_accum)
     described = build.describe_data(config)
-    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
     images.num_scored(config.eval.num_images, config.eval.protocol, described.num_test)
     if "optimal" in (config.eval.variance, config.sample.variance):
         raise ValueError(
@@ -143,9 +149,11 @@ def _shower(
     def show(step: int, ema_params: Replicated) -> None:
         model = experiment.model(ema_params.host(), experiment.config.sample.variance)
         with memory.explained(experiment, "sample.batch_size"):
-            grid = pictures.image_grid(sampler.images(model, num_previews), model.num_levels)
+            grid = sample.grid(experiment, sampler.images(model, num_previews))
         pictures.save_png(directory / f"samples_{step}.png", grid)
         log.images(step, "samples", grid)
+        if processes.is_first():
+            page.refresh(directory)
 
     return show
 

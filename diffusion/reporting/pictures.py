@@ -4,10 +4,12 @@ import math
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 from diffusion.runtime import files
+
+MARGIN = 2  # grey pixels between the images of a grid
 
 
 def image_grid(
@@ -21,22 +23,59 @@ def image_grid(
     n, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(n)) if columns is None else columns
     rows = math.ceil(n / columns)
-    factor = max(1, 48 // max(height, width))
-    margin = 2
+    factor = enlargement(height, width)
     visible = np.round(images * (255 / (num_levels - 1))).astype(np.uint8)
     visible = visible.repeat(factor, axis=1).repeat(factor, axis=2)
-    cell_height, cell_width = height * factor + margin, width * factor + margin
-    grid = np.full((rows * cell_height + margin, columns * cell_width + margin, channels), 128, np.uint8)
+    cell_height, cell_width = height * factor + MARGIN, width * factor + MARGIN
+    grid = np.full((rows * cell_height + MARGIN, columns * cell_width + MARGIN, channels), 128, np.uint8)
     for i, image in enumerate(visible):
-        top, left = margin + i // columns * cell_height, margin + i % columns * cell_width
+        top, left = MARGIN + i // columns * cell_height, MARGIN + i % columns * cell_width
         grid[top : top + height * factor, left : left + width * factor] = image
     return grid
+
+
+def class_grid(
+    images: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"], num_levels: int = 256
+) -> UInt8[np.ndarray, "grid_h grid_w c"]:
+    """A row for each class that has images, in the order of the labels; a shorter row ends in grey."""
+    of_class = [images[labels == label] for label in np.unique(labels)]
+    columns = max(len(row) for row in of_class)
+    grey = np.full((1, *images.shape[1:]), num_levels // 2, np.uint8)
+    rows = [np.concatenate([row, grey.repeat(columns - len(row), axis=0)]) for row in of_class]
+    return image_grid(np.concatenate(rows), num_levels, columns)
 
 
 def trajectory_grid(
     trajectories: UInt8[np.ndarray, "n f h w c"], num_levels: int = 256) -> UInt8[np.ndarray, "grid_h grid_w c"]:
     """A row per sample: x̂_0 from the first step on the left to the finished image on the right."""
     return image_grid(trajectories.reshape(-1, *trajectories.shape[2:]), num_levels, columns=trajectories.shape[1])
+
+
+def enlargement(height: int, width: int) -> int:
+    """The integer factor by which a grid enlarges its images, so that a person can see them."""
+    return max(1, 48 // max(height, width))
+
+
+def images_of_grid(
+    grid: UInt8[np.ndarray, "grid_h grid_w c"], height: int, width: int
+) -> UInt8[np.ndarray, "rows columns h w c"]:
+    """The images in a grid, pixel values stretched to 0…255, not enlarged.
+
+    Args:
+        grid: what `image_grid` or `trajectory_grid` made.
+        height, width: of an image.
+
+    Raises:
+        ValueError: images of this size make no such grid.
+    """
+    factor = enlargement(height, width)
+    cell_height, cell_width = height * factor + MARGIN, width * factor + MARGIN
+    (rows, bottom), (columns, right) = divmod(grid.shape[0], cell_height), divmod(grid.shape[1], cell_width)
+    if (bottom, right) != (MARGIN, MARGIN) or rows == 0 or columns == 0:
+        raise ValueError(f"a picture of {grid.shape[:2]} pixels is no grid of images of {(height, width)}")
+    cells = grid[MARGIN:, MARGIN:].reshape(rows, cell_height, columns, cell_width, -1)
+    cells = cells[:, : height * factor : factor, :, : width * factor : factor]
+    return cells.transpose(0, 2, 1, 3, 4)
 
 
 def save_png(path: str | Path, picture: UInt8[np.ndarray, "h w c"]) -> None:

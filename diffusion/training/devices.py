@@ -75,26 +75,29 @@ class Batch(NamedTuple):
     """What the steps of one call are made from, on the devices."""
 
     images: jax.Array  # uint8 [devices, n, H, W, C]
+    labels: jax.Array | None  # int32 [devices, n]; None where the network takes none
     indices: jax.Array  # int [devices, steps, b]: which of these images make up a device's share of each step
 
 
 Batches = Callable[[Int[np.ndarray, "steps b"]], Batch]  # from the numbers of the examples of each step's global batch
 
 
-def resident(source: Source) -> Batches:
-    """Batches of a data set that every device holds whole."""
+def resident(source: Source, conditional: bool = False) -> Batches:
+    """Batches of a data set that every device holds whole; with its labels for a conditional network."""
     images = replicate(source.images()).leaves
-    return lambda indices: Batch(images, jax.device_put(_shares(indices), _sharding()))
+    labels = replicate(source.labels()).leaves if conditional else None
+    return lambda indices: Batch(images, labels, jax.device_put(_shares(indices), _sharding()))
 
 
-def streamed(source: Source) -> Batches:
-    """Batches of a data set that stays on disk: each device gets the images of its own share, and no others."""
+def streamed(source: Source, conditional: bool = False) -> Batches:
+    """Batches of a data set that stays on disk: each device gets the examples of its own share, and no others."""
 
     def batch(indices: np.ndarray) -> Batch:
         shares = _shares(indices)
         images = source.images(shares.ravel()).reshape(len(shares), -1, *source.image_shape)
+        labels = source.labels(shares.ravel()).reshape(len(shares), -1) if conditional else None
         positions = np.arange(images.shape[1], dtype=indices.dtype).reshape(shares.shape[1:])
-        return Batch(*jax.device_put((images, np.broadcast_to(positions, shares.shape)), _sharding()))
+        return jax.device_put(Batch(images, labels, np.broadcast_to(positions, shares.shape)), _sharding())
 
     return batch
 
@@ -118,15 +121,16 @@ def train_steps(training: Training, seed: int) -> TrainSteps:
 
 
 def compiled_train_steps(training: Training, devices: Sequence[jax.Device] | None = None) -> Callable:
-    """The program behind `train_steps`: (seeds, state, images, indices [devices, steps, b]) -> (state, metrics).
+    """The program behind `train_steps`: (seeds, state, *Batch) -> (state, metrics).
 
     A single step is not put into a loop: on the CPU backend gradients of convolutions are many times slower inside
     one. `devices` are all there are, or those to compile for.
     """
 
-    def call(seed, state, images, indices):
+    def call(seed, state, images, labels, indices):
         def body(state, step_indices):
-            return train_step(training, seed, state, images[step_indices], AXIS)
+            own_labels = None if labels is None else labels[step_indices]
+            return train_step(training, seed, state, images[step_indices], AXIS, own_labels)
 
         # For every step they would be a twentieth of a GPU's kernels.
         norms = group_norms(state.params)

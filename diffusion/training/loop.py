@@ -99,7 +99,7 @@ def train(
     """
     begin, group_names = int(state.step), groups(state.params)
     train_steps, differing_replicas = devices.train_steps(training, plan.seed), devices.differing_replicas()
-    batches, state = _batches(plan, begin, training.batch_size, train_set, on_devices), devices.replicate(state)
+    batches, state = _batches(training, plan, begin, train_set, on_devices), devices.replicate(state)
     watchdogs, clock, unchecked = collections.defaultdict(Watchdog), Clock(training.batch_size), []
     with Progress(plan.num_steps, initial=begin, desc="train") as progress, preemption.deferred(), closing(batches):
         for steps, batch in batches:
@@ -168,11 +168,11 @@ def _calls(plan: Plan, begin: int, batch_size: int, num_examples: int) -> Iterat
 
 
 def _batches(
-    plan: Plan, begin: int, batch_size: int, train_set: Source, on_devices: bool
+    training: Training, plan: Plan, begin: int, train_set: Source, on_devices: bool
 ) -> Generator[tuple[range, Batch], None, None]:
     """The steps and the batch of each call still to make; a batch is made while the calls before it are computed."""
-    place = devices.resident(train_set) if on_devices else devices.streamed(train_set)
-    calls = _calls(plan, begin, batch_size, len(train_set))
+    place = (devices.resident if on_devices else devices.streamed)(train_set, training.conditional)
+    calls = _calls(plan, begin, training.batch_size, len(train_set))
     return prefetch.ahead((steps, place(indices)) for steps, indices in calls)
 
 
@@ -228,11 +228,12 @@ def monitor(
     t = np.random.RandomState(0).permutation(np.asarray(t))  # images sorted by class must not meet t in order
 
     def one_batch(params, items):
-        images, t, position = items
+        images, labels, t, position = items
         keys = randomness.per_item(examples_key, position)
-        return losses(training, params, t, keys, to_unit(images, training.num_levels), dropout=False)[0]
+        return losses(training, params, t, keys, to_unit(images, training.num_levels), False, labels)[0]
 
-    batches, items = devices.over_batches(one_batch), (test_set.images(numbers), t, np.arange(len(numbers)))
+    labels = test_set.labels(numbers) if training.conditional else None
+    batches, items = devices.over_batches(one_batch), (test_set.images(numbers), labels, t, np.arange(len(numbers)))
 
     def test_loss(params: Replicated) -> float:
         values = [loss for _, loss in batches(params, items, training.batch_size)]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from diffusion import learned_schedule, likelihood, process
 from diffusion.data.levels import to_unit
+from diffusion.guidance import NO_LABEL
 from diffusion.objectives import Objective
 from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
@@ -51,6 +52,8 @@ class Training:
         num_levels: how many pixel values the data have.
         batch_size: images per step, over all devices.
         flip: whether half of the images are mirrored.
+        conditional: whether the network is given the images' labels.
+        label_dropout: the part of the examples whose label the network is not given.
         log_every: after how many steps `state.window` starts again from zero.
         skip_nonfinite: whether an update with a NaN or Inf is left out, and counted in the window.
         grad_accum: in how many microbatches a device's share goes through the network.
@@ -68,6 +71,8 @@ class Training:
     batch_size: int
     flip: bool
     log_every: int
+    conditional: bool = False
+    label_dropout: float = 0.0
     skip_nonfinite: bool = False
     grad_accum: int = 1
     unroll: bool = False
@@ -76,7 +81,8 @@ class Training:
 def initial_state(training: Training, params: PyTree, image_shape: tuple[int, int, int]) -> TrainState:
     """The state before the first step. The EMA starts as a copy of the parameters, so it needs no debiasing."""
     image, t, keys = jnp.zeros((1, *image_shape)), jnp.ones(1, jnp.int32), jax.random.split(jax.random.key(0), 1)
-    _, parts = jax.eval_shape(lambda: losses(training, params, t, keys, image, dropout=False))
+    labels = jnp.zeros(1, jnp.int32) if training.conditional else None
+    _, parts = jax.eval_shape(lambda: losses(training, params, t, keys, image, False, labels))
     skipped = ("skipped",) if training.skip_nonfinite else ()
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -89,9 +95,17 @@ def initial_state(training: Training, params: PyTree, image_shape: tuple[int, in
 
 
 def losses(
-    training: Training, params: PyTree, t: Int[Array, " b"], keys: Key[Array, " b"], x0: Array, dropout: bool
+    training: Training,
+    params: PyTree,
+    t: Int[Array, " b"],
+    keys: Key[Array, " b"],
+    x0: Float[Array, "b h w c"],
+    dropout: bool,
+    labels: Int[Array, " b"] | None = None,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """Each example's loss and its parts, for given t; ε and dropout come from each example's own key.
+
+    `labels` are those that the network is given, None for one that takes none.
 
     A learned schedule answers for the prior's term of the bound, too, which no network can change.
     """
@@ -100,7 +114,9 @@ def losses(
 
     def losses_at(params: PyTree, row: Schedule):
         x_t = jax.vmap(process.q_sample)(row, x0, eps)
-        output = training.network.apply({"params": params}, x_t, row.network_t, dropout_keys if dropout else None)
+        given = {} if labels is None else {"labels": labels}
+        own_keys = dropout_keys if dropout else None
+        output = training.network.apply({"params": params}, x_t, row.network_t, own_keys, **given)
         return jax.vmap(training.objective)(row, x0, x_t, eps, output)
 
     schedule = training.schedule_of(params)
@@ -118,14 +134,15 @@ def gradients(
     weight: Float[Array, " b"],
     keys: Key[Array, " b"],
     x0: Float[Array, "b h w c"],
+    labels: Int[Array, " b"] | None,
 ) -> tuple[PyTree, dict[str, Float[Array, ""]], Float[Array, " b"]]:
     """The gradient of the mean of weight × loss, its metrics, and each example's loss without the weight.
 
     The batch goes through the network in `training.grad_accum` microbatches.
     """
 
-    def mean_loss(params, t, weight, keys, x0):
-        loss, parts = losses(training, params, t, keys, x0, dropout=True)
+    def mean_loss(params, t, weight, keys, x0, labels):
+        loss, parts = losses(training, params, t, keys, x0, True, labels)
         metrics = jax.tree.map(lambda values: (weight * values).mean(), {"loss": loss} | parts)
         return metrics["loss"], (metrics, loss)
 
@@ -137,7 +154,7 @@ def gradients(
         new, loss = of_microbatch(microbatch)
         return jax.tree.map(jnp.add, total, new), loss
 
-    batch = (t, weight, keys, x0)
+    batch = (t, weight, keys, x0, labels)
     if training.grad_accum == 1:
         (grads, metrics), loss = of_microbatch(batch)
         return grads, metrics, loss
@@ -150,7 +167,12 @@ def gradients(
 
 
 def train_step(
-    training: Training, seed: Int[Array, ""], state: TrainState, images: UInt8[Array, "b h w c"], axis_name: str
+    training: Training,
+    seed: Int[Array, ""],
+    state: TrainState,
+    images: UInt8[Array, "b h w c"],
+    axis_name: str,
+    labels: Int[Array, " b"] | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on this device's share of the batch. Ho et al. (2020), algorithm 1.
 
@@ -163,6 +185,7 @@ def train_step(
         state: this replica's state.
         images: this device's share of the batch, pixel values.
         axis_name: of the devices' axis, over which gradients and metrics are averaged.
+        labels: of these images; None for a network that takes none.
 
     Returns:
         The next state, and the step's metrics: the loss, its parts and the gradient's norm before the clip. Besides,
@@ -171,12 +194,14 @@ def train_step(
     num_steps = training.schedule_of(state.params).num_steps
     position = jax.lax.axis_index(axis_name) * len(images) + jnp.arange(len(images))
     step_key = jax.random.fold_in(randomness.stream(seed, "train"), state.step)
-    t_key, examples_key, flip_key = jax.random.split(step_key, 3)
+    t_key, examples_key, flip_key, label_key = jax.random.split(step_key, 4)
     batch_t, batch_weight = training.timesteps.draw(state.timesteps, t_key, training.batch_size, num_steps)
     keys = randomness.per_item(examples_key, position)
     x0 = _augmented(training, images, position, flip_key)
 
-    *local, loss = gradients(training, state.params, batch_t[position], batch_weight[position], keys, x0)
+    labels = _known(training, labels, position, label_key)
+
+    *local, loss = gradients(training, state.params, batch_t[position], batch_weight[position], keys, x0, labels)
     grads, metrics = jax.lax.pmean(local, axis_name)
     batch_loss = jax.lax.all_gather(loss, axis_name, tiled=True)  # every device remembers the whole batch
     metrics["grad_norm"] = optax.global_norm(grads)
@@ -194,6 +219,16 @@ def _augmented(
         return x0
     mirrored = jax.random.bernoulli(key, shape=(training.batch_size,))[position]
     return jnp.where(mirrored[:, None, None, None], x0[:, :, ::-1], x0)
+
+
+def _known(
+    training: Training, labels: Int[Array, " b"] | None, position: Int[Array, " b"], key: Key[Array, ""]
+) -> Int[Array, " b"] | None:
+    """The labels that the network is given: for guidance it must know the images without labels, too."""
+    if labels is None or training.label_dropout == 0:
+        return labels
+    is_dropped = jax.random.bernoulli(key, training.label_dropout, (training.batch_size,))[position]
+    return jnp.where(is_dropped, NO_LABEL, labels)
 
 
 def _updated(

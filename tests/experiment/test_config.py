@@ -2,11 +2,12 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
-from configs import cifar10
+from configs import cifar10, digits
 from diffusion.experiment import config as config_lib
 from diffusion.experiment.config import KEYS
 
@@ -192,3 +193,24 @@ def test_json_gives_the_config_back_with_its_tuples():
 def test_what_is_not_the_json_of_a_config_is_refused(text):
     with pytest.raises(ValueError):
         config_lib.from_json(text)
+
+
+def test_a_file_is_resolved_as_the_command_line_does_it():
+    found = config_lib.from_file("configs/digits.py", {"unet.channel_mult": "(1, 2, 2)", "optim.learning_rate": "1e-3"})
+    wanted = digits.get_config()
+    with wanted.unlocked():
+        wanted.unet.channel_mult, wanted.optim.learning_rate = (1, 2, 2), 1e-3
+    assert found.to_dict() == wanted.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "words"),
+    [
+        ("configs/none.py", {}, "configs/none.py"),
+        ("configs/digits.py", {"unet.chanels": "3"}, "did you mean unet.channels?"),
+        ("configs/digits.py", {"unet.channels": "many"}, "many"),
+    ],
+)
+def test_a_file_that_cannot_be_resolved_is_an_error_that_says_why(path, overrides, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config_lib.from_file(path, overrides)

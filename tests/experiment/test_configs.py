@@ -19,6 +19,8 @@ SETS = {
     "celebahq256": Description("celeb_a_hq/256", 28_500, 1500, (256, 256, 3), 256, 0),
     "lsun256": Description("lsun/bedroom", 3_033_042, 300, (256, 256, 3), 256, 0),
     "folder64": Description("photos", 4750, 250, (64, 64, 3), 256, 0),
+    "cifar10_conditional": Description("cifar10", 50_000, 10_000, (32, 32, 3), 256, 10),
+    "digits_conditional": Description("digits", 1498, 299, (8, 8, 1), 17, 10),
     "mnist": Description("mnist", 60_000, 10_000, (32, 32, 1), 256, 10),
 }
 
@@ -28,7 +30,7 @@ def test_the_network_has_the_parameters_that_the_header_names(name):
     module, described = importlib.import_module(f"configs.{name}"), SETS[name]
     config = module.get_config()
     assert config.data.name == described.name
-    experiment = build.experiment(config, described.image_shape, described.num_levels)
+    experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
     count = sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_state().params))
     assert re.search(r"Cost +([\d,]+) parameters", module.__doc__).group(1) == f"{count:,}"
 

@@ -47,6 +47,10 @@ BREAKING = (
     {"eval__terms_per_image": 11, "schedule__num_steps": 11, "model__prediction": "x0", "schedule__name": "cosine"},
     {"sample__method": "heun", "sample__variance": "optimal"},
     {"sample__method": "ddim(eta=1.5)"},
+    {"model__label_dropout": 0.1},
+    {"sample__labels": (3, 5)},
+    {"sample__guidance": 1.5, "model__conditional": True},
+    {"sample__guidance_interval": (10, 500)},
     {"sample__num_steps": 1001},
 )
 

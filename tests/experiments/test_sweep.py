@@ -197,6 +197,9 @@ def test_report_is_rebuilt_from_the_folders(finished, tmp_path, capsys):
     np.testing.assert_allclose([float(line["test_bpd"]) for line in lines], [best, worst])
     for name in ("bpd.png", "terms.png"):
         assert np.asarray(Image.open(tmp_path / name)).min() < 100
+    page = (tmp_path / "report.html").read_text()
+    assert all(f'<data value="{line["test_bpd"]}"' in page for line in lines)
+    assert "eps-cut" in page and "4 of 5 runs are finished" in page
 
 
 def test_a_report_of_nothing_says_so(tmp_path):

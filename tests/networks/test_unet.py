@@ -242,3 +242,27 @@ def test_what_does_not_fit_is_refused_before_compilation(changes, image_shape, k
         unet.check(image_shape)
     with pytest.raises(ValueError, match=key):
         param_shapes(unet, image_shape)
+
+
+# --- labels
+
+
+def test_a_label_adds_its_own_vector_to_the_time_embedding_and_none_adds_nothing():
+    labelled, (x, network_t) = ONE_LEVEL.copy(num_classes=3), inputs(batch=4)
+    params = random_params(labelled, x, network_t)
+    output = labelled.apply({"params": params}, x, network_t, None, jnp.array([0, 2, -1, 1]))
+    plain = {name: leaf for name, leaf in params.items() if name != "label"}
+    for i, label in enumerate([0, 2, None, 1]):
+        shifted = plain
+        if label is not None:
+            bias = plain["time_2"]["bias"] + params["label"]["embedding"][label]
+            shifted = plain | {"time_2": plain["time_2"] | {"bias": bias}}
+        alone = apply(ONE_LEVEL, shifted, x[i : i + 1], network_t[i : i + 1])
+        np.testing.assert_allclose(output[i : i + 1], alone, rtol=1e-4, atol=1e-4)  # outputs of size 1 to 10
+
+
+def test_a_network_with_classes_asks_for_labels():
+    labelled, (x, network_t) = ONE_LEVEL.copy(num_classes=3), inputs()
+    params = random_params(labelled, x, network_t)
+    with pytest.raises(ValueError, match="is given labels of 3 classes"):
+        labelled.apply({"params": params}, x, network_t)

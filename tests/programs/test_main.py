@@ -69,7 +69,7 @@ def many(x):
         x = jnp.sin(x @ x) + i
     return x.sum()
 
-def run(config, directory):
+def run(config, directory, base):
     x = jnp.ones((600, 600))
     with Preemption():
         threading.Thread(target=lambda: jax.jit(jax.grad(many)).lower(x).compile(), daemon=True).start()

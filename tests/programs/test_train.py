@@ -31,7 +31,7 @@ def test_a_run_leaves_everything_it_promises(straight):
     files = {path.name for path in straight.iterdir()}
     assert files >= {"config.json", "metrics.jsonl", "checkpoints", "tensorboard", "samples.png", "samples.npz",
                      "progressive.png", "loss.png", "bpd.png", "bpd.npz", "rate_distortion.png", "summary.json",
-                     "samples_4.png"}  # fmt: skip
+                     "samples_4.png", "report.html"}  # fmt: skip
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["step"] == 6 and summary["test_images"] == 20 and summary["device"] == "cpu ×8"
     parts = summary["test_decoder_bpd"] + summary["test_kl_bpd"] + summary["prior_bpd"]

@@ -1,0 +1,101 @@
+"""Labels and guidance: a network that is given labels becomes a denoiser before any sampler or bound sees it.
+
+    network(x_t [B, H, W, C], network_t [B], labels [B]) -> output        becomes
+    denoise(x_t [B, H, W, C], network_t [B]) -> output
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Real
+
+from diffusion.reverse import Denoise
+
+NO_LABEL = -1  # what the network is given for an example whose label it shall not know
+
+Conditional = Callable[[Array, Array, Array], Array]
+
+
+def conditional(network: Conditional, labels: Int[ArrayLike, " b"]) -> Denoise:
+    """The network, given the label of each example of the batch."""
+    return jax.tree_util.Partial(_conditional, _as_pytree(network), labels)
+
+
+def unconditional(network: Conditional) -> Denoise:
+    """The network without any label, which it knows if labels were left out in training."""
+    return jax.tree_util.Partial(_unconditional, _as_pytree(network))
+
+
+def classifier_free(
+    network: Conditional,
+    labels: Int[ArrayLike, " b"],
+    scale: float | int,
+    interval: tuple[float | int, ...] = (),
+) -> Denoise:
+    """Classifier-free guidance: away from what the network says without a label, by `scale` times the difference.
+
+    ε = (1 + w) ε_c − w ε_u with w = `scale`: 0 is the conditional model, −1 the unconditional one. (Others write
+    s = 1 + w.) The same combination of x̂_0, v or the mean is the same ε, because at a given x_t each is an affine
+    function of ε and the two weights sum to one. What the output says of a variance is that of the conditional half.
+
+    Sources: Ho & Salimans (2022), eq. 6; the interval, Kynkäänniemi et al. (2024).
+
+    Args:
+        network: trained with and without labels.
+        labels: of each example.
+        scale: w.
+        interval: (low, high): guided where low < t ≤ high, in steps of the schedule that was trained with, and
+            conditional elsewhere, for half of the work; () for every t.
+    """
+    given_labels = conditional(network, labels)
+    if scale == 0:
+        return given_labels
+    guided = jax.tree_util.Partial(_guided, _as_pytree(network), labels, scale)
+    return jax.tree_util.Partial(_guided_within, guided, given_labels, *interval) if interval else guided
+
+
+def _conditional(
+    network: Conditional, labels: Int[ArrayLike, " b"], x_t: Float[Array, "b h w c"], network_t: Real[Array, " b"]
+) -> Float[Array, "b h w out"]:
+    return network(x_t, network_t, jnp.asarray(labels))
+
+
+def _unconditional(
+    network: Conditional, x_t: Float[Array, "b h w c"], network_t: Real[Array, " b"]
+) -> Float[Array, "b h w out"]:
+    return network(x_t, network_t, jnp.full(len(x_t), NO_LABEL))
+
+
+def _guided(
+    network: Conditional,
+    labels: Int[ArrayLike, " b"],
+    scale: ArrayLike,
+    x_t: Float[Array, "b h w c"],
+    network_t: Real[Array, " b"],
+) -> Float[Array, "b h w out"]:
+    """Both halves go through the network as one batch."""
+    with_and_without = jnp.concatenate([jnp.asarray(labels), jnp.full_like(labels, NO_LABEL)])
+    outputs = network(jnp.concatenate([x_t, x_t]), jnp.concatenate([network_t, network_t]), with_and_without)
+    of_label, of_none = jnp.split(outputs, 2)
+    channels = x_t.shape[-1]
+    mean = (1 + scale) * of_label[..., :channels] - scale * of_none[..., :channels]
+    return jnp.concatenate([mean, of_label[..., channels:]], axis=-1)
+
+
+def _guided_within(
+    guided: Denoise,
+    given_labels: Denoise,
+    low: ArrayLike,
+    high: ArrayLike,
+    x_t: Float[Array, "b h w c"],
+    network_t: Real[Array, " b"],
+) -> Float[Array, "b h w out"]:
+    """In a sampler all examples have the same t. network_t is t − 1: low < t ≤ high is low ≤ network_t < high."""
+    is_within = (low <= network_t[0]) & (network_t[0] < high)
+    return jax.lax.cond(is_within, guided, given_labels, x_t, network_t)
+
+
+def _as_pytree(network: Conditional) -> Conditional:
+    """A network that may be a part of a compiled function's argument."""
+    return network if isinstance(network, jax.tree_util.Partial) else jax.tree_util.Partial(network)

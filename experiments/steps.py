@@ -1,0 +1,182 @@
+"""How few steps? Sampler × number of steps × variance against the Fréchet distance and the respaced bits/dim.
+
+    python -m experiments.steps --workdir=runs/digits [--steps=5,10,25,50] [--features=classifier]
+
+The shape of Nichol & Dhariwal (2021), figure 8, and of Bao et al. (2022), tables 1 and 2, for one trained run: nothing
+is trained. Bits/dim are those of the respaced process on the test images, which only the ancestral sampler has: the
+others are no reverse process with a likelihood. Leaves steps.md, .csv and .png in the working directory, and the
+samples in its folder steps/, so that a call that was stopped goes on.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from diffusion import schedules
+from diffusion.data import Source
+from diffusion.evaluation.bound import full_bound
+from diffusion.evaluation.images import subset
+from diffusion.experiment import build
+from diffusion.reporting import page
+from diffusion.training import devices
+from diffusion.variances import X0Variance
+from experiments import drawn
+from experiments.drawn import METRICS, REAL, Study
+from experiments.variance_accounting import x0_terms
+
+FILE = "steps"
+VARIANCES = ("fixed_small", "fixed_large", "optimal", "model")
+WITHOUT_VARIANCE = ("ddim", "dpm_solver_pp", "heun")
+
+
+class Way(NamedTuple):
+    """A way of drawing: the method, the variance where the method draws from one, and the number of steps."""
+
+    method: str
+    variance: str
+    num_steps: int
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The config keys that say so."""
+        return {
+            "sample.method": self.method,
+            "sample.variance": self.variance or "model",
+            "sample.num_steps": self.num_steps,
+        }
+
+
+def main() -> None:
+    """The command; what is wrong with its input prints a one-line error, with exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint; gets the results")
+    parser.add_argument("--steps", default="5,10,25,50", help="numbers of steps, with commas between them")
+    parser.add_argument("--features", default="classifier", help="a value of quality.features")
+    parser.add_argument("--num_images", type=int, default=1000, help="samples of each way and seed")
+    parser.add_argument("--num_seeds", type=int, default=3, help="of the samples")
+    parser.add_argument("--num_scored", type=int, default=299, help="test images whose bits/dim are computed")
+    parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
+    arguments = parser.parse_args()
+    try:
+        steps = [int(number) for number in arguments.steps.split(",")]
+        study = drawn.study(
+            arguments.workdir, FILE, arguments.checkpoint, arguments.features, arguments.num_images,
+            arguments.num_seeds,
+        )  # fmt: skip
+        run(arguments.workdir, study, steps, arguments.features, arguments.num_scored)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def run(directory: Path, study: Study, steps: list[int], features: str, num_scored: int) -> None:
+    """Draws and scores samples in every way; prints and saves the results."""
+    config = study.trained.config
+    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
+    for num_steps in steps:
+        schedules.evenly_spaced(study.trained.model.schedule, num_steps)  # or its refusal would come late
+    numbers = subset(len(test_set), min(num_scored, len(test_set)))
+    few = subset(len(train_set), min(num_scored, len(train_set)))
+    terms = x0_terms(config, study.trained.model, train_set, few)
+    x0_variance = X0Variance.over_images(terms.analytic)
+
+    ways = [Way("ancestral", variance, n) for variance in VARIANCES for n in steps]
+    ways += [Way(method, "", n) for method in WITHOUT_VARIANCE for n in steps]
+    rows = []
+    for way in ways:
+        row = way._asdict() | study.scores(study.images(way.changes, x0_variance))
+        if way.variance:
+            row |= respaced_bpd(study, way, x0_variance, test_set, numbers)
+        rows.append(row)
+        print(_line(row), flush=True)
+    real = drawn.real_images(study, test_set)
+
+    own = config.model.variance
+    title = f"{config.data.name}, T = {config.schedule.num_steps}, step {study.trained.state.step} (EMA)"
+    text = markdown(rows, real, study, features, own, title, len(numbers))
+    (directory / f"{FILE}.md").write_text(text)
+    drawn.save_csv(directory / f"{FILE}.csv", rows)
+    plot(directory / f"{FILE}.png", rows, real, features, own, title)
+    page.refresh(directory)
+    print(text)
+
+
+def respaced_bpd(
+    study: Study, way: Way, x0_variance: X0Variance, test_set: Source, numbers: np.ndarray
+) -> dict[str, float]:
+    """The bound of the respaced process, and its standard error over images."""
+    trained = study.trained
+    model = trained.experiment.model(trained.state.ema_params, way.variance, x0_variance)
+    model = dataclasses.replace(model, schedule=schedules.evenly_spaced(model.schedule, way.num_steps))
+    bound = full_bound(build.bound_settings(trained.config))(devices.replicate(model), test_set, numbers)
+    summary = bound.summary("test")
+    return {"bpd": summary["test_bpd"], "bpd_spread": summary["test_bpd_stderr"]}
+
+
+def _name(row: dict[str, Any], own: str = "model") -> str:
+    """The row's method, or of the ancestral one its variance."""
+    if not row["variance"]:
+        return row["method"]
+    return f"ancestral, {own if row['variance'] == 'model' else row['variance']}"
+
+
+def _line(row: dict[str, Any], own: str = "model") -> str:
+    numbers = [drawn.plus_minus(row, metric, 3) for metric in METRICS]
+    return f"| {_name(row, own)} | {row['num_steps']} | {' | '.join(numbers)} | {drawn.plus_minus(row, 'bpd', 3)} |"
+
+
+def markdown(
+    rows: list[dict[str, Any]], real: dict[str, float], study: Study, features: str, own: str, title: str, scored: int
+) -> str:
+    """The table with what was compared and how."""
+    lines = [
+        f"# Samplers and steps: {title}",
+        "",
+        drawn.protocol(study, features)
+        + f" Bits/dim: of the respaced process, {scored} test images, ± one standard error over images. The optimal "
+        "variance is Analytic-DPM's, σ* from training images.",
+        "",
+        "| sampler, variance | steps | Fréchet distance | precision | recall | bits/dim |",
+        "|---|---|---|---|---|---|",
+        *(_line(row, own) for row in rows),
+        f"| {REAL} | – | " + " | ".join(drawn.plus_minus(real, metric, 3) for metric in METRICS) + " | – |",
+        "",
+        drawn.provenance(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(
+    path: Path, rows: list[dict[str, Any]], real: dict[str, float], features: str, own: str, title: str
+) -> None:
+    """The Fréchet distance and the bits/dim over the number of steps, a line for each way."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    distance, bits = figure.subplots(1, 2)
+    names = list(dict.fromkeys(_name(row, own) for row in rows))
+    for number, name in enumerate(names):
+        of_name = [row for row in rows if _name(row, own) == name]
+        style = {"color": f"C{number}", "marker": "o", "capsize": 3, "linestyle": "-" if "," in name else "--"}
+        for axes, key in ((distance, "frechet_distance"), (bits, "bpd")):
+            if key in of_name[0]:
+                steps, values = ([row[k] for row in of_name] for k in ("num_steps", key))
+                errors = np.nan_to_num([row[f"{key}_spread"] for row in of_name])
+                axes.errorbar(steps, values, errors, label=name, **style)
+    distance.axhline(real["frechet_distance"], color="gray", linestyle=":", label=REAL)
+    distance.set(ylabel=f"Fréchet distance ({features})", yscale="log")
+    bits.set(ylabel="bits/dim of the respaced process", yscale="log")
+    for axes in (distance, bits):
+        axes.set(xlabel="steps", xscale="log")
+        steps = sorted({row["num_steps"] for row in rows})
+        axes.set_xticks(steps, labels=map(str, steps), minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""A run with labels: what the network is given when it is scored and sampled, and what is refused."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion import data, guidance, likelihood, samplers
+from diffusion.data.levels import to_levels, to_unit
+from diffusion.experiment import build, workdir
+from diffusion.programs import describe, evaluate, sample, train
+from diffusion.runtime import randomness
+
+
+@pytest.fixture(scope="module")
+def conditional(tiny):
+    def config_with(**changes):
+        labels = {"model__conditional": True, "model__label_dropout": 0.3, "optim__learning_rate": 0.05}
+        return tiny(**labels | {"data__flip": False, "sample__num_images": 15, "eval__num_images": 7} | changes)
+
+    return config_with
+
+
+@pytest.fixture(scope="module")
+def finished(made_once, conditional):
+    return made_once("conditional", lambda directory: train.run(conditional(), directory))
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def network_of(directory):
+    """(network of (x_t, network_t, labels), the model) of the run's EMA, the network put together by hand."""
+    experiment, state = workdir.load(directory)
+    module, params = experiment.training.network, state.ema_params
+
+    def network(x_t, network_t, labels):
+        return module.apply({"params": params}, x_t, network_t, None, labels)
+
+    return network, experiment.model(params)
+
+
+def bound_by_hand(directory, denoise):
+    """Each scored test image's bound with another denoiser, from the likelihood alone."""
+    _, model = network_of(directory)
+    test_set = data.load("digits", "test", build_data_dir(directory))
+    numbers = evaluate.images.subset(len(test_set), 7)
+    key = jax.random.fold_in(randomness.stream(0, "eval"), test_set.split_number)
+    x0 = to_unit(jnp.asarray(test_set.images(numbers)), 17)
+    keys = randomness.per_item(key, jnp.asarray(numbers))
+    measure = likelihood.term_and_x0_mse(model.p, 17)
+    terms, _ = likelihood.over_all_t(denoise(test_set.labels(numbers)), model.schedule, x0, keys, measure)
+    prior = jax.vmap(lambda image: likelihood.prior_bpd(model.schedule, image))(x0)
+    return np.float64(terms).sum(axis=1) + np.float64(prior)
+
+
+def build_data_dir(directory):
+    return workdir.read_config(directory).data.data_dir
+
+
+def test_the_bits_are_those_given_the_labels_and_the_gain_is_paired(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    network, _ = network_of(finished)
+    given = bound_by_hand(finished, lambda labels: guidance.conditional(network, labels))
+    without = bound_by_hand(finished, lambda labels: guidance.unconditional(network))
+    np.testing.assert_allclose(summary["test_bpd"], given.mean(), rtol=1e-5)
+    np.testing.assert_allclose(summary["test_unconditional_bpd"], without.mean(), rtol=1e-5)
+    gain = without - given
+    assert np.abs(gain).max() > 1e-4  # the labels matter to this network
+    np.testing.assert_allclose(summary["test_label_gain_bpd"], gain.mean(), atol=2e-6 * given.mean())
+    stderr = gain.std(ddof=1) / len(gain) ** 0.5
+    np.testing.assert_allclose(summary["test_label_gain_bpd_stderr"], stderr, rtol=1e-2)
+    assert summary["protocol"]["labels"] == "given"
+
+
+def test_images_are_drawn_with_every_class_in_turn_and_say_so(finished):
+    drawn = np.load(finished / "samples.npz")
+    np.testing.assert_array_equal(drawn["labels"], np.arange(15) % 10)
+    # Ten rows, one for each class, of at most two images; 48 pixels and a margin of 2 each.
+    assert Image.open(finished / "samples.png").size == (2 * 50 + 2, 10 * 50 + 2)
+
+
+@pytest.mark.parametrize("interval", [(), (2, 5)])
+def test_guided_samples_are_those_of_the_guided_network(run, conditional, interval):
+    # Strong, because six steps of training have taught the network little about labels.
+    chosen = {"sample__labels": (7, 3, 3), "sample__guidance": 80.0, "sample__guidance_interval": interval}
+    sample.run(conditional(**chosen), run)
+    drawn = np.load(run / "samples.npz")
+    np.testing.assert_array_equal(drawn["labels"], np.resize([7, 3, 3], 15))
+    network, model = network_of(run)
+    denoise = guidance.classifier_free(network, drawn["labels"], 80.0, interval)
+    keys = randomness.per_item(randomness.stream(0, "sample"), jnp.arange(15))
+    x0, _ = samplers.ancestral(denoise, model.p, model.schedule, keys, (8, 8, 1))
+    wanted = np.asarray(to_levels(x0, 17))
+    # A pixel value may round the other way where the batch is another one.
+    assert np.mean(drawn["images"] != wanted) < 0.01
+    before = np.load(next((run / sample.SAMPLES).glob("*learned_range/samples.npz")))
+    assert np.mean(before["images"] != drawn["images"]) > 0.05
+    folders = [path.name for path in (run / sample.SAMPLES).iterdir() if "guidance" in path.name]
+    within = "within2to5" if interval else ""
+    assert folders == ["step6-ancestral-6steps-learned_range-labels7.3.3-guidance80" + within]
+
+
+REFUSED = [
+    ({"sample__labels": (3, 10)}, "sample.labels=(3, 10): 10 is none of the labels 0…9"),
+    ({"sample__guidance_interval": (5, 2), "sample__guidance": 1.0}, "sample.guidance_interval must be (low, high)"),
+    ({"sample__labels": (-1,)}, "sample.labels must be a tuple of integers ≥ 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_what_does_not_fit_is_refused_in_one_line(conditional, changes, message):
+    with pytest.raises(ValueError) as error:
+        build.experiment(conditional(**changes), (8, 8, 1), 17, 10)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_set_without_labels_is_refused(conditional):
+    with pytest.raises(ValueError, match="model.conditional=True needs labels, and data.name='digits' has none"):
+        build.experiment(conditional(), (8, 8, 1), 17)
+
+
+def test_a_network_that_takes_no_labels_is_refused(conditional, monkeypatch):
+    import toy
+
+    from diffusion.networks import NETWORKS
+
+    monkeypatch.setitem(NETWORKS, "layer", toy.Layer)
+    with pytest.raises(ValueError, match="model.network='layer' takes no labels"):
+        build.experiment(conditional(model__network="layer"), (8, 8, 1), 17, 10)
+
+
+def test_describe_counts_the_labels_vectors_and_the_same_work(conditional, tiny):
+    labelled = build.experiment(conditional(), (8, 8, 1), 17, 10)
+    plain = build.experiment(tiny(), (8, 8, 1), 17)
+    numbers = [int(describe.network(e, 1498)["parameters"].replace(",", "")) for e in (labelled, plain)]
+    assert numbers[0] - numbers[1] == 10 * 4 * 8  # ten classes, four times the width of 8
+    # A product of one-hot labels with the table, and a sum.
+    assert 0 <= describe.forward_flops(labelled) - describe.forward_flops(plain) < 5000

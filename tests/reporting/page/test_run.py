@@ -1,0 +1,293 @@
+"""The page of a run: what its files say, and nothing that they could do."""
+
+import base64
+import io
+import json
+import shlex
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from configs import digits
+from diffusion.experiment import config as config_lib
+from diffusion.experiment import workdir
+from diffusion.reporting import page, pictures
+from diffusion.reporting.page import __main__ as command
+from diffusion.reporting.page import document, run
+from diffusion.reporting.page.embedded import MAX_BYTES, MAX_PLOT_BYTES, MAX_SMALL_BYTES, MAX_TRAJECTORY_BYTES
+
+SECTIONS = ["samples", "trajectory", "bound", "quality", "curves", "config", "versions"]
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list) else [value]
+
+
+def pixels_of(uri):
+    data = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def sections(found):
+    return [attributes["id"] for attributes in found.all("section")]
+
+
+def notes(found):
+    """The lines about files that could not be read."""
+    is_there = any(attributes.get("class") == "notes" for attributes in found.all("ul"))
+    return [text for around, text in found.texts if around[-3:] == ("main", "ul", "li")] if is_there else []
+
+
+def test_the_page_of_a_trained_run_says_what_its_files_say(straight, read_page, tmp_path):
+    found = read_page(straight)
+    assert sections(found) == [name for name in SECTIONS if name != "quality"] + ["missing"]
+    assert notes(found) == []
+    summary = json.loads((straight / "summary.json").read_text())
+    shown = found.numbers
+    for name in ("test_bpd", "test_bpd_stderr", "test_decoder_bpd", "test_kl_bpd", "prior_bpd", "train_bpd",
+                 "test_distortion_rmse", "train_rate_bpd", "seconds"):  # fmt: skip
+        assert summary[name] in shown, name
+    assert {value for value in summary["test_bpd_by_class"] if value is not None} <= set(shown)
+    text = found.text()
+    assert f"{summary['test_bpd']:.4f} ± {summary['test_bpd_stderr']:.4f}" in text
+    for name in ("params_sha256", "ema_sha256", "device"):
+        assert summary[name] in text
+    assert summary["versions"]["jax"] in text and "finished at step 6" in text
+    assert json.dumps(summary, indent=2, ensure_ascii=False) in found.of("pre")
+    assert "quality.json" in found.text("section").rpartition("Not there yet")[2]
+    charts = [attributes["aria-label"].partition(":")[0] for attributes in found.all("svg")]
+    assert charts[:4] == ["Loss", "Term of the bound per t", "Sum of the terms up to t", "Rate against distortion"]
+
+
+def test_every_number_of_every_file_is_there(run_directory, read_page):
+    found = read_page(run_directory)
+    assert sections(found) == SECTIONS and notes(found) == []
+    scores = json.loads((run_directory / "quality.json").read_text())
+    for name in ("frechet_distance", "frechet_distance_test_split", "kid", "kid_stderr"):
+        assert scores[name] in found.numbers, name
+    assert 2.5 in found.numbers, "the bits/dim of an evaluation"
+    assert "Fréchet distance (pixels), 200 samples" in found.of("dt")
+    for words in ("of few images", "method: ancestral, num_steps: 6", "step60-ho2020-learned_range-all-299images"):
+        assert words in found.text()
+    assert "2 min 28 s" in found.text()
+
+
+def test_the_same_files_make_the_same_page(run_directory):
+    before = page.write(run_directory).read_bytes()
+    assert page.write(run_directory).read_bytes() == before
+
+
+def test_text_from_files_stays_text(run_directory, make_run, read_page):
+    attack = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&lt;"
+    (run_directory / "evaluations" / 'a"><img src=x>').mkdir()
+    (run_directory / "evaluations" / 'a"><img src=x>' / "eval.json").write_text("{}")
+    for name in ("summary", "quality", "config", "base"):
+        path = run_directory / f"{name}.json"
+        hostile = json.loads(path.read_text(), object_hook=lambda group: group | {attack: attack})
+        for key in ("features", "note", "device", "reference", "config"):
+            if key in hostile:
+                hostile[key] = attack
+        path.write_text(json.dumps(hostile))
+    (run_directory / "metrics.jsonl").write_text(json.dumps({"step": 1, attack: 1.0, "loss": 2.0}) + "\n")
+    found = read_page(run_directory)  # which allows one script and no handlers
+    assert found.text().count(attack) > 5
+    assert not [attributes for attributes in found.all("img") if attributes["src"] == "x"]
+
+
+def test_an_unfinished_run_has_a_page_and_it_says_so(tmp_path, read_page, make_run):
+    directory = make_run(tmp_path / "run")
+    for path in directory.iterdir():
+        if path.is_file() and path.name not in ("config.json", "metrics.jsonl", "samples_20.png"):
+            path.unlink()
+    found = read_page(directory)
+    assert "unfinished: step 61 of 60" in found.text() and notes(found) == []
+    assert "loss at step 61" in found.of("dt") and 5 / 60 in found.numbers
+    missing = [text for around, text in found.texts if around[-2:] == ("li", "code")]
+    assert missing == ["summary.json", "samples.png", "quality.json"]
+    (directory / "metrics.jsonl").unlink()
+    assert "not trained yet" in read_page(directory).text()
+
+
+FILES = ["config.json", "base.json", "summary.json", "quality.json", "eval.json", "metrics.jsonl", "samples.npz",
+         "samples.png", "samples_20.png", "progressive.png", "bpd.npz"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_half_written_file_is_one_line_on_the_page(name, run_directory, read_page):
+    whole = read_page(run_directory)
+    path = run_directory / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] + b"\n{}\n" * (name == "metrics.jsonl"))
+    (line,) = notes(read_page(run_directory))
+    assert line.startswith(f"{name} is damaged: ")
+    assert len(line) < 300 and "\n" not in line
+    assert len(read_page(run_directory).elements) > len(whole.elements) / 3, "the rest is still there"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_cannot_be_read_is_not_called_damaged(name, run_directory, read_page):
+    (run_directory / name).unlink()
+    (run_directory / name).mkdir()
+    (line,) = notes(read_page(run_directory))
+    assert line.startswith(f"{name} could not be read: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("samples.npz", {"images": np.zeros((2, 8, 8), np.uint8), "num_levels": 17}),
+        ("samples.npz", {"images": np.full((2, 8, 8, 1), 17, np.uint8), "num_levels": 17}),
+        ("samples.npz", {"images": np.zeros((2, 8, 8, 1), np.uint8)}),
+        ("samples.npz", {"images": np.zeros((2, 8, 8, 1), np.uint8), "num_levels": 17, "labels": np.zeros(3, int)}),
+        ("bpd.npz", {"test_terms_bpd": np.array([{}], object)}),
+    ],
+)
+def test_arrays_that_are_not_what_they_should_be_are_one_line(name, content, run_directory, read_page):
+    np.savez(run_directory / name, **content)
+    (line,) = notes(read_page(run_directory))
+    assert line.startswith(f"{name} is damaged: ")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.text(max_size=5),
+    lambda items: st.lists(items, max_size=3) | st.dictionaries(st.text(max_size=5), items, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_json_makes_a_page(data, run_directory, read_page):
+    """Whatever the values are, the page is well-formed, and no file is read wrongly enough to stop it."""
+    name = data.draw(st.sampled_from(["summary", "quality", "config", "base", "eval", "metrics"]))
+    path = run_directory / f"{name}.json"
+    if name == "metrics":
+        row = {"step": 1} | data.draw(st.dictionaries(st.sampled_from(["step", "loss", "test_loss", "x"]), VALUES))
+        (run_directory / "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    else:
+        before = json.loads(path.read_text())
+        changed = data.draw(st.dictionaries(st.sampled_from([*before, "new", "test_new"]), VALUES, min_size=1))
+        path.write_text(json.dumps(before | changed))
+    read_page(run_directory)
+    if name != "metrics":
+        path.write_text(json.dumps(before))
+
+
+def test_the_command_on_the_page_makes_the_same_config(tmp_path, read_page):
+    """The keys that differ, read off the page and given to the config file again, are the run's config."""
+    config = digits.get_config()
+    changes = {
+        "unet.channel_mult": (1, 2, 2), "unet.attention_resolutions": (), "optim.learning_rate": 1e-3, "seed": 3,
+        "data.flip": True, "schedule.name": "linear(beta_end=0.03)", "init_from": "a 'b' c",
+    }  # fmt: skip
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    workdir.claim(config, tmp_path)
+    workdir.save_base(tmp_path, "configs/digits.py")
+    found = read_page(tmp_path)
+    line = next(text for text in found.of("pre") if text.startswith("python main.py"))
+    assert {text for text in found.of("code") if "." in text} >= changes.keys() - {"seed", "init_from"}
+    arguments = dict(part.removeprefix("--").split("=", 1) for part in shlex.split(line.replace("\\\n", " "))[2:])
+    base, directory = arguments.pop("config"), arguments.pop("workdir")
+    overrides = {key.removeprefix("config."): value for key, value in arguments.items()}
+    assert overrides.keys() == changes.keys() and directory == str(tmp_path)
+    assert config_lib.from_file(base, overrides).to_dict() == config.to_dict()
+
+
+def test_a_run_without_its_base_says_so(run_directory, read_page):
+    (run_directory / "base.json").unlink()
+    assert "There is no base.json" in read_page(run_directory).text()
+
+
+def test_samples_with_labels_get_a_row_per_class(run_directory, read_page):
+    with np.load(run_directory / "samples.npz") as saved:
+        images = saved["images"]
+    labels = np.array([2, 0, 2, 0, 5, 2, 2, 2, 0])
+    np.savez_compressed(run_directory / "samples.npz", images=images, num_levels=17, labels=labels)
+    found = read_page(run_directory)
+    rows = {image["alt"]: pixels_of(image["src"]) for image in found.all("img") if " of class " in image["alt"]}
+    assert rows.keys() == {f"Samples of class {label}" for label in (0, 2, 5)}
+    for label in (0, 2, 5):
+        wanted = pictures.image_grid(images[labels == label], 17, columns=5)[:, :, 0]
+        np.testing.assert_array_equal(rows[f"Samples of class {label}"], wanted)
+
+
+def test_each_tile_of_the_slider_shows_its_sample_at_the_chosen_frame(run_directory, read_page):
+    """The picture behind the tiles: a row per frame, a column per sample."""
+    found = read_page(run_directory)
+    (film,) = (attributes for attributes in found.all("div") if attributes.get("class") == "film")
+    styles = dict(part.split(": ", 1) for part in film["style"].split("; "))
+    sprite = pixels_of(styles["--sprite"].removeprefix("url(").removesuffix(")"))
+    grid = np.asarray(Image.open(run_directory / "progressive.png"))[:, :, None]
+    frames = pictures.images_of_grid(grid, 8, 8)[..., 0]
+    assert frames.shape == (3, 4, 8, 8) and sprite.shape == (4 * 8, 3 * 8)
+    for n, sample in enumerate(frames):
+        for f, frame in enumerate(sample):
+            np.testing.assert_array_equal(sprite[8 * f : 8 * f + 8, 8 * n : 8 * n + 8], frame)
+    assert styles["--size"] == "300% 400%" and styles["--shape"] == "8 / 8"
+    (slider,) = found.all("input")
+    assert (slider["min"], slider["max"], slider["value"]) == ("1", "4", "4")
+    assert [tile["style"] for tile in found.all("i")] == ["--x: 0.0000%", "--x: 50.0000%", "--x: 100.0000%"]
+
+
+def test_the_trajectory_of_images_of_another_size_is_shown_without_a_slider(run_directory, read_page):
+    np.savez_compressed(run_directory / "samples.npz", images=np.zeros((2, 5, 7, 1), np.uint8), num_levels=17)
+    found = read_page(run_directory)
+    assert "trajectory" in sections(found) and not found.all("input") and notes(found) == []
+
+
+def test_large_pictures_are_shrunk_until_the_page_has_its_weight(run_directory, read_page):
+    noise = np.random.default_rng(0).integers(0, 256, (800, 900, 3)).astype(np.uint8)  # 2.2 MB as PNG
+    pictures.save_png(run_directory / "samples.png", noise)
+    for name in ("progressive.png", "bpd.png", *(f"samples_{10 * i}.png" for i in range(1, 21))):
+        pictures.save_png(run_directory / name, noise[:, :450])
+    (run_directory / "bpd.npz").unlink()
+    found = read_page(run_directory)
+    sizes = {image["alt"]: len(image["src"]) * 3 / 4 for image in found.all("img")}
+    assert 2**18 < sizes["Samples of the model, side by side"] <= 2**21 and 2**16 < sizes["The bound per t"] <= 2**19
+    earlier = [alt for alt in sizes if alt.startswith("Samples at step")]
+    assert len(earlier) == 8 and {earlier[0], earlier[-1]} == {"Samples at step 10", "Samples at step 200"}
+    assert all(2**15 < sizes[alt] <= 2**18 for alt in earlier)
+    pictures_bytes = MAX_BYTES + 2 * MAX_TRAJECTORY_BYTES + 4 * MAX_PLOT_BYTES + 8 * MAX_SMALL_BYTES
+    assert pictures_bytes * 4 / 3 < 11_500_000, "of 12 MB; the rest is text"
+
+
+def test_a_directory_that_holds_nothing_is_a_one_line_error(tmp_path, capsys):
+    for directory in (tmp_path, tmp_path / "none"):
+        assert command.main([str(directory)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {directory} holds no run (no config.json)")
+        assert not (directory / "report.html").exists()
+
+
+def test_the_command_says_where_the_page_is(run_directory, capsys):
+    assert command.main([str(run_directory)]) == 0
+    assert capsys.readouterr().out == f"{run_directory / 'report.html'}\n"
+
+
+def test_a_page_that_cannot_be_written_is_a_warning_of_a_finished_program(run_directory, monkeypatch, capsys):
+    (run_directory / "report.html").write_text("before")
+
+    def full(path, text):
+        raise OSError(f"{path} could not be written (No space left on device)")
+
+    monkeypatch.setattr(document.files, "write_text", full)
+    page.refresh(run_directory)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {run_directory / 'report.html'} was not made (OSError: ")
+    assert (run_directory / "report.html").read_text() == "before"
+    monkeypatch.setattr(run, "page", lambda contents: 1 / 0)
+    page.refresh(run_directory)
+    assert "(ZeroDivisionError: division by zero); all else is saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(3.04, "3.0 s"), (59.96, "1 min 0 s"), (147.6, "2 min 28 s"), (7260, "2 h 1 min"), (200_000, "2 d 7 h")],
+)
+def test_durations(seconds, words):
+    assert run.duration(seconds) == words

@@ -1,0 +1,79 @@
+"""The page of a sweep: its runs in a table with both numbers, and what its program left."""
+
+import csv
+import json
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+from diffusion.reporting import page, pictures
+from diffusion.reporting.page import __main__ as command
+
+
+@pytest.fixture
+def sweep(tmp_path, make_run):
+    """Two finished runs of two seeds, and one that has only begun."""
+    for seed, (name, bpd) in enumerate({"vlb-seed0": 2.25, "vlb=1 #seed1": 2.0}.items()):
+        directory = make_run(tmp_path / name, seed=seed, objective={"name": "vlb"})
+        summary = json.loads((directory / "summary.json").read_text())
+        (directory / "summary.json").write_text(json.dumps(summary | {"test_bpd": bpd}))
+        quality = json.loads((directory / "quality.json").read_text())
+        (directory / "quality.json").write_text(json.dumps(quality | {"frechet_distance": 10 * bpd}))
+    begun = make_run(tmp_path / "simple-seed0", seed=0, objective={"name": "simple"})
+    for name in ("summary.json", "quality.json", "eval.json"):
+        (begun / name).unlink()
+    return tmp_path
+
+
+def test_a_run_is_a_row_with_both_numbers_its_settings_and_its_page(sweep, read_page):
+    found = read_page(sweep)
+    headings = found.of("th")
+    assert {"seed", "objective.name"} <= set(headings), "the keys that differ"
+    assert not {"data.name", "unet.channels"} & set(headings), "and no others"
+    assert {"bits/dim", "Fréchet distance (pixels)"} <= set(headings)
+    assert {2.25, 2.0, 22.5, 20.0, 0.24} <= set(found.numbers)
+    links = [attributes["href"] for attributes in found.all("a") if not attributes["href"].startswith("#")]
+    assert len(links) == 3 and all((sweep / unquote(link)).is_file() for link in links)
+    assert found.text().count(" not finished") == 1
+    assert "2 of 3 runs are finished" in found.text()
+    assert {"lowest bits/dim: vlb=1 #seed1", "lowest Fréchet distance (pixels): vlb=1 #seed1"} <= set(found.of("dt"))
+    (chart,) = found.all("svg")
+    assert chart["aria-label"].startswith("Fréchet distance (pixels) against bits/dim")
+    assert len(found.all("circle")) == 2
+
+
+def test_distances_of_different_features_are_not_put_in_one_column(sweep, read_page):
+    path = sweep / "vlb-seed0" / "quality.json"
+    path.write_text(json.dumps({"fid": 3.17, "features": "2048", "num_samples": 50_000}))
+    found = read_page(sweep)
+    assert {"FID (2048)", "Fréchet distance (pixels)"} <= set(found.of("th"))
+    assert not [name for name in found.of("dt") if "distance" in name or "FID" in name], "nothing is the lowest"
+
+
+def test_tables_and_plots_of_the_program_are_on_the_page(tmp_path, read_page):
+    head = ["variance", "T", "test_bpd", "published"]
+    lines = [head, ["<b>", "50", "2.004949630410404", ""], ["β", "50", "nan", "x"]]
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    (tmp_path / "table.md").write_text("# What was found")
+    pictures.save_png(tmp_path / "bpd.png", np.zeros((9, 9, 3), np.uint8))
+    found = read_page(tmp_path)
+    assert 2.004949630410404 in found.numbers and "2.0049" in found.of("data") and "50" in found.of("data")
+    assert "<b>" in found.of("th") and "# What was found" in found.of("pre")
+    assert [image["alt"] for image in found.all("img")] == ["The plot bpd.png"]
+
+
+def test_damage_in_one_run_is_a_line_and_the_others_stay(sweep, read_page):
+    (sweep / "vlb-seed0" / "summary.json").write_text('{"test_bpd": 2.')
+    found = read_page(sweep)
+    lines = [text for around, text in found.texts if around[-3:] == ("main", "ul", "li")]
+    assert len(lines) == 1 and lines[0].startswith("vlb-seed0/summary.json is damaged: ")
+    assert 2.0 in found.numbers and "1 of 3 runs are finished" in found.text()
+
+
+def test_the_command_knows_a_sweep_and_makes_the_pages_of_its_runs(sweep, capsys):
+    assert not (sweep / "vlb-seed0" / page.NAME).exists()
+    assert command.main([str(sweep)]) == 0
+    assert capsys.readouterr().out == f"{sweep / page.NAME}\n"
+    assert all((sweep / name / page.NAME).exists() for name in ("vlb-seed0", "vlb=1 #seed1", "simple-seed0"))

@@ -1,0 +1,120 @@
+"""Labels and guidance: what a network says with and without a label, combined before any sampler sees it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import guidance, reverse, samplers, schedules
+from diffusion.parameterizations import x0_per_output
+from diffusion.reverse import Reverse
+
+SHAPE = (4, 4, 1)
+LABELS = np.array([2, 0, 1], np.int32)
+SCHEDULE = schedules.cosine(10)
+
+
+def network(x_t, network_t, labels):
+    """A different answer for each label, t and half of the output; −1 is an answer of its own."""
+    mean = jnp.cos(x_t) * (labels.astype(x_t.dtype)[:, None, None, None] + 2.0) + network_t[:, None, None, None]
+    return jnp.concatenate([mean, 10.0 * mean], axis=-1)
+
+
+@pytest.fixture
+def batch():
+    x_t = jax.random.normal(jax.random.key(0), (3, *SHAPE))
+    return x_t, jnp.full(3, 4.0)
+
+
+def test_a_conditional_network_is_given_each_examples_label(batch):
+    expected = network(*batch, jnp.asarray(LABELS))
+    np.testing.assert_array_equal(guidance.conditional(network, LABELS)(*batch), expected)
+
+
+def test_without_labels_every_example_has_none(batch):
+    expected = network(*batch, jnp.full(3, guidance.NO_LABEL))
+    np.testing.assert_array_equal(guidance.unconditional(network)(*batch), expected)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.7, 3.0])
+def test_the_mean_is_extrapolated_and_the_variance_stays_conditional(batch, scale):
+    given, without = network(*batch, jnp.asarray(LABELS)), network(*batch, jnp.full(3, -1))
+    output = guidance.classifier_free(network, LABELS, scale)(*batch)
+    expected = (1 + scale) * np.float64(given) - scale * np.float64(without)
+    np.testing.assert_allclose(output[..., :1], expected[..., :1], rtol=1e-5)  # float32, numbers below 30
+    np.testing.assert_array_equal(output[..., 1:], given[..., 1:])
+
+
+def test_scale_minus_one_is_the_unconditional_mean(batch):
+    output = guidance.classifier_free(network, LABELS, -1.0)(*batch)
+    np.testing.assert_allclose(output[..., :1], guidance.unconditional(network)(*batch)[..., :1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "mean"])
+def test_guidance_of_every_prediction_is_guidance_of_eps(batch, prediction):
+    """ε̂ of the combined outputs = the combination of both ε̂: the map from one to the other is affine."""
+    x_t, _ = batch
+    row = SCHEDULE[6]
+    p = Reverse(prediction, "fixed_small")
+
+    def eps_of(output):
+        _, x0 = p(row, x_t[0], output, clip_x0=False)
+        return (x_t[0] - row.sqrt_alpha_bar * x0) / row.sqrt_one_minus_alpha_bar
+
+    def of_prediction(x_t, network_t, labels):
+        return network(x_t, network_t, labels)[..., :1]
+
+    times = jnp.full(3, row.network_t)
+    guided = guidance.classifier_free(of_prediction, LABELS, 1.5)(x_t, times)[0]
+    given = of_prediction(x_t, times, jnp.asarray(LABELS))[0]
+    without = of_prediction(x_t, times, jnp.full(3, -1))[0]
+    expected = 2.5 * eps_of(given) - 1.5 * eps_of(without)
+    size = float(jnp.abs(expected).max() * abs(x0_per_output(p, row)))
+    np.testing.assert_allclose(eps_of(guided), expected, atol=1e-4 * max(size, 1.0))
+
+
+@pytest.mark.parametrize(("t", "is_guided"), [(3, False), (4, True), (7, True), (8, False)])
+def test_an_interval_holds_its_upper_end_and_not_its_lower_one(batch, t, is_guided):
+    x_t, network_t = batch[0], jnp.full(3, SCHEDULE[t].network_t)
+    within = guidance.classifier_free(network, LABELS, 2.0, (3, 7))(x_t, network_t)
+    expected = guidance.classifier_free(network, LABELS, 2.0 if is_guided else 0.0)(x_t, network_t)
+    np.testing.assert_allclose(within, expected, rtol=1e-6)
+
+
+def test_an_interval_means_the_steps_of_the_schedule_that_was_trained_with_also_after_respacing():
+    """Respaced to t = 2, 5, 10: guided within (3, 7] is guided at the second of the three steps."""
+    respaced = schedules.respace(SCHEDULE, np.array([2, 5, 10]))
+    within = guidance.classifier_free(network, LABELS, 2.0, (3, 7))
+    given = guidance.conditional(network, LABELS)
+    x_t = jnp.ones((3, *SHAPE))
+    differs = [
+        not np.allclose(within(x_t, times), given(x_t, times))
+        for times in (jnp.full(3, respaced[i].network_t) for i in (1, 2, 3))
+    ]
+    assert differs == [False, True, False]
+
+
+@pytest.mark.parametrize("interval", [(), (3, 7)])
+def test_a_sampler_draws_from_a_guided_network_and_labels_of_another_batch_do_not_compile_again(interval):
+    p = reverse.make("x0", "learned_range")
+    keys = jax.random.split(jax.random.key(1), 3)
+    traces = []
+
+    @jax.jit
+    def draw(labels):
+        traces.append(None)
+        denoise = guidance.classifier_free(network, labels, 0.5, interval)
+        return samplers.ancestral(denoise, p, SCHEDULE, keys, SHAPE)[0]
+
+    first, second = draw(jnp.asarray(LABELS)), draw(jnp.asarray(LABELS[::-1].copy()))
+    assert len(traces) == 1
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(first[2:1:-1, :, :, :].shape, second[:1].shape)
+
+
+def test_a_guided_denoiser_is_an_argument_of_a_compiled_function_with_its_arrays_as_leaves():
+    scaled = jax.tree_util.Partial(lambda w, x_t, network_t, labels: w * network(x_t, network_t, labels), jnp.ones(()))
+    guided = guidance.classifier_free(scaled, LABELS, 0.5, (3, 7))
+    leaves = jax.tree.leaves(guided)
+    assert any(leaf is LABELS for leaf in leaves)
+    assert sum(getattr(leaf, "shape", None) == () and isinstance(leaf, jax.Array) for leaf in leaves) == 2
