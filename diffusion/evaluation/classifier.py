@@ -79,7 +79,9 @@ def train(train_set: Source, test_set: Source, seed: int) -> Trained:
 
     @jax.jit
     def step(params, state, images, labels):
-        updates, state = optimizer.update(jax.grad(loss)(params, images, labels), state, params)
+        gradient = jax.grad(loss)(params, images, labels)
+        with jax.numpy_dtype_promotion("standard"):  # Optax multiplies integer steps with floats
+            updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
     params = jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, *train_set.image_shape)))["params"]

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float64
 
-LARGEST_DIVISOR = 5  # of the number of samples: the smallest subsets of the extrapolation have a fifth of them
-IMAGES_PER_DIMENSION = 2  # of the smallest subsets; the bias of fewer images is no longer proportional to 1/n
+# The subsets of the extrapolation are the samples divided by 1, 2, … and 5, at least by 1, 2 and 3.
+DIVISORS, FEWEST_DIVISORS = 5, 3
+IMAGES_PER_DIMENSION = 1.5  # of the smallest subsets; the bias of fewer images is not proportional to 1/n
 
 
 def frechet_distance(
@@ -96,8 +97,9 @@ def frechet_at_infinity(
 
     That of n samples is biased by about c/n. The samples are split into 1, 2, … and 5 disjoint subsets, which are
     15 distances at 5 sizes, and a line in 1/n is fitted to them, weighted by n: the variance falls as 1/n. Its value
-    at 1/n = 0 is the result, its standard error that of the fit. On Gaussians it is right to 10% or too large; with
-    one subset of each size, as in the paper, it would be too small by half, because those share their samples.
+    at 1/n = 0 is the result, slightly below 0 where the truth is near 0, and its standard error that of the fit. On
+    Gaussians the error is right to 10% or too large; with one subset of each size, as in the paper, it would be less
+    than half of the truth, because those share their samples.
 
     Args:
         samples: features.
@@ -105,13 +107,13 @@ def frechet_at_infinity(
         of_all: the moments of all samples, if `samples` are a part of them: one more size.
 
     Returns:
-        None where there are too few samples: no subset has fewer than two for each dimension.
+        None where there are fewer than 4.5 samples for each dimension: a third would be too few.
 
     Source: Chong & Forsyth (2020, arXiv 1911.07023), section 3.
     """
     num_samples, dimension = samples.shape
-    most = min(LARGEST_DIVISOR, num_samples // (IMAGES_PER_DIMENSION * dimension))
-    if most < 2:
+    most = min(DIVISORS, int(num_samples / (IMAGES_PER_DIMENSION * dimension)))
+    if most < FEWEST_DIVISORS:
         return None
     # Samples may come with their classes in turn or sorted, and every subset should have all of them.
     shuffled = samples[np.random.default_rng(0).permutation(num_samples)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64
 
 from diffusion.evaluation.distances import inception_score, kernel_distance, precision_recall
 from diffusion.evaluation.features import FEATURES, Batch
@@ -24,21 +24,26 @@ __all__ = [
     "METRICS",
     "Batch",
     "Metric",
+    "States",
     "frechet_at_infinity",
     "frechet_distance",
     "inception_score",
     "kernel_distance",
+    "as_reference",
     "precision_recall",
     "results",
     "states",
     "updated",
 ]
 
-KEPT_IMAGES = 10_000  # a random choice of so many, for the metrics that compare image with image
-KEPT_LOGITS = 50_000
+# A random choice of so many images is kept, and of so many of those each is compared with each.
+KEPT_IMAGES, COMPARED_IMAGES = 50_000, 10_000
 # The usual choices. With this seed the subsets and the order of images are those of torch-fidelity.
 KID_SUBSETS, KID_SUBSET_SIZE, SEED = 100, 1000, 2020
 SPLITS, NEIGHBOUR = 10, 3
+
+
+States = dict[Callable, Any]  # of the metrics, by the `update` that makes them
 
 
 class Metric(NamedTuple):
@@ -74,11 +79,15 @@ def _none_kept(dimension: int) -> Kept:
 def _keep(state: Kept, rows: Float[np.ndarray, "n d"], most: int) -> Kept:
     numbers = np.random.Generator(np.random.PCG64(0).advance(state.count)).random(len(rows))
     numbers = np.concatenate([state.numbers, numbers])
-    rows, count = np.concatenate([state.rows, np.asarray(rows, np.float32)]), state.count + len(rows)
-    if len(rows) > most:
-        chosen: Int64[np.ndarray, " kept"] = np.sort(np.argpartition(numbers, most)[:most])
-        numbers, rows = numbers[chosen], rows[chosen]
-    return Kept(count, numbers, rows)
+    all_rows = np.concatenate([state.rows, np.asarray(rows, np.float32)])
+    return _fewer(Kept(state.count + len(rows), numbers, all_rows), most)
+
+
+def _fewer(state: Kept, most: int) -> Kept:
+    if len(state.rows) <= most:
+        return state
+    chosen = np.sort(np.argpartition(state.numbers, most)[:most])
+    return Kept(state.count, state.numbers[chosen], state.rows[chosen])
 
 
 class Seen(NamedTuple):
@@ -96,6 +105,12 @@ def see(state: Seen, batch: Batch) -> Seen:
     return Seen(add_to_moments(state.moments, batch.features), _keep(state.kept, batch.features, KEPT_IMAGES))
 
 
+def as_reference(states: States) -> States:
+    """The same without the images that are never compared with generated ones."""
+    seen = states.get(see)
+    return states if seen is None else states | {see: seen._replace(kept=_fewer(seen.kept, COMPARED_IMAGES))}
+
+
 def _frechet(generated: Seen, reference: Seen) -> dict[str, float | None]:
     one, two = generated.moments, reference.moments
     distance = frechet_distance(one.mean, one.cov, two.mean, two.cov)
@@ -111,14 +126,15 @@ def _at_infinity(generated: Seen, reference: Seen) -> dict[str, float | None]:
 
 
 def _kernel(generated: Seen, reference: Seen) -> dict[str, float | int | None]:
-    sides = [np.float64(side.kept.rows) for side in (generated, reference)]
-    size = min(KID_SUBSET_SIZE, *map(len, sides))
+    sides = [np.float64(_fewer(side.kept, COMPARED_IMAGES).rows) for side in (generated, reference)]
+    # Of all images of a side there is one subset only.
+    size = min(KID_SUBSET_SIZE, *(len(side) // 2 for side in sides))
     mean, spread = kernel_distance(*sides, KID_SUBSETS, size, SEED) if size >= 2 else (None, None)
     return {"kid": mean, "kid_stderr": spread, "kid_subset_size": size}
 
 
 def _neighbours(generated: Seen, reference: Seen) -> dict[str, float | None]:
-    sides = [side.kept.rows for side in (generated, reference)]
+    sides = [_fewer(side.kept, COMPARED_IMAGES).rows for side in (generated, reference)]
     is_possible = min(map(len, sides)) > NEIGHBOUR
     precision, recall = precision_recall(*sides, NEIGHBOUR) if is_possible else (None, None)
     return {"precision": precision, "recall": recall}
@@ -131,7 +147,7 @@ def _no_logits(dimension: int) -> Kept:
 def _keep_logits(state: Kept, batch: Batch) -> Kept:
     if batch.logits is None:
         return state
-    return _keep(state if state.count else _none_kept(batch.logits.shape[1]), batch.logits, KEPT_LOGITS)
+    return _keep(state if state.count else _none_kept(batch.logits.shape[1]), batch.logits, KEPT_IMAGES)
 
 
 def _inception_score(generated: Kept, reference: Kept) -> dict[str, float | None]:
@@ -150,8 +166,6 @@ METRICS = {
     "inception_score": Metric(_no_logits, _keep_logits, _inception_score),
     "precision_recall": Metric(nothing_seen, see, _neighbours),
 }
-
-States = dict[Callable, Any]  # by the `update` that makes them
 
 
 def updated(states: States, batch: Batch) -> States:

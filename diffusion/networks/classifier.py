@@ -17,8 +17,8 @@ class Classifier(nn.Module):
     num_classes: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b {FEATURES}"], Float[Array, "b classes"]]:
-        """(features, logits) of images in [-1, 1]."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b d"], Float[Array, "b classes"]]:
+        """(FEATURES features, logits) of images in [-1, 1]."""
         stage = 0
         while True:
             x = Conv(WIDTHS[min(stage, len(WIDTHS) - 1)], name=f"conv_{stage}")(x)

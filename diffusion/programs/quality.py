@@ -102,16 +102,16 @@ class Scorer:
 
     def __init__(self, config: ConfigDict, train_set: Source, test_set: Source, unfinished: Path | None = None):
         self._unfinished = unfinished
-        self._config, self._sets = config.quality, {"train": train_set, "test": test_set}
+        self._config, self._sets = config, {"train": train_set, "test": test_set}
         self._features = build.quality_features(config, train_set)
         self._dimension = self._features.extract(train_set.images(slice(1))).features.shape[1]
         self._published = None
-        if self._config.reference not in SPLITS:
+        if self._config.quality.reference not in SPLITS:
             self._published = reference.published(self._path, self._dimension)
 
     @property
     def _path(self) -> Path:
-        return Path(self._config.reference).expanduser()
+        return Path(self._config.quality.reference).expanduser()
 
     def numbers(
         self,
@@ -129,7 +129,7 @@ class Scorer:
         found = self.numbers(images, num_images) | self._reference.scale
         about = {
             "num_samples": num_images,
-            "features": self._config.features,
+            "features": self._config.quality.features,
             "weights_sha256": self._features.sha256 or None,
             **self._features.facts,
             "reference": self._reference_name,
@@ -146,13 +146,13 @@ class Scorer:
     def _reference_name(self) -> str:
         if self._published is not None:
             return f"{self._path}, SHA-256 {hashlib.sha256(self._path.read_bytes()).hexdigest()}"
-        split = self._sets[self._config.reference]
+        split = self._sets[self._config.quality.reference]
         return f"{split.name}, {split.split} split, {len(split)} images"
 
     @functools.cached_property
     def _reference(self) -> Reference:
         facts = {
-            "features": self._config.features,
+            "features": self._config.quality.features,
             "weights": self._features.sha256,
             "reference": self._reference_name,
         }
@@ -163,10 +163,10 @@ class Scorer:
         """The reference's states; for scale the other split against it, and two halves of the training set."""
         of_splits = {split: self._states(source) for split, source in self._sets.items() if split != "train"}
         of_splits["train"], *halves = self._states_with_halves(self._sets["train"])
-        states = of_splits.get(self._config.reference, self._published)
-        other = "train" if self._config.reference == "test" else "test"
+        states = of_splits.get(self._config.quality.reference, self._published)
+        other = "train" if self._config.quality.reference == "test" else "test"
         scale = _named(quality.results(of_splits[other], states), f"{other}_split")
-        return Reference(states, scale | _named(quality.results(*halves), "train_halves"))
+        return Reference(quality.as_reference(states), scale | _named(quality.results(*halves), "train_halves"))
 
     def _states(self, source: Source) -> quality.States:
         with Progress(len(source), desc=f"features of the {source.split} split", unit="image") as progress:

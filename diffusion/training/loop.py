@@ -80,8 +80,7 @@ def train(
     """Trains from `state` to plan.num_steps, and returns the last state.
 
     Args:
-        training: what defines a step.
-        plan: when what happens.
+        training, plan: what defines a step, and when what happens.
         state: on the host.
         train_set: what is trained on.
         on_devices: whether every device keeps all images; else they are read from disk while a step runs.
@@ -121,10 +120,7 @@ def train(
             if plan.check_replicas_every and step % plan.check_replicas_every == 0:
                 _check_replicas(step, differing_replicas(state))
             row = _means(window) | {"images_per_second": clock.images_per_second()} if logs else {}
-            if saves:
-                row["test_loss"] = _finite_loss(step, test_loss(state.part(lambda state: state.ema_params)))
-            if plan.quality_every and plan.is_due(step, plan.quality_every):
-                row |= quality(state.part(lambda state: state.ema_params))
+            row |= _scores(plan, step, saves, state.part(lambda state: state.ema_params), test_loss, quality)
             if row:
                 log.write(step, **row)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
@@ -192,6 +188,21 @@ def _check_finite(
     """Raises a FloatingPointError if the metrics since the last check have a NaN or Inf."""
     on_host = [(steps, metrics.host()) for steps, metrics in unchecked]
     nonfinite.check(on_host, names, skipped=int(window.get("skipped", 0)), allowed=allowed)
+
+
+def _scores(
+    plan: Plan,
+    step: int,
+    saves: bool,
+    ema_params: Replicated,
+    test_loss: Callable[[Replicated], float],
+    quality: Callable[[Replicated], dict[str, float]],
+) -> dict[str, float]:
+    """What is measured of the EMA after a step: the loss that ranks a checkpoint, and the quality of samples."""
+    row = {"test_loss": _finite_loss(step, test_loss(ema_params))} if saves else {}
+    if plan.quality_every and plan.is_due(step, plan.quality_every):
+        row |= quality(ema_params)
+    return row
 
 
 def _finite_loss(step: int, test_loss: float) -> float:

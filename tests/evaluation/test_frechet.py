@@ -151,6 +151,6 @@ def test_all_samples_are_a_further_size_where_only_a_part_is_kept(generator):
 
 
 def test_too_few_samples_for_their_dimension_have_none(generator):
-    samples = generator.standard_normal((40, 10))
+    samples = generator.standard_normal((45, 10))
     assert frechet.frechet_at_infinity(samples, np.zeros(10), np.eye(10)) is not None
-    assert frechet.frechet_at_infinity(samples[:39], np.zeros(10), np.eye(10)) is None
+    assert frechet.frechet_at_infinity(samples[:44], np.zeros(10), np.eye(10)) is None

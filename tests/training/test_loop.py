@@ -21,9 +21,11 @@ from diffusion.runtime.digests import named_leaves, tree_sha256
 from diffusion.runtime.preemption import Preempted, Preemption
 from diffusion.training import devices, loop
 
+EVERY = ("log_every", "checkpoint_every", "sample_every", "quality_every", "check_replicas_every")
+
 
 def plan(**changes):
-    never = dict.fromkeys(("log_every", "checkpoint_every", "sample_every", "check_replicas_every"), 0)
+    never = dict.fromkeys(EVERY, 0)
     return loop.Plan(**never | {"seed": 0, "num_steps": 1000, "steps_per_call": 10, "skip_nonfinite": 0} | changes)
 
 
@@ -55,8 +57,7 @@ def test_after_a_resume_at_an_odd_step_the_next_interval_has_full_calls():
 def test_calls_hold_every_step_once_and_cross_no_event():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        names = ("log", "checkpoint", "sample", "check_replicas")
-        drawn = {f"{name}_every": int(rng.integers(0, 30)) for name in names}
+        drawn = {name: int(rng.integers(0, 30)) for name in EVERY}
         made = plan(num_steps=int(rng.integers(1, 120)), steps_per_call=int(rng.integers(1, 20)), **drawn)
         begin = int(rng.integers(made.num_steps))
         found = calls(made, begin)
@@ -265,8 +266,9 @@ def test_calls_of_unlike_lengths_are_not_timed_as_one_kind(run, taken, tmp_path,
 
 def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_saved(tmp_path):
     keys = {"train__num_steps": 4, "train__checkpoint_every": 2, "train__sample_every": 2, "train__log_every": 2}
+    keys |= {"quality__every": 3}
     made = toy.experiment(**keys, objective__timesteps="loss_aware(history_length=1)", schedule__num_steps=2)
-    monitored, shown = [], []
+    monitored, shown, measured = [], [], []
 
     def test_loss(params):
         monitored.append(params.host())
@@ -275,9 +277,13 @@ def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_s
     def draw(step, params):
         shown.append(params.host())
 
+    def quality(params):
+        measured.append(params.host())
+        return {"fid": float(len(measured))}
+
     start, plan = jax.device_get(made.initial_state()), build.plan(made.config)
     with Checkpoints(tmp_path) as checkpoints, MetricsLog(tmp_path) as log, Preemption() as preemption:
-        given = made.training, plan, start, toy.source("train"), True, test_loss, draw
+        given = made.training, plan, start, toy.source("train"), True, test_loss, draw, quality
         end = loop.train(*given, checkpoints, log, preemption)
         saved = [checkpoints.restore(step, made.abstract_state()) for step in (2, 4)]
     assert tree_sha256(saved[1]) == tree_sha256(end)
@@ -285,3 +291,6 @@ def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_s
     assert [tree_sha256(params) for params in monitored] == [tree_sha256(state.ema_params) for state in saved]
     assert [tree_sha256(params) for params in shown] == [tree_sha256(saved[0].ema_params)]
     assert tree_sha256(end.ema_params) != tree_sha256(end.params)
+    # After every third step and at the end, in the step's row.
+    assert {row["step"]: row["fid"] for row in read_metrics(tmp_path) if "fid" in row} == {3: 1.0, 4: 2.0}
+    assert tree_sha256(measured[1]) == tree_sha256(end.ema_params) != tree_sha256(measured[0])
