@@ -53,6 +53,13 @@ def _distance(one: Gaussian, two: Gaussian) -> float:
     return max(float(distance), 0.0)  # below 0 by rounding, where the two are equal
 
 
+def _fast_distance(one: "Moments", two: Gaussian) -> float:
+    """A fifth of the work: of Fᵀ C F the eigenvalues alone, whose roots are less accurate, up to 1e-8 each."""
+    values = np.linalg.eigvalsh(two.factor.T @ one.cov @ two.factor)
+    overlap = np.sqrt(np.maximum(values, 0)).sum()
+    return float(np.sum((one.mean - two.mean) ** 2) + np.trace(one.cov) + two.trace - 2 * overlap)
+
+
 class Moments(NamedTuple):
     """The count, the mean and the summed outer products of deviations from the mean."""
 
@@ -123,6 +130,6 @@ def frechet_at_infinity(
         moments.append(of_all)
     reference = _gaussian(mean, cov)
     sizes = np.array([float(one.count) for one in moments])
-    distances = [_distance(_gaussian(one.mean, one.cov), reference) for one in moments]
+    distances = [_fast_distance(one, reference) for one in moments]
     (_, intercept), errors = np.polyfit(1 / sizes, distances, 1, w=np.sqrt(sizes), cov=True)
     return Extrapolated(float(intercept), float(np.sqrt(errors[1, 1])))

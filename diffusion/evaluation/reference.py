@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float64
 
-from diffusion import __version__
-from diffusion.evaluation import quality
+from diffusion.evaluation import distances, frechet, quality
 from diffusion.evaluation.frechet import Moments
 from diffusion.runtime import files
 
@@ -31,14 +30,15 @@ def cached(facts: dict[str, str], dimension: int, make: Callable[[], Reference])
     """The reference that `make` computes, or the one that was kept when it was computed before.
 
     Args:
-        facts: all that it depends on; with the metrics and the version of this package they make up its name.
+        facts: all that it depends on; with the metrics and their code they make up its name.
         dimension: of the features.
 
     Raises:
         OSError: what was kept cannot be read. (One that is damaged is computed again, one that cannot be written is
             not kept; a warning says so.)
     """
-    about = json.dumps([facts, sorted(quality.METRICS), __version__], sort_keys=True)
+    code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in (distances, frechet, quality)]
+    about = json.dumps([facts, sorted(quality.METRICS), code], sort_keys=True)
     path = files.cache_directory() / "references" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.npz"
     if path.exists():
         try:

@@ -137,8 +137,8 @@ class Scorer:
         if num_images < USUAL_IMAGES:
             about["note"] = (
                 f"the Fréchet distance of few images is biased upwards: that of {num_images} samples compares only "
-                f"with others of {num_images}, and the test split has {len(self._sets['test'])} images; fid_infinity "
-                "is without this bias"
+                f"with others of {num_images}, and the test split has {len(self._sets['test'])} images; fid_infinity, "
+                "where it is not null, is without this bias"
             )
         return found | about
 

@@ -140,6 +140,19 @@ def test_classes_in_turn_do_not_sort_the_subsets_by_class(generator):
     assert abs(one.distance - two.distance) < 5 * two.stderr and one.stderr < 3 * two.stderr
 
 
+def test_its_distances_are_those_of_the_accurate_formula(generator, monkeypatch):
+    """On singular covariances, where the roots of rounding errors are largest."""
+    samples = generator.standard_normal((400, 3)) @ generator.standard_normal((3, 12)) + 1
+    reference = np.zeros(12), random_covariance(generator, rank=5)
+    fast = frechet.frechet_at_infinity(samples, *reference)
+
+    def accurate(one, two):
+        return frechet._distance(frechet._gaussian(one.mean, one.cov), two)
+
+    monkeypatch.setattr(frechet, "_fast_distance", accurate)
+    np.testing.assert_allclose(fast, frechet.frechet_at_infinity(samples, *reference), rtol=1e-5)
+
+
 def test_all_samples_are_a_further_size_where_only_a_part_is_kept(generator):
     samples, reference = generator.standard_normal((400, 3)) + 1, (np.zeros(3), np.eye(3))
     of_all = frechet.add_to_moments(frechet.no_moments(3), samples)
