@@ -224,6 +224,7 @@ def test_samples_are_measured_again_where_they_were_not_or_otherwise(tmp_path, m
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # five runs of main.py
 def test_a_sweep_end_to_end(tmp_path, monkeypatch):
     """Two cells: the sweep is killed in the first, goes on when it is started again, and then finds nothing to do."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
