@@ -3,8 +3,9 @@
 python main.py --config=configs/digits_conditional.py --workdir=runs/digits_conditional
 
 Data     scikit-learn's, prepared on first use
-Cost     as the demo
-Expect
+Cost     704,642 parameters; 1,000 steps of 32 images, as the demo, and the test images scored once more without labels
+Expect   1.92 bits/dim on the 299 held-out images given their labels, 0.16 more without; digits that are what their
+         label says (docs/labels.md)
 """
 
 from ml_collections import ConfigDict
