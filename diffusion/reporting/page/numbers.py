@@ -25,14 +25,16 @@ PARTS = {
     "kl_bpd": ("L_1 + … + L_{T−1}: KL terms", ".4f"),
     "rate_bpd": ("rate: L_1 + … + L_T", ".4f"),
     "distortion_rmse": ("distortion: RMSE of x̂_0 in pixel values", ".4g"),
+    "unconditional_bpd": ("bits/dim without the labels", ".4f"),
+    "label_gain_bpd": ("saved by the labels, image by image", ".4f"),
     "images": ("images", ","),
 }
 PRIOR, PRIOR_WORDS = "prior_bpd", "L_T: prior"
 # Entry of quality.json: its name, and which values are better.
 METRICS = {
     "fid": ("FID", "lower"),
-    "fid_infinity": ("FID∞, extrapolated to infinitely many samples", "lower"),
     "frechet_distance": ("Fréchet distance", "lower"),
+    "fid_infinity": ("the same, extrapolated to infinitely many samples", "lower"),
     "kid": ("KID", "lower"),
     "inception_score": ("Inception score", "higher"),
     "precision": ("precision", "higher"),
@@ -40,7 +42,14 @@ METRICS = {
 }
 DISTANCES = ("frechet_distance", "fid")  # what a run is ranked by: the first that is there
 ERROR, TEST_SPLIT = "_stderr", "_test_split"
-NOT_METRICS = ("step", "num_samples")
+# What is compared with the reference, by the ending of its entries. The error's ending comes before.
+COMPARED = {
+    "": "samples",
+    TEST_SPLIT: "test split",
+    "_train_split": "training split",
+    "_train_halves": "training split, one half with the other",
+}
+NOT_METRICS = ("step", "num_samples", "kid_subset_size", "classifier_test_accuracy")
 
 
 class Distance(NamedTuple):
@@ -87,9 +96,9 @@ def _bound_table(scores: dict[str, Any]) -> Markup:
     for entry, (words, form) in PARTS.items():
         values = [(scores.get(f"{split}_{entry}"), scores.get(f"{split}_{entry}{ERROR}")) for split in SPLITS]
         if entry == "images" or any(is_number(value) for value, _ in values):
-            rows.append([words, *(with_error(value, error, form) for value, error in values)])
+            rows.append([subscripts(words), *(with_error(value, error, form) for value, error in values)])
         if entry == "kl_bpd" and is_number(scores.get(PRIOR)):
-            rows.append([PRIOR_WORDS, number(scores[PRIOR], ".2g"), UNKNOWN])
+            rows.append([subscripts(PRIOR_WORDS), number(scores[PRIOR], ".2g"), UNKNOWN])
     known = {f"{split}_{entry}{end}" for split in SPLITS for entry in PARTS for end in ("", ERROR)}
     # What a later version of the program writes is shown under its own name.
     others = sorted(
@@ -102,7 +111,7 @@ def _bound_table(scores: dict[str, Any]) -> Markup:
             pairs = [(scores.get(f"{split}_{entry}"), scores.get(f"{split}_{entry}{ERROR}")) for split in SPLITS]
             rows.append([entry, *(with_error(value, error) for value, error in pairs)])
     caption = "The bound and its parts in bits/dim, means over images ± the standard error"
-    return table(["", *SPLITS], [[subscripts(row[0]), *row[1:]] for row in rows], caption)
+    return table(["", *SPLITS], rows, caption)
 
 
 def subscripts(words: str) -> Markup:
@@ -153,23 +162,27 @@ def evaluations(contents: Contents) -> list[Markup]:
 
 
 def quality(scores: dict[str, Any]) -> list[Markup]:
-    """Every metric of the samples, beside that of the test split as the scale to read it by."""
-    endings = (ERROR, TEST_SPLIT)
+    """Every metric of the samples, beside those of real images as the scale to read it by."""
+    endings = (ERROR, *(ending for ending in COMPARED if ending))
     names = [name for name, value in scores.items() if is_number(value) and not name.endswith(endings)]
     names = sorted((name for name in names if name not in NOT_METRICS), key=_place)
+    # quality.json has the Fréchet distance under both names; FID is that of Inception's features alone.
+    other = "frechet_distance" if text_of(scores.get("features", "")).startswith("inception") else "fid"
+    if {"fid", "frechet_distance"} <= set(names):
+        names.remove(other)
     if not names:
         return []
+    columns = [ending for ending in COMPARED if any(is_number(scores.get(f"{name}{ending}")) for name in names)]
     rows = []
     for name in names:
         words, better = METRICS.get(name, (name, UNKNOWN))
-        keys = (name, f"{name}{TEST_SPLIT}")
-        columns = [with_error(scores.get(key), scores.get(f"{key}{ERROR}"), ".4g") for key in keys]
-        rows.append([words, *columns, better])
+        numbers = [(scores.get(f"{name}{end}"), scores.get(f"{name}{ERROR}{end}")) for end in columns]
+        rows.append([words, *(with_error(value, error, ".4g") for value, error in numbers), better])
     caption = (
         f"{text_of(scores.get('num_samples'))} samples against {text_of(scores.get('reference'))}; "
-        f"features: {text_of(scores.get('features'))}. The test split's numbers are the scale to read them by."
+        f"features: {text_of(scores.get('features'))}. The numbers of real images are the scale to read them by."
     )
-    parts = [table(["", "samples", "test split", "better"], rows, caption)]
+    parts = [table(["", *(COMPARED[ending] for ending in columns), "better"], rows, caption)]
     if isinstance(scores.get("note"), str):
         parts.append(element("p", f"Note: {scores['note']}.", class_="quiet"))
     facts = {name: text_of(scores[name]) for name in ("sampler", "step") if name in scores}
