@@ -184,11 +184,9 @@ def states(batches: Iterable[Batch]) -> States:
     return found
 
 
-def results(
-    generated: States, reference: States, names: Iterable[str] = tuple(METRICS)
-) -> dict[str, float | int | None]:
+def results(generated: States, reference: States, names: Iterable[str] | None = None) -> dict[str, float | int | None]:
     """What metrics, by default all, say of the generated images, from the states of both sides."""
     numbers: dict[str, float | int | None] = {}
-    for metric in (METRICS[name] for name in names):
+    for metric in (METRICS[name] for name in names or METRICS):
         numbers |= metric.result(generated[metric.update], reference[metric.update])
     return numbers

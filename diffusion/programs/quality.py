@@ -117,7 +117,7 @@ class Scorer:
         self,
         images: Iterable[UInt8[np.ndarray, "n h w c"]],
         num_images: int,
-        metrics: Iterable[str] = tuple(quality.METRICS),
+        metrics: Iterable[str] | None = None,
     ) -> Numbers:
         """Metrics, by default all, of samples that come in parts."""
         with Progress(num_images, desc="features of the samples", unit="image") as progress:
