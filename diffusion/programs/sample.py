@@ -61,6 +61,7 @@ class Sampler:
         self._method = build.sample_method(experiment.config)
         self._num_steps = self._config.num_steps or experiment.config.schedule.num_steps
         self._classes = jnp.array(classes(experiment))
+        self._guidance = self._config.guidance, self._config.guidance_interval
         self._seed_key = randomness.stream(experiment.config.seed, "sample")
         self._images = devices.over_batches(lambda model, numbers: self._draw(model, numbers, num_frames=1)[0])
         num_frames = min(TRAJECTORY_FRAMES, self._num_steps)
@@ -69,8 +70,8 @@ class Sampler:
     def _draw(self, model: Model, numbers: Int[Array, " n"], num_frames: int) -> tuple[Array, Array]:
         keys, denoise = randomness.per_item(self._seed_key, numbers), model.denoise
         if model.takes_labels:
-            settings = self._config.guidance, self._config.guidance_interval
-            denoise = guidance.classifier_free(denoise, self._classes[numbers % len(self._classes)], *settings)
+            labels = self._classes[numbers % len(self._classes)]
+            denoise = guidance.classifier_free(denoise, labels, *self._guidance)
         x0, frames = self._method(denoise, model.p, model.schedule, keys, shape=self._shape, num_frames=num_frames)
         frames = jnp.swapaxes(frames, 0, 1)  # the images first, as everywhere in a batch
         return to_levels(x0, model.num_levels), to_levels(frames, model.num_levels)
