@@ -98,3 +98,22 @@ def straight(made_once, tiny) -> Path:
         train.run(tiny(), directory)
 
     return made_once("straight", run)
+
+
+@pytest.fixture(scope="session")
+def conditional(tiny):
+    """As `tiny`, with labels, of which some are left out in training."""
+
+    def config_with(**changes):
+        labels = {"model__conditional": True, "model__label_dropout": 0.3, "optim__learning_rate": 0.05}
+        return tiny(**labels | {"data__flip": False, "sample__num_images": 15, "eval__num_images": 7} | changes)
+
+    return config_with
+
+
+@pytest.fixture(scope="session")
+def labelled_run(made_once, conditional) -> Path:
+    """The working directory of the tiny run with labels. Do not write into it."""
+    from diffusion.programs import train
+
+    return made_once("labelled", lambda directory: train.run(conditional(), directory))

@@ -12,27 +12,13 @@ from PIL import Image
 from diffusion import data, guidance, likelihood, samplers
 from diffusion.data.levels import to_levels, to_unit
 from diffusion.experiment import build, workdir
-from diffusion.programs import describe, evaluate, sample, train
+from diffusion.programs import describe, evaluate, sample
 from diffusion.runtime import randomness
 
 
-@pytest.fixture(scope="module")
-def conditional(tiny):
-    def config_with(**changes):
-        labels = {"model__conditional": True, "model__label_dropout": 0.3, "optim__learning_rate": 0.05}
-        return tiny(**labels | {"data__flip": False, "sample__num_images": 15, "eval__num_images": 7} | changes)
-
-    return config_with
-
-
-@pytest.fixture(scope="module")
-def finished(made_once, conditional):
-    return made_once("conditional", lambda directory: train.run(conditional(), directory))
-
-
 @pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
+def run(labelled_run, tmp_path):
+    return shutil.copytree(labelled_run, tmp_path / "run")
 
 
 def network_of(directory):
@@ -64,11 +50,11 @@ def build_data_dir(directory):
     return workdir.read_config(directory).data.data_dir
 
 
-def test_the_bits_are_those_given_the_labels_and_the_gain_is_paired(finished):
-    summary = json.loads((finished / "summary.json").read_text())
-    network, _ = network_of(finished)
-    given = bound_by_hand(finished, lambda labels: guidance.conditional(network, labels))
-    without = bound_by_hand(finished, lambda labels: guidance.unconditional(network))
+def test_the_bits_are_those_given_the_labels_and_the_gain_is_paired(labelled_run):
+    summary = json.loads((labelled_run / "summary.json").read_text())
+    network, _ = network_of(labelled_run)
+    given = bound_by_hand(labelled_run, lambda labels: guidance.conditional(network, labels))
+    without = bound_by_hand(labelled_run, lambda labels: guidance.unconditional(network))
     np.testing.assert_allclose(summary["test_bpd"], given.mean(), rtol=1e-5)
     np.testing.assert_allclose(summary["test_unconditional_bpd"], without.mean(), rtol=1e-5)
     gain = without - given
@@ -79,11 +65,11 @@ def test_the_bits_are_those_given_the_labels_and_the_gain_is_paired(finished):
     assert summary["protocol"]["labels"] == "given"
 
 
-def test_images_are_drawn_with_every_class_in_turn_and_say_so(finished):
-    drawn = np.load(finished / "samples.npz")
+def test_images_are_drawn_with_every_class_in_turn_and_say_so(labelled_run):
+    drawn = np.load(labelled_run / "samples.npz")
     np.testing.assert_array_equal(drawn["labels"], np.arange(15) % 10)
     # Ten rows, one for each class, of at most two images; 48 pixels and a margin of 2 each.
-    assert Image.open(finished / "samples.png").size == (2 * 50 + 2, 10 * 50 + 2)
+    assert Image.open(labelled_run / "samples.png").size == (2 * 50 + 2, 10 * 50 + 2)
 
 
 @pytest.mark.parametrize("interval", [(), (2, 5)])
