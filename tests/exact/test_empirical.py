@@ -10,6 +10,9 @@ from diffusion.exact import empirical
 from diffusion.model import Model
 from diffusion.training import devices
 
+# x̂_0 is a sum of float32 numbers, whose order depends on the CPU: three roundings of numbers up to 1 were seen, of 2^-24
+# each. √ᾱ_t x̂_0 is rounded once more, and ε is this over √(1 − ᾱ_t).
+ROUNDINGS = 4 * 2.0**-24
 
 @jax.jit
 def posterior_of(data, row, x_t):
@@ -61,9 +64,8 @@ def test_equals_brute_force_at_every_t(make, num_levels, shape):
     np.testing.assert_allclose(weight[:, :100], right_weight, rtol=0, atol=1e-5)
     assert np.all(np.asarray(weight[:, 100:]) == 0)
     np.testing.assert_allclose(posterior.x0_mean.reshape(1000, -1), right_x0, rtol=0, atol=1e-5)
-    # A float32 x̂_0 cannot hold more of ε than 2e-7/√(1 − ᾱ_t).
     noise = np.asarray(s.sqrt_one_minus_alpha_bar)[1:, None]
-    assert np.all(np.abs(eps.reshape(1000, -1) - right_eps) < np.maximum(1e-5, 2e-7 / noise))
+    assert np.all(np.abs(eps.reshape(1000, -1) - right_eps) < np.maximum(1e-5, ROUNDINGS / noise))
     np.testing.assert_allclose(posterior.entropy_nats, right_entropy, rtol=0, atol=1e-5)
     # So that this says something: twins leave x_t undecided at many t, and the last x_t leaves everything open.
     assert np.sum(np.abs(right_entropy - np.log(2)) < 0.3) > 50 and right_entropy[-1] > np.log(90)
@@ -119,7 +121,7 @@ def test_it_is_an_argument_of_a_program_that_all_devices_run():
         eps = np.concatenate([found for _, found in batches(model, items, 6)])
         # As in the comparison with brute force above: float32 holds no more of ε.
         noise = np.asarray(s.sqrt_one_minus_alpha_bar)[t, None, None, None]
-        assert np.all(np.abs(eps - right_eps) < np.maximum(1e-5, 2e-7 / noise))
+        assert np.all(np.abs(eps - right_eps) < np.maximum(1e-5, ROUNDINGS / noise))
     assert num_traces == 1
 
 
