@@ -35,9 +35,10 @@ def classifier_free(
 ) -> Denoise:
     """Classifier-free guidance: away from what the network says without a label, by `scale` times the difference.
 
-    ε = (1 + w) ε_c − w ε_u with w = `scale`: 0 is the conditional model, −1 the unconditional one. (Others write
-    s = 1 + w.) The same combination of x̂_0, v or the mean is the same ε, because at a given x_t each is an affine
-    function of ε and the two weights sum to one. What the output says of a variance is that of the conditional half.
+    ε = (1 + w) ε_c − w ε_u with w = `scale`: 0 is the conditional model, −1 has the mean of the unconditional one.
+    (Others write s = 1 + w.) The same combination of x̂_0, v or the mean is the same ε, because at a given x_t each is
+    an affine function of ε and the two weights sum to one. What the output says of a variance is always that of the
+    conditional half.
 
     Sources: Ho & Salimans (2022), eq. 6; the interval, Kynkäänniemi et al. (2024).
 

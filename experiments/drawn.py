@@ -1,5 +1,6 @@
 """Samples of one trained run, drawn in several ways and scored: what the studies of sampling share."""
 
+import argparse
 import csv
 import datetime
 from pathlib import Path
@@ -11,8 +12,8 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from diffusion.data import Source
-from diffusion.experiment import build, workdir
-from diffusion.experiment.workdir import Run
+from diffusion.experiment import build
+from diffusion.experiment.workdir import Run, load
 from diffusion.programs import sample
 from diffusion.programs.quality import Scorer
 from diffusion.reporting import summary
@@ -27,15 +28,19 @@ class Study(NamedTuple):
     """A trained run, and what its samples are compared with.
 
     Attributes:
-        directory: gets the samples, in shards that an interrupted study keeps.
+        directory: of the run; gets the results.
+        name: of the study; the folder of that name keeps the samples, so that a study that was stopped goes on.
         trained: the run.
-        scorer: compares samples with the data by the study's features.
+        features: the value of quality.features by which samples are compared.
+        scorer: compares them.
         num_images: samples of a set.
         num_sets: disjoint sets of each way of drawing; how far their scores are apart is the error of one.
     """
 
     directory: Path
+    name: str
     trained: Run
+    features: str
     scorer: Scorer
     num_images: int
     num_sets: int
@@ -45,12 +50,11 @@ class Study(NamedTuple):
     ) -> UInt8[np.ndarray, "sets n h w c"]:
         """The sets of samples that the run's config draws with these keys changed."""
         config, state = changed(self.trained.config, changes), self.trained.state
-        labels = self.trained.experiment.training.network.num_classes if config.model.conditional else 0
-        num_levels = self.trained.experiment.training.num_levels
-        experiment = build.experiment(config, self.trained.image_shape, num_levels, labels)
+        described = build.describe_data(config)
+        experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
         model = experiment.model(state.ema_params, config.sample.variance, x0_variance)
         total = self.num_images * self.num_sets
-        folder = sample.fill(experiment, self.directory, model, int(state.step), total)
+        folder = sample.fill(experiment, self.directory / self.name, model, int(state.step), total)
         jax.clear_caches()  # each way of drawing is a program of its own
         images = sample.read(folder, total)
         return images.reshape(self.num_sets, self.num_images, *images.shape[1:])
@@ -61,12 +65,30 @@ class Study(NamedTuple):
         return spread({name: [numbers[name] for numbers in by_set] for name in METRICS})
 
 
-def study(directory: Path, name: str, checkpoint: str, features: str, num_images: int, num_sets: int) -> Study:
-    """The study `name` of the run in `directory`. Raises what `workdir.load` and `Scorer` do."""
-    trained = workdir.load(directory, checkpoint)
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that every study of sampling has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint; gets the results")
+    parser.add_argument("--features", default="classifier", help="a value of quality.features")
+    parser.add_argument("--num_images", type=int, default=1000, help="samples of a set")
+    parser.add_argument("--num_sets", type=int, default=3, help="of samples, for the error")
+    parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
+    return parser
+
+
+def study(name: str, workdir: Path, features: str, num_images: int, num_sets: int, checkpoint: str = "latest") -> Study:
+    """The study of that name, of the run in `workdir`; the other arguments are flags of `argument_parser`.
+
+    Raises:
+        ValueError: there are no samples to compare.
+        FileNotFoundError: there is no run, or no classifier. Others: see `load` and `Scorer`.
+    """
+    if num_images < 2 or num_sets < 1:
+        raise ValueError(f"--num_images={num_images} must be at least 2, --num_sets={num_sets} at least 1")
+    trained = load(workdir, checkpoint)
     config = changed(trained.config, {"quality.features": features, "quality.reference": "train"})
     scorer = Scorer(config, *(build.load_data(config, split) for split in ("train", "test")))
-    return Study(directory / name, trained, scorer, num_images, num_sets)
+    return Study(workdir, name, trained, features, scorer, num_images, num_sets)
 
 
 def changed(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:
@@ -91,13 +113,13 @@ def real_images(study: Study, test_set: Source) -> dict[str, float]:
     return {name: numbers[name] for name in METRICS}
 
 
-def protocol(study: Study, features: str) -> str:
+def protocol(study: Study) -> str:
     """How samples were drawn and compared: what a reader must know to compare the numbers with others."""
     return (
         f"{study.num_sets} sets of {study.num_images} samples of one trained network; ± is their standard deviation. "
         "Fréchet distance, precision and recall are against all training images, by the features "
-        f"`{features}`. The Fréchet distance of few images is biased upwards, and more so for the test images, which "
-        "are fewer."
+        f"`{study.features}`. The Fréchet distance of few images is biased upwards, and more so for the test images, "
+        "which are fewer."
     )
 
 

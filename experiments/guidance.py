@@ -1,23 +1,22 @@
 """What does guidance buy? The Fréchet distance, precision, recall and recognised classes for several weights w.
 
+    python main.py --config=configs/digits_conditional.py --mode=classifier     # once
     python -m experiments.guidance --workdir=runs/digits_conditional [--weights=0,0.5,1,2,4] [--features=classifier]
 
-Nothing is trained but the classifier of the data's labels, if there is none yet (--mode=classifier). The run must be of
-a config with model.conditional and model.label_dropout. Leaves guidance.md, .csv and .png and guidance_samples.png in
-the working directory, and the samples in its folder guidance/, so that a call that was stopped goes on.
+Nothing is trained. The run must be of a config with model.conditional and model.label_dropout. Leaves guidance.md, .csv
+and .png and guidance_samples.png in the working directory, and the samples in its folder guidance/, so that a call that
+was stopped goes on.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from matplotlib.figure import Figure
 
-from diffusion.data import Source
-from diffusion.evaluation import classifier
-from diffusion.evaluation.classifier import Trained
-from diffusion.experiment import build, workdir
+from diffusion.evaluation import features
+from diffusion.evaluation.features import Features
+from diffusion.experiment import build
 from diffusion.reporting import page, pictures
 from experiments import drawn
 from experiments.drawn import METRICS, REAL, Study
@@ -29,80 +28,60 @@ SHOWN = 8  # images of each class
 
 def main() -> None:
     """The command; what is wrong with its input prints a one-line error, with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="of a run with labels; gets the results")
+    parser = drawn.argument_parser(__doc__)
     parser.add_argument("--weights", default="0,0.25,0.5,1,2,4", help="w, with commas between them")
-    parser.add_argument("--features", default="classifier", help="a value of quality.features")
-    parser.add_argument("--num_images", type=int, default=1000, help="samples of a set")
-    parser.add_argument("--num_sets", type=int, default=3, help="of samples, for the error")
-    parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
-    arguments = parser.parse_args()
+    arguments = vars(parser.parse_args())
+    weights = arguments.pop("weights")
     try:
-        weights = [float(weight) for weight in arguments.weights.split(",")]
-        run(
-            arguments.workdir, weights, arguments.features, arguments.num_images, arguments.num_sets,
-            arguments.checkpoint,
-        )  # fmt: skip
-    except (ValueError, OSError) as error:
+        run(drawn.study(FILE, **arguments), [float(weight) for weight in weights.split(",")])
+    except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
 
 
-def run(
-    directory: Path, weights: list[float], features: str, num_images: int, num_sets: int, checkpoint: str = "latest"
-) -> None:
+def run(study: Study, weights: list[float]) -> None:
     """Draws and scores samples for every weight; prints and saves the results."""
-    config = workdir.read_config(directory)
+    config, directory = study.trained.config, study.directory
     if not config.model.label_dropout:
         raise ValueError(f"{directory} knows no images without labels: train with model.label_dropout > 0")
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
-    judge = _classifier(train_set, test_set, config.seed)
-    study = drawn.study(directory, FILE, checkpoint, features, num_images, num_sets)
+    judge = features.classifier(train_set)
     rows, shown = [], {}
     for weight in [UNCONDITIONAL, *weights]:
         images = study.images({"sample.guidance": weight, "sample.labels": (), "sample.guidance_interval": ()})
-        rows.append({"w": weight} | study.scores(images) | recognised(judge, images, weight))
+        row = {"w": weight} | study.scores(images)
+        if weight != UNCONDITIONAL:
+            labels = np.arange(images[..., 0, 0, 0].size) % train_set.num_classes
+            row |= drawn.spread({"accuracy": recognised(judge, images, labels.reshape(images.shape[:2]))})
+        rows.append(row)
         shown[weight] = images[0]
-    right = judge.outputs(test_set.images())[1].argmax(axis=1) == test_set.labels()
-    real = drawn.real_images(study, test_set) | {"accuracy": float(right.mean())}
+    (accuracy,) = recognised(judge, test_set.images()[None], test_set.labels()[None])
+    real = drawn.real_images(study, test_set) | {"accuracy": accuracy}
 
-    text = markdown(rows, real, study, features, judge, f"{config.data.name}, step {study.trained.state.step} (EMA)")
+    text = markdown(rows, real, study)
     (directory / f"{FILE}.md").write_text(text)
     drawn.save_csv(directory / f"{FILE}.csv", rows)
-    plot(directory / f"{FILE}.png", rows, real, features)
+    plot(directory / f"{FILE}.png", rows, real, study)
     save_samples(directory / f"{FILE}_samples.png", shown, study)
     page.refresh(directory)
     print(text)
 
 
-def _classifier(train_set: Source, test_set: Source, seed: int) -> Trained:
-    """The data's classifier of --mode=classifier, trained now if there is none."""
-    path = classifier.path_of(train_set.sha256())
-    if not path.exists():
-        classifier.save(classifier.train(train_set, test_set, seed), path)
-    return classifier.load(path)
+def recognised(
+    judge: Features, images: UInt8[np.ndarray, "sets n h w c"], labels: Int[np.ndarray, "sets n"]
+) -> list[float]:
+    """Of each set the part that a classifier takes for its labels."""
+    taken_for = [judge.extract(of_set).logits.argmax(axis=1) for of_set in images]
+    return [float((found == of_set).mean()) for found, of_set in zip(taken_for, labels, strict=True)]
 
 
-def recognised(judge: Trained, images: UInt8[np.ndarray, "sets n h w c"], weight: float) -> dict[str, float]:
-    """The part of the samples that the classifier takes for their label; none for samples that had no label."""
-    if weight == UNCONDITIONAL:
-        return {}
-    labels = np.arange(images.shape[0] * images.shape[1]).reshape(images.shape[:2]) % judge.facts.num_classes
-    taken_for = [judge.outputs(of_set)[1].argmax(axis=1) for of_set in images]
-    found = [float((one == other).mean()) for one, other in zip(taken_for, labels, strict=True)]
-    return drawn.spread({"accuracy": found})
-
-
-def markdown(
-    rows: list[dict[str, float]], real: dict[str, float], study: Study, features: str, judge: Trained, title: str
-) -> str:
+def markdown(rows: list[dict[str, float]], real: dict[str, float], study: Study) -> str:
     """The table with what was compared and how."""
     lines = [
-        f"# Guidance: {title}",
+        f"# Guidance: {study.trained.config.data.name}, step {study.trained.state.step} (EMA)",
         "",
-        "ε = (1 + w) ε_c − w ε_u: w = 0 is the conditional model, w = −1 its unconditional half. "
-        + drawn.protocol(study, features)
-        + " Accuracy: the part of the samples that a classifier takes for the label they were drawn with; "
-        f"it is right for {100 * judge.facts.test_accuracy:.1f}% of the test images.",
+        "ε = (1 + w) ε_c − w ε_u: w = 0 is the conditional model, w = −1 has the mean of its unconditional half. "
+        + drawn.protocol(study)
+        + " Accuracy: the part of the samples that the data's classifier takes for the label they were drawn with.",
         "",
         "| w | Fréchet distance | precision | recall | accuracy |",
         "|---|---|---|---|---|",
@@ -114,7 +93,7 @@ def markdown(
     return "\n".join([*lines, "", drawn.provenance()]) + "\n"
 
 
-def plot(path: Path, rows: list[dict[str, float]], real: dict[str, float], features: str) -> None:
+def plot(path: Path, rows: list[dict[str, float]], real: dict[str, float], study: Study) -> None:
     """Every number over w, beside that of the test images."""
     guided = [row for row in rows if row["w"] != UNCONDITIONAL]
     w = [row["w"] for row in guided]
@@ -128,7 +107,7 @@ def plot(path: Path, rows: list[dict[str, float]], real: dict[str, float], featu
         axes.set_xlabel("guidance w")
         axes.grid(alpha=0.3)
         axes.legend(title="dotted: test images", fontsize="small")
-    distance.set(ylabel=f"Fréchet distance ({features})", ylim=(0, None))
+    distance.set(ylabel=f"Fréchet distance ({study.features})", ylim=(0, None))
     parts.set(ylim=(0, 1.02))
     figure.savefig(path, dpi=120)
 

@@ -8,7 +8,6 @@ others are no reverse process with a likelihood. Leaves steps.md, .csv and .png 
 samples in its folder steps/, so that a call that was stopped goes on.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,29 +51,20 @@ class Way(NamedTuple):
 
 def main() -> None:
     """The command; what is wrong with its input prints a one-line error, with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint; gets the results")
+    parser = drawn.argument_parser(__doc__)
     parser.add_argument("--steps", default="5,10,25,50", help="numbers of steps, with commas between them")
-    parser.add_argument("--features", default="classifier", help="a value of quality.features")
-    parser.add_argument("--num_images", type=int, default=1000, help="samples of a set")
-    parser.add_argument("--num_sets", type=int, default=3, help="of samples, for the error")
     parser.add_argument("--num_scored", type=int, default=299, help="test images whose bits/dim are computed")
-    parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
-    arguments = parser.parse_args()
+    arguments = vars(parser.parse_args())
+    steps, num_scored = arguments.pop("steps"), arguments.pop("num_scored")
     try:
-        steps = [int(number) for number in arguments.steps.split(",")]
-        study = drawn.study(
-            arguments.workdir, FILE, arguments.checkpoint, arguments.features, arguments.num_images,
-            arguments.num_sets,
-        )  # fmt: skip
-        run(arguments.workdir, study, steps, arguments.features, arguments.num_scored)
-    except (ValueError, OSError) as error:
+        run(drawn.study(FILE, **arguments), [int(number) for number in steps.split(",")], num_scored)
+    except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
 
 
-def run(directory: Path, study: Study, steps: list[int], features: str, num_scored: int) -> None:
+def run(study: Study, steps: list[int], num_scored: int) -> None:
     """Draws and scores samples in every way; prints and saves the results."""
-    config = study.trained.config
+    config, directory = study.trained.config, study.directory
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     for num_steps in steps:
         schedules.evenly_spaced(study.trained.model.schedule, num_steps)  # or its refusal would come late
@@ -94,12 +84,11 @@ def run(directory: Path, study: Study, steps: list[int], features: str, num_scor
         print(_line(row), flush=True)
     real = drawn.real_images(study, test_set)
 
-    own = config.model.variance
     title = f"{config.data.name}, T = {config.schedule.num_steps}, step {study.trained.state.step} (EMA)"
-    text = markdown(rows, real, study, features, own, title, len(numbers))
+    text = markdown(rows, real, study, title, len(numbers))
     (directory / f"{FILE}.md").write_text(text)
     drawn.save_csv(directory / f"{FILE}.csv", rows)
-    plot(directory / f"{FILE}.png", rows, real, features, own, title)
+    plot(directory / f"{FILE}.png", rows, real, study, title)
     page.refresh(directory)
     print(text)
 
@@ -129,15 +118,16 @@ def _line(row: dict[str, Any], own: str = "model") -> str:
 
 
 def markdown(
-    rows: list[dict[str, Any]], real: dict[str, float], study: Study, features: str, own: str, title: str, scored: int
+    rows: list[dict[str, Any]], real: dict[str, float], study: Study, title: str, num_scored: int
 ) -> str:
     """The table with what was compared and how."""
+    own = study.trained.config.model.variance
     lines = [
         f"# Samplers and steps: {title}",
         "",
-        drawn.protocol(study, features)
-        + f" Bits/dim: of the respaced process, {scored} test images, ± one standard error over images. The optimal "
-        "variance is Analytic-DPM's, σ* from training images.",
+        drawn.protocol(study)
+        + f" Bits/dim: of the respaced process, {num_scored} test images, ± one standard error over images. The "
+        "optimal variance is Analytic-DPM's, σ* from training images.",
         "",
         "| sampler, variance | steps | Fréchet distance | precision | recall | bits/dim |",
         "|---|---|---|---|---|---|",
@@ -150,9 +140,10 @@ def markdown(
 
 
 def plot(
-    path: Path, rows: list[dict[str, Any]], real: dict[str, float], features: str, own: str, title: str
+    path: Path, rows: list[dict[str, Any]], real: dict[str, float], study: Study, title: str
 ) -> None:
     """The Fréchet distance and the bits/dim over the number of steps, a line for each way."""
+    own = study.trained.config.model.variance
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     figure.suptitle(title, fontsize="medium")
     distance, bits = figure.subplots(1, 2)
@@ -166,7 +157,7 @@ def plot(
                 errors = np.nan_to_num([row[f"{key}_spread"] for row in of_name])
                 axes.errorbar(steps, values, errors, label=name, **style)
     distance.axhline(real["frechet_distance"], color="gray", linestyle=":", label=REAL)
-    distance.set(ylabel=f"Fréchet distance ({features})", yscale="log")
+    distance.set(ylabel=f"Fréchet distance ({study.features})", yscale="log")
     bits.set(ylabel="bits/dim of the respaced process", yscale="log")
     for axes in (distance, bits):
         axes.set(xlabel="steps", xscale="log")

@@ -87,13 +87,11 @@ def inception(train_set: Source, path: str = "") -> Features:
 
     Raises:
         FileNotFoundError, ConnectionError: there are no weights.
-        ValueError: they are not the published ones, damaged, or of another layout; or PyTorch must read them first.
+        RuntimeError: PyTorch must read them first, and it is not installed.
+        ValueError: they are not the published ones, damaged, or of another layout.
     """
     file = Path(path).expanduser() if path else inception_network.published_weights()
-    try:
-        params = inception_network.load(file, check_digest=not path)
-    except ImportError as error:
-        raise ValueError(f"quality.features: {error}") from error
+    params = inception_network.load(file, check_digest=not path)
 
     def extract(images: UInt8[np.ndarray, "n h w c"]) -> Batch:
         found = inception_network.features(params, rgb(images, train_set.num_levels))

@@ -6,7 +6,6 @@ kept beside it as safetensors, under the published names. Later loads need no Py
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ from safetensors.numpy import save
 from diffusion.networks import published
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.download import download
-from diffusion.runtime.files import replacing
+from diffusion.runtime.files import cache_directory, replacing
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -131,8 +130,7 @@ def published_weights() -> Path:
         ValueError: the server sent something else.
         ConnectionError: the download failed.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion"
-    path = cache / URL.rpartition("/")[2]
+    path = cache_directory() / URL.rpartition("/")[2]
     for present in (path, converted(path)):
         if present.exists():
             return present

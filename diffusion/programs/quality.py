@@ -80,13 +80,6 @@ def is_measured(config: ConfigDict, directory: Path) -> bool:
     return all(scores.get(key) == value for key, value in asked.items()) and reference_name in scores["reference"]
 
 
-def score(
-    config: ConfigDict, images: UInt8[np.ndarray, "n h w c"], train_set: Source, test_set: Source
-) -> dict[str, Any]:
-    """The entries of quality.json that say what these images were compared with, and the numbers."""
-    return Scorer(config, train_set, test_set).scores([images], len(images))
-
-
 class Scorer:
     """Measures samples by the config's features, against its reference.
 

@@ -1,5 +1,7 @@
 """Features: pixels, Inception's, and a classifier's, with the images that each takes."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,13 +64,12 @@ def test_inception_takes_these_and_says_which_weights_it_has(tmp_path, monkeypat
     assert given[-1][0] == (tmp_path / "published.pth", True) and published.sha256 == "digest of published.pth"
 
 
-def test_without_pytorch_the_published_weights_are_a_one_line_error(monkeypatch):
-    def load(path, check_digest):
-        raise ImportError("PyTorch must read it once")
-
-    monkeypatch.setattr(inception, "load", load)
-    with pytest.raises(ValueError, match="quality.features: PyTorch must read it once"):
-        features.inception(source(), "weights.pth")
+def test_without_pytorch_a_pytorch_file_is_a_one_line_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "weights.pth").write_bytes(b"what PyTorch saved")
+    with pytest.raises(RuntimeError, match="must be read by PyTorch once: pip install") as error:
+        features.inception(source(), str(tmp_path / "weights.pth"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from diffusion import data
-from diffusion.evaluation import quality
+from diffusion.evaluation import features, quality
+from diffusion.evaluation.features import Batch, Features
 from diffusion.experiment import workdir
 from diffusion.programs import sample
 from experiments import drawn, guidance, steps
@@ -26,12 +27,13 @@ def rows_of(path):
 
 def test_guidance_scores_every_weight_and_a_second_call_draws_nothing(labelled_run, tmp_path, monkeypatch):
     run = shutil.copytree(labelled_run, tmp_path / "run")
-    # A classifier that takes every image for a 3: right for one of ten labels in turn.
-    judge = type("Judge", (), {})()
-    judge.facts = type("Facts", (), {"num_classes": 10, "test_accuracy": 0.1})()
-    judge.outputs = lambda images: (None, np.eye(10)[np.full(len(images), 3)])
-    monkeypatch.setattr(guidance, "_classifier", lambda *_: judge)
-    guidance.run(run, [0.0, 60.0], "pixels", num_images=10, num_sets=2)
+
+    def all_threes(images):  # right for one of ten labels in turn
+        return Batch(np.zeros((len(images), 1)), np.eye(10)[np.full(len(images), 3)])
+
+    monkeypatch.setattr(features, "classifier", lambda train_set: Features(all_threes))
+    study = drawn.study("guidance", run, "pixels", num_images=10, num_sets=2)
+    guidance.run(study, [0.0, 60.0])
     rows = rows_of(run / "guidance.csv")
     assert [float(row["w"]) for row in rows] == [-1, 0, 60]
     assert [row["accuracy"] for row in rows] == ["", "0.1", "0.1"]
@@ -47,34 +49,44 @@ def test_guidance_scores_every_weight_and_a_second_call_draws_nothing(labelled_r
     assert float(rows[0]["frechet_distance_spread"]) == pytest.approx(np.std(distances, ddof=1), rel=1e-4)
 
     monkeypatch.setattr(sample.Sampler, "batches", None)
-    guidance.run(run, [0.0, 60.0], "pixels", num_images=10, num_sets=2)
+    guidance.run(study, [0.0, 60.0])
     assert rows_of(run / "guidance.csv") == rows
 
 
 def test_guidance_needs_a_run_that_knows_images_without_labels(straight):
     with pytest.raises(ValueError, match="train with model.label_dropout > 0"):
-        guidance.run(straight, [0.0], "pixels", 10, 2)
+        guidance.run(drawn.study("guidance", straight, "pixels", 10, 2), [0.0])
+
+
+def test_guidance_needs_the_classifier_of_the_data(labelled_run):
+    with pytest.raises(FileNotFoundError, match="trains with --mode=classifier"):
+        guidance.run(drawn.study("guidance", labelled_run, "pixels", 10, 2), [0.0])
+
+
+@pytest.mark.parametrize(("num_images", "num_sets"), [(1, 2), (10, 0)])
+def test_a_study_without_samples_is_refused(straight, num_images, num_sets):
+    with pytest.raises(ValueError, match=f"--num_images={num_images} must be at least 2, --num_sets={num_sets} at"):
+        drawn.study("steps", straight, "pixels", num_images, num_sets)
 
 
 def test_all_steps_with_the_run_s_own_variance_have_the_run_s_own_bound(straight, tmp_path, monkeypatch):
     run = shutil.copytree(straight, tmp_path / "run")
     monkeypatch.setattr(steps, "VARIANCES", ("model", "optimal"))
     monkeypatch.setattr(steps, "WITHOUT_VARIANCE", ("ddim",))
-    study = drawn.study(run, steps.FILE, "latest", "pixels", num_images=5, num_sets=1)
-    steps.run(run, study, [3, 6], "pixels", num_scored=20)
-    rows = {(row["method"], row["variance"], row["num_steps"]): row for row in rows_of(run / "steps.csv")}
-    assert len(rows) == 6
+    study = drawn.study("steps", run, "pixels", num_images=5, num_sets=1)
+    steps.run(study, [6], num_scored=20)
+    rows = {(row["method"], row["variance"]): row for row in rows_of(run / "steps.csv")}
+    assert list(rows) == [("ancestral", "model"), ("ancestral", "optimal"), ("ddim", "")]
     summary = json.loads((run / "summary.json").read_text())
-    assert float(rows["ancestral", "model", "6"]["bpd"]) == pytest.approx(summary["test_bpd"], rel=1e-6)
-    assert float(rows["ancestral", "model", "3"]["bpd"]) > summary["test_bpd"]
-    assert rows["ddim", "", "3"]["bpd"] == ""
-    folders = {path.name for path in (run / "steps" / sample.SAMPLES).iterdir()}
-    assert "step6-ancestral-3steps-optimal" in folders and "step6-ddim-6steps-learned_range" in folders
+    assert float(rows["ancestral", "model"]["bpd"]) == pytest.approx(summary["test_bpd"], rel=1e-6)
+    assert rows["ddim", ""]["bpd"] == ""
+    folders = {path.name.partition("-")[2] for path in (run / "steps" / sample.SAMPLES).iterdir()}
+    assert folders == {"ancestral-6steps-learned_range", "ancestral-6steps-optimal", "ddim-6steps-learned_range"}
 
 
 def test_too_many_steps_are_refused_before_anything_is_drawn(straight, tmp_path):
     run = shutil.copytree(straight, tmp_path / "run")
-    study = drawn.study(run, steps.FILE, "latest", "pixels", num_images=5, num_sets=1)
+    study = drawn.study("steps", run, "pixels", num_images=5, num_sets=1)
     with pytest.raises(ValueError, match="cannot keep 7 of 6 steps"):
-        steps.run(run, study, [7], "pixels", 20)
+        steps.run(study, [7], num_scored=20)
     assert not (run / "steps").exists()
