@@ -252,11 +252,13 @@ def straight(tmp_path, monkeypatch):
     return pictures, files_of(tmp_path / "straight")
 
 
-# After the first shard it does not go on, so that no signal comes too late.
+# After the first shard it does not go on, so that no signal comes too late. And where a script's shell started the
+# tests in the background, they and all their children ignore SIGINT.
 FIRST_SHARD_ONLY = SMALL_SHARDS.replace(
     "runpy.run_module",
     """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def first_only(futures, as_completed=shards.as_completed):
     yield next(as_completed(futures))
