@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from diffusion import schedules
 from diffusion.data import Source
@@ -162,7 +163,9 @@ def plot(
     for axes in (distance, bits):
         axes.set(xlabel="steps", xscale="log")
         steps = sorted({row["num_steps"] for row in rows})
-        axes.set_xticks(steps, labels=map(str, steps), minor=False)
+        axes.set_xticks(steps, labels=map(str, steps))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.minorticks_off()
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="x-small")
