@@ -70,8 +70,18 @@ def main() -> None:
         parser.error(str(error))
 
 
-def run(directory: Path, num_images: int, checkpoint: str = "latest") -> None:
-    """Estimates σ*_t, scores the test images under every variance, prints and saves the results."""
+def run(directory: Path, num_images: int, checkpoint: str = "latest", num_train: int = 0) -> None:
+    """Estimates σ*_t, scores the test images under every variance, prints and saves the results.
+
+    Args:
+        directory: of a run with a checkpoint.
+        num_images: of the test split; 0: all.
+        checkpoint: latest, best or a step.
+        num_train: training images for σ*; 0: as many as test images.
+
+    Raises:
+        ValueError: the test split has fewer images, or they are fewer than two.
+    """
     config = workdir.read_config(directory)
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     num_images = num_images or len(test_set)
@@ -80,7 +90,7 @@ def run(directory: Path, num_images: int, checkpoint: str = "latest") -> None:
     trained = workdir.load(directory, checkpoint)
     model, own = trained.model, config.model.variance
 
-    train_numbers = subset(len(train_set), min(num_images, len(train_set)))
+    train_numbers = subset(len(train_set), min(num_train or num_images, len(train_set)))
     terms = x0_terms(config, model, train_set, train_numbers)
     analytic, error = X0Variance.over_images(terms.analytic), X0Variance.over_images(terms.error)
     workdir.save_x0_variance(directory, analytic, error, int(trained.state.step))

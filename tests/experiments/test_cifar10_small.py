@@ -1,0 +1,73 @@
+"""The study on photographs: which runs it compares, and the table of their accounting."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from diffusion.experiment import config as config_lib
+from diffusion.experiment import rules
+from experiments import cifar10_small, variance_accounting
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def configs():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        cells = cifar10_small.cells({"data.data_dir": "prepared"})
+        return {cell.name: config_lib.flatten(cell.config()) for cell in cells}
+
+
+def test_all_runs_can_be_trained_and_take_the_given_keys():
+    for cell in cifar10_small.cells({"data.data_dir": "prepared"}):
+        rules.check(cell.config())
+        assert cell.config().data.data_dir == "prepared"
+
+
+def test_the_papers_runs_differ_in_objective_and_variance_alone(configs):
+    papers = [config for name, config in configs.items() if name != "own-recipe"]
+    differ = {key for key in papers[0] if len({str(config[key]) for config in papers}) > 1}
+    assert len(papers) == 4 and differ == {"objective.name", "model.variance"}
+
+
+def test_every_run_sees_100_000_images_and_scores_the_whole_test_split(configs):
+    for config in configs.values():
+        assert config["train.num_steps"] * config["train.batch_size"] == 100_000
+        assert (config["eval.num_images"], config["eval.terms_per_image"]) == (0, 9)
+        assert config["schedule.num_steps"] == 1000
+
+
+def saved(directory, rows):
+    directory.mkdir()
+    with (directory / f"{variance_accounting.FILE}.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("variance", "bpd", "stderr"), *rows])
+    return directory
+
+
+def test_the_accounting_has_a_row_per_variance_and_a_column_per_run(tmp_path):
+    one = saved(tmp_path / "one", [("fixed_small", 4.5, 0.02), ("optimal", 4.25, 0.01)])
+    two = saved(tmp_path / "two", [("learned_range", 4.125, 0.03), ("fixed_small", 4.0, 0.04)])
+    lines = cifar10_small.accounting([one, two]).splitlines()
+    assert lines[-5:] == [
+        "| variance | one | two |",
+        "|---|---|---|",
+        "| fixed_small | 4.500 ± 0.020 | 4.000 ± 0.040 |",
+        "| optimal | 4.250 ± 0.010 | – |",
+        "| learned_range | – | 4.125 ± 0.030 |",
+    ]
+
+
+def test_a_run_that_was_accounted_for_is_not_scored_again(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(variance_accounting, "run", lambda directory, *_, **__: asked.append(directory.name))
+    (tmp_path / "new").mkdir()
+    cifar10_small.account(saved(tmp_path / "old", []))
+    cifar10_small.account(tmp_path / "new")
+    assert asked == ["new"]
