@@ -54,8 +54,8 @@ def accounting(directories: list[Path]) -> str:
     lines = [
         f"# All terms of {NUM_FULL} test images under every variance, in bits/dim",
         "",
-        "The mean over images ± its standard error, of the same images and noise in every column. optimal: Bao et al.'s "
-        f"σ*, estimated from {NUM_FOR_OPTIMAL} training images.",
+        "The mean over images ± its standard error, of the same images and noise in every column. optimal: the σ* of "
+        f"Bao et al. (2022), estimated from {NUM_FOR_OPTIMAL} training images.",
         "",
         f"| variance | {' | '.join(columns)} |",
         f"|---|{'---|' * len(columns)}",
