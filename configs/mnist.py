@@ -9,12 +9,12 @@ Expect   not run yet. Bits per dimension count the frame, too: times 32²/28² t
 
 from ml_collections import ConfigDict
 
-from configs import digits
+from configs import digits_fixed
 
 
 def get_config() -> ConfigDict:
-    """What differs from the demo."""
-    config = digits.get_config()
+    """What differs from the small digits."""
+    config = digits_fixed.get_config()
     config.data.name = "mnist"
     config.data.pad_to = 32
     config.unet.channels = 16

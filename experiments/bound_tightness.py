@@ -1,6 +1,6 @@
 """How far the variational bound is from log p(x_0), and of what that depends: docs/bound_tightness.md.
 
-    python -m experiments.bound_tightness --workdir=runs/bound_tightness [--run=runs/digits]
+    python -m experiments.bound_tightness --workdir=runs/bound_tightness [--run=runs/digits_fixed]
 
 Gaussian data, where the gap has a closed form; a 1-D mixture by quadrature, against T, schedule and variance; a 2-D
 mixture, against the width of the network. With --run, the bound, the importance-weighted bound and the ODE likelihood
@@ -20,7 +20,7 @@ def main() -> None:
     """The command; what is wrong with its input prints a one-line error, with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="where the results go")
-    parser.add_argument("--run", type=Path, help="a run with a checkpoint, such as make demo leaves in runs/digits")
+    parser.add_argument("--run", type=Path, help="a run with a checkpoint, such as runs/digits_fixed")
     parser.add_argument("--checkpoint", default="latest", help="of --run: latest, best or a step")
     arguments = parser.parse_args()
     try:

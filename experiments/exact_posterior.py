@@ -1,9 +1,9 @@
 """Why learn p_θ(x_{t−1} | x_t)? The exact q(x_{t−1} | x_t) of the training images beside a trained network.
 
-    python -m experiments.exact_posterior --workdir=runs/digits [--num_images=299] [--num_samples=128]
+    python -m experiments.exact_posterior --workdir=runs/digits_fixed [--num_images=299] [--num_samples=128]
     python -m experiments.exact_posterior --workdir=runs/cost --base=configs/cifar10.py
 
-Nothing is trained; either takes 80 seconds of CPU time, the first for the run that `make demo` leaves. Writes into the
+Nothing is trained; either takes 80 seconds of CPU time, the first for configs/digits_fixed.py. Writes into the
 working directory exact_posterior.json and
 
     exact_posterior_gap.png      the error of ε̂ per t on training and on test images, and how many images are in play

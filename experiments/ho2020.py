@@ -4,8 +4,8 @@ r"""The published tables of CIFAR-10: Ho et al. (2020), tables 1 and 2, and Nich
     python -m experiments.ho2020 --workdir=runs/ho2020-digits --scale=digits
 
 At full size a row is 800,000 or 500,000 steps of 128 CIFAR-10 images, some 4e18 floating-point operations. With
---scale=digits the same settings train on the bundled digits as configs/digits.py says, with T/4 diffusion steps, and
-the papers' numbers stand beside them for their order alone.
+--scale=digits the same settings train on the bundled digits as configs/digits_fixed.py says, with T/4 diffusion
+steps, and the papers' numbers stand beside them for their order alone.
 
     sbatch --array=0-11 --gres=gpu:1 --time=48:00:00 \
         --wrap='python -m experiments.ho2020 --workdir=runs/ho2020 --index=$SLURM_ARRAY_TASK_ID'
@@ -20,7 +20,7 @@ from diffusion.experiment import config as config_lib
 from experiments import sweep
 from experiments.results import AXES, Run, Target
 
-FULL_BASE, DIGITS_BASE = "configs/cifar10.py", "configs/digits.py"
+FULL_BASE, DIGITS_BASE = "configs/cifar10.py", "configs/digits_fixed.py"
 DIGITS_T_DIVISOR = 4
 
 # What differs from Ho et al.'s network and training in Nichol & Dhariwal (2021). Their AdamW has no weight decay unless

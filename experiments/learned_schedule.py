@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from ml_collections import ConfigDict
 
-from configs import digits
+from configs import digits_fixed
 from diffusion import data
 from diffusion.data import Source
 from diffusion.evaluation.bound import full_bound
@@ -77,7 +77,7 @@ def run(directory: Path, num_steps: int, train_steps: int, seeds: list[int]) -> 
 
 def arm_config(arm: str, num_steps: int, train_steps: int) -> ConfigDict:
     """The digits' config with a network of one resolution and few channels, and the arm's schedule."""
-    config = digits.get_config()
+    config = digits_fixed.get_config()
     changes = {
         "unet.channels": 16, "unet.channel_mult": (1,), "unet.attention_resolutions": (),
         "train.num_steps": train_steps, "schedule.num_steps": num_steps, "schedule.name": ARMS[arm],

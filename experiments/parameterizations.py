@@ -1,7 +1,7 @@
 r"""How the bound becomes "predict x_0" or "predict ε": the weight per t, what L_simple drops, and the four trained.
 
     python -m experiments.parameterizations --workdir=runs/parameterizations
-    python -m experiments.parameterizations --workdir=runs/parameterizations --network=runs/digits --report
+    python -m experiments.parameterizations --workdir=runs/parameterizations --network=runs/digits_fixed --report
 
 Three parts, told in docs/parameterizations.md. Each prediction's weight per t, against its closed form in SNR and
 against the KL itself (weights.png). Which t make up L and which make up L_simple, for the errors that a trained network
@@ -40,7 +40,7 @@ AXES = {
     "schedule": ["cosine"],
     "T": ["50"],
 }
-BASE = "configs/digits.py"
+BASE = "configs/digits_fixed.py"
 # A network of one resolution, so that compiling takes about as long as training.
 SMALL = {
     "unet.channel_mult": "(1,)",

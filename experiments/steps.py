@@ -1,6 +1,6 @@
 """How few steps? Sampler × number of steps × variance against the Fréchet distance and the respaced bits/dim.
 
-    python -m experiments.steps --workdir=runs/digits [--steps=5,10,25,50] [--features=classifier]
+    python -m experiments.steps --workdir=runs/digits_fixed [--steps=5,10,25,50] [--features=classifier]
 
 The shape of Nichol & Dhariwal (2021), figure 8, and of Bao et al. (2022), tables 1 and 2, for one trained run: nothing
 is trained. Bits/dim are those of the respaced process on the test images, which only the ancestral sampler has: the

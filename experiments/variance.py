@@ -1,6 +1,6 @@
 r"""Fixed against learned variances: the grid prediction × objective × variance × schedule × T × seed.
 
-    python -m experiments.variance --base=configs/digits.py --workdir=runs/variance
+    python -m experiments.variance --base=configs/digits_fixed.py --workdir=runs/variance
     python -m experiments.variance --base=configs/cifar10.py --workdir=runs/v --objective=simple,vlb --seed=0,1,2
     python -m experiments.variance --workdir=runs/variance --report
 
@@ -36,7 +36,7 @@ def published(run: Run) -> Target | None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line."""
     parser = sweep.argument_parser(__doc__)
-    parser.add_argument("--base", default="configs/digits.py", help="the config file that the cells start from")
+    parser.add_argument("--base", default="configs/digits_fixed.py", help="the config file that the cells start from")
     for axis, key in AXES.items():
         parser.add_argument(f"--{axis}", metavar="A,B,...", help=f"values of {key}")
     arguments = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """What each variance costs a trained model in bits/dim, and what the optimal one saves; nothing is trained.
 
-    python -m experiments.variance_accounting --workdir=runs/digits [--num_images=256]
+    python -m experiments.variance_accounting --workdir=runs/digits_fixed [--num_images=256]
 
 Two passes of the network per image: over training images for σ*_t, over test images for the bound under β̃, β, three
 interpolations, σ*_t and, where the network has it, the learned variance, all with the same mean and noise. Leaves in

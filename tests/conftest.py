@@ -68,7 +68,7 @@ def tiny_data_dir(made_once) -> str:
 @pytest.fixture(scope="session")
 def tiny(tiny_data_dir):
     """A function of changes, tiny(train__batch_size=8): a config of the digits whose every part is real and small."""
-    from configs import digits
+    from configs import digits_fixed
 
     small = {
         "data.data_dir": tiny_data_dir, "data.flip": True, "schedule.num_steps": 6,
@@ -80,7 +80,7 @@ def tiny(tiny_data_dir):
     }  # fmt: skip
 
     def config_with(**changes):
-        config = digits.get_config()
+        config = digits_fixed.get_config()
         dotted = {key.replace("__", "."): value for key, value in changes.items()}
         with config.unlocked():
             config.update_from_flattened_dict(small | dotted)

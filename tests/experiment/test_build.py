@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits
+from configs import digits_fixed
 from diffusion import learned_schedule, objectives, process, reverse, schedules
 from diffusion.experiment import build
 from diffusion.training import optimizer
@@ -19,7 +19,7 @@ T = jnp.asarray([0.0, 3.0])
 
 
 def tiny(**keys):
-    config = digits.get_config()
+    config = digits_fixed.get_config()
     small = {
         "unet.channels": 4, "unet.num_groups": 2, "unet.channel_mult": (1,), "unet.attention_resolutions": (),
         "unet.fourier_features": (), "schedule.num_steps": 5,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits
+from configs import digits_fixed
 from diffusion import data
 from diffusion.experiment import build, memory, workdir
 from diffusion.experiment import config as config_lib
@@ -18,7 +18,7 @@ from diffusion.variances import X0Variance
 
 
 def config(**keys):
-    made = digits.get_config()
+    made = digits_fixed.get_config()
     with made.unlocked():
         made.update_from_flattened_dict({key.replace("__", "."): value for key, value in keys.items()})
     return made

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits
+from configs import digits_fixed
 from diffusion import data
 from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
@@ -23,7 +23,7 @@ NUM_IMAGES = 24
 def directory(tmp_path_factory):
     """A run with a checkpoint of its initial state, and what the command leaves in it."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    settings = digits.get_config()
+    settings = digits_fixed.get_config()
     small = {
         "schedule.num_steps": 20, "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1,
         "unet.num_groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (), "eval.batch_size": 32,

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits
+from configs import digits_fixed
 from diffusion import reverse, schedules
 from diffusion.experiment import build, config, workdir
 from diffusion.runtime.checkpoint import Checkpoints
@@ -17,7 +17,7 @@ NUM_STEPS = 6
 
 
 def settings_of(prediction="v", variance="learned_range", objective="vlb"):
-    settings = digits.get_config()
+    settings = digits_fixed.get_config()
     changes = {
         "schedule.num_steps": NUM_STEPS, "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1,
         "unet.num_groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (),

@@ -14,7 +14,7 @@ from experiments import ho2020, results, sweep, variance
 from experiments.sweep import Cell
 
 ROOT = Path(__file__).parents[2]
-BASE = "configs/digits.py"
+BASE = "configs/digits_fixed.py"
 SINGLE = {"prediction": ["eps"], "objective": ["vlb"], "variance": ["learned"], "schedule": ["cosine"]}
 TINY = {
     "unet.channels": "4", "unet.channel_mult": "(1,)", "unet.num_res_blocks": "1", "unet.num_groups": "2",

@@ -15,7 +15,7 @@ from experiments import ho2020, results, sweep, table, variance
 from experiments.sweep import Cell
 
 ROOT = Path(__file__).parents[2]
-BASE = "configs/digits.py"
+BASE = "configs/digits_fixed.py"
 AXES = {
     "prediction": ["eps"], "objective": ["vlb"], "variance": ["fixed_small", "fixed_large"], "schedule": ["cosine"],
     "T": ["4"], "seed": ["0", "1"],

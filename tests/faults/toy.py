@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import digits
+from configs import digits_fixed
 from diffusion.data import Source
 from diffusion.experiment import build, workdir
 from diffusion.networks import NETWORKS
@@ -52,7 +52,7 @@ def register() -> None:
 
 def config(**keys):
     """A config of the digits' run, small."""
-    made = digits.get_config()
+    made = digits_fixed.get_config()
     small = {
         "model.network": "layer", "train.batch_size": 16, "train.num_steps": 30, "train.log_every": 5,
         "train.checkpoint_every": 10, "train.keep_checkpoints": 99, "train.sample_every": 0,

@@ -49,9 +49,9 @@ def test_an_error_of_a_library_keeps_its_traceback(tmp_path):
     """A one-line error is for what the user can mend; a bug must show where it is."""
     config = tmp_path / "broken.py"
     config.write_text(
-        "from configs import digits\nimport numpy as np\nimport diffusion.data\n"
+        "from configs import digits_fixed\nimport numpy as np\nimport diffusion.data\n"
         "def get_config():\n    diffusion.data.describe = lambda *a: np.zeros(3).reshape(2)\n"
-        "    return digits.get_config()\n"
+        "    return digits_fixed.get_config()\n"
     )
     result = main(f"--config={config}", f"--workdir={tmp_path / 'run'}")
     assert result.returncode == 1 and "Traceback" in result.stderr and "cannot reshape" in result.stderr
@@ -61,7 +61,7 @@ INTERRUPTED = """
 import os, signal, threading, time
 import jax, jax.numpy as jnp
 import diffusion.programs.train
-from configs import digits
+from configs import digits_fixed
 from diffusion.runtime.preemption import Preemption
 
 def many(x):
@@ -79,7 +79,7 @@ def run(config, directory, base):
 
 def get_config():
     diffusion.programs.train.run = run
-    return digits.get_config()
+    return digits_fixed.get_config()
 """
 
 

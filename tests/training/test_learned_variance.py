@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits
+from configs import digits_fixed
 from diffusion import data
 from diffusion.experiment import build
 from diffusion.training.step import train_step
@@ -22,7 +22,7 @@ TIMESTEPS = {"vlb": "loss_aware", "hybrid": "uniform"}  # as Nichol & Dhariwal (
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_learned_variance_trains_without_a_nan(variance, objective, dtype, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    config = digits.get_config()
+    config = digits_fixed.get_config()
     changes = {
         "model.variance": variance, "objective.name": objective, "objective.timesteps": TIMESTEPS[objective],
         "schedule.num_steps": 50, "unet.dtype": dtype, "unet.channels": 8, "unet.channel_mult": (1, 1),

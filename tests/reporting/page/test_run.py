@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from configs import digits
+from configs import digits_fixed
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import workdir
 from diffusion.reporting import page, pictures
@@ -179,7 +179,7 @@ def test_any_json_makes_a_page(data, run_directory, read_page):
 
 def test_the_command_on_the_page_makes_the_same_config(tmp_path, read_page):
     """The keys that differ, read off the page and given to the config file again, are the run's config."""
-    config = digits.get_config()
+    config = digits_fixed.get_config()
     changes = {
         "unet.channel_mult": (1, 2, 2), "unet.attention_resolutions": (), "optim.learning_rate": 1e-3, "seed": 3,
         "data.flip": True, "schedule.name": "linear(beta_end=0.03)", "init_from": "a 'b' c",
@@ -187,7 +187,7 @@ def test_the_command_on_the_page_makes_the_same_config(tmp_path, read_page):
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     workdir.claim(config, tmp_path)
-    workdir.save_base(tmp_path, "configs/digits.py")
+    workdir.save_base(tmp_path, "configs/digits_fixed.py")
     found = read_page(tmp_path)
     line = next(text for text in found.of("pre") if text.startswith("python main.py"))
     assert {text for text in found.of("code") if "." in text} >= changes.keys() - {"seed", "init_from"}
