@@ -31,12 +31,17 @@ class Stack:
 
     def __init__(self, words: UInt32[np.ndarray, " n"]):
         self._coder = constriction.stream.stack.AnsCoder(np.ascontiguousarray(words, np.uint32))
-        self.lowest_words = self.num_words
+        self._lowest = self.num_words
 
     @property
     def num_words(self) -> int:
         """Its height, in words of 32 bits."""
         return int(self._coder.num_words())
+
+    def take_lowest(self) -> int:
+        """The least words that have lain on it, before or after an operation, since it was last asked."""
+        lowest, self._lowest = self._lowest, self.num_words
+        return lowest
 
     def words(self) -> UInt32[np.ndarray, " n"]:
         """What lies on it, the top last."""
@@ -147,8 +152,8 @@ class Stack:
 
     def _pop(self, model: constriction.stream.model.Model, *parameters: ArrayLike) -> np.ndarray:
         found = self._coder.decode(model, *parameters)
-        self.lowest_words = min(self.lowest_words, self.num_words)
-        if self.lowest_words < RESERVE_WORDS:  # beyond the end the coder would go on, with bits that do not come back
+        self._lowest = min(self._lowest, self.num_words)
+        if self._lowest < RESERVE_WORDS:  # beyond the end the coder would go on, with bits that do not come back
             raise ArithmeticError("the stack of bits ran empty")
         return found
 
