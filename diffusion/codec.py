@@ -38,8 +38,9 @@ from diffusion.schedules import Schedule
 
 PRECISION = 3  # of the grid: 2³ steps to the smaller standard deviation
 WINDOW_STDS = 6  # beyond it a Gaussian has less than the 2⁻²⁴ that the coder keeps for every integer
-FIRST_GROUP = 2  # images whose latents are drawn from random bits
-CAUTION = 0.95  # of the bits that are there, how many the next images may need
+FIRST_GROUP = 2  # how many images' latents are drawn from random bits
+CAUTION = 0.95  # of the bits that are there, how many the next group may need
+GROWTH = (1, 1.2, 1.5, 2)  # the next group may be so much larger than the one before
 WORD_BITS = 32
 STD_STEPS = (1e-6, 1e6)  # a learned standard deviation is kept between these, in steps of what is coded
 
@@ -143,16 +144,18 @@ class Codec:
         supply = self._supply()
         # Without 0, which may not be the last word.
         stack = Stack(np.random.default_rng(seed).integers(1, 2**WORD_BITS, supply, np.uint32))
-        begin, size, bottom, loan = 0, FIRST_GROUP, supply, 0.0
+        begin, size, growth, bottom, loan = 0, self._first_size, [], supply, 0.0
         while begin < len(images):
-            size = min(size, len(images) - begin, self._batch_size)
-            before = stack.num_words
-            self._push_images(stack, images[begin : begin + size])
-            lowest = stack.take_lowest()
-            stack.push_number(size - 1, self._batch_size)
-            tick(size)
-            begin, bottom, loan = begin + size, min(bottom, lowest), max(loan, (before - lowest) / size)
-            size = max(1, int(CAUTION * (stack.num_words - bottom) / loan))
+            group, before = images[begin : begin + size], stack.num_words
+            self._push_images(stack, group)
+            lowest, begin = stack.take_lowest(), begin + len(group)
+            bottom, loan = min(bottom, lowest), max(loan, (before - lowest) / len(group))
+            affordable = CAUTION * (stack.num_words - bottom) / loan
+            growth.append(max(n for n in range(len(GROWTH)) if n == 0 or self._grown(size, n) <= affordable))
+            size = self._grown(size, growth[-1])
+            tick(len(group))
+        for n in growth[-2::-1]:  # after the last group no other comes
+            stack.push_number(n, len(GROWTH))
         unused = bottom - RESERVE_WORDS
         return Message(stack.words()[unused:], supply - unused)
 
@@ -164,13 +167,16 @@ class Codec:
         Raises:
             ArithmeticError: these are not the bits of so many images under this model, as far as that can be seen.
         """
-        stack, groups, missing = Stack(message.words), [np.zeros((0, *self._shape), np.uint8)], num_images
-        while missing > 0:
-            size = stack.pop_number(self._batch_size) + 1
+        stack, size, sizes = Stack(message.words), self._first_size, []
+        while missing := num_images - sum(sizes):
+            sizes.append(min(size, missing))
+            if missing > size:
+                size = self._grown(size, stack.pop_number(len(GROWTH)))
+        groups = [np.zeros((0, *self._shape), np.uint8)]
+        for size in reversed(sizes):
             groups.append(self._pop_images(stack, size))
-            missing -= size
             tick(size)
-        if missing or stack.num_words != message.initial_words:
+        if stack.num_words != message.initial_words:
             raise ArithmeticError(f"these are not the bits of {num_images} images")
         return np.concatenate(groups[::-1])
 
@@ -183,14 +189,22 @@ class Codec:
                 digest.update(np.asarray(part))
         return digest.digest()
 
-    def _supply(self) -> int:
-        """Words of random bits that suffice for the first group; the message has only those that it used.
+    @property
+    def _first_size(self) -> int:
+        return min(FIRST_GROUP, self._batch_size)
 
-        Before any of it is paid for, the entropy of x_t given x_0 is on loan; twice that is more than chance can ask.
+    def _grown(self, size: int, n: int) -> int:
+        """How many images come after a group of `size`."""
+        return min(math.ceil(size * GROWTH[n]), self._batch_size)
+
+    def _supply(self) -> int:
+        """Words of random bits that suffice for any group; the message has only those that were used.
+
+        Before any of it is paid for, the entropy of x_t given x_0 is on loan.
         """
         std_steps = self._grid.marginal_std[1:] / self._grid.spacing[1:]
         bits_per_dim = np.log2(math.sqrt(2 * math.pi * math.e) * std_steps).max()
-        return 100 + int(2 * FIRST_GROUP * math.prod(self._shape) * bits_per_dim / WORD_BITS)
+        return 1000 + math.ceil(1.1 * self._batch_size * math.prod(self._shape) * bits_per_dim / WORD_BITS)
 
     def _push_images(self, stack: Stack, images: UInt8[np.ndarray, "n h w c"]) -> None:
         k_prev = images.ravel()
