@@ -36,7 +36,6 @@ from diffusion.ans import RESERVE_WORDS, Stack
 from diffusion.model import Model
 from diffusion.schedules import Schedule
 
-PRECISION = 3  # of the grid: 2³ steps to the smaller standard deviation
 WINDOW_STDS = 6  # beyond it a Gaussian has less than the 2⁻²⁴ that the coder keeps for every integer
 FIRST_GROUP = 2  # how many images' latents are drawn from random bits
 CAUTION = 0.95  # of the bits that are there, how many the next group may need
@@ -118,7 +117,7 @@ class Codec:
         ValueError: the model takes labels.
     """
 
-    def __init__(self, model: Model, image_shape: tuple[int, int, int], batch_size: int, precision: int = PRECISION):
+    def __init__(self, model: Model, image_shape: tuple[int, int, int], batch_size: int, precision: int):
         if model.takes_labels:
             raise ValueError("a network that takes labels is no density of images; close over them with `guidance`")
         self._grid, self._num_levels = grid(jax.device_get(model.schedule), precision), model.num_levels
