@@ -38,7 +38,9 @@ _CHECKPOINT = flags.DEFINE_string(
 _INPUT = flags.DEFINE_string(
     "input", None, "Of compress: train, test, an .npz or .npy file or a folder of pictures; of decompress: the file."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Of compress: the file to write; of decompress: the images, an .npz file.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Of compress: the file to write; of decompress: where the images go, an .npz file."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Multi-process: HOST:PORT of process 0, or auto; not needed under srun or on TPU slices."
 )
@@ -76,9 +78,11 @@ def main(argv: list[str]) -> None:
         which = {"checkpoint": _CHECKPOINT.value} if _MODE.value in _READ_A_CHECKPOINT else {}
         which |= {"base": base} if _MODE.value == "train" else {}
         for name, value in (("input", _INPUT.value), ("output", _OUTPUT.value)):
-            if (value is None) == (_MODE.value in _CODE):
-                raise ValueError(f"--{name}={value or ''} " + ("is needed" if value is None else "has no part") + f" in --mode={_MODE.value}")
-            which |= {} if value is None else {name: value}
+            if value is not None and _MODE.value not in _CODE:
+                raise ValueError(f"--{name}={value} has no part in --mode={_MODE.value}")
+            if value is None and _MODE.value in _CODE:
+                raise ValueError(f"--mode={_MODE.value} needs --{name}")
+            which |= {name: value} if _MODE.value in _CODE else {}
         try:
             mode.run(_CONFIG.value, workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}"), **which)
         except preemption.Preempted as stop:

@@ -10,10 +10,10 @@ less what was paid for it, and not those of all latents at once. They come from 
 from random bits.
 
 **The grid.** Code needs numbers out of a list, so x_t is k·δ_t with an integer k, and δ_t = 2^−precision times the
-smaller of the standard deviations of q(x_t | x_{t−1}) and q(x_t | x_{t+1}, x_0). The pop of x_t gains log 1/δ_t that its
-push pays. What is left of the grid is the rounding: noise of variance δ²/12, which makes the variances of q larger by
-at most r = 4^−precision/12 of theirs. A Gaussian coded with a variance that is wrong by r costs r²/4 nats: 4e-7 at precision
-3, or at T = 1000 6e-4 bits/dim. For what the coder itself costs, see `ans`.
+smaller of the standard deviations of q(x_t | x_{t−1}) and q(x_t | x_{t+1}, x_0). The pop of x_t gains log 1/δ_t that
+its push pays. What is left is the rounding, noise of variance δ²/12, which makes the variances of q larger by at most
+r = 4^−precision/12 of theirs. A Gaussian coded with a variance that is wrong by r costs r²/4 nats: 4e-7 at precision 3,
+or at T = 1000 6e-4 bits/dim. For what the coder itself costs, see `ans`.
 
 **Floats.** Both directions call one compiled program on batches of one shape and take its means and standard
 deviations as they are; a last bit that differed would garble all that follows. `Codec.fingerprint` tells machines
@@ -244,10 +244,10 @@ class Codec:
         if not np.isfinite(mean).all() or np.isnan(std).any():
             raise ArithmeticError(f"the network's output at t = {t} is NaN or Inf")
         half_range = (self._num_levels - 1) / 2
-        mean, std = ((mean + 1) * half_range, std * half_range) if t == 1 else (
-            mean / self._grid.spacing[t - 1],
-            std / self._grid.spacing[t - 1],
-        )
+        if t == 1:
+            mean, std = (mean + 1) * half_range, std * half_range
+        else:
+            mean, std = mean / self._grid.spacing[t - 1], std / self._grid.spacing[t - 1]
         return mean, np.clip(std, *STD_STEPS)
 
 

@@ -21,7 +21,6 @@ from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.config import flatten
 from diffusion.model import Model
-from diffusion.programs import evaluate
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import coded_file
 from diffusion.runtime.coded_file import Header
@@ -120,7 +119,7 @@ def identity(experiment: Experiment, model: Model, codec: Codec) -> dict[str, An
         "device": jax.devices()[0].device_kind,
         "jax_version": jax.__version__,
         "floats": codec.fingerprint()[: coded_file.DIGEST_BYTES],
-        "dtype": str(getattr(experiment.training.network, "dtype", "float32")),
+        "dtype": coded_file.DTYPES.index(str(getattr(experiment.training.network, "dtype", "float32"))),
         "height": height,
         "width": width,
         "channels": channels,

@@ -22,7 +22,7 @@ WHAT_DIFFERS = {
     "width": "of images of another width",
     "channels": "of images with other channels",
     "num_levels": "of images with another number of pixel values",
-    "dtype": "with another dtype of the network",
+    "dtype": "with another dtype of the network (its number in coded_file.DTYPES)",
     "device": "on another kind of device, whose floats differ",
     "jax_version": "with another version of jax, whose floats may differ",
     "floats": "where the network computes other floats (digest of its output for a fixed input)",
