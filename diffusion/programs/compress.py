@@ -65,8 +65,8 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
             pixels=pixel_digest(images),
             initial_words=message.initial_words,
         )
+        coded_file.write(path, header, message.words)
         bound = _bound(config, model, source, preemption)
-    coded_file.write(path, header, message.words)
     print(json.dumps(_report(path, header, bound, images), indent=2))
 
 
