@@ -1,6 +1,6 @@
 """python main.py --config=configs/cifar10.py [--workdir=runs/cifar10] [--mode=MODE]
 
-MODE is train, eval, sample, quality, classifier or describe.
+MODE is train, eval, sample, quality, classifier, compress, decompress or describe.
 """
 
 import contextlib
@@ -21,16 +21,25 @@ _MODES = {
     "sample": "sample",
     "quality": "quality",
     "classifier": "classifier",
+    "compress": "compress",
+    "decompress": "decompress",
     "describe": "describe",
 }
-_READ_A_CHECKPOINT = ("eval", "sample", "quality")
+_CODE = ("compress", "decompress")
+_READ_A_CHECKPOINT = ("eval", "sample", "quality", *_CODE)
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a file in configs/; --config.KEY=VALUE changes one of its keys."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; by default runs/ and the config's name.")
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "What to do; train resumes automatically.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "latest", "Of eval, sample and quality: latest, best (the lowest test_loss that is kept) or a step."
+    "checkpoint", "latest", "What train does not read: latest, best (the lowest test_loss that is kept) or a step."
+)
+_INPUT = flags.DEFINE_string(
+    "input", None, "Of compress: train, test, an .npz or .npy file or a folder of pictures; of decompress: the file."
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Of compress: the file to write; of decompress: where the images go, an .npz file."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Multi-process: HOST:PORT of process 0, or auto; not needed under srun or on TPU slices."
@@ -68,6 +77,12 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--checkpoint={_CHECKPOINT.value} has no part in --mode={_MODE.value}")
         which = {"checkpoint": _CHECKPOINT.value} if _MODE.value in _READ_A_CHECKPOINT else {}
         which |= {"base": base} if _MODE.value == "train" else {}
+        for name, value in (("input", _INPUT.value), ("output", _OUTPUT.value)):
+            if value is not None and _MODE.value not in _CODE:
+                raise ValueError(f"--{name}={value} has no part in --mode={_MODE.value}")
+            if value is None and _MODE.value in _CODE:
+                raise ValueError(f"--mode={_MODE.value} needs --{name}")
+            which |= {name: value} if _MODE.value in _CODE else {}
         try:
             mode.run(_CONFIG.value, workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}"), **which)
         except preemption.Preempted as stop:

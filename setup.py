@@ -25,6 +25,7 @@ setup(
     install_requires=[
         "absl-py",
         "array-record",
+        "constriction>=0.5,<0.6",  # the coder of --mode=compress; another one would read old files differently
         "flax>=0.12",
         "importlib_resources",  # tensorflow-datasets imports it without declaring it
         f"jax{SOUND}",

@@ -103,4 +103,8 @@ def get_config() -> ConfigDict:
     config.quality.features = "pixels"  # pixels, inception (FID), classifier (of the data's own labels)
     config.quality.reference = "train"  # train, test, or an .npz file with mu and sigma
     config.quality.every = 0  # steps of training after which samples are scored, into metrics.jsonl; 0: never
+
+    config.compress = ConfigDict()
+    config.compress.batch_size = 64  # images that the network sees at once; the file says it to --mode=decompress
+    config.compress.precision = 3  # of the latents: 2³ values to the smaller standard deviation; the file says it, too
     return config.lock()

@@ -44,4 +44,5 @@ def get_config() -> ConfigDict:
     config.train.checkpoint_every = 500
     config.train.sample_every = 500
     config.quality.num_images = 1000
+    config.compress.batch_size = 32
     return config

@@ -118,6 +118,8 @@ KEYS: dict[str, Constraint | Choice] = {
         "train, test or the path of an .npz file with mu and sigma",
     ),
     "quality.every": integer(0),
+    "compress.batch_size": integer(1, at_most=65_536),
+    "compress.precision": integer(0, at_most=10),
 }
 
 # What may change between the legs of a run: where the data lies, with what means the same is computed, how it is
@@ -126,6 +128,7 @@ FREE = (
     *("data.data_dir", "data.placement", "unet.remat", "train.grad_accum", "train.steps_per_call"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every"),
     *("train.check_replicas_every", "eval.", "sample.", "quality."),
+    "compress.",
 )
 
 

@@ -1,14 +1,15 @@
-"""No key of a config is dead: training (which samples and scores), quality and describe together read every one."""
+"""No key of a config is dead: training (which samples and scores), quality, compress and describe read every one."""
 
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import rules
-from diffusion.programs import describe, quality, train
+from diffusion.programs import compress, describe, quality, train
 
 # Whoever takes all values of a group, to check, compare or print them, reads none of them.
 TAKE_ALL = {"items", "iteritems", "values", "itervalues", "to_dict"}
@@ -67,6 +68,8 @@ def test_every_key_is_read(tiny, reading, tmp_path, capsys):
     reader = reading(config)
     train.run(config, tmp_path / "run")
     quality.run(config, tmp_path / "run")
+    np.save(tmp_path / "image.npy", np.zeros((1, 8, 8, 1), np.uint8))
+    compress.run(config, tmp_path / "run", str(tmp_path / "image.npy"), str(tmp_path / "image.ddc"))
     describe.run(config, tmp_path / "run")
     assert not keys - reader.read, f"nobody reads {sorted(keys - reader.read)}"
 

@@ -36,6 +36,8 @@ def test_help_is_quick_and_names_the_flags():
         (["--config=configs/digits.py", "--config.data.name=nowhere"], "data.name='nowhere'"),
         (["--config=configs/digits.py", "extra"], "unexpected argument 'extra'"),
         (["--config=configs/digits.py", "--mode=sample", "--workdir=nothing"], "no checkpoint"),
+        (["--config=configs/digits.py", "--mode=sample", "--output=a"], "--output=a has no part in --mode=sample"),
+        (["--config=configs/digits.py", "--mode=compress", "--input=test"], "--mode=compress needs --output"),
     ],
 )
 def test_a_mistake_is_a_one_line_error_and_exit_code_2(arguments, words, tmp_path):

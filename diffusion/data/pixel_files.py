@@ -1,0 +1,79 @@
+"""Images out of files, with the very pixel values that are in them: .npy, .npz, or a folder of pictures."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from diffusion.data.folder import decoding, listing
+
+
+def read(path: Path, image_shape: tuple[int, int, int], num_levels: int) -> UInt8[np.ndarray, "n h w c"]:
+    """The images in `path`, in its order; that of a folder is by the pictures' paths.
+
+    Args:
+        path: an .npy file; an .npz file, of which the array `images` or the only one is taken; or a folder.
+        image_shape: (H, W, C) that they must have; nothing is resized.
+        num_levels: their pixel values must be below it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file, or the images are others.
+    """
+    if path.is_dir():
+        images = _pictures(path, image_shape)
+    else:
+        images = _array(path)
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(f"{path} must hold uint8 [N, H, W, C], not {images.dtype} {list(images.shape)}")
+    if images.shape[1:] != image_shape:
+        raise ValueError(f"{path} has images of {_size(images.shape[1:])}, but the model's are {_size(image_shape)}")
+    if not len(images):
+        raise ValueError(f"{path} has no images")
+    if images.max() >= num_levels:
+        raise ValueError(f"{path} has a pixel value {images.max()}, but the model's are 0…{num_levels - 1}")
+    return images
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        loaded = np.load(path)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            name = "images" if "images" in loaded or len(loaded.files) != 1 else loaded.files[0]
+            return loaded[name]
+    except KeyError as error:
+        raise ValueError(f"{path} has several arrays and none is called images") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is neither an .npy or .npz file nor a folder, or it is damaged") from error
+
+
+def _pictures(folder: Path, image_shape: tuple[int, int, int]) -> UInt8[np.ndarray, "n h w c"]:
+    found = listing.scan(folder)
+    if found.unread:
+        raise ValueError(f"{folder / found.unread[0].path} cannot be read: {found.unread[0].reason}")
+    target = decoding.Target(*image_shape, crop="none")
+    return np.array([_picture(folder / file.path, target) for file in found.pictures], np.uint8).reshape(
+        -1, *image_shape
+    )
+
+
+def _picture(path: Path, target: decoding.Target) -> UInt8[np.ndarray, "h w c"]:
+    try:
+        with Image.open(path, formats=decoding.FORMATS) as picture:
+            size, mode = picture.size, picture.mode
+        wanted = decoding.MODES[target.channels]
+        if size != (target.width, target.height) or mode not in (wanted, "P"):
+            raise ValueError(
+                f"{path} is a picture of {size[1]}×{size[0]} in mode {mode}, but the model's are {_size(target.shape)}"
+            )
+        return decoding.to_pixels(path.read_bytes(), target)
+    except (decoding.Unreadable, Image.UnidentifiedImageError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

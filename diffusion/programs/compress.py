@@ -1,0 +1,172 @@
+"""--mode=compress: images as a file of about the model's bound, from which --mode=decompress gets them back."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from diffusion import guidance
+from diffusion.codec import Codec
+from diffusion.data import Source, pixel_files
+from diffusion.data.source import SPLITS
+from diffusion.evaluation import image_formats
+from diffusion.evaluation.bound import Bound, estimated_bound, full_bound
+from diffusion.experiment import build, memory, workdir
+from diffusion.experiment.build import Experiment
+from diffusion.experiment.config import flatten
+from diffusion.model import Model
+from diffusion.reporting.progress import Progress
+from diffusion.runtime import coded_file
+from diffusion.runtime.coded_file import Header
+from diffusion.runtime.digests import tree_sha256
+from diffusion.runtime.preemption import Preemption
+from diffusion.training import devices
+
+SHAPES_THE_MODEL = ("schedule.", "model.")  # config keys; those of the network come to them
+
+
+def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint: str = "latest") -> None:
+    """Compresses images with the EMA parameters of a checkpoint of `directory`, and prints how many bits they took.
+
+    Args:
+        input: train, test, an .npy or .npz file of uint8 [N, H, W, C], or a folder of pictures of the model's size.
+        output: the file to write.
+
+    Raises:
+        FileExistsError: `output` exists.
+        FileNotFoundError: there is no such input, or no checkpoint.
+        ValueError: the images or the model cannot be coded; the message says why.
+        ArithmeticError: the network's output is NaN or Inf.
+    """
+    path = new_file(output)
+    experiment, model = coding_model(config, directory, checkpoint)
+    source = _source(config, experiment, input)
+    images = source.images()
+    with Preemption() as preemption, memory.explained(experiment, "compress.batch_size"):
+        codec = Codec(model, source.image_shape, config.compress.batch_size, config.compress.precision)
+        with Progress(len(images), desc="compress", unit="image") as progress:
+
+            def tick(done: int) -> None:
+                progress.update(done)
+                preemption.check()
+
+            message = codec.encode(images, config.seed, tick)
+        header = Header(
+            **identity(experiment, model, codec),
+            precision=config.compress.precision,
+            batch_size=config.compress.batch_size,
+            num_images=len(images),
+            pixels=pixel_digest(images),
+            initial_words=message.initial_words,
+        )
+        coded_file.write(path, header, message.words)
+        bound = _bound(config, model, source, preemption)
+    print(json.dumps(_report(path, header, bound, images), indent=2))
+
+
+def new_file(output: str) -> Path:
+    """The path of a file that is to be written.
+
+    Raises:
+        FileExistsError: it is there already.
+        FileNotFoundError: its folder is not.
+        ValueError: there are several processes.
+    """
+    if jax.process_count() > 1:
+        raise ValueError("--mode=compress and --mode=decompress run in one process; leave out --coordinator")
+    path = Path(output).expanduser()
+    if path.exists():
+        raise FileExistsError(f"--output={output} exists; delete it or take another name")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output={output}: there is no folder {path.parent}")
+    return path
+
+
+def coding_model(config: ConfigDict, directory: Path, checkpoint: str) -> tuple[Experiment, Model]:
+    """The model that the evaluation scores; a network that takes labels, without them.
+
+    Raises:
+        ValueError: the network always needs labels.
+    """
+    described = build.describe_data(config)
+    experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
+    state = workdir.restore(experiment, directory, checkpoint)
+    is_optimal = config.eval.variance == "optimal"
+    x0_variance = workdir.load_x0_variance(directory, int(state.step)) if is_optimal else None
+    model = experiment.model(state.ema_params, config.eval.variance, x0_variance)
+    if model.takes_labels:
+        if not config.model.label_dropout:
+            raise ValueError("the file has no labels, which this network needs (it was trained with label_dropout=0)")
+        model = dataclasses.replace(model, denoise=guidance.unconditional(model.denoise), takes_labels=False)
+    return experiment, model
+
+
+def identity(experiment: Experiment, model: Model, codec: Codec) -> dict[str, Any]:
+    """The header's fields that must be equal where the file is decoded."""
+    config = experiment.config
+    network = f"{config.model.network.partition('(')[0]}."
+    keys = sorted(item for item in flatten(config).items() if item[0].startswith((*SHAPES_THE_MODEL, network)))
+    height, width, channels = experiment.image_shape
+    return {
+        "weights": bytes.fromhex(tree_sha256(model))[: coded_file.DIGEST_BYTES],
+        "config": _short_sha256(f"{keys} {model.p}".encode()),
+        "device": jax.devices()[0].device_kind,
+        "jax_version": jax.__version__,
+        "floats": codec.fingerprint()[: coded_file.DIGEST_BYTES],
+        "dtype": coded_file.DTYPES.index(str(getattr(experiment.training.network, "dtype", "float32"))),
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "num_levels": model.num_levels,
+    }
+
+
+def pixel_digest(images: UInt8[np.ndarray, "n h w c"]) -> bytes:
+    """A short digest of the images."""
+    return _short_sha256(np.ascontiguousarray(images))
+
+
+def _short_sha256(data: bytes | np.ndarray) -> bytes:
+    return hashlib.sha256(data).digest()[: coded_file.DIGEST_BYTES]
+
+
+def _source(config: ConfigDict, experiment: Experiment, input: str) -> Source:
+    """The images as a data set: a split, or those of a file, which count as a test split."""
+    if input in SPLITS:
+        return build.load_data(config, input)
+    num_levels = experiment.training.num_levels
+    images = pixel_files.read(Path(input).expanduser(), experiment.image_shape, num_levels)
+    return Source(input, "test", images, num_levels)
+
+
+def _bound(config: ConfigDict, model: Model, source: Source, preemption: Preemption) -> Bound:
+    """The model's bound of the same images, as --mode=eval measures it."""
+    settings = build.bound_settings(config)
+    method = estimated_bound if settings.terms_per_image else full_bound
+    return method(settings, preemption.check)(devices.replicate(model), source, np.arange(len(source)))
+
+
+def _report(path: Path, header: Header, bound: Bound, images: UInt8[np.ndarray, "n h w c"]) -> dict[str, Any]:
+    """Bits/dim of the file, of the bound, and of other lossless formats."""
+    dims, file_bytes = images.size, path.stat().st_size
+    initial_bits = 32 * header.initial_words
+    others = {name: size for name, size in image_formats.sizes_bytes(images).items() if size is not None}
+    bound_bits = bound.image_bpd.sum() * dims / len(images)
+    return {
+        "file": str(path),
+        "file_bytes": file_bytes,
+        "file_bpd": 8 * file_bytes / dims,
+        "file_without_initial_bits_bpd": (8 * file_bytes - initial_bits) / dims,
+        "bound_bpd": bound_bits / dims,
+        "overhead_percent": 100 * ((8 * file_bytes - initial_bits) / bound_bits - 1),
+        "initial_bits": initial_bits,
+        **{f"{name}_bpd": 8 * size / dims for name, size in others.items()},
+        **{f"{name}_bytes": size for name, size in others.items()},
+        "images": len(images),
+    }

@@ -1,0 +1,63 @@
+"""Images out of files: the very pixel values, in the file's order, or a one-line error."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.data import pixel_files
+
+SHAPE = (6, 5, 3)
+IMAGES = np.random.default_rng(0).integers(0, 256, (4, *SHAPE)).astype(np.uint8)
+
+
+def test_arrays_and_folders_give_the_same_images(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    np.savez(tmp_path / "b.npz", images=IMAGES, num_levels=256)
+    np.savez(tmp_path / "c.npz", x=IMAGES)
+    (tmp_path / "folder" / "d").mkdir(parents=True)
+    for name, image in zip(("a.png", "b.webp", "d/a.bmp", "e.png"), IMAGES, strict=True):
+        Image.fromarray(image).save(tmp_path / "folder" / name, lossless=True)
+    for name in ("a.npy", "b.npz", "c.npz", "folder"):
+        np.testing.assert_array_equal(pixel_files.read(tmp_path / name, SHAPE, 256), IMAGES)
+
+
+def test_grey_pictures_have_one_channel(tmp_path):
+    Image.fromarray(IMAGES[0, ..., 0]).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(pixel_files.read(tmp_path, (6, 5, 1), 256), IMAGES[:1, ..., :1])
+
+
+@pytest.mark.parametrize(
+    ("save", "words"),
+    [
+        (lambda path: np.savez(path, x=IMAGES, y=IMAGES), "none is called images"),
+        (lambda path: np.savez(path, x=IMAGES / 255), "must hold uint8"),
+        (lambda path: np.savez(path, x=IMAGES[0]), "must hold uint8"),
+        (lambda path: np.savez(path, x=IMAGES[:, :5]), "5×5×3, but the model's are 6×5×3"),
+        (lambda path: np.savez(path, x=IMAGES[:0]), "has no images"),
+        (lambda path: np.savez(path, x=np.full_like(IMAGES, 17)), "pixel value 17, but the model's are 0…16"),
+        (lambda path: np.savez(path, x=np.array([{}])), "neither an .npy or .npz file"),
+        (lambda path: path.write_bytes(b"PK\3\4 and no more"), "neither an .npy or .npz file"),
+        (lambda path: path.write_bytes(b""), "neither an .npy or .npz file"),
+    ],
+)
+def test_other_arrays_are_refused(save, words, tmp_path):
+    path = tmp_path / "images.npz"
+    save(path)
+    with pytest.raises(ValueError, match=words):
+        pixel_files.read(path, SHAPE, 17)
+
+
+def test_other_pictures_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        pixel_files.read(tmp_path / "nothing.npz", SHAPE, 256)
+    with pytest.raises(ValueError, match="has no images"):
+        pixel_files.read(tmp_path, SHAPE, 256)
+    Image.fromarray(IMAGES[0, :5]).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png is a picture of 5×5 in mode RGB, but the model's are 6×5×3"):
+        pixel_files.read(tmp_path, SHAPE, 256)
+    Image.fromarray(IMAGES[0, ..., 0]).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="in mode L"):
+        pixel_files.read(tmp_path, SHAPE, 256)
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="a.png cannot be read as a picture"):
+        pixel_files.read(tmp_path, SHAPE, 256)
