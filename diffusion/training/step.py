@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Real, UInt8
 
-from diffusion import learned_schedule, likelihood, process
+from diffusion import continuous_time, learned_schedule, likelihood, process
 from diffusion.data.levels import to_unit
 from diffusion.guidance import NO_LABEL
 from diffusion.objectives import Objective
@@ -45,6 +45,8 @@ class Training:
         network: a module of `networks.NETWORKS`.
         objective: the loss of one example: see `objectives`.
         timesteps: how t is drawn; see `timesteps`.
+        times: which t there are to draw, one of `timesteps.TIMES`. But for "every_term" the decoder's term of the bound
+            is not among them, and is computed for every example.
         schedule_of: params -> the forward process, which depends on them if it is learned.
         inner_schedule: None for a fixed schedule; how a learned one is trained: see `learned_schedule.losses`.
         optimizer: from Optax.
@@ -63,6 +65,7 @@ class Training:
     network: nn.Module
     objective: Objective
     timesteps: TimestepSampler
+    times: str
     schedule_of: Callable[[PyTree], Schedule]
     inner_schedule: str | None
     optimizer: optax.GradientTransformation
@@ -97,7 +100,7 @@ def initial_state(training: Training, params: PyTree, image_shape: tuple[int, in
 def losses(
     training: Training,
     params: PyTree,
-    t: Int[Array, " b"],
+    t: Real[Array, " b"],
     keys: Key[Array, " b"],
     x0: Float[Array, "b h w c"],
     dropout: bool,
@@ -105,6 +108,7 @@ def losses(
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """Each example's loss and its parts, for given t; ε and dropout come from each example's own key.
 
+    Real t are instants of continuous time.
     `labels` are those that the network is given, None for one that takes none.
 
     A learned schedule answers for the prior's term of the bound, too, which no network can change.
@@ -119,18 +123,39 @@ def losses(
         output = training.network.apply({"params": params}, x_t, row.network_t, own_keys, **given)
         return jax.vmap(training.objective)(row, x0, x_t, eps, output)
 
+    def rows_of(params: PyTree) -> Schedule:
+        return continuous_time.rows(training.schedule_of(params), t)
+
     schedule = training.schedule_of(params)
     if training.inner_schedule is None:
-        return losses_at(params, schedule[t])
-    loss, parts = learned_schedule.losses(losses_at, params, t, training.inner_schedule)
+        loss, parts = losses_at(params, rows_of(params))
+    else:
+        loss, parts = learned_schedule.losses(losses_at, params, rows_of, training.inner_schedule)
+    if training.times != "every_term":
+        decoder = _decoder_bpd(schedule[1], keys, x0, training.num_levels)
+        loss, parts = loss + decoder, parts | {"decoder_bpd": decoder}
+    if training.inner_schedule is None:
+        return loss, parts
     prior = jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
     return loss + prior, parts | {"prior_bpd": prior}
+
+
+def _decoder_bpd(
+    row: Schedule, keys: Key[Array, " b"], x0: Float[Array, "b h w c"], num_levels: int
+) -> Float[Array, " b"]:
+    """The decoder's term of each example, with noise of its own. Only the decoder "bayes" needs no network for it."""
+
+    def one(key: Key[Array, ""], image: Array) -> Array:
+        eps = jax.random.normal(jax.random.fold_in(key, 1), image.shape)
+        return likelihood.bayes_decoder_bpd(row, image, eps, num_levels)
+
+    return jax.vmap(one)(keys, x0)
 
 
 def gradients(
     training: Training,
     params: PyTree,
-    t: Int[Array, " b"],
+    t: Real[Array, " b"],
     weight: Float[Array, " b"],
     keys: Key[Array, " b"],
     x0: Float[Array, "b h w c"],
