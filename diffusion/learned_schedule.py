@@ -139,6 +139,12 @@ def from_gamma(gamma_1: Float[ArrayLike, ""], steps: Float[ArrayLike, " steps"])
     )
 
 
+def with_fixed_inner(params: PyTree) -> PyTree:
+    """The params, the logits without a gradient: γ_1 and γ_T depend on them by rounding alone, which Adam enlarges."""
+    own = params[SUBTREE]
+    return params | {SUBTREE: own | {"logits": jax.lax.stop_gradient(own["logits"])}}
+
+
 def losses(
     losses_of: Callable[[PyTree, Schedule], tuple[Float[Array, " b"], PyTree]],
     params: PyTree,
@@ -159,12 +165,12 @@ def losses(
         rows_of: the same params -> the rows, with leaves [B]: of `schedule` at some t.
         inner: "bound", "variance" or "fixed".
     """
-    own = params[SUBTREE]
     if inner == "bound":
         return losses_of(params, rows_of(params))
-    ends = rows_of(params | {SUBTREE: own | {"logits": jax.lax.stop_gradient(own["logits"])}})
+    ends = rows_of(with_fixed_inner(params))
     if inner == "fixed":
         return losses_of(params, ends)
+    own = params[SUBTREE]
     between = rows_of(params | {SUBTREE: jax.lax.stop_gradient(own) | {"logits": own["logits"]}})
     return _with_squared_gradient(losses_of)(params, ends, between)
 

@@ -144,7 +144,7 @@ def continuous(sampler: TimestepSampler) -> TimestepSampler:
 
     def draw(memory, key, batch_size, num_steps):
         number, weight = sampler.draw(memory, key, batch_size, INSTANTS)
-        return 1.0 + (num_steps - 1) * ((number - 0.5) / INSTANTS), weight
+        return 1.0 + (num_steps - 1) * ((number.astype(jnp.float32) - 0.5) / INSTANTS), weight
 
     return TimestepSampler(sampler.init, draw, sampler.update)
 

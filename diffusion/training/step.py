@@ -45,8 +45,6 @@ class Training:
         network: a module of `networks.NETWORKS`.
         objective: the loss of one example: see `objectives`.
         timesteps: how t is drawn; see `timesteps`.
-        times: which t there are to draw, one of `timesteps.TIMES`. But for "every_term" the decoder's term of the bound
-            is not among them, and is computed for every example.
         schedule_of: params -> the forward process, which depends on them if it is learned.
         inner_schedule: None for a fixed schedule; how a learned one is trained: see `learned_schedule.losses`.
         optimizer: from Optax.
@@ -54,6 +52,8 @@ class Training:
         num_levels: how many pixel values the data have.
         batch_size: images per step, over all devices.
         flip: whether half of the images are mirrored.
+        times: which t `timesteps` draws, one of `timesteps.TIMES`. But for "every_term" the decoder's term of the bound
+            is not among them, and is computed for every example.
         conditional: whether the network is given the images' labels.
         label_dropout: the part of the examples whose label the network is not given.
         log_every: after how many steps `state.window` starts again from zero.
@@ -65,7 +65,6 @@ class Training:
     network: nn.Module
     objective: Objective
     timesteps: TimestepSampler
-    times: str
     schedule_of: Callable[[PyTree], Schedule]
     inner_schedule: str | None
     optimizer: optax.GradientTransformation
@@ -74,6 +73,7 @@ class Training:
     batch_size: int
     flip: bool
     log_every: int
+    times: str = "every_term"
     conditional: bool = False
     label_dropout: float = 0.0
     skip_nonfinite: bool = False
@@ -126,18 +126,16 @@ def losses(
     def rows_of(params: PyTree) -> Schedule:
         return continuous_time.rows(training.schedule_of(params), t)
 
-    schedule = training.schedule_of(params)
     if training.inner_schedule is None:
         loss, parts = losses_at(params, rows_of(params))
+        ends, schedule = {}, training.schedule_of(params)
     else:
         loss, parts = learned_schedule.losses(losses_at, params, rows_of, training.inner_schedule)
+        schedule = training.schedule_of(learned_schedule.with_fixed_inner(params))
+        ends = {"prior_bpd": jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)}
     if training.times != "every_term":
-        decoder = _decoder_bpd(schedule[1], keys, x0, training.num_levels)
-        loss, parts = loss + decoder, parts | {"decoder_bpd": decoder}
-    if training.inner_schedule is None:
-        return loss, parts
-    prior = jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
-    return loss + prior, parts | {"prior_bpd": prior}
+        ends["decoder_bpd"] = _decoder_bpd(schedule[1], keys, x0, training.num_levels)
+    return sum(ends.values(), loss), parts | ends
 
 
 def _decoder_bpd(
