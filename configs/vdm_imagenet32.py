@@ -4,8 +4,8 @@
 
 Data     downsampled_imagenet/32x32 as TFDS prepared it: the old set (van den Oord et al. 2016). The new set, made again
          in 2021 by ImageNet's own site with anti-aliasing, is easier, so the numbers of one say nothing about the other
-Cost     122,154,732 parameters; 2,000,000 steps of 128 images, 78.6 TFLOP each: 110 hours on one H100 or H200 at 40% of its
-         bfloat16 peak (990 TFLOP/s). An estimate from counted products, not a measurement
+Cost     122,154,732 parameters; 2,000,000 steps of 128 images, 78.6 TFLOP each: 110 hours on one H100 or H200 at 40%
+         of its bfloat16 peak (990 TFLOP/s): an estimate from counted products, not a measurement
 Expect   the paper: 3.72 bits/dim on the old set. Not run here
 """
 

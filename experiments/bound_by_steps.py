@@ -83,16 +83,16 @@ def image_bpd(
     num_terms = model.schedule.num_steps - 1
     offsets = np.random.RandomState(settings["seed"]).uniform(size=(len(numbers), 1))
     u = (offsets + np.arange(points)) / points
-    t = 1 + np.ceil(u * num_terms).clip(1, num_terms).astype(np.int32) if num_steps else 1 + u * num_terms
-    pairs = Pairs(measure_of, **settings)
-    replicated = devices.replicate(model)
-    terms = pairs.all(replicated, test_set, numbers, t if num_steps else t.astype(np.float32), f"T = {num_steps or '∞'}")
+    whole = 1 + np.ceil(u * num_terms).clip(1, num_terms).astype(np.int32)
+    t = (1 + u * num_terms).astype(np.float32) if num_steps is None else whole
+    pairs, replicated = Pairs(measure_of, **settings), devices.replicate(model)
+    terms = pairs.all(replicated, test_set, numbers, t, f"T = {num_steps or '∞'}")
     ends = pairs.all(replicated, test_set, numbers, np.ones((len(numbers), 1), np.int32), "ends")
     return ends.sum(axis=1) + num_terms * terms.mean(axis=1)
 
 
 def measure_of(model: Model) -> Measure:
-    """Of t > 1 the KL term, of an instant the continuous-time loss per unit of t; of t = 1 the decoder's and prior's."""
+    """The KL term of t > 1, the continuous-time loss of an instant, the decoder's and prior's terms of t = 1."""
     of_x0 = dataclasses.replace(model.p, prediction="x0")
 
     def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Array:

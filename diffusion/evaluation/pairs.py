@@ -24,8 +24,8 @@ PRECISION = "highest"
 class Pairs:
     """Measures (image, t) pairs of any images and any t, in batches, by one compiled program.
 
-    A real t is an instant of continuous time. The ε of a pair depends only on the image's number in its split and on t, not on what else is in the batch. A model
-    that takes labels is given the image's own.
+    A real t is an instant of continuous time. The ε of a pair depends only on the image's number in its split and on
+    the step of t, not on what else is in the batch. A model that takes labels is given the image's own.
 
     Args:
         measure_of: model -> what is measured, for example `likelihood.term_and_x0_mse`.
@@ -53,7 +53,8 @@ class Pairs:
             x0 = to_unit(images[image], model.num_levels)
             keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), numbers[image])
             with jax.default_matmul_precision(PRECISION):
-                return likelihood.at_one_t(denoise, continuous_time.rows(model.schedule, t), x0, keys, measure_of(model))
+                rows = continuous_time.rows(model.schedule, t)
+                return likelihood.at_one_t(denoise, rows, x0, keys, measure_of(model))
 
         self._batches = devices.over_batches(one_batch)
         self._batch_size, self._stop = batch_size, stop
