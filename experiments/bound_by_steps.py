@@ -3,7 +3,7 @@
     python -m experiments.bound_by_steps --workdir=runs/digits_vdm [--T=10,100,1000,10000,inf] [--points=16]
 
 For a network that is conditioned on γ, of which a schedule of any T can be asked (docs/vdm.md). Each test image takes
-`points` evenly spaced u in [0, 1] with a random offset, the same for every T, so that differences between T are paired:
+`points` evenly spaced u in [0, 1] with a random offset, the same for every T, so differences between T are paired:
 for a finite T the term of the step that u falls into, for inf the continuous-time loss at u. x̂_0 is clipped, as in
 every evaluation here. Leaves bound_by_steps.json and .md in the working directory.
 """
