@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
     config.data.flip = True
 
     config.schedule = ConfigDict()
-    # linear(beta_end=0.02), cosine, quadratic, constant, warmup, harmonic, learned(start='cosine', inner='bound')
+    # linear(beta_end=0.02), cosine, quadratic, constant, warmup, harmonic, linear_gamma(gamma_min=-13.3), or
+    # learned(start='cosine', inner='bound')
     config.schedule.name = "linear"
     config.schedule.num_steps = 1000
 
@@ -36,6 +37,8 @@ def get_config() -> ConfigDict:
     config.model.network = "unet"  # its fields are the keys of the group of its name
     config.model.prediction = "eps"  # eps, x0, v, mean
     config.model.variance = "fixed_large"  # fixed_small, fixed_large, learned, learned_range
+    config.model.conditioning = "t"  # what the network is told of the noise: t, or gamma (γ_t = −log SNR)
+    config.model.decoder = "network"  # p(x_0 | x_1): what the network says, or bayes (in proportion to q(x_1 | x_0))
     config.model.conditional = False  # True: the network is given the data's labels
     config.model.label_dropout = 0.0  # the part of the training images whose label it is not given; for guidance
 
@@ -44,6 +47,7 @@ def get_config() -> ConfigDict:
     config.unet.channel_mult = (1, 2, 2, 2)
     config.unet.num_res_blocks = 2
     config.unet.attention_resolutions = (16,)
+    config.unet.mid_attention = True
     config.unet.num_groups = 32
     config.unet.num_heads = 1
     config.unet.dropout = 0.1
@@ -53,7 +57,7 @@ def get_config() -> ConfigDict:
     config.unet.remat = False
 
     config.objective = ConfigDict()
-    config.objective.name = "simple"  # simple, vlb, hybrid(vlb_weight=0.001)
+    config.objective.name = "simple"  # simple, vlb, hybrid(vlb_weight=0.001), vdm, vdm_continuous
     config.objective.weighting = "none"  # of the simple loss: none, p2(gamma=1), min_snr(gamma=5)
     config.objective.timesteps = "uniform"  # uniform, low_discrepancy, loss_aware(history_length=10)
 

@@ -63,6 +63,26 @@ def discretized_log_prob(
     return jnp.where(lowest, log_ndtr(high), jnp.where(highest, log_ndtr(-low), inside))
 
 
+def levels_log_prob(
+    g: Gaussian, x: Float[ArrayLike, "*shape"], num_levels: int = 256
+) -> Float[ArrayLike, "*shape"]:
+    """log p(x) where each pixel value has a probability in proportion to the Gaussian's density at it, in nats.
+
+    Kingma et al. (2021, VDM), section 3.3: with g = N(x_1/√ᾱ_1, (1 − ᾱ_1)/ᾱ_1) it is p(x_0 | x_1) by Bayes' rule for
+    pixel values that are equally likely.
+
+    Args: those of `discretized_log_prob`.
+    """
+    levels = jnp.linspace(-1.0, 1.0, num_levels, dtype=x.dtype)
+    inv_sigma = jnp.exp(-0.5 * g.log_var)
+
+    def log_density(level):
+        return -0.5 * ((level - g.mean) * inv_sigma) ** 2
+
+    each = jax.vmap(log_density)(levels)
+    return log_density(x) - jax.nn.logsumexp(each, axis=0)
+
+
 def tanh_discretized_log_prob(
     g: Gaussian, x: Float[ArrayLike, "*shape"], num_levels: int = 256
 ) -> Float[ArrayLike, "*shape"]:

@@ -108,7 +108,8 @@ def save_diffusers(directory: str | Path, unet: UNet, params: PyTree, sample_siz
 
     Raises ValueError if the layout has no place for a field of `unet`, or if `params` are not the network's.
     """
-    for key, value in {"scale_shift_norm": False, "fourier_features": (), "num_heads": 1}.items():
+    needed = {"scale_shift_norm": False, "fourier_features": (), "num_heads": 1, "mid_attention": True}
+    for key, value in needed.items():
         if getattr(unet, key) != value:
             raise ValueError(
                 f"unet.{key}={getattr(unet, key)} has no place in the published layout, which needs {value}."

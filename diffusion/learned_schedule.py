@@ -23,8 +23,8 @@ from diffusion.schedules import Schedule
 
 NAME = "learned"  # as schedule.name, next to the fixed ones of `schedules.SCHEDULES`
 SUBTREE = "schedule"  # where the parameters lie, next to the modules of the network
-# How the logits are trained: by the bound's gradient, or by that of the loss's second moment.
-Inner = Literal["bound", "variance"]
+# How the logits are trained: by the bound's gradient, by that of the loss's second moment, or not at all.
+Inner = Literal["bound", "variance", "fixed"]
 # The part of γ_T − γ_1 that is divided evenly: no step vanishes, whatever the logits are.
 EVEN_SHARE = 0.01
 
@@ -139,31 +139,40 @@ def from_gamma(gamma_1: Float[ArrayLike, ""], steps: Float[ArrayLike, " steps"])
     )
 
 
+def with_fixed_inner(params: PyTree) -> PyTree:
+    """The params, the logits without a gradient: γ_1 and γ_T depend on them by rounding alone, which Adam enlarges."""
+    own = params[SUBTREE]
+    return params | {SUBTREE: own | {"logits": jax.lax.stop_gradient(own["logits"])}}
+
+
 def losses(
     losses_of: Callable[[PyTree, Schedule], tuple[Float[Array, " b"], PyTree]],
     params: PyTree,
-    t: Array,
+    rows_of: Callable[[PyTree], Schedule],
     inner: Inner,
 ) -> tuple[Float[Array, " b"], PyTree]:
-    """losses_of(params, rows of t), with the gradient that `inner` asks for.
+    """losses_of(params, rows_of(params)), with the gradient that `inner` asks for.
 
     "bound": all gradients are those of the losses. "variance": the logits get the gradient of the squared losses of
     t > 1 instead, which are the KL terms. Where the bound hardly depends on the logits, as for a large T, that
     minimises these losses' variance over t and ε, since E[L²] = Var L + (E L)². One backward pass serves both,
-    because ∂L²/∂row = 2L ∂L/∂row for each example. VDM, appendix H.
+    because ∂L²/∂row = 2L ∂L/∂row for each example. VDM, appendix H. "fixed": the logits get no gradient, so only the
+    two ends are learned. Whatever a row has of γ, also what the network is told, passes its gradient, as in VDM.
 
     Args:
         losses_of: (params, rows with leaves [B]) -> each example's loss, and further results without a gradient.
         params: the network's, with the schedule's under SUBTREE.
-        t: [B].
-        inner: "bound" or "variance".
+        rows_of: the same params -> the rows, with leaves [B]: of `schedule` at some t.
+        inner: "bound", "variance" or "fixed".
     """
-    own = params[SUBTREE]
     if inner == "bound":
-        return losses_of(params, schedule(own)[t])
-    ends = schedule(own | {"logits": jax.lax.stop_gradient(own["logits"])})
-    between = schedule(jax.lax.stop_gradient(own) | {"logits": own["logits"]})
-    return _with_squared_gradient(losses_of)(params, ends[t], between[t])
+        return losses_of(params, rows_of(params))
+    ends = rows_of(with_fixed_inner(params))
+    if inner == "fixed":
+        return losses_of(params, ends)
+    own = params[SUBTREE]
+    between = rows_of(params | {SUBTREE: jax.lax.stop_gradient(own) | {"logits": own["logits"]}})
+    return _with_squared_gradient(losses_of)(params, ends, between)
 
 
 def _with_squared_gradient(losses_of: Callable) -> Callable:

@@ -14,25 +14,25 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion import gaussian, process
-from diffusion.reverse import Denoise, Reverse
+from diffusion.reverse import DECODERS, Denoise, Reverse
 from diffusion.schedules import Schedule
 
 
 class Protocol(NamedTuple):
     """Choices of an evaluation that move its number though the model is the same.
 
-    decoder: (Gaussian, x, num_levels) -> log mass of each element's pixel value, in nats.
+    decoder: (Gaussian, x, num_levels) -> log mass of each element's pixel value, in nats; None for the model's own.
     decoder_cdf: which normal CDF that is, in words.
     images_multiple: only a multiple of so many images is scored, the remainder dropped.
     """
 
-    decoder: Callable[..., Array]
+    decoder: Callable[..., Array] | None
     decoder_cdf: str
     images_multiple: int
 
 
 PROTOCOLS: dict[str, Protocol] = {
-    "exact": Protocol(gaussian.discretized_log_prob, "exact", 1),
+    "exact": Protocol(None, "exact", 1),
     # What the original code of Ho et al. (2020) does: 9,984 of CIFAR-10's 10,000 test images.
     "ho2020": Protocol(gaussian.tanh_discretized_log_prob, "tanh approximation, masses clamped at 1e-12", 256),
 }
@@ -51,7 +51,7 @@ def vlb_term_bpd(
     output: Float[ArrayLike, "h w c_out"],
     num_levels: int = 256,
     clip_x0: bool = True,
-    decoder: Callable[..., Array] = gaussian.discretized_log_prob,
+    decoder: Callable[..., Array] | None = None,
 ) -> Float[ArrayLike, ""]:
     """One term of the bound for one image: L_0 at t = 1, L_{t−1} at t > 1, in bits/dim.
 
@@ -63,10 +63,10 @@ def vlb_term_bpd(
         output: the network's output for x_t, [h, w, p.output_channels(c)].
         num_levels: how many pixel values the decoder distinguishes.
         clip_x0: clip x̂_0 to [-1, 1]: on in evaluation, off in training (the clip has no gradient).
-        decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats.
+        decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats; None for that of `p`.
     """
     p_prev, _ = p(row, x_t, output, clip_x0)
-    decoder_nats = -decoder(p_prev, x0, num_levels)
+    decoder_nats = -(decoder or DECODERS[p.decoder])(p_prev, x0, num_levels)
     kl_nats = gaussian.kl(process.q_posterior(row, x0, x_t), p_prev)
     return bits_per_dim(jnp.where(row.t == 1, decoder_nats, kl_nats))
 
@@ -77,6 +77,22 @@ def prior_bpd(schedule: Schedule, x0: Float[ArrayLike, "h w c"]) -> Float[ArrayL
     return bits_per_dim(gaussian.kl(process.q_marginal(schedule[schedule.num_steps], x0), standard_normal))
 
 
+def bayes_decoder_bpd(
+    row: Schedule, x0: Float[ArrayLike, "h w c"], eps: Float[ArrayLike, "h w c"], num_levels: int = 256
+) -> Float[ArrayLike, ""]:
+    """L_0 of one image under the decoder "bayes", in bits/dim: it needs no network.
+
+    Args:
+        row: the schedule's row of t = 1.
+        x0: the image in [-1, 1], on its pixel values.
+        eps: the noise in x_1.
+        num_levels: how many pixel values there are.
+    """
+    # x_1/√ᾱ_1 = x_0 + ε/√SNR_1
+    likely = gaussian.Gaussian(x0 + jnp.exp(-0.5 * row.log_snr) * eps, jnp.full_like(x0, -row.log_snr))
+    return bits_per_dim(-gaussian.levels_log_prob(likely, x0, num_levels))
+
+
 # Something to know of one image at one t: (row, x0, x_t, eps, output) -> a tree of numbers.
 Measure = Callable[[Schedule, Array, Array, Array, Array], PyTree]
 
@@ -85,7 +101,7 @@ def term_and_x0_mse(
     p: Reverse,
     num_levels: int = 256,
     clip_x0: bool = True,
-    decoder: Callable[..., Array] = gaussian.discretized_log_prob,
+    decoder: Callable[..., Array] | None = None,
 ) -> Measure:
     """The bound's term in bits/dim, and the mean squared error of x̂_0 for data in [-1, 1].
 
@@ -108,7 +124,7 @@ def vlb_terms_bpd(
     keys: Key[Array, " b"],
     num_levels: int = 256,
     clip_x0: bool = True,
-    decoder: Callable[..., Array] = gaussian.discretized_log_prob,
+    decoder: Callable[..., Array] | None = None,
 ) -> tuple[Float[ArrayLike, "b steps"], Float[ArrayLike, "b steps"]]:
     """Every term of every image's bound, and the error of every x̂_0, for t = 1…T.
 
@@ -122,7 +138,7 @@ def vlb_terms_bpd(
         keys: one per image; ε is drawn from it and t, so a term does not depend on what it is batched with.
         num_levels: how many pixel values the decoder distinguishes.
         clip_x0: clip x̂_0 to [-1, 1].
-        decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats.
+        decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats; None for that of `p`.
 
     Returns:
         The terms [B, T] in bits/dim and the mean squared errors [B, T] of x̂_0 for data in [-1, 1]; entry t − 1 is
@@ -172,7 +188,7 @@ def log_weights_nats(
     keys: Key[Array, " b"],
     num_levels: int = 256,
     clip_x0: bool = True,
-    decoder: Callable[..., Array] = gaussian.discretized_log_prob,
+    decoder: Callable[..., Array] | None = None,
 ) -> Float[ArrayLike, " b"]:
     """log p_θ(x_{0:T})/q(x_{1:T} | x_0) of one trajectory x_{1:T} ~ q(x_{1:T} | x_0) for each image, in nats.
 
@@ -199,7 +215,7 @@ def log_weights_nats(
         p_prev, _ = p(row, x_t, output, clip_x0)
         posterior = process.q_posterior(row, x0, x_t)
         x_prev = posterior.sample(eps)
-        decoded = jnp.sum(decoder(p_prev, x0, num_levels))
+        decoded = jnp.sum((decoder or DECODERS[p.decoder])(p_prev, x0, num_levels))
         return x_prev, jnp.where(row.t == 1, decoded, log_ratio(x_prev, p_prev, posterior))
 
     def body(carry: tuple[Array, Array], row: Schedule):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from diffusion import likelihood
-from diffusion.parameterizations import x0_per_output
+from diffusion.parameterizations import weighted_error, x0_per_output
 from diffusion.reverse import Reverse
 from diffusion.schedules import Schedule
 
@@ -113,11 +113,34 @@ def hybrid(
     return loss
 
 
+def vdm(p: Reverse, num_steps: int, num_levels: int, weighting: Weighting) -> Objective:
+    """T − 1 times one KL term of t > 1, or the continuous-time loss at an instant between steps, in bits/dim.
+
+    For t uniform it is an unbiased estimate of the bound without the prior's and the decoder's term, which the train
+    step adds to every example. With the variance β̃_t the KL is a squared error, which subtracts no two means.
+    Kingma et al. (2021, VDM): eq. 14, (T − 1)/2 expm1(γ_t − γ_{t−1}) ‖ε − ε̂‖², or eq. 17, ½ γ' ‖ε − ε̂‖².
+    """
+
+    def loss(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Loss:
+        nats = weighted_error(p, row, x0, x_t, eps, output)
+        bpd = (num_steps - 1) * likelihood.bits_per_dim(nats)
+        return bpd, {"kl_bpd": bpd}
+
+    return loss
+
+
 OBJECTIVES = {
     "simple": simple,
     "vlb": vlb,
     "hybrid": hybrid,
+    "vdm": vdm,
+    "vdm_continuous": vdm,
 }
+
+# Those that estimate the bound, so that a schedule can be learned by them.
+BOUNDS = ("vlb", "vdm", "vdm_continuous")
+# Which t an objective is made for, one of `timesteps.TIMES`; for the others every t of 1…T.
+TIMES = {"vdm": "kl_terms", "vdm_continuous": "continuous"}
 
 
 def make(

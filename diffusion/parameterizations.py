@@ -34,10 +34,11 @@ def bound_weight(p: Reverse, row: Schedule) -> Float[ArrayLike, ""]:
 
     but without their subtractions, which would cost float32 most of its digits where SNR_t falls slowly.
     At t = 1, where SNR_0 = ∞, it is the weight for the width that the decoder has; the bound's term there is L_0.
+    At an instant of continuous time it is the weight per unit of t, ½ dγ/dt for ε, whatever the variance is.
 
     Args:
         p: a reverse process with a fixed variance.
-        row: the schedule's row of t.
+        row: the schedule's row of t, or an instant (`continuous_time.at`).
 
     Raises:
         ValueError: the variance is learned, so that the weight is the network's and not the schedule's.
@@ -45,6 +46,9 @@ def bound_weight(p: Reverse, row: Schedule) -> Float[ArrayLike, ""]:
     if p.learns_variance:
         fixed = ", ".join(name for name, variance in VARIANCES.items() if not variance.is_learned)
         raise ValueError(f"variance={p.variance!r} depends on the network, and so does the weight; take one of {fixed}")
+    if row.gamma_slope is not None:
+        # ½ dγ/dt SNR ‖x_0 − x̂_0‖²: Kingma et al. (2021, VDM), eqs. 16 and 17.
+        return 0.5 * row.gamma_slope * jnp.exp(row.log_snr) * x0_per_output(p, row) ** 2
     log_var = VARIANCES[p.variance].log_var(row, jnp.zeros_like(row.beta))
     return 0.5 * (row.posterior_x0 * x0_per_output(p, row)) ** 2 * jnp.exp(-log_var)
 

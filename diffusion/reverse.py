@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from diffusion import process
+from diffusion import gaussian, process
 from diffusion.gaussian import Gaussian
 from diffusion.schedules import Schedule
 
@@ -96,12 +96,22 @@ VARIANCES: dict[str, Variance] = {
 }
 
 
+# What p(x_0 | x_1) is: (Gaussian, x_0, num_levels) -> log mass of each element's pixel value, in nats.
+DECODERS: dict[str, Callable[..., Array]] = {
+    # The bins' mass of the Gaussian that the network gives: Ho et al. (2020), eq. 13.
+    "network": gaussian.discretized_log_prob,
+    # In proportion to q(x_1 | x_0), without the network: Kingma et al. (2021, VDM), section 3.3.
+    "bayes": gaussian.levels_log_prob,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Reverse:
     """p_θ(x_{t−1} | x_t) as a function of a row, x_t and the network's output."""
 
     prediction: str
     variance: str
+    decoder: str = "network"
 
     @property
     def learns_variance(self) -> bool:
@@ -162,17 +172,29 @@ class Reverse:
         if clip_x0:
             x0_hat = jnp.clip(x0_hat, -1.0, 1.0)
         mean = predicted if self.prediction == "mean" else process.q_posterior(row, x0_hat, x_t).mean
-        return Gaussian(mean, VARIANCES[self.variance].log_var(row, raw)), x0_hat
+        return self.decoding(row, x_t, Gaussian(mean, VARIANCES[self.variance].log_var(row, raw))), x0_hat
+
+    def decoding(self, row: Schedule, x_t: Float[ArrayLike, "*shape"], p_prev: Gaussian) -> Gaussian:
+        """p_prev for t > 1. At t = 1 the Gaussian that the decoder reads: "bayes" has one of its own.
+
+        q(x_1 | x_0) as a function of x_0 is in proportion to N(x_0; x_1/√ᾱ_1, (1 − ᾱ_1)/ᾱ_1).
+        """
+        if self.decoder == "network":
+            return p_prev
+        is_decoder = row.t == 1
+        mean = jnp.where(is_decoder, x_t / row.sqrt_alpha_bar, p_prev.mean)
+        return Gaussian(mean, jnp.where(is_decoder, -row.log_snr, p_prev.log_var))
 
 
-def make(prediction: str, variance: str) -> Reverse:
-    """The reverse process of a named prediction and a named variance.
+def make(prediction: str, variance: str, decoder: str = "network") -> Reverse:
+    """The reverse process of a named prediction, a named variance and a named decoder.
 
     Args:
         prediction: "eps", "x0", "v" or "mean".
         variance: "fixed_small" (β̃_t), "fixed_large" (β_t), "optimal" (σ*_t², estimated from data and the trained
             mean), "learned" (the network outputs log σ_t²) or "learned_range" (it outputs where between β̃_t and
             β_t, on a log scale).
+        decoder: "network" (p(x_0 | x_1) is what the network says, on bins) or "bayes" (in proportion to q(x_1 | x_0)).
 
     Raises:
         ValueError: an unknown name.
@@ -181,4 +203,6 @@ def make(prediction: str, variance: str) -> Reverse:
         raise ValueError(f"model.prediction={prediction!r} is not one of {', '.join(PREDICTIONS)}")
     if variance not in VARIANCES:
         raise ValueError(f"model.variance={variance!r} is not one of {', '.join(VARIANCES)}")
-    return Reverse(prediction, variance)
+    if decoder not in DECODERS:
+        raise ValueError(f"model.decoder={decoder!r} is not one of {', '.join(DECODERS)}")
+    return Reverse(prediction, variance, decoder)

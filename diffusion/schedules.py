@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+# Of a network that is conditioned on γ: the range of network_t, whose embedding is made for 1000 steps.
+GAMMA_SCALE = 1000.0
 # float32 [T + 1], or [] in a row; an array of JAX or of NumPy, or its shape.
 Table = Any
 
@@ -47,6 +49,8 @@ class Schedule:
     posterior_x_t: Table  # the coefficient of x_t in μ̃_t
     # E Var(x_0 | x_t) per dimension: of the data and not of the schedule, so None until `variances` estimated it.
     x0_variance: Table | None = None
+    # dγ/dt at an instant between two steps (`continuous_time.at`); None where a row is that of a step.
+    gamma_slope: Table | None = None
 
     @property
     def num_steps(self) -> int:
@@ -145,6 +149,22 @@ def cosine(num_steps: int | np.integer, offset: float = 0.008, max_beta: float =
     return from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
 
 
+def linear_gamma(num_steps: int | np.integer, gamma_min: float = -13.3, gamma_max: float = 5.0) -> Schedule:
+    """γ_t = −log SNR_t linear in t from γ_1 = `gamma_min` to γ_T = `gamma_max`; the ends are VDM's for 8-bit images.
+
+    Source: Kingma et al. (2021, VDM), whose γ starts so before it is trained.
+
+    Raises:
+        ValueError: gamma_min ≥ gamma_max, or T = 1.
+    """
+    if not gamma_min < gamma_max:
+        raise ValueError(f"linear_gamma: gamma_min={gamma_min} must be below gamma_max={gamma_max} (schedule.name)")
+    if _checked(num_steps) == 1:
+        raise ValueError("linear_gamma has two ends, so schedule.num_steps=1 must be at least 2")
+    log_alpha_bar = -np.logaddexp(0.0, np.linspace(gamma_min, gamma_max, num_steps))
+    return _tables(np.diff(log_alpha_bar, prepend=0.0), network_t=np.arange(num_steps))
+
+
 SCHEDULES = {
     "linear": linear,
     "cosine": cosine,
@@ -152,7 +172,22 @@ SCHEDULES = {
     "constant": constant,
     "warmup": warmup,
     "harmonic": harmonic,
+    "linear_gamma": linear_gamma,
 }
+
+
+def conditioned_on_gamma(schedule: Schedule, low: ArrayLike, high: ArrayLike) -> Schedule:
+    """The schedule with network_t = 1000 (γ_t − low)/(high − low), so that a network is told how noisy x_t is.
+
+    It is then the same network for every T. A learned γ_t passes its gradient through the network, too. Kingma et al.
+    (2021, VDM), whose program rescales γ by its ends before training and multiplies by 1000.
+
+    Args:
+        schedule: whose γ_T is finite.
+        low, high: γ_1 and γ_T of the schedule before training.
+    """
+    scaled = GAMMA_SCALE * (-schedule.log_snr - low) / (high - low)
+    return dataclasses.replace(schedule, network_t=jnp.where(schedule.t > 0, scaled, -1.0))
 
 
 def respace(schedule: Schedule, keep: Sequence[int] | ArrayLike) -> Schedule:

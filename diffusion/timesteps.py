@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, Real
 
 TICKETS = 2**30
+INSTANTS = 2**23
 
 
 class TimestepSampler(NamedTuple):
@@ -23,8 +24,8 @@ class TimestepSampler(NamedTuple):
     """
 
     init: Callable[[int], PyTree]
-    draw: Callable[[PyTree, Key[Array, ""], int, int], tuple[Int[Array, " b"], Float[Array, " b"]]]
-    update: Callable[[PyTree, Int[Array, " b"], Float[Array, " b"]], PyTree]
+    draw: Callable[[PyTree, Key[Array, ""], int, int], tuple[Real[Array, " b"], Float[Array, " b"]]]
+    update: Callable[[PyTree, Real[Array, " b"], Float[Array, " b"]], PyTree]
 
 
 def uniform() -> TimestepSampler:
@@ -121,4 +122,38 @@ def record(history: History, t: Int[Array, " b"], losses: Float[Array, " b"]) ->
     return History(written, history.counts + batch_counts)
 
 
+def kl_terms(sampler: TimestepSampler) -> TimestepSampler:
+    """t = 2…T drawn as `sampler` draws 1…T − 1: where the decoder's term, t = 1, is computed for every example."""
+
+    def draw(memory, key, batch_size, num_steps):
+        t, weight = sampler.draw(memory, key, batch_size, num_steps - 1)
+        return t + 1, weight
+
+    return TimestepSampler(
+        init=lambda num_steps: sampler.init(num_steps - 1),
+        draw=draw,
+        update=lambda memory, t, losses: sampler.update(memory, t - 1, losses),
+    )
+
+
+def continuous(sampler: TimestepSampler) -> TimestepSampler:
+    """Real t in (1, T), drawn as `sampler` draws INSTANTS integers. It must have no memory.
+
+    As many instants as float32 has numbers in [½, 1): a draw of float32 has no more.
+    """
+
+    def draw(memory, key, batch_size, num_steps):
+        number, weight = sampler.draw(memory, key, batch_size, INSTANTS)
+        return 1.0 + (num_steps - 1) * ((number.astype(jnp.float32) - 0.5) / INSTANTS), weight
+
+    return TimestepSampler(sampler.init, draw, sampler.update)
+
+
+def every_term(sampler: TimestepSampler) -> TimestepSampler:
+    """t = 1…T, the decoder's term being one of them: the sampler itself."""
+    return sampler
+
+
+# Which t there are to draw; see `objectives.TIMES`.
+TIMES = {"every_term": every_term, "kl_terms": kl_terms, "continuous": continuous}
 SAMPLERS = {"uniform": uniform, "low_discrepancy": low_discrepancy, "loss_aware": loss_aware}

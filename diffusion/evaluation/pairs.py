@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int, PyTree, Real
 
-from diffusion import guidance, likelihood
+from diffusion import continuous_time, guidance, likelihood
 from diffusion.data import Source
 from diffusion.data.levels import to_unit
 from diffusion.likelihood import Measure
@@ -24,8 +24,8 @@ PRECISION = "highest"
 class Pairs:
     """Measures (image, t) pairs of any images and any t, in batches, by one compiled program.
 
-    The ε of a pair depends only on the image's number in its split and on t, not on what else is in the batch. A model
-    that takes labels is given the image's own.
+    A real t is an instant of continuous time. The ε of a pair depends only on the image's number in its split and on
+    the step of t, not on what else is in the batch. A model that takes labels is given the image's own.
 
     Args:
         measure_of: model -> what is measured, for example `likelihood.term_and_x0_mse`.
@@ -53,7 +53,8 @@ class Pairs:
             x0 = to_unit(images[image], model.num_levels)
             keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), numbers[image])
             with jax.default_matmul_precision(PRECISION):
-                return likelihood.at_one_t(denoise, model.schedule[t], x0, keys, measure_of(model))
+                rows = continuous_time.rows(model.schedule, t)
+                return likelihood.at_one_t(denoise, rows, x0, keys, measure_of(model))
 
         self._batches = devices.over_batches(one_batch)
         self._batch_size, self._stop = batch_size, stop
@@ -63,7 +64,7 @@ class Pairs:
         model: Replicated,
         source: Source,
         numbers: Int[np.ndarray, " n"],
-        t: Int[np.ndarray, "n k"],
+        t: Real[np.ndarray, "n k"],
         wanted: Int[np.ndarray, " pairs"],
         desc: str,
     ) -> Measured:
@@ -83,7 +84,7 @@ class Pairs:
                     self._stop()
 
     def all(
-        self, model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], t: Int[np.ndarray, "n k"], desc: str
+        self, model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], t: Real[np.ndarray, "n k"], desc: str
     ) -> PyTree:
         """Measures every pair: a tree of float64 arrays [n, k, ...]."""
         found: list[PyTree] = []

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from diffusion import data, interop, learned_schedule, objectives, reverse
+from diffusion import data, interop, learned_schedule, objectives, reverse, schedules, timesteps
 from diffusion.evaluation import bound
 from diffusion.evaluation.features import Features
 from diffusion.experiment import config as config_lib
@@ -65,7 +65,7 @@ class Experiment:
         Raises:
             ValueError: the optimal variance is wanted, and nothing is known of it.
         """
-        p = self.p if variance == "model" else reverse.make(self.p.prediction, variance)
+        p = self.p if variance == "model" else dataclasses.replace(self.p, variance=variance)
         schedule = self.training.schedule_of(params)
         if variance == "optimal":
             if x0_variance is None:
@@ -142,14 +142,16 @@ def experiment(
     schedule, learned = rules.start_schedule(config)
     if learned is not None:
         learned_schedule.init(schedule)  # or its refusal would come with the first state
-    p = reverse.make(config.model.prediction, config.model.variance)
+    p = reverse.make(config.model.prediction, config.model.variance, config.model.decoder)
+    times = objectives.TIMES.get(names.parse(config.objective.name).name, "every_term")
     network = _network(config, image_shape, p.output_channels(image_shape[-1]), num_classes)
     published = _published(config, network, image_shape) if config.init_from else None
     training = Training(
         network=network,
         objective=_objective(config, p, num_levels),
-        timesteps=_chosen(config, "objective.timesteps")(),
-        schedule_of=learned_schedule.of_params if learned else lambda params: schedule,
+        timesteps=timesteps.TIMES[times](_chosen(config, "objective.timesteps")()),
+        times=times,
+        schedule_of=_schedule_of(config, schedule, learned),
         inner_schedule=learned.inner if learned else None,
         optimizer=_optimizer(config, learned),
         ema_decay=config.ema.decay,
@@ -234,6 +236,15 @@ def _network(
     return network
 
 
+def _schedule_of(config: ConfigDict, start: Schedule, learned: Learned | None) -> Callable[[PyTree], Schedule]:
+    """params -> the schedule, with what the network is conditioned on."""
+    of_params = learned_schedule.of_params if learned else lambda params: start
+    if config.model.conditioning == "t":
+        return of_params
+    low, high = -start.log_snr[1], -start.log_snr[-1]
+    return lambda params: schedules.conditioned_on_gamma(of_params(params), low, high)
+
+
 def _objective(config: ConfigDict, p: Reverse, num_levels: int) -> objectives.Objective:
     name, arguments = names.parse(config.objective.name)
     weighting = _chosen(config, "objective.weighting")(p)
@@ -247,17 +258,18 @@ def _optimizer(config: ConfigDict, learned: Learned | None) -> optax.GradientTra
     decoder what it has not learned yet.
     """
 
-    def make(learning_rate: float, warmup_steps: int) -> optax.GradientTransformation:
-        rule, decay = _chosen(config, "optim.name"), _chosen(config, "optim.decay")
+    def make(rule: Callable, learning_rate: float, warmup_steps: int) -> optax.GradientTransformation:
+        decay = _chosen(config, "optim.decay")
         return optimizer.make(rule, decay, learning_rate, config.train.num_steps, warmup_steps, config.optim.grad_clip)
 
     def group_of(params: PyTree) -> dict[str, str]:
         return {name: "schedule" if name == learned_schedule.SUBTREE else "network" for name in params}
 
-    network = make(config.optim.learning_rate, config.optim.warmup_steps)
+    network = make(_chosen(config, "optim.name"), config.optim.learning_rate, config.optim.warmup_steps)
     if learned is None:
         return network
-    schedule = make(learned.learning_rate, config.train.num_steps // 2)
+    # Adam even where the network has AdamW, whose decay would pull γ towards 0.
+    schedule = make(optimizer.adam, learned.learning_rate, config.train.num_steps // 2)
     return optax.partition({"network": network, "schedule": schedule}, group_of)
 
 

@@ -68,6 +68,8 @@ KEYS: dict[str, Constraint | Choice] = {
     "model.prediction": Choice(reverse.PREDICTIONS),
     # The optimal variance follows from a trained mean, so nothing is trained with it.
     "model.variance": Choice({name: v for name, v in reverse.VARIANCES.items() if name != "optimal"}),
+    "model.conditioning": Choice({"t": None, "gamma": None}),
+    "model.decoder": Choice(dict.fromkeys(reverse.DECODERS)),
     "model.conditional": FLAG,
     "model.label_dropout": number(0, 1 - 1e-12, "a number in [0, 1)"),
     "objective.name": Choice(objectives.OBJECTIVES, given=("p", "num_steps", "num_levels", "weighting")),

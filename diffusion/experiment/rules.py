@@ -27,6 +27,23 @@ class Facts(NamedTuple):
         return objectives.OBJECTIVES[names.parse(self.config.objective.name).name]
 
     @property
+    def is_bound(self) -> bool:
+        return names.parse(self.config.objective.name).name in objectives.BOUNDS
+
+    @property
+    def is_vdm(self) -> bool:
+        return self.objective is objectives.vdm
+
+    @property
+    def is_continuous(self) -> bool:
+        return objectives.TIMES.get(names.parse(self.config.objective.name).name) == "continuous"
+
+    @property
+    def gamma_ends(self) -> bool:
+        """Whether γ_T is finite, so that γ can be a network's input or an integral's variable."""
+        return bool(np.isfinite(self.schedule.log_snr[-1]))
+
+    @property
     def learns_variance(self) -> bool:
         return VARIANCES[self.config.model.variance].is_learned
 
@@ -68,7 +85,7 @@ RULES = (
         "use simple or vlb, or a learned variance",
     ),
     Rule(
-        lambda f: f.objective is objectives.vlb and f.has_weighting,
+        lambda f: f.is_bound and f.has_weighting,
         "objective.weighting={c.objective.weighting!r} weights the simple loss, which "
         "objective.name={c.objective.name!r} does not have; use none, or simple or hybrid",
     ),
@@ -78,14 +95,58 @@ RULES = (
         "model.prediction={c.model.prediction!r} says nothing of x_0; take another prediction or another schedule",
     ),
     Rule(
-        lambda f: f.learned is not None and f.objective is not objectives.vlb,
+        lambda f: f.learned is not None and not f.is_bound,
         "objective.name={c.objective.name!r} is no bound, so its best schedule is the one that is easiest to predict; "
-        "schedule.name={c.schedule.name!r} needs objective.name='vlb'",
+        "schedule.name={c.schedule.name!r} needs objective.name='vlb', 'vdm' or 'vdm_continuous'",
     ),
     Rule(
         lambda f: f.learned is not None and f.learned.inner == "variance" and f.is_loss_aware,
         "schedule.name={c.schedule.name!r} minimises the variance over uniform t, which "
         "objective.timesteps={c.objective.timesteps!r} does not draw; use uniform or low_discrepancy, or inner='bound'",
+    ),
+    Rule(
+        lambda f: f.is_continuous and f.learned is not None and f.learned.inner == "bound",
+        "objective.name={c.objective.name!r} does not depend on the schedule between its ends, which "
+        "schedule.name={c.schedule.name!r} would train by it; use inner='variance' or 'fixed'",
+    ),
+    Rule(
+        lambda f: f.is_continuous and f.is_loss_aware,
+        "objective.timesteps={c.objective.timesteps!r} remembers a loss for every t, and "
+        "objective.name={c.objective.name!r} draws real t; use uniform or low_discrepancy",
+    ),
+    Rule(
+        lambda f: f.is_vdm and f.config.model.decoder != "bayes",
+        "objective.name={c.objective.name!r} computes the decoder's term at every step, for which "
+        "model.decoder={c.model.decoder!r} would need the network a second time; use bayes",
+    ),
+    Rule(
+        lambda f: f.is_vdm and f.config.model.variance != "fixed_small",
+        "objective.name={c.objective.name!r} is the bound for model.variance='fixed_small', not for "
+        "model.variance={c.model.variance!r}",
+    ),
+    Rule(
+        lambda f: f.is_continuous and f.config.model.prediction == "mean",
+        "objective.name={c.objective.name!r} has steps of no length, in which model.prediction='mean' says nothing of "
+        "x_0; use eps, x0 or v",
+    ),
+    Rule(
+        lambda f: (f.is_vdm or f.config.model.conditioning == "gamma") and not f.gamma_ends,
+        "schedule.name={c.schedule.name!r} with schedule.num_steps={c.schedule.num_steps} ends with γ_T = ∞, which "
+        "objective.name={c.objective.name!r} with model.conditioning={c.model.conditioning!r} cannot use",
+    ),
+    Rule(
+        lambda f: f.is_vdm and f.config.schedule.num_steps < 2,
+        "objective.name={c.objective.name!r} needs a schedule with two ends, so "
+        "schedule.num_steps={c.schedule.num_steps} must be at least 2",
+    ),
+    Rule(
+        lambda f: f.config.model.decoder != "network" and f.config.eval.protocol != "exact",
+        "eval.protocol={c.eval.protocol!r} has a decoder of its own, which takes no model.decoder={c.model.decoder!r}",
+    ),
+    Rule(
+        lambda f: f.config.sample.guidance_interval and f.config.model.conditioning != "t",
+        "sample.guidance_interval={c.sample.guidance_interval} is in steps, of which a network with "
+        "model.conditioning={c.model.conditioning!r} is not told",
     ),
     Rule(
         lambda f: f.config.eval.terms_per_image >= f.config.schedule.num_steps,

@@ -82,7 +82,8 @@ class UNet(nn.Module):
       channel_mult: the width of each level, in units of `channels`; the map is halved between levels.
       num_res_blocks: residual blocks per level on the way down; there is one more per level on the way up.
       attention_resolutions: heights of the map at which every block is followed by attention. Attention
-        between the two blocks in the middle is always there.
+        between the two blocks in the middle is `mid_attention`'s.
+      mid_attention: whether there is attention between the two blocks in the middle.
       num_groups: groups of every group normalization.
       num_heads: heads of every attention; they share the channels out between them.
       dropout: probability with which an activation is dropped where dropout_keys are given.
@@ -102,6 +103,7 @@ class UNet(nn.Module):
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (16,)
+    mid_attention: bool = True
     num_groups: int = 32
     num_heads: int = 1
     dropout: float = 0.1
@@ -205,7 +207,8 @@ class UNet(nn.Module):
     @nn.nowrap
     def _middle(self, h: Array, block: Callable[..., Array]) -> Array:
         h = block(h, h.shape[-1], "mid_block_0")
-        h = Attention(self.num_groups, self.num_heads, self.dtype, name="mid_attention")(h)
+        if self.mid_attention:
+            h = Attention(self.num_groups, self.num_heads, self.dtype, name="mid_attention")(h)
         return block(h, h.shape[-1], "mid_block_1")
 
     @nn.nowrap

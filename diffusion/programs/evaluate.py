@@ -196,6 +196,7 @@ def protocol_of(experiment: Experiment, variance: str) -> dict[str, Any]:
         "variance": variance,
         "schedule": config.schedule.name,
         "num_steps": config.schedule.num_steps,
+        **({"decoder": config.model.decoder} if config.model.decoder != "network" else {}),
         **({"labels": "given"} if config.model.conditional else {}),
         "estimator": f"{few} terms per image: t = 1 and two samples of {few // 2}" if few else "every term",
         "draws_per_term": 1,

@@ -235,7 +235,8 @@ def monitor(
         num_steps: T.
     """
     t_key, examples_key = jax.random.split(randomness.stream(seed, "monitor"))
-    t = timesteps.evenly_spaced(t_key, len(numbers), num_steps)
+    sampler = timesteps.TIMES[training.times](timesteps.low_discrepancy())
+    t, _ = sampler.draw((), t_key, len(numbers), num_steps)
     t = np.random.RandomState(0).permutation(np.asarray(t))  # images sorted by class must not meet t in order
 
     def one_batch(params, items):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Real, UInt8
 
-from diffusion import learned_schedule, likelihood, process
+from diffusion import continuous_time, learned_schedule, likelihood, process
 from diffusion.data.levels import to_unit
 from diffusion.guidance import NO_LABEL
 from diffusion.objectives import Objective
@@ -52,6 +52,8 @@ class Training:
         num_levels: how many pixel values the data have.
         batch_size: images per step, over all devices.
         flip: whether half of the images are mirrored.
+        times: which t `timesteps` draws, one of `timesteps.TIMES`. But for "every_term" the decoder's term of the bound
+            is not among them, and is computed for every example.
         conditional: whether the network is given the images' labels.
         label_dropout: the part of the examples whose label the network is not given.
         log_every: after how many steps `state.window` starts again from zero.
@@ -71,6 +73,7 @@ class Training:
     batch_size: int
     flip: bool
     log_every: int
+    times: str = "every_term"
     conditional: bool = False
     label_dropout: float = 0.0
     skip_nonfinite: bool = False
@@ -97,7 +100,7 @@ def initial_state(training: Training, params: PyTree, image_shape: tuple[int, in
 def losses(
     training: Training,
     params: PyTree,
-    t: Int[Array, " b"],
+    t: Real[Array, " b"],
     keys: Key[Array, " b"],
     x0: Float[Array, "b h w c"],
     dropout: bool,
@@ -105,6 +108,7 @@ def losses(
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """Each example's loss and its parts, for given t; ε and dropout come from each example's own key.
 
+    Real t are instants of continuous time.
     `labels` are those that the network is given, None for one that takes none.
 
     A learned schedule answers for the prior's term of the bound, too, which no network can change.
@@ -119,18 +123,37 @@ def losses(
         output = training.network.apply({"params": params}, x_t, row.network_t, own_keys, **given)
         return jax.vmap(training.objective)(row, x0, x_t, eps, output)
 
-    schedule = training.schedule_of(params)
+    def rows_of(params: PyTree) -> Schedule:
+        return continuous_time.rows(training.schedule_of(params), t)
+
     if training.inner_schedule is None:
-        return losses_at(params, schedule[t])
-    loss, parts = learned_schedule.losses(losses_at, params, t, training.inner_schedule)
-    prior = jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)
-    return loss + prior, parts | {"prior_bpd": prior}
+        loss, parts = losses_at(params, rows_of(params))
+        ends, schedule = {}, training.schedule_of(params)
+    else:
+        loss, parts = learned_schedule.losses(losses_at, params, rows_of, training.inner_schedule)
+        schedule = training.schedule_of(learned_schedule.with_fixed_inner(params))
+        ends = {"prior_bpd": jax.vmap(lambda image: likelihood.prior_bpd(schedule, image))(x0)}
+    if training.times != "every_term":
+        ends["decoder_bpd"] = _decoder_bpd(schedule[1], keys, x0, training.num_levels)
+    return sum(ends.values(), loss), parts | ends
+
+
+def _decoder_bpd(
+    row: Schedule, keys: Key[Array, " b"], x0: Float[Array, "b h w c"], num_levels: int
+) -> Float[Array, " b"]:
+    """The decoder's term of each example, with noise of its own. Only the decoder "bayes" needs no network for it."""
+
+    def one(key: Key[Array, ""], image: Array) -> Array:
+        eps = jax.random.normal(jax.random.fold_in(key, 1), image.shape)
+        return likelihood.bayes_decoder_bpd(row, image, eps, num_levels)
+
+    return jax.vmap(one)(keys, x0)
 
 
 def gradients(
     training: Training,
     params: PyTree,
-    t: Int[Array, " b"],
+    t: Real[Array, " b"],
     weight: Float[Array, " b"],
     keys: Key[Array, " b"],
     x0: Float[Array, "b h w c"],

@@ -23,6 +23,9 @@ SETS = {
     "cifar10_conditional": Description("cifar10", 50_000, 10_000, (32, 32, 3), 256, 10),
     "cifar10_small": Description("cifar10", 50_000, 10_000, (32, 32, 3), 256, 10),
     "digits_conditional": Description("digits", 1498, 299, (8, 8, 1), 17, 10),
+    "digits_vdm": Description("digits", 1498, 299, (8, 8, 1), 17, 10),
+    "vdm_cifar10": Description("cifar10", 50_000, 10_000, (32, 32, 3), 256, 10),
+    "vdm_imagenet32": Description("downsampled_imagenet/32x32", 1_281_149, 49_999, (32, 32, 3), 256, 0),
     "mnist": Description("mnist", 60_000, 10_000, (32, 32, 1), 256, 10),
 }
 

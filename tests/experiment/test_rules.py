@@ -32,6 +32,7 @@ def refusal(**keys):
     return str(error.value)
 
 
+VDM = {"model__decoder": "bayes", "model__variance": "fixed_small"}
 # For each rule a config that breaks it and no other.
 BREAKING = (
     {"model__variance": "learned"},
@@ -43,6 +44,21 @@ BREAKING = (
         "schedule__name": "learned(inner='variance')",
         "objective__name": "vlb",
         "objective__timesteps": "loss_aware(history_length=5)",
+    },
+    {"schedule__name": "learned(start='linear_gamma')", "objective__name": "vdm_continuous"} | VDM,
+    {"objective__timesteps": "loss_aware(history_length=5)", "objective__name": "vdm_continuous"} | VDM,
+    {"objective__name": "vdm", "model__variance": "fixed_small"},
+    {"objective__name": "vdm", "model__decoder": "bayes"},
+    {"objective__name": "vdm_continuous", "model__prediction": "mean"} | VDM,
+    {"schedule__name": "harmonic", "model__prediction": "x0", "model__conditioning": "gamma"},
+    {"objective__name": "vdm", "schedule__num_steps": 1, "schedule__name": "cosine"} | VDM,
+    {"eval__protocol": "ho2020", "model__decoder": "bayes"},
+    {
+        "sample__guidance_interval": (10, 500),
+        "model__conditioning": "gamma",
+        "sample__guidance": 1.5,
+        "model__conditional": True,
+        "model__label_dropout": 0.1,
     },
     {"eval__terms_per_image": 11, "schedule__num_steps": 11, "model__prediction": "x0", "schedule__name": "cosine"},
     {"sample__method": "heun", "sample__variance": "optimal"},

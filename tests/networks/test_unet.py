@@ -70,6 +70,14 @@ def test_attention_follows_every_block_at_16x16_and_sits_in_the_middle():
     }  # fmt: skip
 
 
+def test_a_network_may_have_attention_only_in_the_middle_or_none():
+    straight = TINY.copy(channel_mult=(1,), attention_resolutions=())
+    for mid_attention, found in ((True, {"mid_attention"}), (False, set())):
+        modules = param_shapes(straight.copy(mid_attention=mid_attention), (8, 8, 1)).keys()
+        assert {name for name in modules if "attention" in name} == found
+        assert not [name for name in modules if "sample" in name]
+
+
 def test_initial_output_and_residual_branches_are_nearly_but_not_exactly_zero():
     x, network_t = inputs()
     params = jax.jit(TINY.init)(random_key(0), x, network_t)["params"]

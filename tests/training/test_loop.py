@@ -180,8 +180,8 @@ def test_what_the_draw_of_t_remembers_passes_from_step_to_step_of_a_call(run, tm
 
 def test_a_bad_update_inside_a_call_is_left_out_alone(run, tmp_path, monkeypatch):
     # The monitored loss is of the poisoned t as well, so it is told another one.
-    other_t = SimpleNamespace(evenly_spaced=lambda key, n, num_steps: np.full(n, 20))
-    monkeypatch.setattr(loop, "timesteps", other_t)
+    other_t = SimpleNamespace(draw=lambda memory, key, n, num_steps: (np.full(n, 20), np.ones(n)))
+    monkeypatch.setattr(loop.timesteps, "low_discrepancy", lambda: other_t)
     keys = {"train__skip_nonfinite": 20, "model__network": "layer(poison=7.0)"}
     state = assert_calls_of_four_are_single_steps(run, tmp_path, **keys)
     assert 2 <= state.window["skipped"] <= 18

@@ -1,0 +1,85 @@
+"""Time between the steps of a schedule, and T → ∞: the bound of Kingma et al. (2021, VDM) without discretization.
+
+Between t − 1 and t, γ = −log SNR is linear in t. So a schedule's T entries are the knots of a curve, which is what a
+finer schedule is read from (`resampled`), and whose instants (`at`) the continuous-time bound is an integral over:
+
+    L_∞ = ½ ∫_1^T dγ/dt E‖ε − ε̂‖² dt                                                                VDM, eq. 17
+
+The knot γ_1 is VDM's γ(0), and our T is one more than theirs: their z_0 is our x_1.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Real
+
+from diffusion import process
+from diffusion.learned_schedule import from_gamma
+from diffusion.schedules import Schedule
+
+
+def rows(schedule: Schedule, t: Real[Array, "*b"]) -> Schedule:
+    """The rows of t: those of steps, `schedule[t]`, for integers; instants for real numbers."""
+    return at(schedule, t) if jnp.issubdtype(t.dtype, jnp.floating) else schedule[t]
+
+
+def at(schedule: Schedule, t: Real[Array, "*b"]) -> Schedule:
+    """The rows of the instants t in [1, T], as of infinitely short steps that end there; differentiable in γ.
+
+    β, β̃ and the coefficient of x_0 in μ̃ are 0, as in this limit. `gamma_slope` is dγ/dt, `t` the step that the
+    instant belongs to, and `network_t` is linear between the table's entries.
+    """
+    step_number = jnp.clip(jnp.ceil(t).astype(jnp.int32), 2, schedule.num_steps)
+    back = step_number.astype(t.dtype) - t  # how much of the step is still to come
+    row, before = schedule[step_number], schedule[step_number - 1]
+    # Not the difference of two γ, which would cancel: see `process.gamma_step`.
+    slope = jax.vmap(process.gamma_step)(row) if t.ndim else process.gamma_step(row)
+    gamma = -row.log_snr - back * slope
+    log_alpha_bar, log_one_minus_alpha_bar = -jax.nn.softplus(gamma), -jax.nn.softplus(-gamma)
+    zero, minus_infinity = jnp.zeros_like(gamma), jnp.full_like(gamma, -jnp.inf)
+    return Schedule(
+        t=step_number,
+        network_t=row.network_t - back * (row.network_t - before.network_t),
+        beta=zero,
+        log_beta=minus_infinity,
+        log_alpha=zero,
+        alpha_bar=jnp.exp(log_alpha_bar),
+        alpha_bar_prev=jnp.exp(log_alpha_bar),
+        sqrt_alpha_bar=jnp.exp(0.5 * log_alpha_bar),
+        sqrt_one_minus_alpha_bar=jnp.exp(0.5 * log_one_minus_alpha_bar),
+        log_one_minus_alpha_bar=log_one_minus_alpha_bar,
+        log_snr=-gamma,
+        beta_tilde=zero,
+        log_beta_tilde=minus_infinity,
+        log_beta_large=minus_infinity,
+        posterior_x0=zero,
+        posterior_x_t=zero + 1,
+        gamma_slope=slope,
+    )
+
+
+def resampled(schedule: Schedule, num_steps: int) -> Schedule:
+    """The process with `num_steps` latents at equal distances of t on the same curve, with the same two ends.
+
+    `network_t` is interpolated as γ is. So a network that is conditioned on γ, or was trained in continuous time, has
+    a bound for every T.
+
+    Args:
+        schedule: concrete (not traced), T ≥ 2, γ_T finite.
+        num_steps: at least 2.
+
+    Raises:
+        ValueError: num_steps < 2.
+    """
+    if num_steps < 2:
+        raise ValueError(f"a schedule with two ends has at least 2 steps, not {num_steps}")
+    steps = np.asarray(jax.vmap(process.gamma_step)(schedule[2:]), np.float64)
+    passed = np.concatenate([[0.0], np.cumsum(steps)])  # γ_t − γ_1
+    where = np.linspace(0, len(steps), num_steps)
+    fine = np.diff(np.interp(where, np.arange(len(passed)), passed)).astype(np.float32)
+    numbers = np.asarray(schedule.network_t, np.float64)[1:]
+    network_t = np.concatenate([[-1.0], np.interp(where, np.arange(len(passed)), numbers)])
+    found = from_gamma(-schedule.log_snr[1], jnp.asarray(fine))
+    return dataclasses.replace(found, network_t=jnp.asarray(network_t, jnp.float32))

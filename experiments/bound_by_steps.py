@@ -1,0 +1,141 @@
+"""The bound of one trained network for T = 10 … ∞: one curve γ, divided into more and more steps.
+
+    python -m experiments.bound_by_steps --workdir=runs/digits_vdm [--T=10,100,1000,10000,inf] [--points=16]
+
+For a network that is conditioned on γ, of which a schedule of any T can be asked (docs/vdm.md). Each test image takes
+`points` evenly spaced u in [0, 1] with a random offset, the same for every T, so differences between T are paired:
+for a finite T the term of the step that u falls into, for inf the continuous-time loss at u. x̂_0 is clipped, as in
+every evaluation here. Leaves bound_by_steps.json and .md in the working directory.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from diffusion import continuous_time, likelihood, parameterizations
+from diffusion.data import Source
+from diffusion.evaluation.images import subset
+from diffusion.evaluation.pairs import Pairs
+from diffusion.experiment import build, workdir
+from diffusion.likelihood import Measure
+from diffusion.model import Model
+from diffusion.reporting import summary
+from diffusion.schedules import Schedule
+from diffusion.training import devices
+
+FILE = "bound_by_steps"
+
+
+def main() -> None:
+    """The command; what is wrong with its input prints a one-line error, with exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="of a trained run")
+    parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
+    parser.add_argument("--T", default="10,100,1000,10000,inf", help="numbers of steps, with commas between them")
+    parser.add_argument("--points", type=int, default=16, help="KL terms of each image")
+    parser.add_argument("--num-images", type=int, default=0, help="of the test set; 0: all")
+    arguments = parser.parse_args()
+    try:
+        run(arguments.workdir, arguments.checkpoint, arguments.T.split(","), arguments.points, arguments.num_images)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def run(directory: Path, checkpoint: str, names: list[str], points: int, num_images: int) -> None:
+    """Scores every T; prints and saves the results."""
+    steps = {name: None if name == "inf" else int(name) for name in names}
+    loaded = workdir.load(directory, checkpoint)
+    model, config = loaded.model, loaded.experiment.config
+    check(model, config.model.conditioning)
+    test_set = build.load_data(config, "test")
+    numbers = subset(len(test_set), num_images or len(test_set))
+    settings = {"seed": config.seed, "batch_size": config.eval.batch_size}
+    bpd = {name: image_bpd(model, count, test_set, numbers, points, settings) for name, count in steps.items()}
+    rows = [row(name, bpd[name], bpd[names[-1]]) for name in names]
+    described = {"step": int(loaded.state.step), "images": len(numbers), "points": points, "seed": config.seed}
+    summary.write_json(directory / f"{FILE}.json", described | {"device": summary.device_name(), "rows": rows})
+    text = markdown(rows, names[-1], described)
+    (directory / f"{FILE}.md").write_text(text)
+    print(text)
+
+
+def check(model: Model, conditioning: str) -> None:
+    """Raises a ValueError for a model that has no bound for every T."""
+    if conditioning != "gamma":
+        raise ValueError(f"model.conditioning={conditioning!r} knows its own T alone; this needs gamma")
+    if model.p.variance != "fixed_small" or model.p.decoder != "bayes":
+        raise ValueError(
+            f"model.variance={model.p.variance!r} and model.decoder={model.p.decoder!r} have no limit T → ∞; this "
+            "needs fixed_small and bayes"
+        )
+
+
+def image_bpd(
+    model: Model, num_steps: int | None, test_set: Source, numbers: np.ndarray, points: int, settings: dict
+) -> Float[np.ndarray, " n"]:
+    """An unbiased estimate of each image's bound with that many steps; None for T → ∞."""
+    if num_steps is not None:
+        model = dataclasses.replace(model, schedule=continuous_time.resampled(model.schedule, num_steps))
+    num_terms = model.schedule.num_steps - 1
+    offsets = np.random.RandomState(settings["seed"]).uniform(size=(len(numbers), 1))
+    u = (offsets + np.arange(points)) / points
+    whole = 1 + np.ceil(u * num_terms).clip(1, num_terms).astype(np.int32)
+    t = (1 + u * num_terms).astype(np.float32) if num_steps is None else whole
+    pairs, replicated = Pairs(measure_of, **settings), devices.replicate(model)
+    terms = pairs.all(replicated, test_set, numbers, t, f"T = {num_steps or '∞'}")
+    ends = pairs.all(replicated, test_set, numbers, np.ones((len(numbers), 1), np.int32), "ends")
+    return ends.sum(axis=1) + num_terms * terms.mean(axis=1)
+
+
+def measure_of(model: Model) -> Measure:
+    """The KL term of t > 1, the continuous-time loss of an instant, the decoder's and prior's terms of t = 1."""
+    of_x0 = dataclasses.replace(model.p, prediction="x0")
+
+    def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Array:
+        _, x0_hat = model.p(row, x_t, output)
+        # As a distance of x̂_0, because the two means of a KL agree to more digits than float32 has where T is large.
+        kl = likelihood.bits_per_dim(parameterizations.bound_weight(of_x0, row) * (x0 - x0_hat) ** 2)
+        decoder = likelihood.bayes_decoder_bpd(row, x0, eps, model.num_levels)
+        return jnp.where(row.t == 1, decoder + likelihood.prior_bpd(model.schedule, x0), kl)
+
+    return measure
+
+
+def row(name: str, bpd: np.ndarray, last: np.ndarray) -> dict[str, float | str]:
+    """Mean over images and its standard error; the difference to the last T is paired."""
+
+    def stderr(values: np.ndarray) -> float:
+        return float(values.std(ddof=1) / len(values) ** 0.5)
+
+    difference = bpd - last
+    return {
+        "T": name,
+        "test_bpd": float(bpd.mean()),
+        "test_bpd_stderr": stderr(bpd),
+        "less_last": float(difference.mean()),
+        "less_last_stderr": stderr(difference),
+    }
+
+
+def markdown(rows: list[dict], last: str, described: dict) -> str:
+    """The table."""
+    lines = [
+        f"# Bits/dim by the number of steps: step {described['step']}, {described['images']} test images",
+        "",
+        f"Mean ± standard error over images, {described['points']} KL terms of each; differences are paired.",
+        "",
+        f"| T | bits/dim | less T = {last} |",
+        "|---|---|---|",
+    ]
+    for found in rows:
+        less = f"{found['less_last']:+.4f} ± {found['less_last_stderr']:.4f}" if found["T"] != last else "–"
+        lines.append(f"| {found['T']} | {found['test_bpd']:.4f} ± {found['test_bpd_stderr']:.4f} | {less} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
