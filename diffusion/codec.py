@@ -114,12 +114,14 @@ class Codec:
         precision: of the grid.
 
     Raises:
-        ValueError: the model takes labels.
+        ValueError: the model takes labels, or its decoder is not the Gaussian's mass on bins.
     """
 
     def __init__(self, model: Model, image_shape: tuple[int, int, int], batch_size: int, precision: int):
         if model.takes_labels:
             raise ValueError("a network that takes labels is no density of images; close over them with `guidance`")
+        if model.p.decoder != "network":
+            raise ValueError(f"no code of pixel values for model.decoder={model.p.decoder!r}; train with network")
         self._grid, self._num_levels = grid(jax.device_get(model.schedule), precision), model.num_levels
         self._shape, self._batch_size = image_shape, batch_size
         self._reverse = functools.partial(jax.jit(_reverse), jax.device_put(model))

@@ -114,3 +114,6 @@ def test_what_cannot_be_coded_is_refused():
     broken = Codec(Model(lambda x_t, t: x_t * jnp.nan, p, schedule), SHAPE, 2, precision=3)
     with pytest.raises(ArithmeticError, match="at t = 1 is NaN"):
         broken.encode(normal_images(1))
+    bayes = Model(lambda x_t, t: x_t, reverse.make("x0", "fixed_small", decoder="bayes"), schedule)
+    with pytest.raises(ValueError, match="model.decoder='bayes'"):
+        Codec(bayes, SHAPE, 2, precision=3)
