@@ -2,7 +2,7 @@
 
     python -m benchmarks.sampling                                        # 256 images, T = 1000 (on a GPU)
     python -m benchmarks.sampling --size=small --num-images=4 --num-steps=5     # the same on a CPU
-    python -m benchmarks.sampling --quality=runs/digits                  # steps against error, of a trained model
+    python -m benchmarks.sampling --quality=runs/digits_fixed                  # steps against error, of a trained model
 
 Speed: the whole chain of our ancestral sampler is one compiled program; the peer is diffusers' DDPMPipeline with the
 same weights, as it comes. Quality: DDIM, DPM-Solver++ and Heun solve one ODE, so that from the same noise they all end

@@ -1,9 +1,9 @@
-"""The base of the studies: the demo with a fixed noise schedule and half of its steps.
+"""The base of the studies: the demo with a fixed noise schedule and 1,000 steps.
 
     python main.py --config=configs/digits_fixed.py --workdir=runs/digits_fixed
 
 Data     scikit-learn's, prepared on first use
-Cost     703,362 parameters; 1,000 steps of 32 images: two to three minutes with sampling and scoring, on 2 CPU cores
+Cost     703,362 parameters; 1,000 steps of 32 images: two minutes with sampling and scoring, on 2 CPU cores
 Expect   2.0 bits/dim on the 299 held-out images, and digits that can be recognised
 
 v-prediction and few steps (T = 50) learn fastest: after 1,500 steps of 32 images they reach 1.92 bits/dim, while

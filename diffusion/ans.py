@@ -50,8 +50,14 @@ class Stack:
     def push_inside(
         self, integers: Int[np.ndarray, " n"], mean: Float[np.ndarray, " n"], std: float, window: int
     ) -> None:
-        """The inverse of `pop_inside`."""
+        """The inverse of `pop_inside`.
+
+        Raises:
+            ArithmeticError: an integer is none that `pop_inside` can return.
+        """
         centre = _centre(mean)
+        if np.abs(integers - centre).max(initial=0) > window:
+            raise ArithmeticError("a latent lies where no latent of this code can be")
         self._push_gaussian(integers - centre, _gaussian(-window, window), mean - centre, np.full(len(mean), std))
 
     def pop_inside(self, mean: Float[np.ndarray, " n"], std: float, window: int) -> Int[np.ndarray, " n"]:
@@ -66,7 +72,7 @@ class Stack:
         """Integers under rounded N(mean, std²), wherever they are.
 
         An integer outside the window is written as the end of the window and its distance from there, so it costs at
-        most 24 bits and about twice the logarithm of the distance.
+        most 24 bits, 4.6 for the number of the distance's binary digits, and those digits.
 
         Raises:
             ArithmeticError: an integer is beyond ±MAX_INTEGER.
@@ -119,7 +125,7 @@ class Stack:
         return int(self._pop_sized(np.array([size]))[0]) if size > 1 else 0
 
     def _push_excess(self, excess: Int[np.ndarray, " n"]) -> None:
-        """Numbers ≥ 0: how many binary digits excess + 1 has, and those after the first (Elias 1975, γ)."""
+        """Numbers ≥ 0: how many binary digits excess + 1 has, and those after the first."""
         digits = np.frexp(excess + 1)[1]
         first = 1 << (digits - 1)
         has_more = digits > 1

@@ -184,7 +184,9 @@ class Codec:
     def fingerprint(self) -> bytes:
         """A digest, bit by bit, of what the network says of a fixed input, and of the grid."""
         probe = np.random.default_rng(0).standard_normal((self._batch_size, *self._shape), np.float32)
-        digest = hashlib.sha256(self._grid.spacing)
+        digest = hashlib.sha256()
+        for table in (self._grid.spacing, self._grid.sqrt_alpha, self._grid.sqrt_beta):
+            digest.update(table)
         for t in sorted({1, (self._grid.num_steps + 1) // 2, self._grid.num_steps}):
             for part in self._reverse(probe, np.int32(t)):
                 digest.update(np.asarray(part))
@@ -201,10 +203,13 @@ class Codec:
     def _supply(self) -> int:
         """Words of random bits that suffice for any group; the message has only those that were used.
 
-        Before any of it is paid for, the entropy of x_t given x_0 is on loan.
+        When x_t is popped, x_{t−1} is not pushed yet: the entropies of x_{t−1} given x_0 and of x_t given x_{t−1} are
+        on loan, whatever of it was paid for.
         """
-        std_steps = self._grid.marginal_std[1:] / self._grid.spacing[1:]
-        bits_per_dim = np.log2(math.sqrt(2 * math.pi * math.e) * std_steps).max()
+        spacing = self._grid.spacing[1:]
+        of_step = _entropy_bits(self._grid.sqrt_beta[1:] / spacing)
+        before = np.append(0.0, _entropy_bits(self._grid.marginal_std[1:] / spacing)[:-1])
+        bits_per_dim = (before + of_step).max()
         return 1000 + math.ceil(1.1 * self._batch_size * math.prod(self._shape) * bits_per_dim / WORD_BITS)
 
     def _push_images(self, stack: Stack, images: UInt8[np.ndarray, "n h w c"]) -> None:
@@ -260,6 +265,11 @@ def _reverse(model: Model, x_t: Float[Array, "b h w c"], t: Int[Array, ""]) -> t
         output = model.denoise(x_t, jnp.full(len(x_t), row.network_t))
         p, _ = jax.vmap(model.p, in_axes=(None, 0, 0))(row, x_t, output)
     return p.mean, jnp.exp(0.5 * p.log_var)
+
+
+def _entropy_bits(std: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+    """That of a Gaussian on the integers."""
+    return np.log2(math.sqrt(2 * math.pi * math.e) * std)
 
 
 def _window(std: float) -> int:

@@ -20,7 +20,7 @@ PAPERS = [("simple", "fixed_small"), ("simple", "fixed_large"), ("hybrid", "lear
 # What did best on the digits, with the features that tell neighbouring values of 256 apart.
 OWN = {
     "model.prediction": "v",
-    "schedule.name": "learned(start='cosine')",
+    "schedule.name": "learned(start='cosine', inner='variance')",
     "objective.timesteps": "low_discrepancy",
     "unet.fourier_features": "(5, 6, 7, 8)",
 }
@@ -40,8 +40,12 @@ def _keys(objective: str, variance: str) -> dict[str, str]:
 
 def account(directory: Path) -> None:
     """Every term of some test images under every variance, unless the run's folder has the table."""
-    if not (directory / f"{variance_accounting.FILE}.csv").exists():
+    if not _is_accounted(directory):
         variance_accounting.run(directory, NUM_FULL, num_train=NUM_FOR_OPTIMAL)
+
+
+def _is_accounted(directory: Path) -> bool:
+    return (directory / f"{variance_accounting.FILE}.csv").exists()
 
 
 def accounting(directories: list[Path]) -> str:
@@ -82,9 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     if code or arguments.list or arguments.index is not None:
         return code
     directories = [arguments.workdir / cell.name for cell in cells(extra)]
-    for directory in directories:
-        account(directory)
-    text = accounting(directories)
+    if not arguments.report:
+        for directory in directories:
+            account(directory)
+    text = accounting([directory for directory in directories if _is_accounted(directory)])
     (arguments.workdir / "accounting.md").write_text(text)
     print(text)
     return 0

@@ -86,6 +86,16 @@ def test_random_bits_are_few_and_do_not_matter():
     assert sum(sizes) == 40 and sizes[0] == 2 and max(sizes) > 4
 
 
+@pytest.mark.parametrize(("precision", "make"), [(3, schedules.linear), (10, schedules.cosine)])
+def test_the_random_bits_suffice_for_one_large_image(precision, make):
+    """One image of many pixels has no others whose bits it could take, and two latents on loan at once."""
+    shape, p, schedule = (64, 64, 3), reverse.make("x0", "learned"), make(60)
+    data = oracles.normal(jnp.full(shape, 0.1), jnp.full(shape, 0.25))
+    codec = Codec(Model(data.denoiser(p, schedule), p, schedule), shape, 1, precision)
+    image = np.random.default_rng(0).integers(0, 256, (1, *shape)).astype(np.uint8)
+    np.testing.assert_array_equal(codec.decode(codec.encode(image), 1), image)
+
+
 def test_each_latent_lies_on_a_grid_finer_than_both_of_its_gaussians():
     schedule = schedules.cosine(10)
     steps = grid(jax.device_get(schedule), 4)

@@ -1,6 +1,7 @@
 """Images out of files, with the very pixel values that are in them: .npy, .npz, or a folder of pictures."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from diffusion.data.folder import decoding, listing
+
+_ORIENTATION = 0x0112  # the EXIF tag that says how a picture is turned; 1: not at all
 
 
 def read(path: Path, image_shape: tuple[int, int, int], num_levels: int) -> UInt8[np.ndarray, "n h w c"]:
@@ -44,11 +47,14 @@ def _array(path: Path) -> np.ndarray:
             return loaded
         with loaded:
             name = "images" if "images" in loaded or len(loaded.files) != 1 else loaded.files[0]
-            return loaded[name]
+            array = loaded[name]
     except KeyError as error:
         raise ValueError(f"{path} has several arrays and none is called images") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is neither an .npy or .npz file nor a folder, or it is damaged") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is a .zip file without NumPy arrays")
+    return array
 
 
 def _pictures(folder: Path, image_shape: tuple[int, int, int]) -> UInt8[np.ndarray, "n h w c"]:
@@ -65,13 +71,17 @@ def _picture(path: Path, target: decoding.Target) -> UInt8[np.ndarray, "h w c"]:
     try:
         with Image.open(path, formats=decoding.FORMATS) as picture:
             size, mode = picture.size, picture.mode
+            is_changed_by_decoding = picture.has_transparency_data or picture.getexif().get(_ORIENTATION, 1) != 1
+        if is_changed_by_decoding:
+            raise ValueError(f"{path} is transparent or turned by its EXIF tag; save it as it should be seen")
         wanted = decoding.MODES[target.channels]
-        if size != (target.width, target.height) or mode not in (wanted, "P"):
+        modes = (wanted, "P") if wanted == "RGB" else (wanted,)
+        if size != (target.width, target.height) or mode not in modes:
             raise ValueError(
                 f"{path} is a picture of {size[1]}×{size[0]} in mode {mode}, but the model's are {_size(target.shape)}"
             )
         return decoding.to_pixels(path.read_bytes(), target)
-    except (decoding.Unreadable, Image.UnidentifiedImageError) as error:
+    except (decoding.Unreadable, Image.UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 

@@ -135,8 +135,8 @@ RULES = (
         "objective.name={c.objective.name!r} with model.conditioning={c.model.conditioning!r} cannot use",
     ),
     Rule(
-        lambda f: f.is_vdm and f.config.schedule.num_steps < 2,
-        "objective.name={c.objective.name!r} needs a schedule with two ends, so "
+        lambda f: (f.is_vdm or f.config.model.conditioning == "gamma") and f.config.schedule.num_steps < 2,
+        "objective.name={c.objective.name!r} with model.conditioning={c.model.conditioning!r} needs two ends, so "
         "schedule.num_steps={c.schedule.num_steps} must be at least 2",
     ),
     Rule(

@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
@@ -19,7 +21,7 @@ from diffusion.evaluation import image_formats
 from diffusion.evaluation.bound import Bound, estimated_bound, full_bound
 from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
-from diffusion.experiment.config import flatten
+from diffusion.experiment.config import FREE, flatten
 from diffusion.model import Model
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import coded_file
@@ -48,17 +50,19 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
     experiment, model = coding_model(config, directory, checkpoint)
     source = _source(config, experiment, input)
     images = source.images()
-    with Preemption() as preemption, memory.explained(experiment, "compress.batch_size"):
-        codec = Codec(model, source.image_shape, config.compress.batch_size, config.compress.precision)
-        with Progress(len(images), desc="compress", unit="image") as progress:
-
-            def tick(done: int) -> None:
-                progress.update(done)
-                preemption.check()
-
-            message = codec.encode(images, config.seed, tick)
+    codec = Codec(model, source.image_shape, config.compress.batch_size, config.compress.precision)
+    with Preemption() as preemption:
+        # Before the file, so that a run that is stopped leaves none and the same command can begin again.
+        bound = _bound(config, model, source, preemption)
+        with (
+            memory.explained(experiment, "compress.batch_size"),
+            Progress(len(images), desc="compress", unit="image") as progress,
+        ):
+            message = codec.encode(images, config.seed, progress.update)
+            floats = fingerprint(codec)
         header = Header(
-            **identity(experiment, model, codec),
+            **identity(experiment, model),
+            floats=floats,
             precision=config.compress.precision,
             batch_size=config.compress.batch_size,
             num_images=len(images),
@@ -66,7 +70,6 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
             initial_words=message.initial_words,
         )
         coded_file.write(path, header, message.words)
-        bound = _bound(config, model, source, preemption)
     print(json.dumps(_report(path, header, bound, images), indent=2))
 
 
@@ -76,6 +79,7 @@ def new_file(output: str) -> Path:
     Raises:
         FileExistsError: it is there already.
         FileNotFoundError: its folder is not.
+        PermissionError: its folder cannot be written to.
         ValueError: there are several processes.
     """
     if jax.process_count() > 1:
@@ -85,6 +89,8 @@ def new_file(output: str) -> Path:
         raise FileExistsError(f"--output={output} exists; delete it or take another name")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--output={output}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--output={output}: the folder {path.parent} cannot be written to")
     return path
 
 
@@ -107,24 +113,33 @@ def coding_model(config: ConfigDict, directory: Path, checkpoint: str) -> tuple[
     return experiment, model
 
 
-def identity(experiment: Experiment, model: Model, codec: Codec) -> dict[str, Any]:
-    """The header's fields that must be equal where the file is decoded."""
+def identity(experiment: Experiment, model: Model) -> dict[str, Any]:
+    """The header's fields that must be equal where the file is decoded, but for its `fingerprint`."""
     config = experiment.config
     network = f"{config.model.network.partition('(')[0]}."
-    keys = sorted(item for item in flatten(config).items() if item[0].startswith((*SHAPES_THE_MODEL, network)))
+    keys = sorted(
+        (key, value)
+        for key, value in flatten(config).items()
+        if key.startswith((*SHAPES_THE_MODEL, network)) and not key.startswith(FREE)
+    )
+    dtype = jnp.dtype(getattr(experiment.training.network, "dtype", jnp.float32)).name
     height, width, channels = experiment.image_shape
     return {
         "weights": bytes.fromhex(tree_sha256(model))[: coded_file.DIGEST_BYTES],
         "config": _short_sha256(f"{keys} {model.p}".encode()),
         "device": jax.devices()[0].device_kind,
         "jax_version": jax.__version__,
-        "floats": codec.fingerprint()[: coded_file.DIGEST_BYTES],
-        "dtype": coded_file.DTYPES.index(str(getattr(experiment.training.network, "dtype", "float32"))),
+        "dtype": coded_file.DTYPES.index(dtype),
         "height": height,
         "width": width,
         "channels": channels,
         "num_levels": model.num_levels,
     }
+
+
+def fingerprint(codec: Codec) -> bytes:
+    """A short digest of the floats that both directions must agree on."""
+    return codec.fingerprint()[: coded_file.DIGEST_BYTES]
 
 
 def pixel_digest(images: UInt8[np.ndarray, "n h w c"]) -> bytes:
@@ -157,7 +172,7 @@ def _report(path: Path, header: Header, bound: Bound, images: UInt8[np.ndarray, 
     dims, file_bytes = images.size, path.stat().st_size
     initial_bits = 32 * header.initial_words
     others = {name: size for name, size in image_formats.sizes_bytes(images).items() if size is not None}
-    bound_bits = bound.image_bpd.sum() * dims / len(images)
+    bound_bits = bound.image_bpd.mean() * dims
     return {
         "file": str(path),
         "file_bytes": file_bytes,

@@ -7,7 +7,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.codec import Codec, Message
-from diffusion.experiment import memory
 from diffusion.programs import compress
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import coded_file, files
@@ -45,19 +44,14 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
         raise ValueError(f"--output={output} must end in .npz")
     header, words = coded_file.read(Path(input).expanduser())
     experiment, model = compress.coding_model(config, directory, checkpoint)
-    with Preemption() as preemption, memory.explained(experiment, "compress.batch_size"):
-        codec = Codec(model, experiment.image_shape, header.batch_size, header.precision)
-        _check(input, header, compress.identity(experiment, model, codec))
-        with Progress(header.num_images, desc="decompress", unit="image") as progress:
-
-            def tick(done: int) -> None:
-                progress.update(done)
-                preemption.check()
-
-            try:
-                images = codec.decode(Message(words, header.initial_words), header.num_images, tick)
-            except ArithmeticError as error:
-                raise ValueError(f"{input} cannot be decoded here, where floats do not repeat: {error}") from error
+    _check(input, header, compress.identity(experiment, model))
+    codec = Codec(model, experiment.image_shape, header.batch_size, header.precision)
+    _check(input, header, {"floats": compress.fingerprint(codec)})
+    with Preemption(), Progress(header.num_images, desc="decompress", unit="image") as progress:
+        try:
+            images = codec.decode(Message(words, header.initial_words), header.num_images, progress.update)
+        except ArithmeticError as error:
+            raise ValueError(f"{input} cannot be decoded here, where floats do not repeat: {error}") from error
     if compress.pixel_digest(images) != header.pixels:
         raise ValueError(f"{input} cannot be decoded here, where floats do not repeat: other images came out")
     with files.replacing(path) as file:
@@ -67,8 +61,8 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
 
 def _check(input: str, header: Header, here: dict[str, Any]) -> None:
     """Raises a ValueError that says what differs between where the file was made and here."""
-    for name, what in WHAT_DIFFERS.items():
+    for name in (name for name in WHAT_DIFFERS if name in here):
         made, now = getattr(header, name), here[name]
         if made != now:
             values = (value.hex() if isinstance(value, bytes) else value for value in (made, now))
-            raise ValueError(f"{input} was made {what}: {' there, '.join(map(str, values))} here")
+            raise ValueError(f"{input} was made {WHAT_DIFFERS[name]}: {' there, '.join(map(str, values))} here")

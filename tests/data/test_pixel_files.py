@@ -1,5 +1,7 @@
 """Images out of files: the very pixel values, in the file's order, or a one-line error."""
 
+import zipfile
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -37,6 +39,7 @@ def test_grey_pictures_have_one_channel(tmp_path):
         (lambda path: np.savez(path, x=np.full_like(IMAGES, 17)), "pixel value 17, but the model's are 0…16"),
         (lambda path: np.savez(path, x=np.array([{}])), "neither an .npy or .npz file"),
         (lambda path: path.write_bytes(b"PK\3\4 and no more"), "neither an .npy or .npz file"),
+        (lambda path: zipfile.ZipFile(path, "w").writestr("a.png", b"no array"), "without NumPy arrays"),
         (lambda path: path.write_bytes(b""), "neither an .npy or .npz file"),
     ],
 )
@@ -58,6 +61,25 @@ def test_other_pictures_are_refused(tmp_path):
     Image.fromarray(IMAGES[0, ..., 0]).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="in mode L"):
         pixel_files.read(tmp_path, SHAPE, 256)
+    Image.fromarray(IMAGES[0]).save(tmp_path / "a.png", transparency=tuple(map(int, IMAGES[0, 0, 0])))
+    with pytest.raises(ValueError, match="a.png is transparent or turned"):
+        pixel_files.read(tmp_path, SHAPE, 256)
+    Image.fromarray(IMAGES[0, ..., 0]).convert("P").save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="in mode P"):
+        pixel_files.read(tmp_path, (6, 5, 1), 256)
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="a.png cannot be read as a picture"):
         pixel_files.read(tmp_path, SHAPE, 256)
+
+
+def test_damage_anywhere_in_an_archive_is_one_line(tmp_path):
+    np.savez_compressed(tmp_path / "whole.npz", images=IMAGES // 16)
+    data = (tmp_path / "whole.npz").read_bytes()
+    for position in range(0, len(data), 3):
+        damaged = bytearray(data)
+        damaged[position] ^= 0x55
+        (tmp_path / "damaged.npz").write_bytes(damaged)
+        try:
+            pixel_files.read(tmp_path / "damaged.npz", SHAPE, 256)
+        except (ValueError, OSError):  # what main.py prints as one line
+            pass
