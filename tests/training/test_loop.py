@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import os
 import signal
-from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -180,7 +180,9 @@ def test_what_the_draw_of_t_remembers_passes_from_step_to_step_of_a_call(run, tm
 
 def test_a_bad_update_inside_a_call_is_left_out_alone(run, tmp_path, monkeypatch):
     # The monitored loss is of the poisoned t as well, so it is told another one.
-    other_t = SimpleNamespace(draw=lambda memory, key, n, num_steps: (np.full(n, 20), np.ones(n)))
+    other_t = loop.timesteps.low_discrepancy()._replace(
+        draw=lambda memory, key, n, num_steps: (jnp.full(n, 20), jnp.ones(n))
+    )
     monkeypatch.setattr(loop.timesteps, "low_discrepancy", lambda: other_t)
     keys = {"train__skip_nonfinite": 20, "model__network": "layer(poison=7.0)"}
     state = assert_calls_of_four_are_single_steps(run, tmp_path, **keys)
