@@ -3,9 +3,9 @@
 import os
 import re
 import signal
-from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -124,8 +124,10 @@ def test_bad_updates_are_left_out_counted_and_resumed_over(tmp_path, monkeypatch
     assert 3 <= len(bad) < 25
     settings = {"train__skip_nonfinite": len(bad), "model__network": POISONED}
     # The monitored loss is of t = 8 as well, so it is told another one.
-    other_t = SimpleNamespace(evenly_spaced=lambda key, n, num_steps: np.full(n, 20))
-    monkeypatch.setattr(loop, "timesteps", other_t)
+    other_t = timesteps.low_discrepancy()._replace(
+        draw=lambda memory, key, n, num_steps: (jnp.full(n, 20), jnp.ones(n))
+    )
+    monkeypatch.setattr(loop.timesteps, "low_discrepancy", lambda: other_t)
     state = toy.run(toy.experiment(**settings), tmp_path / "straight")
     assert int(state.step) == 30 and int(state.opt_state[-1][0].count) == 30 - len(bad)
     rows = rows_without_time(tmp_path / "straight")
