@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     parser.add_argument("--T", default="10,100,1000,10000,inf", help="numbers of steps, with commas between them")
     parser.add_argument("--points", type=int, default=16, help="KL terms of each image")
-    parser.add_argument("--num-images", type=int, default=0, help="of the test set; 0: all")
+    parser.add_argument("--num_images", type=int, default=0, help="of the test set; 0: all")
     arguments = parser.parse_args()
     try:
         run(arguments.workdir, arguments.checkpoint, arguments.T.split(","), arguments.points, arguments.num_images)
@@ -46,7 +46,15 @@ def main() -> None:
 
 
 def run(directory: Path, checkpoint: str, names: list[str], points: int, num_images: int) -> None:
-    """Scores every T; prints and saves the results."""
+    """Scores every T; prints and saves the results.
+
+    Raises:
+        ValueError: a number is too small for what it counts, or the model has no bound for every T.
+    """
+    if points < 1:
+        raise ValueError(f"--points={points} must be at least 1")
+    if num_images < 0 or num_images == 1:
+        raise ValueError(f"--num_images={num_images} must be 0 or at least 2, for a standard error")
     steps = {name: None if name == "inf" else int(name) for name in names}
     loaded = workdir.load(directory, checkpoint)
     model, config = loaded.model, loaded.experiment.config

@@ -43,6 +43,12 @@ def test_a_run_in_continuous_time_trains_and_its_bound_for_its_own_t_is_the_eval
     assert "| inf |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("points", "num_images", "words"), [(0, 16, "--points=0"), (5, 1, "--num_images=1 must")])
+def test_numbers_that_leave_nothing_to_average_are_refused(points, num_images, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        bound_by_steps.run(tmp_path, "latest", ["inf"], points, num_images)
+
+
 def test_a_network_that_knows_t_alone_is_refused(straight):
     with pytest.raises(ValueError, match="model.conditioning='t' knows its own T alone; this needs gamma"):
         bound_by_steps.run(straight, "latest", ["6", "inf"], points=5, num_images=16)
