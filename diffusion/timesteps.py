@@ -38,13 +38,12 @@ def low_discrepancy() -> TimestepSampler:
 
     Source: Kingma et al. (2021, VDM), appendix I.1.
     """
-    return _without_memory(evenly_spaced)
 
+    def draw(key, batch_size, num_steps):
+        u = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
+        return jnp.minimum((u * num_steps).astype(jnp.int32) + 1, num_steps)
 
-def evenly_spaced(key: Key[Array, ""], batch_size: int, num_steps: int) -> Int[Array, " b"]:
-    """What `low_discrepancy` draws."""
-    u = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
-    return jnp.minimum((u * num_steps).astype(jnp.int32) + 1, num_steps)
+    return _without_memory(draw)
 
 
 def _without_memory(draw: Callable[[Key[Array, ""], int, int], Int[Array, " b"]]) -> TimestepSampler:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import expit
 
-from diffusion import schedules
+from diffusion import process, schedules
 
 ALL = [make(200) for make in schedules.SCHEDULES.values()]
 
@@ -142,3 +143,23 @@ def test_bad_input_is_refused_in_one_line(call, words):
     with pytest.raises(ValueError, match=words) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_a_network_is_told_gamma_on_the_scale_of_1000_steps():
+    schedule = schedules.conditioned_on_gamma(schedules.linear_gamma(101), -13.3, 5.0)
+    np.testing.assert_allclose(schedule.network_t[1:], np.linspace(0, 1000, 101), atol=1e-2)
+    np.testing.assert_allclose(
+        schedules.respace(schedule, [1, 51, 101]).network_t, [-1, 0, 500, 1000], atol=1e-2
+    )
+
+
+def test_linear_gamma_in_float64():
+    schedule = schedules.linear_gamma(1000)
+    gamma = np.linspace(-13.3, 5.0, 1000)
+    np.testing.assert_allclose(-schedule.log_snr[1:], gamma, rtol=1e-6)
+    np.testing.assert_allclose(schedule.sqrt_one_minus_alpha_bar[1:] ** 2, expit(gamma), rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(process.gamma_step)(schedule[2:]), 18.3 / 999, rtol=1e-5)
+    with pytest.raises(ValueError, match="gamma_min=6.0 must be below gamma_max=5.0"):
+        schedules.linear_gamma(10, gamma_min=6.0)
+    with pytest.raises(ValueError, match="schedule.num_steps=1 must be at least 2"):
+        schedules.linear_gamma(1)

@@ -232,3 +232,27 @@ def test_a_resumed_run_draws_the_same_t(steps, tmp_path):
         restored = checkpoints.restore(None, jax.eval_shape(lambda: steps.start))
     resumed, _ = steps.eight(range(7, 9), start=restored)
     jax.tree.map(np.testing.assert_array_equal, straight.host(), resumed.host())
+
+
+@pytest.mark.parametrize("name", ["uniform", "low_discrepancy"])
+def test_real_t_is_uniform_between_the_ends(name):
+    sampler = timesteps.continuous(timesteps.SAMPLERS[name]())
+    t, weight = jax.jit(sampler.draw, static_argnums=(2, 3))((), jax.random.key(0), 4000, 11)
+    assert t.min() > 1 and t.max() < 11 and (weight == 1).all()
+    expected = 1 + 10 * (np.arange(4000) + 0.5) / 4000
+    atol = 0.01 if name == "low_discrepancy" else 0.4
+    np.testing.assert_allclose(np.sort(t), expected, atol=atol)
+    if name == "low_discrepancy":
+        assert len(np.unique(t)) == 4000
+
+
+@pytest.mark.parametrize("name", list(timesteps.SAMPLERS))
+def test_kl_terms_are_all_but_the_decoder_s(name):
+    sampler = timesteps.kl_terms(timesteps.SAMPLERS[name]())
+    memory = sampler.init(6)
+    t, weight = sampler.draw(memory, jax.random.key(0), 1000, 6)
+    assert set(np.asarray(t).tolist()) == {2, 3, 4, 5, 6}
+    np.testing.assert_allclose(weight, 1)
+    memory = sampler.update(memory, t, t.astype(jnp.float32))
+    if name == "loss_aware":
+        np.testing.assert_array_equal(memory.losses, np.tile(np.arange(2.0, 7.0)[:, None], 10))
