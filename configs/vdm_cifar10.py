@@ -6,7 +6,7 @@
 Data     official CIFAR-10 (163 MB, downloaded once), or a directory prepared by TFDS: --config.data.data_dir=DIR
 Cost     30,587,244 parameters; 10,000,000 steps of 128 images, 19.8 TFLOP each: 139 hours on one H100 or H200 at 40%
          of its bfloat16 peak (990 TFLOP/s): an estimate from counted products, not a measurement
-Memory   at most 37 GiB by --mode=describe, in two microbatches; 69 GiB in one
+Memory   at most 33 GiB by --mode=describe, in two microbatches; 66 GiB in one
 Expect   the paper: 2.65 bits/dim without augmentation; its authors' program later 2.637. Not run here
 
 The settings are those of the authors' program: continuous time, γ from −13.3 to 5 with both ends learned and the curve
