@@ -24,11 +24,15 @@ class Facts(NamedTuple):
 
     @property
     def objective(self) -> Callable:
-        return objectives.OBJECTIVES[names.parse(self.config.objective.name).name]
+        return objectives.OBJECTIVES[self.objective_name]
+
+    @property
+    def objective_name(self) -> str:
+        return names.parse(self.config.objective.name).name
 
     @property
     def is_bound(self) -> bool:
-        return names.parse(self.config.objective.name).name in objectives.BOUNDS
+        return self.objective_name in objectives.BOUNDS
 
     @property
     def is_vdm(self) -> bool:
@@ -36,7 +40,7 @@ class Facts(NamedTuple):
 
     @property
     def is_continuous(self) -> bool:
-        return objectives.TIMES.get(names.parse(self.config.objective.name).name) == "continuous"
+        return objectives.TIMES.get(self.objective_name) == "continuous"
 
     @property
     def gamma_ends(self) -> bool:

@@ -61,8 +61,10 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
 
 def _check(input: str, header: Header, here: dict[str, Any]) -> None:
     """Raises a ValueError that says what differs between where the file was made and here."""
-    for name in (name for name in WHAT_DIFFERS if name in here):
+    for name, what in WHAT_DIFFERS.items():
+        if name not in here:
+            continue
         made, now = getattr(header, name), here[name]
         if made != now:
             values = (value.hex() if isinstance(value, bytes) else value for value in (made, now))
-            raise ValueError(f"{input} was made {WHAT_DIFFERS[name]}: {' there, '.join(map(str, values))} here")
+            raise ValueError(f"{input} was made {what}: {' there, '.join(map(str, values))} here")
