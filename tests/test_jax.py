@@ -1,4 +1,4 @@
-"""The installed JAX computes what it should: bugs that were met and must not come back with another version."""
+"""What the installed JAX does: bugs that were met and must not come back, and facts that the code is built on."""
 
 import jax
 import jax.numpy as jnp
@@ -10,3 +10,11 @@ def test_a_reduced_matrix_vector_product_is_right_under_vmap():
     rows = jnp.stack((i, jnp.zeros_like(i), jnp.zeros_like(i)), axis=1)
     squares = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(rows)
     assert squares[-1] == 32_768.0**2
+
+
+def test_the_rbg_generator_does_not_keep_examples_apart_under_vmap():
+    """Why dropout has a hash of its own. If this fails, the cheaper generator of JAX can replace it."""
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
+    drawn = jax.vmap(lambda key: jax.random.bits(key, (8,)))
+    assert (drawn(keys)[0] == drawn(keys[:1])[0]).all(), "the first example is the one that is kept"
+    assert (drawn(keys)[1] != drawn(keys[1:2])[0]).any()

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, Real
 
+from diffusion.networks.dropout import dropout
 from diffusion.networks.layers import (
     EXACT,
     Attention,
@@ -23,7 +24,6 @@ from diffusion.networks.layers import (
     Dense,
     GroupNorm,
     LabelEmbedding,
-    dropout,
     fourier_features,
     near_zero,
     time_embedding,

@@ -1,11 +1,10 @@
-"""The parts of networks against their formulas in float64: embeddings, group norm, attention, dropout."""
+"""The parts of networks against their formulas in float64: embeddings, group norm, attention."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from diffusion.networks.layers import Attention, GroupNorm, dropout, fourier_features, time_embedding
+from diffusion.networks.layers import Attention, GroupNorm, fourier_features, time_embedding
 
 
 def test_time_embedding_is_the_formula_in_float64():
@@ -82,15 +81,3 @@ def test_attention_is_equivariant_under_permutations_of_positions_and_equals_its
             attended[position, head] = weights @ value[:, head] / weights.sum()
     expected = np.float64(h).reshape(6, 8) + dense("projection", attended.reshape(6, 8))
     np.testing.assert_allclose(output.reshape(6, 8), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate):
-    h = jnp.ones((4, 64, 64, 16))
-    dropped = np.asarray(dropout(h, rate, jax.random.split(jax.random.key(10), 4)))
-    standard_error = np.sqrt(rate * (1 - rate) / h.size)
-    assert abs((dropped == 0).mean() - rate) < 4 * standard_error
-    # What is kept is worth 1 / (1 - rate), up to the 2^-17 by which 16 bits miss the rate.
-    np.testing.assert_allclose(dropped[dropped > 0], 1 / (1 - rate), rtol=2**-16)
-    patterns = (dropped == 0).reshape(4, -1)
-    assert abs(np.corrcoef(patterns)[np.triu_indices(4, 1)]).max() < 5 / np.sqrt(patterns.shape[1])
