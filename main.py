@@ -61,16 +61,11 @@ def main(argv: list[str]) -> None:
         if _CONFIG.value is None:
             raise ValueError("no --config is given; for example --config=configs/digits.py")
         # Imported here because JAX takes seconds that --help should not cost.
-        import jax
-
         from diffusion.experiment import config, workdir
-        from diffusion.runtime import preemption, processes
+        from diffusion.runtime import compiled_programs, preemption, processes
 
         config.check(_CONFIG.value)
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        # On CPUs a program that was compiled for one processor may not run on the next one that reads the same folder.
-        if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
-            jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/diffusion/compiled"))
         base = config_flags.get_config_filename(flags.FLAGS["config"])
         mode = importlib.import_module(f"diffusion.programs.{_MODES[_MODE.value]}")
         if _CHECKPOINT.value != "latest" and _MODE.value not in _READ_A_CHECKPOINT:
@@ -84,7 +79,8 @@ def main(argv: list[str]) -> None:
                 raise ValueError(f"--mode={_MODE.value} needs --{name}")
             which |= {name: value} if _MODE.value in _CODE else {}
         try:
-            mode.run(_CONFIG.value, workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}"), **which)
+            with compiled_programs.kept():
+                mode.run(_CONFIG.value, workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}"), **which)
         except preemption.Preempted as stop:
             _stop(stop.reason, stop.code)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:

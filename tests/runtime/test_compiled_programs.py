@@ -1,0 +1,75 @@
+"""What one process compiled the next one finds, whatever happens to processes in between."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusion.runtime import compiled_programs
+
+# Compiles for a moment on the CPU that a file describes; prints what JAX reports of its cache.
+PROGRAM = """
+import os, pathlib, signal, sys
+import jax
+from diffusion.runtime import compiled_programs
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+compiled_programs.CPU_INFO = pathlib.Path(sys.argv[1])
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+with compiled_programs.kept():
+    f = jax.jit(lambda x: (x @ x.T).sum())
+    print(float(f(jax.numpy.ones((3, 4)))))
+    if os.environ.get("KILLED"):
+        os.kill(os.getpid(), signal.SIGKILL)
+print("hits", events.count("/jax/compilation_cache/cache_hits"))
+"""
+SAFE_CPU = "model name : one\nflags : fpu sse avx2\n"
+
+
+def run(cache: Path, **environment: str) -> str:
+    """What a process prints that compiles with this cache."""
+    known = cache.parent / "cpuinfo"
+    known.write_text(SAFE_CPU)
+    kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment = kept | {"XDG_CACHE_HOME": str(cache)} | environment
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(known)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode in (0, -9), result.stderr
+    return result.stdout
+
+
+def test_the_next_process_finds_what_was_compiled_and_a_killed_one_leaves_nothing(tmp_path):
+    cache = tmp_path / "cache"
+    run(cache, KILLED="1")
+    assert not cache.exists(), "only what is whole is kept"
+    assert run(cache) == "36.0\nhits 0\n"
+    assert run(cache).startswith("36.0\nhits ") and not run(cache).endswith("hits 0\n")
+    assert not [path for path in cache.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path):
+    (tmp_path / "cache").write_text("a file, where a folder is needed")
+    assert run(tmp_path / "cache") == "36.0\nhits 0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_kept"),
+    [(SAFE_CPU, True), (SAFE_CPU.replace("avx2", "avx512f"), False), ("processor : 0\n", False), (None, False)],
+)
+def test_programs_are_kept_only_for_cpus_that_are_known_and_safe(text, is_kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled_programs, "CPU_INFO", tmp_path / "cpuinfo")
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert (compiled_programs._cpu() is not None) == is_kept
+
+
+def test_another_cpu_has_another_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled_programs, "CPU_INFO", tmp_path / "cpuinfo")
+    folders = set()
+    for text in (SAFE_CPU, SAFE_CPU.replace("one", "another"), SAFE_CPU.replace("avx2", "avx"), SAFE_CPU * 2):
+        (tmp_path / "cpuinfo").write_text(text)
+        folders.add(compiled_programs._cpu())
+    assert len(folders) == 3, "more cores are not another CPU"
