@@ -1,4 +1,4 @@
-"""Integers on a stack of bits: asymmetric numeral systems (Duda 2009), with Gaussians rounded to the integers.
+"""Integers on a stack of bits: asymmetric numeral systems (Duda 2009), under rounded Gaussians or tables.
 
 `push` writes integers under a distribution, at −log₂ of their probability in bits. `pop` reads them back, last in
 first out. A pop that reads bits which were no such push draws from its distribution, and the push of what it drew
@@ -20,6 +20,7 @@ MAX_INTEGER = 2 ** (MAX_EXCESS_BITS - 1) - 1
 
 _gaussian = constriction.stream.model.QuantizedGaussian
 _uniform = constriction.stream.model.Uniform
+_categorical = constriction.stream.model.Categorical(perfect=False)
 
 
 class Stack:
@@ -114,6 +115,14 @@ class Stack:
     ) -> UInt8[np.ndarray, " n"]:
         """The inverse of `push_levels`."""
         return self._pop(_gaussian(0, num_levels - 1), mean, std).astype(np.uint8)
+
+    def push_categorical(self, symbols: UInt8[np.ndarray, " n"], probs: Float[np.ndarray, "n size"]) -> None:
+        """Numbers 0…size − 1, each under the probabilities of its row; none of them counts as less than 2⁻²⁴."""
+        self._coder.encode_reverse(symbols.astype(np.int32), _categorical, probs)
+
+    def pop_categorical(self, probs: Float[np.ndarray, "n size"]) -> UInt8[np.ndarray, " n"]:
+        """The inverse of `push_categorical`."""
+        return self._pop(_categorical, probs).astype(np.uint8)
 
     def push_number(self, number: int, size: int) -> None:
         """One of 0…size − 1, for log₂ size bits."""

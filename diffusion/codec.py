@@ -33,6 +33,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from diffusion.ans import RESERVE_WORDS, Stack
+from diffusion.gaussian import Gaussian
 from diffusion.model import Model
 from diffusion.schedules import Schedule
 
@@ -114,17 +115,18 @@ class Codec:
         precision: of the grid.
 
     Raises:
-        ValueError: the model takes labels, or its decoder is not the Gaussian's mass on bins.
+        ValueError: the model takes labels.
     """
 
     def __init__(self, model: Model, image_shape: tuple[int, int, int], batch_size: int, precision: int):
         if model.takes_labels:
             raise ValueError("a network that takes labels is no density of images; close over them with `guidance`")
-        if model.p.decoder != "network":
-            raise ValueError(f"no code of pixel values for model.decoder={model.p.decoder!r}; train with network")
         self._grid, self._num_levels = grid(jax.device_get(model.schedule), precision), model.num_levels
         self._shape, self._batch_size = image_shape, batch_size
         self._reverse = functools.partial(jax.jit(_reverse), jax.device_put(model))
+        # The masses of a Gaussian on bins are known to the coder without a table.
+        table = functools.partial(model.p.level_probs, num_levels=model.num_levels)
+        self._table = None if model.p.decoder == "network" else jax.jit(table)
 
     def encode(
         self, images: UInt8[np.ndarray, "n h w c"], seed: int = 0, tick: Callable[[int], None] = lambda done: None
@@ -217,10 +219,13 @@ class Codec:
         for t in range(1, self._grid.num_steps + 1):
             k = stack.pop_inside(*self._grid.forward(t, self._latent(k_prev, t - 1)))
             mean, std = self._p(k, t)
-            if t == 1:
+            if t > 1:
+                stack.push(k_prev, mean, std, self._grid.reverse_window(t))
+            elif self._table is None:
                 stack.push_levels(k_prev, mean, std, self._num_levels)
             else:
-                stack.push(k_prev, mean, std, self._grid.reverse_window(t))
+                for i in reversed(range(len(images))):
+                    stack.push_categorical(images[i].ravel(), self._probs(i, mean, std))
             k_prev = k
         stack.push(k_prev, *self._grid.prior(images.size))
 
@@ -228,13 +233,24 @@ class Codec:
         k = stack.pop(*self._grid.prior(num_images * math.prod(self._shape)))
         for t in range(self._grid.num_steps, 0, -1):
             mean, std = self._p(k, t)
-            if t == 1:
+            if t > 1:
+                k_prev = stack.pop(mean, std, self._grid.reverse_window(t))
+            elif self._table is None:
                 k_prev = stack.pop_levels(mean, std, self._num_levels)
             else:
-                k_prev = stack.pop(mean, std, self._grid.reverse_window(t))
+                levels = [stack.pop_categorical(self._probs(i, mean, std)) for i in range(num_images)]
+                k_prev = np.concatenate(levels)
             stack.push_inside(k, *self._grid.forward(t, self._latent(k_prev, t - 1)))
             k = k_prev
         return k.reshape(num_images, *self._shape)
+
+    def _probs(
+        self, i: int, mean: Float[np.ndarray, " n"], std: Float[np.ndarray, " n"]
+    ) -> Float[np.ndarray, "dims num_levels"]:
+        """p(x_0 | x_1) of image i alone, because the table is L times as large as the image."""
+        half_range = (self._num_levels - 1) / 2
+        mean, std = (part.reshape(-1, math.prod(self._shape))[i] / half_range for part in (mean, std))
+        return np.asarray(self._table(Gaussian(np.float32(mean - 1), np.float32(2 * np.log(std)))))
 
     def _latent(self, k: Int[np.ndarray, " n"] | UInt8[np.ndarray, " n"], t: int) -> Float[np.ndarray, " n"]:
         """x_t of what is coded: steps of the grid, or at t = 0 pixel values."""

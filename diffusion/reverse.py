@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -184,6 +185,19 @@ class Reverse:
         is_decoder = row.t == 1
         mean = jnp.where(is_decoder, x_t / row.sqrt_alpha_bar, p_prev.mean)
         return Gaussian(mean, jnp.where(is_decoder, -row.log_snr, p_prev.log_var))
+
+    def level_probs(self, p_prev: Gaussian, num_levels: int) -> Float[Array, "*shape num_levels"]:
+        """p(x_0 | x_1): the probability of every pixel value, where the bound takes that of x_0 itself.
+
+        Args:
+            p_prev: what `__call__` returns at t = 1.
+            num_levels: how many pixel values there are.
+        """
+
+        def log_prob(level: Float[Array, ""]) -> Float[Array, "*shape"]:
+            return DECODERS[self.decoder](p_prev, jnp.full_like(p_prev.mean, level), num_levels)
+
+        return jnp.exp(jax.vmap(log_prob, out_axes=-1)(jnp.linspace(-1.0, 1.0, num_levels)))
 
 
 def make(prediction: str, variance: str, decoder: str = "network") -> Reverse:

@@ -117,3 +117,25 @@ def labelled_run(made_once, conditional) -> Path:
     from diffusion.programs import train
 
     return made_once("labelled", lambda directory: train.run(conditional(), directory))
+
+
+@pytest.fixture(scope="session")
+def vdm(tiny):
+    """As `tiny`, in continuous time: the ends of γ are learned, the network is told γ, the decoder is Bayes' rule."""
+
+    def config_with(**changes):
+        learned = "learned(start='linear_gamma(gamma_min=-7.0)', inner='variance')"
+        process = {"schedule__name": learned, "schedule__num_steps": 30}
+        model = {"model__variance": "fixed_small", "model__decoder": "bayes", "model__conditioning": "gamma"}
+        train = {"objective__name": "vdm_continuous", "train__sample_every": 0, "eval__num_images": 16}
+        return tiny(**process | model | train | changes)
+
+    return config_with
+
+
+@pytest.fixture(scope="session")
+def vdm_run(made_once, vdm) -> Path:
+    """The working directory of the tiny run in continuous time. Do not write into it."""
+    from diffusion.programs import train
+
+    return made_once("vdm", lambda directory: train.run(vdm(), directory))

@@ -70,6 +70,21 @@ def test_pixel_values_cost_what_the_decoder_of_eq_13_says():
     np.testing.assert_array_equal(stack.pop_levels(mean, np.full(3000, 1.5), num_levels), levels)
 
 
+def test_a_symbol_costs_what_its_row_of_probabilities_says_and_an_impossible_one_24_bits():
+    rng, stack = np.random.default_rng(1), random_stack()
+    probs = rng.dirichlet(np.full(17, 0.3), 3000)
+    symbols = np.array([rng.choice(17, p=row) for row in probs], np.uint8)
+    impossible = rng.permutation(3000)[:10]
+    probs[impossible, symbols[impossible]] = 0
+    probs = np.float32(probs / probs.sum(-1, keepdims=True))
+    before, words = bits(stack), stack.words()
+    stack.push_categorical(symbols, probs)
+    of_symbols = np.maximum(np.float64(probs[np.arange(3000), symbols]), 2.0**-24)
+    assert bits(stack) - before == pytest.approx(-np.log2(of_symbols).sum(), abs=0.2)
+    np.testing.assert_array_equal(stack.pop_categorical(probs), symbols)
+    np.testing.assert_array_equal(stack.words(), words)
+
+
 def test_a_number_costs_the_logarithm_of_how_many_there_are():
     stack = random_stack()
     before = bits(stack)

@@ -1,6 +1,7 @@
-"""The bound for T = 4 … ∞ of a run in continuous time: its estimate is the full bound's, and what it refuses."""
+"""The bound for T = 30 and ∞ of a run in continuous time: its estimate is the full bound's, and what it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,33 +10,20 @@ from diffusion import data
 from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
 from diffusion.experiment import build, workdir
-from diffusion.programs import train
 from diffusion.training import devices
 from experiments import bound_by_steps
 
-VDM = {
-    "schedule__name": "learned(start='linear_gamma(gamma_min=-7.0)', inner='variance')", "schedule__num_steps": 6,
-    "model__variance": "fixed_small", "model__decoder": "bayes", "model__conditioning": "gamma",
-    "objective__name": "vdm_continuous", "train__sample_every": 0, "eval__num_images": 16,
-}  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("runs") / "vdm"
-    train.run(tiny(**VDM), directory)
-    return directory
-
-
-def test_a_run_in_continuous_time_trains_and_its_bound_for_its_own_t_is_the_evaluation_s(run, tiny, capsys):
+def test_a_run_in_continuous_time_trains_and_its_bound_for_its_own_t_is_that_of_eval(vdm_run, vdm, tmp_path, capsys):
+    run = shutil.copytree(vdm_run, tmp_path / "run")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     parts = [rows[-1][f"{name}_bpd"] for name in ("kl", "decoder", "prior")]
     np.testing.assert_allclose(rows[-1]["loss"], sum(parts), rtol=1e-5)
-    bound_by_steps.run(run, "latest", ["6", "inf"], points=5, num_images=16)
+    bound_by_steps.run(run, "latest", ["30", "inf"], points=29, num_images=16)
     found = json.loads((run / "bound_by_steps.json").read_text())["rows"]
-    # 5 evenly spaced points are the 5 KL terms of T = 6: the full bound, to the digits of another formula.
-    config, test_set = tiny(**VDM), data.load("digits", "test", tiny().data.data_dir)
-    bound = full_bound(build.bound_settings(config))
+    # 29 evenly spaced points are the 29 KL terms of T = 30: the full bound, to the digits of another formula.
+    test_set = data.load("digits", "test", vdm().data.data_dir)
+    bound = full_bound(build.bound_settings(vdm()))
     model = devices.replicate(workdir.load(run).model)
     full = bound(model, test_set, subset(len(test_set), 16)).image_bpd
     np.testing.assert_allclose(found[0]["test_bpd"], full.mean(), rtol=1e-3)

@@ -70,6 +70,20 @@ def test_a_network_with_labels_codes_without_them(conditional, labelled_run, ima
     np.testing.assert_array_equal(np.load(tmp_path / "out.npz")["images"], images[:3])
 
 
+def test_a_learned_schedule_with_the_decoder_by_bayes_rule_is_coded_to_about_its_bound(vdm, vdm_run, tmp_path, capsys):
+    # β_t is the variance that fits a network that was hardly trained. Under one that does not fit, bits are not
+    # uniform, and what later pops draw from them is not q.
+    config = vdm(eval__variance="fixed_large")
+    compress.run(config, vdm_run, "test", str(tmp_path / "test.ddc"))
+    # As with the other decoder: the header, the groups' sizes, and chance in the code's paths and the bound's noise.
+    assert abs(json.loads(capsys.readouterr().out)["overhead_percent"]) < 3
+    decompress.run(config, vdm_run, str(tmp_path / "test.ddc"), str(tmp_path / "out.npz"))
+    with np.load(tmp_path / "out.npz") as decoded:
+        np.testing.assert_array_equal(decoded["images"], build.load_data(config, "test").images())
+    experiment, model = compress.coding_model(config, vdm_run, "latest")
+    assert np.all(model.schedule.log_snr[1:] != experiment.start_schedule.log_snr[1:])  # it is the learned one
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
