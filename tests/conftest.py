@@ -15,10 +15,6 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
-from diffusion.runtime import allocator  # noqa: E402
-
-allocator.keep_freed_memory()  # as in main.py, before JAX is imported
-
 import jax  # noqa: E402
 import matplotlib  # noqa: E402
 import pytest  # noqa: E402
