@@ -27,7 +27,7 @@ def arguments(doc: str, name: str) -> argparse.ArgumentParser:
         "--peer-allocator",
         default="default",
         metavar="default|kept|LIBRARY",
-        help="on a CPU: glibc's as it is, told to keep freed memory as ours is, or a preloaded library's",
+        help="on a CPU: as it is, told to keep freed memory as ours is, or a preloaded library's",
     )
     return parser
 
