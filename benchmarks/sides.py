@@ -84,7 +84,7 @@ def _process(make: Make, args: argparse.Namespace, environment: dict[str, str]) 
 
 def _serve(make: Make, args: argparse.Namespace, pipe: Connection) -> None:
     arms = timing.warm(make(args))
-    pipe.send({name: arm.columns for name, arm in arms.items()})
-    with contextlib.suppress(EOFError):  # nobody asks any more
+    with contextlib.suppress(EOFError, BrokenPipeError):  # nobody asks any more
+        pipe.send({name: arm.columns for name, arm in arms.items()})
         while True:
             pipe.send(timing.cost(arms[pipe.recv()].call))
