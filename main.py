@@ -15,6 +15,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from diffusion.runtime import allocator
+
 _MODES = {
     "train": "train",
     "eval": "evaluate",
@@ -140,4 +142,5 @@ def _stop(reason: str, code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()  # before a config or a mode imports JAX
     app.run(main, flags_parser=_parse)

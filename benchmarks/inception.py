@@ -8,14 +8,15 @@ is, with channels_last, and compiled by torch.compile, in batches of 64. They mu
 """
 
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks import networks, timing
+from benchmarks import networks, sides, timing
+from benchmarks.timing import Arm, Arms
 from diffusion.networks import inception
 from diffusion.networks.inception_weights import layout
 
@@ -29,36 +30,34 @@ MANY = 10_000
 
 
 def main() -> None:
-    parser = timing.arguments(__doc__, "inception")
+    parser = sides.arguments(__doc__, "inception")
     parser.add_argument("--num-images", type=int, default=64, help="in a timed call")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64, help="of PyTorch; ours chooses its own")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
     args = parser.parse_args()
 
+    costs, _ = sides.measured(args, our_arms, peer_arms if torch is not None else None)
+
+    def columns(_: str, seconds: np.ndarray) -> dict[str, Any]:
+        minutes = timing.quartiles(MANY / args.num_images * seconds / 60)
+        return {"images/s": timing.quartiles(args.num_images / seconds), f"{MANY:,} images, minutes": minutes}
+
+    seconds = {name: cost.seconds for name, cost in costs.items()}
+    theirs = [name for name in costs if name != "ours"]
+    ratio = {"seconds": timing.best_ratio(seconds, ["ours"], theirs)} if theirs else {}
+    timing.finish(args.out, vars(args), timing.rows(costs, columns), **ratio)
+
+
+def our_arms(args) -> Arms:
     images = random_images(args.num_images, args.image_size)
-    tensors = random_tensors(seed=0)
+    return {"ours": Arm(partial(inception.features, our_params(random_tensors(seed=0)), images))}
+
+
+def our_params(tensors: dict[str, np.ndarray]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, f"{folder}/inception.safetensors")
-        params = inception.load(f"{folder}/inception.safetensors", check_digest=False)
-    arms: dict[str, Callable[[], Any]] = {"ours": lambda: inception.features(params, images)}
-    if torch is not None:
-        peer = torch_fidelity(tensors).to(networks.device())
-        refuse_difference(params, peer, images[:2])
-        arms |= peer_arms(args, peer, images)
-
-    seconds = timing.alternate(arms, args.rounds)
-    rows = [
-        {
-            "arm": name,
-            "images/s": timing.quartiles(len(images) / values),
-            f"{MANY:,} images, minutes": timing.quartiles(MANY / len(images) * values / 60),
-        }
-        for name, values in seconds.items()
-    ]
-    theirs = [name for name in arms if name != "ours"]
-    ratio = {"seconds": timing.best_ratio(seconds, ["ours"], theirs)} if theirs else {}
-    timing.finish(args.out, vars(args), rows, **ratio)
+        return inception.load(f"{folder}/inception.safetensors", check_digest=False)
 
 
 def random_images(count: int, height: int, width: int | None = None) -> np.ndarray:
@@ -112,14 +111,17 @@ def refuse_difference(params: Any, module: Any, images: np.ndarray) -> None:
             raise RuntimeError(f"the weights are the same, but the features {name} differ by {error:.2g}")
 
 
-def peer_arms(args, module: Any, images: np.ndarray) -> dict[str, Callable[[], Any]]:
-    def arm(module: Any) -> Callable[[], Any]:
-        starts = range(0, len(images), args.batch_size)
-        return lambda: [peer_features(module, images[i : i + args.batch_size]) for i in starts]
+def peer_arms(args) -> Arms:
+    images, tensors = random_images(args.num_images, args.image_size), random_tensors(seed=0)
+    module = torch_fidelity(tensors).to(networks.device())
+    refuse_difference(our_params(tensors), module, images[:2])
 
-    arms = {"torch-fidelity": arm(module)}
-    channels_last = torch_fidelity(random_tensors(seed=0)).to(networks.device(), memory_format=torch.channels_last)
-    arms["torch-fidelity, channels_last"] = arm(channels_last)
+    def arm(module: Any) -> Arm:
+        starts = range(0, len(images), args.batch_size)
+        return Arm(lambda: [peer_features(module, images[i : i + args.batch_size]) for i in starts])
+
+    channels_last = torch_fidelity(tensors).to(networks.device(), memory_format=torch.channels_last)
+    arms = {"torch-fidelity": arm(module), "torch-fidelity, channels_last": arm(channels_last)}
     if not args.no_compile:
         arms["torch-fidelity, channels_last, compiled"] = arm(torch.compile(channels_last))
     return arms

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import networks, timing
+from benchmarks import networks, sides, timing
 from benchmarks.networks import torch
+from benchmarks.timing import Arm, Arms
 from diffusion import data
 from diffusion.data import Source
 from diffusion.data.levels import to_unit
@@ -26,28 +27,31 @@ BATCHES = 100
 
 
 def main() -> None:
-    parser = timing.arguments(__doc__, "input")
+    parser = sides.arguments(__doc__, "input")
     parser.add_argument("--data", default="digits", help="data.name")
     parser.add_argument("--data-dir", default="")
     parser.add_argument("--batch-size", type=int, default=128)
     args = parser.parse_args()
+    costs, _ = sides.measured(args, our_arms, peer_arms if torch is not None else None)
+
+    def columns(_: str, seconds: np.ndarray) -> dict[str, Any]:
+        rate = timing.quartiles(args.batch_size * BATCHES / seconds)
+        return {"milliseconds per batch": timing.quartiles(1e3 * seconds / BATCHES), "images/s": rate}
+
+    timing.finish(args.out, vars(args), timing.rows(costs, columns))
+
+
+def our_arms(args) -> Arms:
     source = data.load(args.data, "train", args.data_dir)
-    arms: dict[str, Callable[[], Any]] = {
-        "ours: choose indices": lambda: list(indices(args, source)),
-        "ours: choose, move, gather, flip": our_batches(args, source),
+    return {
+        "ours: choose indices": Arm(lambda: list(indices(args, source))),
+        "ours: choose, move, gather, flip": Arm(our_batches(args, source)),
     }
-    for workers in (0, 2) if torch is not None else ():
-        arms[f"DataLoader, {workers} workers"] = peer_batches(args, source, workers)
-    seconds = timing.alternate(arms, args.rounds)
-    rows = [
-        {
-            "arm": name,
-            "milliseconds per batch": timing.quartiles(1e3 * values / BATCHES),
-            "images/s": timing.quartiles(args.batch_size * BATCHES / values),
-        }
-        for name, values in seconds.items()
-    ]
-    timing.finish(args.out, vars(args), rows)
+
+
+def peer_arms(args) -> Arms:
+    source = data.load(args.data, "train", args.data_dir)
+    return {f"DataLoader, {workers} workers": Arm(peer_batches(args, source, workers)) for workers in (0, 2)}
 
 
 def indices(args, source: Source) -> Iterator[np.ndarray]:

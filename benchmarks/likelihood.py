@@ -7,11 +7,15 @@ One program scores batches of (image, t), each pair with a t of its own. The pee
 channels_last: what a PyTorch program for the same bound could reach at best, since it has the terms to compute as well.
 """
 
+from functools import partial
+from typing import Any
+
 import jax
 import numpy as np
 
-from benchmarks import networks, timing
+from benchmarks import networks, sides, timing
 from benchmarks.networks import torch
+from benchmarks.timing import Arm, Arms
 from diffusion.data import Source
 from diffusion.evaluation import bound
 from diffusion.experiment import build
@@ -21,34 +25,34 @@ PAIRS = 10_000 * 1_000
 
 
 def main() -> None:
-    parser = timing.arguments(__doc__, "likelihood")
+    parser = sides.arguments(__doc__, "likelihood")
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--size", choices=networks.SIZES, default="full")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8] if on_cpu else [256, 1024, 4096])
     parser.add_argument("--batches", type=int, default=2 if on_cpu else 10, help="in a timed call")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
-    params, module = networks.peer(args.size) if networks.diffusers else (None, None)
-    arms, pairs = {}, {}
-    for batch_size in args.batch_sizes:
-        new = {f"ours, {batch_size} pairs": our_arm(args, batch_size, params)}
-        if module is not None:
-            new[f"PyTorch, forward alone, {batch_size}"] = peer_arm(args, batch_size, module)
-        arms |= new
-        pairs |= dict.fromkeys(new, batch_size * args.batches)
-    seconds = timing.alternate(arms, args.rounds)
-    rows = [
-        {
-            "arm": name,
-            "terms/s": timing.quartiles(pairs[name] / values),
-            "10,000 × 1,000 terms, hours": timing.quartiles(PAIRS / pairs[name] * values / 3600),
-        }
-        for name, values in seconds.items()
-    ]
-    timing.finish(args.out, vars(args), rows)
+    costs, known = sides.measured(args, our_arms, peer_arms if networks.diffusers else None)
+
+    def columns(name: str, seconds: np.ndarray) -> dict[str, Any]:
+        rate = known[name]["pairs"] / seconds
+        hours = timing.quartiles(PAIRS / rate / 3600)
+        return {"terms/s": timing.quartiles(rate), "10,000 × 1,000 terms, hours": hours}
+
+    timing.finish(args.out, vars(args), timing.rows(costs, columns))
 
 
-def our_arm(args, batch_size: int, params):
+def our_arms(args) -> Arms:
+    params = networks.peer(args.size)[0] if networks.diffusers else None
+    return {f"ours, {size} pairs": our_arm(args, size, params) for size in args.batch_sizes}
+
+
+def peer_arms(args) -> Arms:
+    module = networks.peer(args.size)[1]
+    return {f"PyTorch, forward alone, {size}": peer_arm(args, size, module) for size in args.batch_sizes}
+
+
+def our_arm(args, batch_size: int, params) -> Arm:
     """The bound of `batch_size` images on a schedule of `args.batches` steps: so many batches of pairs."""
     config = networks.config_of(args.size, dtype=args.dtype)
     config.schedule.name, config.schedule.num_steps, config.eval.batch_size = "cosine", args.batches, batch_size
@@ -57,10 +61,10 @@ def our_arm(args, batch_size: int, params):
     model, score = devices.replicate(experiment.model(params)), bound.full_bound(build.bound_settings(config))
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *networks.IMAGE_SHAPE), np.uint8)
     source = Source("random", "test", images)
-    return lambda: score(model, source, np.arange(batch_size))
+    return Arm(partial(score, model, source, np.arange(batch_size)), {"pairs": batch_size * args.batches})
 
 
-def peer_arm(args, batch_size: int, module):
+def peer_arm(args, batch_size: int, module) -> Arm:
     module = module.eval().to(memory_format=torch.channels_last)
     x = torch.randn(batch_size, 3, 32, 32, device=networks.device()).to(memory_format=torch.channels_last)
     t = torch.arange(batch_size, device=networks.device())
@@ -70,7 +74,7 @@ def peer_arm(args, batch_size: int, module):
             for _ in range(args.batches):
                 module(x, t)
 
-    return networks.synchronized(forward)
+    return Arm(networks.synchronized(forward), {"pairs": batch_size * args.batches})
 
 
 if __name__ == "__main__":

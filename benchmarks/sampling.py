@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import networks, timing
+from benchmarks import networks, sides, timing
+from benchmarks.timing import Arm, Arms
 from diffusion import samplers, schedules
 from diffusion.experiment import build, workdir
 from diffusion.experiment.build import Experiment
@@ -29,10 +30,11 @@ from diffusion.training import devices
 from diffusion.training.devices import Replicated
 
 ODE_SAMPLERS = ("ddim", "dpm_solver_pp", "heun")
+PIPELINE = "diffusers DDPMPipeline"
 
 
 def main() -> None:
-    parser = timing.arguments(__doc__, "sampling")
+    parser = sides.arguments(__doc__, "sampling")
     parser.set_defaults(rounds=3)
     parser.add_argument("--quality", type=Path, help="the workdir of a trained model, which is only read")
     parser.add_argument("--size", choices=networks.SIZES, default="full")
@@ -47,28 +49,27 @@ def main() -> None:
 def speed(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Seconds for all images, of ours and of diffusers' pipeline."""
     has_peer = networks.diffusers is not None
-    params, module = networks.peer(args.size) if has_peer else (None, None)
+    costs, _ = sides.measured(args, our_arms, peer_arms if has_peer else None)
+
+    def columns(_: str, seconds: np.ndarray) -> dict[str, Any]:
+        rate = timing.quartiles(args.num_images * args.num_steps / seconds)
+        return {"seconds": timing.quartiles(seconds), "network evaluations/s": rate}
+
+    seconds = {name: cost.seconds for name, cost in costs.items()}
+    ratios = {"pipeline / ours": timing.best_ratio(seconds, ["ours"], [PIPELINE])} if has_peer else {}
+    return timing.rows(costs, columns), ratios
+
+
+def our_arms(args) -> Arms:
+    params = networks.peer(args.size)[0] if networks.diffusers else None
     experiment = build.experiment(networks.config_of(args.size, dtype=args.dtype), networks.IMAGE_SHAPE, 256)
     params = experiment.initial_state().params if params is None else params
     model = devices.replicate(spaced(experiment.model(params), args.num_steps))
-    draw = sampler(experiment, "ancestral")
-    arms: dict[str, Callable[[], Any]] = {"ours": lambda: draw(model, args.num_images)}
-    if has_peer:
-        arms["diffusers DDPMPipeline"] = peer_arm(args, module)
-    seconds = timing.alternate(arms, args.rounds)
-    rows = [
-        {
-            "arm": name,
-            "seconds": timing.quartiles(values),
-            "network evaluations/s": timing.quartiles(args.num_images * args.num_steps / values),
-        }
-        for name, values in seconds.items()
-    ]
-    ratios = {"pipeline / ours": timing.best_ratio(seconds, ["ours"], ["diffusers DDPMPipeline"])} if has_peer else {}
-    return rows, ratios
+    return {"ours": Arm(partial(sampler(experiment, "ancestral"), model, args.num_images))}
 
 
-def peer_arm(args, module) -> Callable[[], None]:
+def peer_arms(args) -> Arms:
+    module = networks.peer(args.size)[1]
     scheduler = networks.diffusers.DDPMScheduler(1000, beta_schedule="linear", variance_type="fixed_large")
     if args.dtype == "bfloat16":
         module = module.to(networks.torch.bfloat16)
@@ -78,7 +79,7 @@ def peer_arm(args, module) -> Callable[[], None]:
     def draw() -> None:
         pipeline(args.num_images, num_inference_steps=args.num_steps, output_type="np")
 
-    return networks.synchronized(draw)
+    return {PIPELINE: Arm(networks.synchronized(draw))}
 
 
 def quality(args) -> list[dict[str, Any]]:
@@ -92,7 +93,7 @@ def quality(args) -> list[dict[str, Any]]:
         model = devices.replicate(spaced(run.model, num_steps))
         for method, draw in draws.items():
             images = draw(model, args.num_images)
-            seconds = timing.alternate({"": partial(draw, model, args.num_images)}, args.rounds)[""]
+            cost = timing.in_this_process({"": Arm(partial(draw, model, args.num_images))}, args.rounds)[""]
             rms = float(np.sqrt(np.mean((images - reference) ** 2)))
             rows.append(
                 {
@@ -101,8 +102,9 @@ def quality(args) -> list[dict[str, Any]]:
                     "network evaluations": 2 * num_steps - 1 if method == "heun" else num_steps,
                     "error, pixel values": rms * (run.model.num_levels - 1) / 2,
                     "bits right": float(-np.log2(rms / 2)) if rms else "reference",
-                    "seconds": timing.quartiles(seconds),
+                    "seconds": timing.quartiles(cost.seconds),
                 }
+                | timing.load(cost)
             )
     return rows
 

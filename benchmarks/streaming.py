@@ -15,14 +15,16 @@ import itertools
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks import timing
+from benchmarks.timing import Arm, Arms
 from diffusion import data
 from diffusion.data import Source
 from diffusion.runtime import prefetch
@@ -46,16 +48,14 @@ def main() -> None:
     source = random_source(path, args.images, args.size)
     at_first = peak_gibibytes()
     forgotten = path if args.cold else None
-    seconds = timing.alternate(arms(source, args.batch_size, args.pause, forgotten), args.rounds)
-    rows = [
-        {
-            "arm": name,
-            "milliseconds per step": timing.quartiles(1e3 * values / STEPS),
-            "images/s": timing.quartiles(args.batch_size * STEPS / values),
-        }
-        for name, values in seconds.items()
-    ]
-    _, pause, before, during = seconds.values()
+    costs = timing.in_this_process(arms(source, args.batch_size, args.pause, forgotten), args.rounds)
+
+    def columns(_: str, seconds: np.ndarray) -> dict[str, Any]:
+        rate = timing.quartiles(args.batch_size * STEPS / seconds)
+        return {"milliseconds per step": timing.quartiles(1e3 * seconds / STEPS), "images/s": rate}
+
+    rows = timing.rows(costs, columns)
+    _, pause, before, during = (cost.seconds for cost in costs.values())
     hidden = timing.quartiles((before - during) / (before - pause))
     size = {"set, GiB": source.images().nbytes / 2**30, "peak of resident memory, GiB": [at_first, peak_gibibytes()]}
     timing.finish(args.out, vars(args) | {"scratch": str(args.scratch)}, rows, hidden=hidden, memory=size)
@@ -86,7 +86,7 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def arms(source: Source, batch_size: int, pause: float, forgotten: Path | None) -> dict[str, Callable[[], None]]:
+def arms(source: Source, batch_size: int, pause: float, forgotten: Path | None) -> Arms:
     """The batches alone, the pauses alone, and both: one after the other, or at the same time."""
     place, counter = devices.streamed(source), itertools.count()
 
@@ -106,10 +106,10 @@ def arms(source: Source, batch_size: int, pause: float, forgotten: Path | None) 
             take(ahead, pause)
 
     return {
-        "read alone": lambda: take(batches(), 0),
-        "pause alone": lambda: take(range(STEPS), pause),
-        "read before each pause": lambda: take(batches(), pause),
-        "read during the pauses": take_during,
+        "read alone": Arm(lambda: take(batches(), 0)),
+        "pause alone": Arm(lambda: take(range(STEPS), pause)),
+        "read before each pause": Arm(lambda: take(batches(), pause)),
+        "read during the pauses": Arm(take_during),
     }
 
 

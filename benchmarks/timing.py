@@ -5,10 +5,11 @@ import datetime
 import importlib.metadata
 import json
 import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,22 +26,70 @@ def arguments(doc: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def alternate(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of every arm in every round: A B C, A B C, …, all in this process, one at a time.
+class Cost(NamedTuple):
+    """What a call of an arm took: numbers for one call, arrays [rounds] for all of them."""
 
-    The load of the machine changes from second to second, so that only times of the same round compare. Every arm
-    runs twice before the first round and must not return before its work is done.
-    """
+    seconds: Any
+    page_faults: Any  # minor ones: of memory that the system gives, and no disk
+    busy: Any  # the CPU time of all threads, as a share of what the cores could give meanwhile
+
+
+class Arm(NamedTuple):
+    """A call that does not return before its work is done, and the columns of its row that no clock knows."""
+
+    call: Callable[[], Any]
+    columns: dict[str, Any] = {}
+
+
+Arms = dict[str, Arm]
+
+
+def cost(call: Callable[[], Any]) -> Cost:
+    """Of one call in this process."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    call()
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    busy = cpu_seconds / (seconds * len(os.sched_getaffinity(0)))
+    return Cost(seconds, after.ru_minflt - before.ru_minflt, busy)
+
+
+def warm(arms: Arms) -> Arms:
+    """The arms, after two calls of each."""
     for arm in arms.values():
-        arm(), arm()
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, arm in arms.items():
+        arm.call(), arm.call()
+    return arms
+
+
+def alternate(measure: Callable[[str], Cost], names: list[str], rounds: int) -> dict[str, Cost]:
+    """The costs of every arm: A B C, B C A, C A B, …, one at a time.
+
+    The load of the machine changes from second to second, so that only times of the same round compare. The order
+    changes as well, so that no arm always follows the same one.
+    """
+    costs: dict[str, list[Cost]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             time.sleep(PAUSE_SECONDS)
-            started = time.perf_counter()
-            arm()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: np.array(values) for name, values in seconds.items()}
+            costs[name].append(measure(name))
+    return {name: Cost(*map(np.array, zip(*found, strict=True))) for name, found in costs.items()}
+
+
+def in_this_process(arms: Arms, rounds: int) -> dict[str, Cost]:
+    """The costs of arms that share a process."""
+    warm(arms)
+    return alternate(lambda name: cost(arms[name].call), list(arms), rounds)
+
+
+def rows(costs: dict[str, Cost], columns: Callable[[str, np.ndarray], dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each arm: its name, columns(name, seconds of a call [rounds]), page faults and busy share of a call."""
+    return [{"arm": name} | columns(name, found.seconds) | load(found) for name, found in costs.items()]
+
+
+def load(found: Cost) -> dict[str, Any]:
+    """The columns that every row has."""
+    return {"page faults": quartiles(found.page_faults), "busy share": quartiles(found.busy)}
 
 
 def quartiles(values: np.ndarray) -> dict[str, float]:

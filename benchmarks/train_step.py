@@ -6,9 +6,11 @@
 
 Both sides do all of the step: take images from the device, draw t and ε, noise, forward, backward, clip, Adam, EMA. The
 PyTorch arms are eager, eager with channels_last, and torch.compile with channels_last; bfloat16 is autocast there. The
-arms take turns in one process, so that a ratio holds on a busy machine.
+arms take turns, so that a ratio holds on a busy machine.
 """
 
+import itertools
+import os
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import compiled, networks, timing
+from benchmarks import compiled, networks, sides, timing
 from benchmarks.networks import torch
+from benchmarks.timing import Arm, Arms
 from diffusion.data import Source
 from diffusion.experiment import build
 from diffusion.experiment.build import Experiment
@@ -28,7 +31,7 @@ from diffusion.training.step import TrainState
 
 
 def main() -> None:
-    parser = timing.arguments(__doc__, "train_step")
+    parser = sides.arguments(__doc__, "train_step")
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--size", choices=networks.SIZES, default="full")
     parser.add_argument("--batch-size", type=int, default=8 if on_cpu else 128, help="on one device")
@@ -40,6 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         # A train step is compiled twice, to be run and to be asked for its memory: the second time from here.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # of the processes that this one starts
         jax.config.update("jax_compilation_cache_dir", cache)
         rows, ratios = measured(args)
     timing.finish(args.out, vars(args), rows, **ratios)
@@ -47,35 +51,35 @@ def main() -> None:
 
 def measured(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A row for each arm, and for each kind of work how much longer the best arm of PyTorch takes than ours."""
-    has_peer = networks.diffusers is not None and not args.no_peer
-    params, module = networks.peer(args.size, args.dropout) if has_peer else (None, None)
-    arms: dict[str, tuple[str, Callable[[], Any], int, float | None]] = {}
-    for dtype in args.dtypes:
-        arms |= our_arms(args, dtype, params)
-        if has_peer:
-            arms |= peer_arms(args, dtype, module)
-    seconds = timing.alternate({name: arm for name, (_, arm, _, _) in arms.items()}, args.rounds)
+    costs, columns = sides.measured(args, our_arms, peer_arms if has_peer(args) else None)
+    seconds = {name: cost.seconds / columns[name]["steps"] for name, cost in costs.items()}
 
-    rows = []
-    for name, (what, _, steps, gigabytes) in arms.items():
-        per_step = seconds[name] / steps
-        seconds[name] = per_step
-        rate = timing.quartiles(args.batch_size / per_step)
-        rows.append(
-            {"arm": name, "what": what, "seconds": timing.quartiles(per_step), "images/s": rate, "GiB": gigabytes}
-        )
+    def of_a_step(name: str, _: np.ndarray) -> dict[str, Any]:
+        rate = timing.quartiles(args.batch_size / seconds[name])
+        return columns[name] | {"seconds": timing.quartiles(seconds[name]), "images/s": rate}
+
     ratios = {}
-    for what in ("train step", "forward") if has_peer else ():
-        names = [name for name, arm in arms.items() if arm[0] == what]
+    for what in ("train step", "forward") if has_peer(args) else ():
+        names = [name for name in costs if columns[name]["what"] == what]
         ours = [name for name in names if name.startswith("ours")]
         ratios[what] = timing.best_ratio(seconds, ours, [name for name in names if name not in ours])
-    return rows, ratios
+    return timing.rows(costs, of_a_step), ratios
 
 
-def our_arms(args, dtype: str, params) -> dict[str, tuple]:
-    """name -> (what, call, steps in a call, GiB of temporaries): the step, the same with remat, the forward pass."""
+def has_peer(args) -> bool:
+    return networks.diffusers is not None and not args.no_peer
+
+
+def arm(call: Callable[[], Any], what: str, steps: int = 1, gigabytes: float | None = None) -> Arm:
+    """With the kind of work, the steps in a call and the GiB of temporaries."""
+    return Arm(call, {"what": what, "steps": steps, "GiB": gigabytes})
+
+
+def our_arms(args) -> Arms:
+    """For every dtype the step, the same with remat, and the forward pass."""
+    params = networks.peer(args.size, args.dropout)[0] if has_peer(args) else None
     arms = {}
-    for remat in (False, True):
+    for dtype, remat in itertools.product(args.dtypes, (False, True)):
         config = networks.config_of(args.size, dtype=dtype, dropout=args.dropout, remat=remat)
         config.train.batch_size = args.batch_size * jax.local_device_count()
         experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
@@ -83,12 +87,13 @@ def our_arms(args, dtype: str, params) -> dict[str, tuple]:
         if params is not None:
             state = state.replace(params=params)
         name = f"ours, {dtype}{', remat' if remat else ''}"
-        arms[name] = ("train step", *stepper(experiment, state, args.steps_per_call))
-    arms[f"ours, forward, {dtype}"] = ("forward", *forward_pass(experiment.model(state.params), args.batch_size))
+        arms[name] = stepper(experiment, state, args.steps_per_call)
+        if not remat:
+            arms[f"ours, forward, {dtype}"] = forward_pass(experiment.model(state.params), args.batch_size)
     return arms
 
 
-def stepper(experiment: Experiment, state: TrainState, steps: int) -> tuple[Callable[[], None], int, float]:
+def stepper(experiment: Experiment, state: TrainState, steps: int) -> Arm:
     """One compiled call of the train loop, which continues where the last one ended."""
     num_images = 50_000 if jax.default_backend() != "cpu" else 256
     batch_size, accelerators = experiment.training.batch_size, jax.local_devices()
@@ -105,10 +110,10 @@ def stepper(experiment: Experiment, state: TrainState, steps: int) -> tuple[Call
         held[0].wait()
         metrics.wait()
 
-    return call, steps, gigabytes
+    return arm(call, "train step", steps, gigabytes)
 
 
-def forward_pass(model: Model, batch_size: int) -> tuple[Callable[[], None], int, float]:
+def forward_pass(model: Model, batch_size: int) -> Arm:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((batch_size, *networks.IMAGE_SHAPE), np.float32))
     t = jnp.zeros(batch_size)
     forward = jax.jit(lambda model, x, t: model.denoise(x, t)).lower(model, x, t).compile()
@@ -116,7 +121,7 @@ def forward_pass(model: Model, batch_size: int) -> tuple[Callable[[], None], int
     def call() -> None:
         jax.block_until_ready(forward(model, x, t))
 
-    return call, 1, gibibytes(forward)
+    return arm(call, "forward", gigabytes=gibibytes(forward))
 
 
 def gibibytes(program: jax.stages.Compiled) -> float:
@@ -128,10 +133,11 @@ def random_images(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, *networks.IMAGE_SHAPE), np.uint8)
 
 
-def peer_arms(args, dtype: str, module) -> dict[str, tuple]:
+def peer_arms(args) -> Arms:
     """The same for PyTorch: eager, channels_last, torch.compile."""
+    module = networks.peer(args.size, args.dropout)[1]
     arms = {}
-    for name in ("eager", "channels_last", "compile, channels_last"):
+    for dtype, name in itertools.product(args.dtypes, ("eager", "channels_last", "compile, channels_last")):
         network = copy_of(module, args.dropout)
         if "channels_last" in name:
             network = network.to(memory_format=torch.channels_last)
@@ -139,8 +145,8 @@ def peer_arms(args, dtype: str, module) -> dict[str, tuple]:
             network = torch.compile(network)
         step = networks.synchronized(peer_step(args, dtype, network))
         forward = networks.synchronized(peer_forward(args, dtype, network, "channels_last" in name))
-        arms[f"PyTorch {name}, {dtype}"] = ("train step", step, 1, None)
-        arms[f"PyTorch {name}, forward, {dtype}"] = ("forward", forward, 1, None)
+        arms[f"PyTorch {name}, {dtype}"] = arm(step, "train step")
+        arms[f"PyTorch {name}, forward, {dtype}"] = arm(forward, "forward")
     return arms
 
 

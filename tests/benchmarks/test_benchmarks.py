@@ -1,19 +1,88 @@
 """What the benchmarks rest on: arms that take turns, ratios within a round, and a count of work that adds up."""
 
+import argparse
+import mmap
+import os
+import time
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from benchmarks import compiled, sampling, scaling, timing
+from benchmarks import compiled, sampling, scaling, sides, timing
+from benchmarks.timing import Arm, Arms, Cost
 from diffusion.experiment import build, memory
+from diffusion.runtime import allocator
 
 
 def test_arms_take_turns():
+    """Each round begins with another one."""
     calls = []
-    arms = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    seconds = timing.alternate(arms, rounds=3)
-    assert calls == list("aabb" + "ab" * 3)
-    assert all(len(values) == 3 and np.all(values > 0) for values in seconds.values())
+    arms = {name: Arm(partial(calls.append, name)) for name in "abc"}
+    costs = timing.in_this_process(arms, rounds=4)
+    assert calls == list("aabbcc" + "abc" + "bca" + "cab" + "abc")
+    assert all(cost.seconds.shape == (4,) and np.all(cost.seconds > 0) for cost in costs.values())
+
+
+def test_the_cost_of_a_call():
+    """64 MiB are 16,384 pages; a thread that works takes one core, and one that sleeps none."""
+    cores = len(os.sched_getaffinity(0))
+
+    def touch():
+        with mmap.mmap(-1, 64 * 2**20) as memory:
+            for start in range(0, len(memory), mmap.PAGESIZE):
+                memory[start] = 1
+
+    def work():
+        until = time.thread_time() + 0.2
+        while time.thread_time() < until:
+            pass
+
+    assert 16_384 <= timing.cost(touch).page_faults < 18_000
+    sleeping, working = timing.cost(partial(time.sleep, 0.2)), timing.cost(work)
+    np.testing.assert_allclose(sleeping.seconds, 0.2, atol=0.1)
+    assert sleeping.busy < 0.1 < working.busy
+    np.testing.assert_allclose(working.busy * working.seconds * cores, 0.2, atol=0.05)
+
+
+def test_every_row_says_what_the_machine_did():
+    cost = Cost(np.array([1.0, 2.0, 3.0]), np.array([5, 5, 5]), np.array([0.5, 0.5, 1.0]))
+    (row,) = timing.rows({"ours": cost}, lambda name, seconds: {"total": f"{name} {seconds.sum()}"})
+    assert list(row) == ["arm", "total", "page faults", "busy share"]
+    assert (row["total"], row["page faults"]["median"], row["busy share"]["median"]) == ("ours 6.0", 5.0, 0.5)
+
+
+def our_arms(args) -> Arms:
+    return {f"ours {args.name}": Arm(lambda: b"x" * 2**26, {"process": os.getpid()})}
+
+
+def peer_arms(args) -> Arms:
+    return {name: Arm(lambda: b"x" * 2**26, {"process": os.getpid()}) for name in ("theirs", "theirs, too")}
+
+
+@pytest.mark.skipif(not allocator._is_glibcs(), reason="needs glibc's own malloc")
+def test_each_side_has_a_process_and_an_allocator(monkeypatch):
+    """64 MiB that are freed and asked for again: the pages are new only where freed memory is not kept."""
+    monkeypatch.delenv(allocator.SWITCH, raising=False)
+    args = argparse.Namespace(rounds=3, peer_allocator="default", name="of a flag")
+    costs, columns = sides.measured(args, our_arms, peer_arms)
+    assert list(costs) == ["ours of a flag", "theirs", "theirs, too"]
+    ours, theirs, too = (columns[name]["process"] for name in costs)
+    assert theirs == too and len({os.getpid(), ours, theirs}) == 3
+    few = {name: np.median(cost.page_faults) < 16 for name, cost in costs.items()}
+    assert few == {"ours of a flag": True, "theirs": False, "theirs, too": False}
+    assert allocator.SWITCH not in os.environ
+
+
+def test_the_peers_allocator_is_kept_or_a_library_that_exists(tmp_path):
+    assert sides.peer_environment("kept") == {allocator.SWITCH: "1"}
+    library = tmp_path / "libtcmalloc.so"
+    library.touch()
+    assert sides.peer_environment(str(library)) == {"LD_PRELOAD": str(library)}
+    with pytest.raises(ValueError, match="--peer-allocator=libtcmaloc.so is neither"):
+        sides.peer_environment("libtcmaloc.so")
 
 
 def test_a_ratio_compares_the_best_of_each_side_round_by_round():

@@ -1,0 +1,90 @@
+"""Our arms beside a peer's: on a CPU each side has a process of its own, with its own allocator and threads."""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from unittest import mock
+
+import jax
+
+from benchmarks import timing
+from benchmarks.timing import Arms, Cost
+from diffusion.runtime import allocator
+
+Make = Callable[[argparse.Namespace], Arms]  # a function of a module, since it is named to another process
+
+_SPAWN = multiprocessing.get_context("spawn")  # a fork would share our allocator's settings
+
+
+def arguments(doc: str, name: str) -> argparse.ArgumentParser:
+    """As timing.arguments, with the peer's allocator."""
+    parser = timing.arguments(doc, name)
+    parser.add_argument(
+        "--peer-allocator",
+        default="default",
+        metavar="default|kept|LIBRARY",
+        help="on a CPU: as it is, told to keep freed memory as ours is, or a preloaded library's",
+    )
+    return parser
+
+
+def measured(args: argparse.Namespace, ours: Make, peers: Make | None) -> tuple[dict[str, Cost], dict[str, dict]]:
+    """The costs of all arms and the columns that they know of themselves, by the arms' names.
+
+    Ours run as a user runs them, with what the environment says of the allocator. On an accelerator, whose memory is
+    not malloc's and which JAX mostly claims, all arms share this process.
+    """
+    if jax.default_backend() != "cpu":
+        arms = ours(args) | (peers(args) if peers else {})
+        costs = timing.in_this_process(arms, args.rounds)
+        return costs, {name: arm.columns for name, arm in arms.items()}
+    sides = [(ours, {})] + ([(peers, peer_environment(args.peer_allocator))] if peers else [])
+    columns, pipe_of = {}, {}
+    with contextlib.ExitStack() as stack:
+        for make, environment in sides:
+            pipe = stack.enter_context(_process(make, args, environment))
+            known = pipe.recv()
+            columns |= known
+            pipe_of |= dict.fromkeys(known, pipe)
+
+        def measure(name: str) -> Cost:
+            pipe_of[name].send(name)
+            return pipe_of[name].recv()
+
+        return timing.alternate(measure, list(columns), args.rounds), columns
+
+
+def peer_environment(name: str) -> dict[str, str]:
+    """What gives a process the allocator of this name."""
+    if name in ("default", "kept"):
+        return {allocator.SWITCH: "0" if name == "default" else "1"}
+    if not Path(name).is_file():  # the system would run without it
+        raise ValueError(f"--peer-allocator={name} is neither default nor kept nor a library's file")
+    return {"LD_PRELOAD": name}
+
+
+@contextlib.contextmanager
+def _process(make: Make, args: argparse.Namespace, environment: dict[str, str]) -> Iterator[Connection]:
+    """A process that makes and warms its arms. Into the pipe goes an arm's name, out of it comes the cost of a call."""
+    pipe, end = _SPAWN.Pipe()
+    process = _SPAWN.Process(target=_serve, args=(make, args, end))
+    with mock.patch.dict(os.environ, environment):
+        process.start()
+    end.close()  # the process alone holds it, so that its end is seen here
+    try:
+        yield pipe
+    finally:
+        pipe.close()
+        process.join()
+
+
+def _serve(make: Make, args: argparse.Namespace, pipe: Connection) -> None:
+    arms = timing.warm(make(args))
+    with contextlib.suppress(EOFError, BrokenPipeError):  # nobody asks any more
+        pipe.send({name: arm.columns for name, arm in arms.items()})
+        while True:
+            pipe.send(timing.cost(arms[pipe.recv()].call))
