@@ -5,6 +5,7 @@
 
 Both sides take uint8 images and return all five kinds of features. The PyTorch arms are torch-fidelity's module as it
 is, with channels_last, and compiled by torch.compile, in batches of 64. They must agree to 1e-4 before they are timed.
+On a GPU both sides multiply in float32. The arm with TF32, which changes the features, is what PyTorch does by itself.
 """
 
 import tempfile
@@ -44,6 +45,7 @@ def main() -> None:
     arms: dict[str, Callable[[], Any]] = {"ours": lambda: inception.features(params, images)}
     if torch is not None:
         peer = torch_fidelity(tensors).to(networks.device())
+        networks.multiply_as_tf32(False)
         refuse_difference(params, peer, images[:2])
         arms |= peer_arms(args, peer, images)
 
@@ -56,7 +58,7 @@ def main() -> None:
         }
         for name, values in seconds.items()
     ]
-    theirs = [name for name in arms if name != "ours"]
+    theirs = [name for name in arms if name != "ours" and "TF32" not in name]
     ratio = {"seconds": timing.best_ratio(seconds, ["ours"], theirs)} if theirs else {}
     timing.finish(args.out, vars(args), rows, **ratio)
 
@@ -113,13 +115,21 @@ def refuse_difference(params: Any, module: Any, images: np.ndarray) -> None:
 
 
 def peer_arms(args, module: Any, images: np.ndarray) -> dict[str, Callable[[], Any]]:
-    def arm(module: Any) -> Callable[[], Any]:
-        starts = range(0, len(images), args.batch_size)
-        return lambda: [peer_features(module, images[i : i + args.batch_size]) for i in starts]
+    starts = range(0, len(images), args.batch_size)
+
+    def arm(module: Any, tf32: bool = False) -> Callable[[], Any]:
+        def call() -> None:
+            networks.multiply_as_tf32(tf32)
+            for i in starts:
+                peer_features(module, images[i : i + args.batch_size])
+
+        return call
 
     arms = {"torch-fidelity": arm(module)}
     channels_last = torch_fidelity(random_tensors(seed=0)).to(networks.device(), memory_format=torch.channels_last)
     arms["torch-fidelity, channels_last"] = arm(channels_last)
+    if networks.device() == "cuda":
+        arms["torch-fidelity, channels_last, TF32"] = arm(channels_last, tf32=True)
     if not args.no_compile:
         arms["torch-fidelity, channels_last, compiled"] = arm(torch.compile(channels_last))
     return arms

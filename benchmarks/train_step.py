@@ -3,10 +3,12 @@
     python -m benchmarks.train_step                                        # 35.7M parameters
     python -m benchmarks.train_step --size=small --batch-size=32
     python -m benchmarks.train_step --dtypes bfloat16 --batch-size=128     # on a GPU
+    python -m benchmarks.train_step --dtypes bfloat16 --no-peer --arms plain one_pass_norm cudnn_attention single_steps
 
 Both sides do all of the step: take images from the device, draw t and ε, noise, forward, backward, clip, Adam, EMA. The
-PyTorch arms are eager, eager with channels_last, and torch.compile with channels_last; bfloat16 is autocast there. The
-arms take turns in one process, so that a ratio holds on a busy machine.
+PyTorch arms are eager, eager with channels_last, and torch.compile with channels_last; bfloat16 is autocast there. On a
+GPU float32 may be multiplied as TF32 on both sides. The arms take turns in one process, so that a ratio holds on a busy
+machine. `--arms` are those of ours: see candidates.py.
 """
 
 import tempfile
@@ -17,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import compiled, networks, timing
+from benchmarks import candidates, compiled, networks, timing
+from benchmarks.candidates import CANDIDATES
 from benchmarks.networks import torch
 from diffusion.data import Source
 from diffusion.experiment import build
@@ -36,11 +39,15 @@ def main() -> None:
     dtypes = ["float32"] if on_cpu else ["float32", "bfloat16"]
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=dtypes)
     parser.add_argument("--steps-per-call", type=int, default=1 if on_cpu else 10, help="of ours")
+    parser.add_argument("--arms", nargs="+", choices=CANDIDATES, default=["plain", "remat"], help="of ours")
     parser.add_argument("--no-peer", action="store_true", help="time ours alone")
     args = parser.parse_args()
+    if "cudnn_attention" in args.arms and (on_cpu or args.dtypes != ["bfloat16"]):
+        parser.error("--arms cudnn_attention needs a GPU and --dtypes bfloat16")
     with tempfile.TemporaryDirectory() as cache:
         # A train step is compiled twice, to be run and to be asked for its memory: the second time from here.
-        jax.config.update("jax_compilation_cache_dir", cache)
+        if not jax.config.jax_compilation_cache_dir:
+            jax.config.update("jax_compilation_cache_dir", cache)
         rows, ratios = measured(args)
     timing.finish(args.out, vars(args), rows, **ratios)
 
@@ -73,18 +80,22 @@ def measured(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def our_arms(args, dtype: str, params) -> dict[str, tuple]:
-    """name -> (what, call, steps in a call, GiB of temporaries): the step, the same with remat, the forward pass."""
+    """name -> (what, call, steps in a call, GiB of temporaries): each candidate's step, and the forward passes."""
     arms = {}
-    for remat in (False, True):
-        config = networks.config_of(args.size, dtype=dtype, dropout=args.dropout, remat=remat)
+    for name in args.arms:
+        candidate, suffix = CANDIDATES[name], "" if name == "plain" else f", {name}"
+        config = networks.config_of(args.size, dtype=dtype, dropout=args.dropout, **candidate.unet)
         config.train.batch_size = args.batch_size * jax.local_device_count()
         experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
         state = experiment.initial_state()
         if params is not None:
             state = state.replace(params=params)
-        name = f"ours, {dtype}{', remat' if remat else ''}"
-        arms[name] = ("train step", *stepper(experiment, state, args.steps_per_call))
-    arms[f"ours, forward, {dtype}"] = ("forward", *forward_pass(experiment.model(state.params), args.batch_size))
+        with candidates.in_place(candidate):
+            steps = candidate.steps_per_call or args.steps_per_call
+            arms[f"ours, {dtype}{suffix}"] = ("train step", *stepper(experiment, state, steps))
+            if name == "plain" or candidate.layers:
+                forward = forward_pass(experiment.model(state.params), args.batch_size)
+                arms[f"ours, forward, {dtype}{suffix}"] = ("forward", *forward)
     return arms
 
 
@@ -105,6 +116,7 @@ def stepper(experiment: Experiment, state: TrainState, steps: int) -> tuple[Call
         held[0].wait()
         metrics.wait()
 
+    call()  # traced now, while the candidate is in place
     return call, steps, gigabytes
 
 
