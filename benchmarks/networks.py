@@ -27,8 +27,10 @@ except ImportError:
 SIZES = {
     "full": {"channels": 128, "num_groups": 32},
     "small": {"channels": 32, "num_groups": 8},
-    "tiny": {"channels": 8, "num_groups": 4, "channel_mult": (1, 2), "num_res_blocks": 1},
-}
+    "tiny": {
+        "channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "num_groups": 4,
+    },
+}  # fmt: skip
 IMAGE_SHAPE = (32, 32, 3)
 
 
