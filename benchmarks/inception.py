@@ -43,7 +43,7 @@ def main() -> None:
         save_file(tensors, f"{folder}/inception.safetensors")
         params = inception.load(f"{folder}/inception.safetensors", check_digest=False)
     arms: dict[str, Callable[[], Any]] = {"ours": lambda: inception.features(params, images)}
-    if torch is not None:
+    if networks.has_peer(torch):
         peer = torch_fidelity(tensors).to(networks.device())
         networks.multiply_as_tf32(False)
         refuse_difference(params, peer, images[:2])

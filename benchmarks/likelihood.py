@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2 if on_cpu else 10, help="in a timed call")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
-    params, module = networks.peer(args.size) if networks.diffusers else (None, None)
+    params, module = networks.peer(args.size) if networks.has_peer(networks.diffusers) else (None, None)
     arms, pairs = {}, {}
     for batch_size in args.batch_sizes:
         new = {f"ours, {batch_size} pairs": our_arm(args, batch_size, params)}

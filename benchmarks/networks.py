@@ -76,6 +76,16 @@ def peer(size: str, dropout: float = 0.0) -> tuple[PyTree, Any]:
     return params, module
 
 
+def has_peer(package: Any) -> bool:
+    """Whether a package of the peers is there, and PyTorch finds the device that JAX has."""
+    if package is None:
+        return False
+    if device() == "cuda" and not torch.cuda.is_available():
+        print("PyTorch finds no GPU: ours is timed alone")
+        return False
+    return True
+
+
 def multiply_as_tf32(allowed: bool) -> None:
     """Whether PyTorch may round float32 to TF32 on a GPU; by itself it does in convolutions and not in products."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed

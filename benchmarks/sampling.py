@@ -46,7 +46,7 @@ def main() -> None:
 
 def speed(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Seconds for all images, of ours and of diffusers' pipeline."""
-    has_peer = networks.diffusers is not None
+    has_peer = networks.has_peer(networks.diffusers)
     params, module = networks.peer(args.size) if has_peer else (None, None)
     experiment = build.experiment(networks.config_of(args.size, dtype=args.dtype), networks.IMAGE_SHAPE, 256)
     params = experiment.initial_state().params if params is None else params

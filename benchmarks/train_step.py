@@ -54,7 +54,7 @@ def main() -> None:
 
 def measured(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A row for each arm, and for each kind of work how much longer the best arm of PyTorch takes than ours."""
-    has_peer = networks.diffusers is not None and not args.no_peer
+    has_peer = not args.no_peer and networks.has_peer(networks.diffusers)
     params, module = networks.peer(args.size, args.dropout) if has_peer else (None, None)
     arms: dict[str, tuple[str, Callable[[], Any], int, float | None]] = {}
     for dtype in args.dtypes:
