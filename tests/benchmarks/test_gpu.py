@@ -173,3 +173,11 @@ def test_a_norm_in_one_pass_is_the_norm():
 
     found, wanted = gradient(candidates.centre_in_one_pass), gradient(layers.centre)
     np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+
+def test_attention_is_what_jax_calls_attention():
+    """Its layout and its scale, which cuDNN's kernel shares; two heads, and more keys than queries."""
+    shapes = ((2, 5, 2, 8), (2, 7, 2, 8), (2, 7, 2, 8))
+    inputs = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    wanted = jax.nn.dot_product_attention(*inputs, implementation="xla")
+    np.testing.assert_allclose(layers.attend(*inputs), wanted, atol=1e-6)
