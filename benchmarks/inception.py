@@ -5,6 +5,7 @@
 
 Both sides take uint8 images and return all five kinds of features. The PyTorch arms are torch-fidelity's module as it
 is, with channels_last, and compiled by torch.compile, in batches of 64. They must agree to 1e-4 before they are timed.
+On a GPU both sides multiply in float32. The arm with TF32, which changes the features, is what PyTorch does by itself.
 """
 
 import tempfile
@@ -37,14 +38,14 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
     args = parser.parse_args()
 
-    costs, _ = sides.measured(args, our_arms, peer_arms if torch is not None else None)
+    costs, _ = sides.measured(args, our_arms, peer_arms if networks.has_peer(torch) else None)
 
     def columns(_: str, seconds: np.ndarray) -> dict[str, Any]:
         minutes = timing.quartiles(MANY / args.num_images * seconds / 60)
         return {"images/s": timing.quartiles(args.num_images / seconds), f"{MANY:,} images, minutes": minutes}
 
     seconds = {name: cost.seconds for name, cost in costs.items()}
-    theirs = [name for name in costs if name != "ours"]
+    theirs = [name for name in costs if name != "ours" and "TF32" not in name]
     ratio = {"seconds": timing.best_ratio(seconds, ["ours"], theirs)} if theirs else {}
     timing.finish(args.out, vars(args), timing.rows(costs, columns), **ratio)
 
@@ -114,14 +115,21 @@ def refuse_difference(params: Any, module: Any, images: np.ndarray) -> None:
 def peer_arms(args) -> Arms:
     images, tensors = random_images(args.num_images, args.image_size), random_tensors(seed=0)
     module = torch_fidelity(tensors).to(networks.device())
+    networks.multiply_as_tf32(False)
     refuse_difference(our_params(tensors), module, images[:2])
 
-    def arm(module: Any) -> Arm:
-        starts = range(0, len(images), args.batch_size)
-        return Arm(lambda: [peer_features(module, images[i : i + args.batch_size]) for i in starts])
+    def arm(module: Any, tf32: bool = False) -> Arm:
+        def call() -> None:
+            networks.multiply_as_tf32(tf32)
+            for i in range(0, len(images), args.batch_size):
+                peer_features(module, images[i : i + args.batch_size])
+
+        return Arm(call)
 
     channels_last = torch_fidelity(tensors).to(networks.device(), memory_format=torch.channels_last)
     arms = {"torch-fidelity": arm(module), "torch-fidelity, channels_last": arm(channels_last)}
+    if networks.device() == "cuda":
+        arms["torch-fidelity, channels_last, TF32"] = arm(channels_last, tf32=True)
     if not args.no_compile:
         arms["torch-fidelity, channels_last, compiled"] = arm(torch.compile(channels_last))
     return arms

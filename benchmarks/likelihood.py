@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2 if on_cpu else 10, help="in a timed call")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
-    costs, known = sides.measured(args, our_arms, peer_arms if networks.diffusers else None)
+    costs, known = sides.measured(args, our_arms, peer_arms if networks.has_peer(networks.diffusers) else None)
 
     def columns(name: str, seconds: np.ndarray) -> dict[str, Any]:
         rate = known[name]["pairs"] / seconds
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def our_arms(args) -> Arms:
-    params = networks.peer(args.size)[0] if networks.diffusers else None
+    params = networks.peer(args.size)[0] if networks.has_peer(networks.diffusers) else None
     return {f"ours, {size} pairs": our_arm(args, size, params) for size in args.batch_sizes}
 
 

@@ -15,13 +15,22 @@ from diffusion import interop
 from diffusion.networks.unet import UNet
 
 try:
-    import diffusers
     import torch
 except ImportError:  # the peers are optional: pip install -e '.[peers]'
-    diffusers = torch = None
+    torch = None
+try:
+    import diffusers
+except ImportError:
+    diffusers = None
 
-# Ho et al.'s network (35.7M parameters), and one a sixteenth as large.
-SIZES = {"full": {"channels": 128, "num_groups": 32}, "small": {"channels": 32, "num_groups": 8}}
+# Ho et al.'s network (35.7M parameters), one a sixteenth as large, and one to try a benchmark with.
+SIZES = {
+    "full": {"channels": 128, "num_groups": 32},
+    "small": {"channels": 32, "num_groups": 8},
+    "tiny": {
+        "channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "num_groups": 4,
+    },
+}  # fmt: skip
 IMAGE_SHAPE = (32, 32, 3)
 
 
@@ -40,6 +49,8 @@ def device() -> str:
 def peer(size: str, dropout: float = 0.0) -> tuple[PyTree, Any]:
     """Our parameters and the diffusers module with the same weights: PyTorch's random ones, which reach the output.
 
+    From then on PyTorch may multiply float32 as TF32, which JAX does by default on a GPU.
+
     Raises:
         RuntimeError: for the same noisy images the two outputs differ by more than 1e-4 of their norm.
     """
@@ -55,12 +66,29 @@ def peer(size: str, dropout: float = 0.0) -> tuple[PyTree, Any]:
     x, t = np.random.default_rng(0).standard_normal((2, *IMAGE_SHAPE), np.float32), np.array([3, 700])
     with jax.default_matmul_precision("highest"):
         found = np.asarray(jax.jit(unet.apply)({"params": params}, x, t))
+    multiply_as_tf32(False)
     with torch.no_grad():
         wanted = as_images(module.eval()(from_images(x), torch.tensor(t, device=device())).sample)
+    multiply_as_tf32(True)
     error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
     if not error < 1e-4:
         raise RuntimeError(f"the two networks hold the same weights, but their outputs differ by {error:.2g}")
     return params, module
+
+
+def has_peer(package: Any) -> bool:
+    """Whether a package of the peers is there, and PyTorch finds the device that JAX has."""
+    if package is None:
+        return False
+    if device() == "cuda" and not torch.cuda.is_available():
+        print("PyTorch finds no GPU: ours is timed alone")
+        return False
+    return True
+
+
+def multiply_as_tf32(allowed: bool) -> None:
+    """Whether PyTorch may round float32 to TF32 on a GPU; by itself it does in convolutions and not in products."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def from_images(x: np.ndarray) -> Any:

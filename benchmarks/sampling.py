@@ -48,7 +48,7 @@ def main() -> None:
 
 def speed(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Seconds for all images, of ours and of diffusers' pipeline."""
-    has_peer = networks.diffusers is not None
+    has_peer = networks.has_peer(networks.diffusers)
     costs, _ = sides.measured(args, our_arms, peer_arms if has_peer else None)
 
     def columns(_: str, seconds: np.ndarray) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def speed(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def our_arms(args) -> Arms:
-    params = networks.peer(args.size)[0] if networks.diffusers else None
+    params = networks.peer(args.size)[0] if networks.has_peer(networks.diffusers) else None
     experiment = build.experiment(networks.config_of(args.size, dtype=args.dtype), networks.IMAGE_SHAPE, 256)
     params = experiment.initial_state().params if params is None else params
     model = devices.replicate(spaced(experiment.model(params), args.num_steps))

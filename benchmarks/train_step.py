@@ -3,10 +3,12 @@
     python -m benchmarks.train_step                                        # 35.7M parameters
     python -m benchmarks.train_step --size=small --batch-size=32
     python -m benchmarks.train_step --dtypes bfloat16 --batch-size=128     # on a GPU
+    python -m benchmarks.train_step --dtypes bfloat16 --no-peer --arms plain one_pass_norm cudnn_attention single_steps
 
 Both sides do all of the step: take images from the device, draw t and ε, noise, forward, backward, clip, Adam, EMA. The
-PyTorch arms are eager, eager with channels_last, and torch.compile with channels_last; bfloat16 is autocast there. The
-arms take turns, so that a ratio holds on a busy machine.
+PyTorch arms are eager, eager with channels_last, and torch.compile with channels_last; bfloat16 is autocast there. On a
+GPU float32 may be multiplied as TF32 on both sides. The arms take turns, so that a ratio holds on a busy machine.
+`--arms` are those of ours: see candidates.py.
 """
 
 import itertools
@@ -19,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import compiled, networks, sides, timing
+from benchmarks import candidates, compiled, networks, sides, timing
+from benchmarks.candidates import CANDIDATES
 from benchmarks.networks import torch
 from benchmarks.timing import Arm, Arms
 from diffusion.data import Source
@@ -39,12 +42,16 @@ def main() -> None:
     dtypes = ["float32"] if on_cpu else ["float32", "bfloat16"]
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=dtypes)
     parser.add_argument("--steps-per-call", type=int, default=1 if on_cpu else 10, help="of ours")
+    parser.add_argument("--arms", nargs="+", choices=CANDIDATES, default=["plain", "remat"], help="of ours")
     parser.add_argument("--no-peer", action="store_true", help="time ours alone")
     args = parser.parse_args()
+    if "cudnn_attention" in args.arms and (on_cpu or args.dtypes != ["bfloat16"]):
+        parser.error("--arms cudnn_attention needs a GPU and --dtypes bfloat16")
     with tempfile.TemporaryDirectory() as cache:
         # A train step is compiled twice, to be run and to be asked for its memory: the second time from here.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # of the processes that this one starts
-        jax.config.update("jax_compilation_cache_dir", cache)
+        if not jax.config.jax_compilation_cache_dir:
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # of the processes that this one starts
+            jax.config.update("jax_compilation_cache_dir", cache)
         rows, ratios = measured(args)
     timing.finish(args.out, vars(args), rows, **ratios)
 
@@ -67,7 +74,7 @@ def measured(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def has_peer(args) -> bool:
-    return networks.diffusers is not None and not args.no_peer
+    return not args.no_peer and networks.has_peer(networks.diffusers)
 
 
 def arm(call: Callable[[], Any], what: str, steps: int = 1, gigabytes: float | None = None) -> Arm:
@@ -76,20 +83,23 @@ def arm(call: Callable[[], Any], what: str, steps: int = 1, gigabytes: float | N
 
 
 def our_arms(args) -> Arms:
-    """For every dtype the step, the same with remat, and the forward pass."""
+    """For every dtype each candidate's step, and the forward passes."""
     params = networks.peer(args.size, args.dropout)[0] if has_peer(args) else None
     arms = {}
-    for dtype, remat in itertools.product(args.dtypes, (False, True)):
-        config = networks.config_of(args.size, dtype=dtype, dropout=args.dropout, remat=remat)
+    for dtype, name in itertools.product(args.dtypes, args.arms):
+        candidate, suffix = CANDIDATES[name], "" if name == "plain" else f", {name}"
+        config = networks.config_of(args.size, dtype=dtype, dropout=args.dropout, **candidate.unet)
         config.train.batch_size = args.batch_size * jax.local_device_count()
         experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
         state = experiment.initial_state()
         if params is not None:
             state = state.replace(params=params)
-        name = f"ours, {dtype}{', remat' if remat else ''}"
-        arms[name] = stepper(experiment, state, args.steps_per_call)
-        if not remat:
-            arms[f"ours, forward, {dtype}"] = forward_pass(experiment.model(state.params), args.batch_size)
+        with candidates.in_place(candidate):
+            steps = candidate.steps_per_call or args.steps_per_call
+            arms[f"ours, {dtype}{suffix}"] = stepper(experiment, state, steps)
+            if name == "plain" or candidate.layers:
+                forward = forward_pass(experiment.model(state.params), args.batch_size)
+                arms[f"ours, forward, {dtype}{suffix}"] = forward
     return arms
 
 
@@ -110,6 +120,7 @@ def stepper(experiment: Experiment, state: TrainState, steps: int) -> Arm:
         held[0].wait()
         metrics.wait()
 
+    call()  # traced now, while the candidate is in place
     return arm(call, "train step", steps, gigabytes)
 
 
