@@ -99,7 +99,6 @@ def main() -> None:
 
 def row(program: Program, target: str) -> dict[str, Any]:
     """The figures of one program, for each of its devices and each of its steps."""
-    (device,) = (device for device in TARGETS if device.name == target)
     targets = topology(target, program.devices)
     # The network is written another way for CPUs; it asks JAX where it is.
     with mock.patch.object(jax, "default_backend", return_value=targets[0].platform):
@@ -110,17 +109,25 @@ def row(program: Program, target: str) -> dict[str, Any]:
         compiled = lower(experiment, program.batch // program.devices, targets).compile()
     passes = 1 if program.name != "train step" else 4 if program.remat else 3
     flops = passes * program.batch / program.devices * describe.forward_flops(experiment)
-    held, counted = compiled.memory_analysis(), (compiled.cost_analysis() or {}).get("bytes accessed")
-    if counted is None:
-        kernels, moved = (total / STEPS for total in work(compiled.as_text()))
-    else:  # XLA's own count, which takes a loop's body once; of kernels a TPU has none
-        kernels, moved = "", counted
+    held = compiled.memory_analysis()
     return {
         "program": program.name + (", remat" if program.remat else ""),
         "batch": program.batch,
         "devices": program.devices,
         "arguments, GiB": held.argument_size_in_bytes / 2**30,
         "beside them, GiB": held.temp_size_in_bytes / 2**30,
+    } | time(compiled, STEPS, flops, target)
+
+
+def time(compiled: jax.stages.Compiled, steps: int, flops: float, target: str) -> dict[str, Any]:
+    """What one of a program's steps takes if memory or arithmetic alone were the limit."""
+    (device,) = (device for device in TARGETS if device.name == target)
+    counted = (compiled.cost_analysis() or {}).get("bytes accessed")
+    if counted is None:
+        kernels, moved = (total / steps for total in work(compiled.as_text()))
+    else:  # XLA's own count, which takes a loop's body once; of kernels a TPU has none
+        kernels, moved = "", counted
+    return {
         "kernels": kernels,
         "GB read and written": moved / 1e9,
         "at full bandwidth, ms": 1e3 * moved / device.bandwidth,
@@ -130,7 +137,7 @@ def row(program: Program, target: str) -> dict[str, Any]:
 
 
 def config_row(name: str, target: str) -> dict[str, Any]:
-    """The memory of one config's train step; the images are those of one call, as if they came from disk."""
+    """One config's train step; the images are those of one call, as if they came from disk."""
     targets = topology(target, 1)
     with mock.patch.object(jax, "default_backend", return_value=targets[0].platform):
         config = importlib.import_module(f"configs.{name}").get_config()
@@ -139,6 +146,7 @@ def config_row(name: str, target: str) -> dict[str, Any]:
         compiled = lower_training(experiment, batch, targets, steps, steps * batch).compile()
         kept = memory.residual_bytes(experiment, batch // config.train.grad_accum)
     held = compiled.memory_analysis()
+    flops = (4 if config.unet.remat else 3) * batch * describe.forward_flops(experiment)
     return {
         "config": name,
         "batch": batch,
@@ -148,7 +156,7 @@ def config_row(name: str, target: str) -> dict[str, Any]:
         "beside them, GiB": held.temp_size_in_bytes / 2**30,
         "together, GiB": (held.argument_size_in_bytes + held.temp_size_in_bytes) / 2**30,
         "state, gradient and what is kept, GiB, at most": (memory.state_bytes(experiment) + kept) / 2**30,
-    }
+    } | time(compiled, steps, flops, target)
 
 
 def topology(target: str, count: int) -> list[jax.Device]:
