@@ -27,7 +27,7 @@ def test_arms_take_turns():
 
 
 def test_the_cost_of_a_call():
-    """64 MiB are 16,384 pages; a thread that works takes one core, and one that sleeps none."""
+    """64 MiB are 16,384 pages; work takes CPU time, and sleep none."""
     cores = len(os.sched_getaffinity(0))
 
     def touch():
@@ -42,9 +42,10 @@ def test_the_cost_of_a_call():
 
     assert 16_384 <= timing.cost(touch).page_faults < 18_000
     sleeping, working = timing.cost(partial(time.sleep, 0.2)), timing.cost(work)
-    np.testing.assert_allclose(sleeping.seconds, 0.2, atol=0.1)
-    assert sleeping.busy < 0.1 < working.busy
-    np.testing.assert_allclose(working.busy * working.seconds * cores, 0.2, atol=0.05)
+    # On a busy machine both take longer, but they use the same CPU time.
+    assert sleeping.seconds >= 0.2 and working.seconds >= 0.2
+    cpu_seconds = [cost.busy * cost.seconds * cores for cost in (sleeping, working)]
+    np.testing.assert_allclose(cpu_seconds, [0, 0.2], atol=0.05)
 
 
 def test_every_row_says_what_the_machine_did():
