@@ -116,10 +116,10 @@ def row(program: Program, target: str) -> dict[str, Any]:
         "devices": program.devices,
         "arguments, GiB": held.argument_size_in_bytes / 2**30,
         "beside them, GiB": held.temp_size_in_bytes / 2**30,
-    } | time(compiled, STEPS, flops, target)
+    } | limits(compiled, STEPS, flops, target)
 
 
-def time(compiled: jax.stages.Compiled, steps: int, flops: float, target: str) -> dict[str, Any]:
+def limits(compiled: jax.stages.Compiled, steps: int, flops: float, target: str) -> dict[str, Any]:
     """What one of a program's steps takes if memory or arithmetic alone were the limit."""
     (device,) = (device for device in TARGETS if device.name == target)
     counted = (compiled.cost_analysis() or {}).get("bytes accessed")
@@ -156,7 +156,7 @@ def config_row(name: str, target: str) -> dict[str, Any]:
         "beside them, GiB": held.temp_size_in_bytes / 2**30,
         "together, GiB": (held.argument_size_in_bytes + held.temp_size_in_bytes) / 2**30,
         "state, gradient and what is kept, GiB, at most": (memory.state_bytes(experiment) + kept) / 2**30,
-    } | time(compiled, steps, flops, target)
+    } | limits(compiled, steps, flops, target)
 
 
 def topology(target: str, count: int) -> list[jax.Device]:

@@ -1,4 +1,4 @@
-"""Ho et al.'s and Nichol & Dhariwal's objectives on real photographs, on two CPU cores in about two hours.
+"""Ho et al.'s and Nichol & Dhariwal's objectives on real photographs, on two CPU cores in some hours.
 
     python -m experiments.cifar10_small --workdir=runs/cifar10_small [--data-dir=DIR] [--set KEY=VALUE ...]
 

@@ -34,7 +34,8 @@ def kept() -> Iterator[None]:
         if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
             jax.config.update("jax_compilation_cache_dir", str(folder))
         elif not jax.config.jax_compilation_cache_dir and (cpu := _cpu()):
-            stack.enter_context(_of_this_process(folder / cpu))
+            with contextlib.suppress(OSError):  # there is no room for a folder: then nothing is kept
+                stack.enter_context(_of_this_process(folder / cpu))
         yield
 
 
@@ -52,7 +53,7 @@ def _cpu() -> str | None:
 @contextlib.contextmanager
 def _of_this_process(common: Path) -> Iterator[None]:
     """JAX's cache in a folder that starts with the common one's programs and leaves its new ones there."""
-    with tempfile.TemporaryDirectory(prefix="diffusion-compiled-") as name:
+    with tempfile.TemporaryDirectory(prefix="diffusion-compiled-", ignore_cleanup_errors=True) as name:
         for program in common.glob("*-cache"):
             (Path(name) / program.name).symlink_to(program)
         jax.config.update("jax_compilation_cache_dir", name)

@@ -11,11 +11,12 @@ from diffusion.runtime import compiled_programs
 
 # Compiles for a moment on the CPU that a file describes; prints what JAX reports of its cache.
 PROGRAM = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, tempfile
 import jax
 from diffusion.runtime import compiled_programs
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 compiled_programs.CPU_INFO = pathlib.Path(sys.argv[1])
+tempfile.tempdir = os.environ.get("TEMPORARY")
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 with compiled_programs.kept():
@@ -53,6 +54,10 @@ def test_the_next_process_finds_what_was_compiled_and_a_killed_one_leaves_nothin
 def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path):
     (tmp_path / "cache").write_text("a file, where a folder is needed")
     assert run(tmp_path / "cache") == "36.0\nhits 0\n"
+
+
+def test_where_there_is_no_room_nothing_is_kept(tmp_path):
+    assert run(tmp_path / "cache", TEMPORARY=str(tmp_path / "nowhere")) == "36.0\nhits 0\n"
 
 
 @pytest.mark.parametrize(
