@@ -34,6 +34,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 install_import_hook("diffusion", "beartype.beartype")
 
+MAPPINGS = Path("/proc/self/maps")  # a line for each piece of the process's memory that the kernel keeps apart
+TOO_MANY = 20_000  # Linux allows 65,530, and one file alone adds 17,000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_more_programs_than_fit():
+    """After each file JAX forgets its compiled programs if they are many.
+
+    Each of their kernels has mappings of its own. Where the kernel allows no more, XLA's compiler crashes.
+    """
+    yield
+    if not MAPPINGS.exists() or len(MAPPINGS.read_bytes().splitlines()) > TOO_MANY:
+        jax.clear_caches()
+
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
