@@ -55,16 +55,16 @@ class Run:
         config: config key -> value, as config.json holds it.
         summary: what summary.json holds.
         quality: what quality.json holds; {} if there is none of these weights.
-        image_bpd: the bound of each test image.
-        terms_bpd: entry t − 1 is the mean term of t.
+        image_bpd: the bound of each test image; None where it was estimated from a few terms (eval.terms_per_image).
+        terms_bpd: entry t − 1 is the mean term of t; None as well.
     """
 
     name: str
     config: dict[str, Any]
     summary: dict[str, Any]
     quality: dict[str, Any]
-    image_bpd: Float[np.ndarray, " n"]
-    terms_bpd: Float[np.ndarray, " t"]
+    image_bpd: Float[np.ndarray, " n"] | None
+    terms_bpd: Float[np.ndarray, " t"] | None
 
 
 Published = Callable[[Run], Target | None]
@@ -94,8 +94,18 @@ class Row:
 
     @property
     def stderr_bpd(self) -> float:
-        """The standard error of the mean over images; every seed scored the same ones."""
+        """The standard error of the mean over images; every seed scored the same ones.
+
+        Of estimates it is the largest that a seed states: that of many seeds is no smaller, as far as images decide.
+        """
+        if not self.has_every_term:
+            return max(run.summary["test_bpd_stderr"] for run in self.runs)
         return _stderr(np.mean([run.image_bpd for run in self.runs], axis=0))
+
+    @property
+    def has_every_term(self) -> bool:
+        """Whether no run was scored by an estimate."""
+        return all(run.image_bpd is not None for run in self.runs)
 
     @property
     def spread_bpd(self) -> float:
@@ -158,8 +168,10 @@ def read(directory: Path) -> tuple[list[Run], dict[str, str]]:
             continue
         config = config_lib.flatten(config_lib.from_json((folder / "config.json").read_text()))
         summary = json.loads((folder / "summary.json").read_text())
-        with np.load(folder / "bpd.npz") as saved:
-            bounds = saved["test_image_bpd"], saved["test_terms_bpd"]
+        bounds = None, None
+        if not config["eval.terms_per_image"]:
+            with np.load(folder / "bpd.npz") as saved:
+                bounds = saved["test_image_bpd"], saved["test_terms_bpd"]
         runs.append(Run(folder.name, config, summary, quality.read(folder), *bounds))
     return runs, unfinished
 
@@ -187,9 +199,9 @@ def rows(runs: list[Run]) -> tuple[list[Row], dict[str, str]]:
 
 
 def differences(table: list[Row]) -> list[Difference]:
-    """Every pair of variances within the same rest of the setting, over the seeds that both have."""
+    """Every pair of variances within the same rest of the setting, over the seeds that both have; not of estimates."""
     found = []
-    for one, other in itertools.combinations(table, 2):
+    for one, other in itertools.combinations([row for row in table if row.has_every_term], 2):
         rest = {column: value for column, value in one.setting.items() if column != "variance"}
         if rest != {column: value for column, value in other.setting.items() if column != "variance"}:
             continue

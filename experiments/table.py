@@ -89,7 +89,7 @@ def _head(runs: list[Run]) -> str:
     steps = sorted({f"{run.config['train.num_steps']:,} × {run.config['train.batch_size']}" for run in runs})
     machines = sorted({f"{run.summary['device']}, jax {run.summary['versions']['jax']}" for run in runs})
     return (
-        f"# {runs[0].config['data.name']}\n\n{NOTES}\n{len(runs[0].image_bpd):,} test images; trained for "
+        f"# {runs[0].config['data.name']}\n\n{NOTES}\n{runs[0].summary['test_images']:,} test images; trained for "
         f"{', '.join(steps)} images; {'; '.join(machines)}.\n"
     )
 
@@ -182,8 +182,14 @@ def _once_each(axes: Axes) -> tuple[list[Artist], list[str]]:
 
 
 def plot_terms(path: Path, table: list[Row]) -> None:
-    """A panel per setting: the bound's term of each t (the decoder's a dot), a curve per variance, means over seeds."""
+    """A panel per setting: the bound's term of each t (the decoder's a dot), a curve per variance, means over seeds.
+
+    Nothing is plotted of bounds that were estimated from a few terms.
+    """
     panels: dict[str, list[Row]] = {}
+    table = [row for row in table if row.has_every_term]
+    if not table:
+        return
     for row in table:
         rest = [value for column, value in row.setting.items() if column != "variance"]
         panels.setdefault(", ".join(rest), []).append(row)

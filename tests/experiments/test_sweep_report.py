@@ -36,7 +36,8 @@ def write_run(directory, name, image_bpd, config, **summary):
     np.savez(folder / "bpd.npz", test_image_bpd=image_bpd, test_terms_bpd=terms)
     numbers = {
         "test_bpd": image_bpd.mean(), "test_decoder_bpd": terms[0], "test_kl_bpd": terms[1:].sum(), "prior_bpd": 1e-5,
-        "train_bpd": image_bpd.mean() - 0.1, "device": "cpu ×1", "versions": {"jax": "0"}, "ema_sha256": name,
+        "train_bpd": image_bpd.mean() - 0.1, "test_images": len(image_bpd),
+        "device": "cpu ×1", "versions": {"jax": "0"}, "ema_sha256": name,
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(numbers | summary))
 
@@ -75,6 +76,26 @@ def test_rows_are_means_over_seeds_with_both_kinds_of_error(finished, tmp_path):
         np.testing.assert_allclose(row.mean("test_bpd"), bounds.mean())
         np.testing.assert_allclose(row.stderr_bpd, stats.sem(bounds.mean(axis=0)))
         np.testing.assert_allclose(row.spread_bpd, np.std(bounds.mean(axis=1), ddof=1))
+
+
+def test_runs_scored_by_an_estimate_have_a_table_with_the_errors_that_they_state(finished, tmp_path):
+    """Of a few terms per image there is no bpd.npz: no pairs and no curve, but everything else."""
+    for folder in (path.parent for path in tmp_path.glob("*/bpd.npz")):
+        (folder / "bpd.npz").unlink()
+        config = json.loads((folder / "config.json").read_text())
+        config["eval"]["terms_per_image"] = 3
+        (folder / "config.json").write_text(json.dumps(config))
+        summary = json.loads((folder / "summary.json").read_text())
+        stated = 0.01 if "fixed_small" in folder.name else 0.02
+        (folder / "summary.json").write_text(json.dumps(summary | {"test_bpd_stderr": stated}))
+    text = table.write(tmp_path, lambda run: None)
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    errors = {row["variance"]: float(row["test_bpd_stderr"]) for row in rows}
+    assert errors == {"fixed_small": 0.01, "fixed_large": 0.02}
+    for row in rows:
+        assert float(row["test_bpd"]) == pytest.approx(finished[row["variance"]].mean())
+    assert "40 test images" in text and "Paired" not in text
+    assert (tmp_path / "bpd.png").exists() and not (tmp_path / "terms.png").exists()
 
 
 def test_runs_of_another_recipe_are_another_row(finished, tmp_path):
