@@ -96,7 +96,7 @@ class Row:
     def stderr_bpd(self) -> float:
         """The standard error of the mean over images; every seed scored the same ones.
 
-        Of estimates it is the largest that a seed states: that of many seeds is no smaller, as far as images decide.
+        Of estimates, whose images' bounds are not kept, it is the largest that a seed states.
         """
         if not self.has_every_term:
             return max(run.summary["test_bpd_stderr"] for run in self.runs)
