@@ -83,7 +83,7 @@ def write_run(directory, prediction, objective, image_bpd):
     np.savez(folder / "bpd.npz", test_image_bpd=image_bpd, test_terms_bpd=terms)
     numbers = {
         "test_bpd": image_bpd.mean(), "test_decoder_bpd": terms[0], "test_kl_bpd": terms[1:].sum(), "prior_bpd": 1e-5,
-        "train_bpd": image_bpd.mean(), "device": "cpu ×1", "versions": {"jax": "0"},
+        "train_bpd": image_bpd.mean(), "test_images": len(image_bpd), "device": "cpu ×1", "versions": {"jax": "0"},
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(numbers))
 
