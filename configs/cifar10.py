@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     config.optim.learning_rate = 2e-4
     config.optim.warmup_steps = 5000
     config.optim.decay = "constant"  # constant, cosine(end=0.0)
-    config.optim.grad_clip = 1.0
+    config.optim.grad_clip = 1.0  # of the network; a learned schedule is not clipped
 
     config.ema = ConfigDict()
     config.ema.decay = 0.9999

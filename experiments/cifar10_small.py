@@ -23,8 +23,6 @@ OWN = {
     "schedule.name": "learned(start='cosine', inner='variance')",
     "objective.timesteps": "low_discrepancy",
     "unet.fourier_features": "(5, 6, 7, 8)",
-    # With the clip of 1 the schedule's γ_T ran from 20 to 76 in 900 steps: docs/learned_schedule.md.
-    "optim.grad_clip": "0",
 }
 NUM_FULL, NUM_FOR_OPTIMAL = 300, 64  # images with all their terms: of the test split; of training, for σ*
 

@@ -255,21 +255,23 @@ def _optimizer(config: ConfigDict, learned: Learned | None) -> optax.GradientTra
     """The network's optimizer; a learned schedule has one of its own, so that neither gradient clips the other.
 
     Its rate rises until half of the training is over: an untrained network would have the schedule leave to the
-    decoder what it has not learned yet.
+    decoder what it has not learned yet. Its gradient is not clipped: that of its ends is small on average, of few large
+    and many small values, and clipped ones do not cancel.
     """
 
-    def make(rule: Callable, learning_rate: float, warmup_steps: int) -> optax.GradientTransformation:
+    def make(rule: Callable, learning_rate: float, warmup_steps: int, grad_clip: float) -> optax.GradientTransformation:
         decay = _chosen(config, "optim.decay")
-        return optimizer.make(rule, decay, learning_rate, config.train.num_steps, warmup_steps, config.optim.grad_clip)
+        return optimizer.make(rule, decay, learning_rate, config.train.num_steps, warmup_steps, grad_clip)
 
     def group_of(params: PyTree) -> dict[str, str]:
         return {name: "schedule" if name == learned_schedule.SUBTREE else "network" for name in params}
 
-    network = make(_chosen(config, "optim.name"), config.optim.learning_rate, config.optim.warmup_steps)
+    settings = config.optim
+    network = make(_chosen(config, "optim.name"), settings.learning_rate, settings.warmup_steps, settings.grad_clip)
     if learned is None:
         return network
     # Adam even where the network has AdamW, whose decay would pull γ towards 0.
-    schedule = make(optimizer.adam, learned.learning_rate, config.train.num_steps // 2)
+    schedule = make(optimizer.adam, learned.learning_rate, config.train.num_steps // 2, grad_clip=0.0)
     return optax.partition({"network": network, "schedule": schedule}, group_of)
 
 
