@@ -5,7 +5,7 @@
 
 Data     scikit-learn's, prepared on first use
 Cost     278,634 parameters; 1,600 steps of 32 images
-Expect   1.87 bits/dim on the 299 held-out images, where the demo reaches 1.83 (docs/vdm.md)
+Expect   1.88 bits/dim on the 299 held-out images, where the demo reaches 1.83 (docs/vdm.md)
 
 What differs from VDM's CIFAR-10: v-prediction, which learns faster in few steps; the ends of γ, because 17 pixel values
 lie 16 times farther apart than 256; blocks of 32 channels, three down, four up and two in the middle.
