@@ -266,8 +266,8 @@ def _optimizer(config: ConfigDict, learned: Learned | None) -> optax.GradientTra
     def group_of(params: PyTree) -> dict[str, str]:
         return {name: "schedule" if name == learned_schedule.SUBTREE else "network" for name in params}
 
-    settings = config.optim
-    network = make(_chosen(config, "optim.name"), settings.learning_rate, settings.warmup_steps, settings.grad_clip)
+    rule, rate = _chosen(config, "optim.name"), config.optim.learning_rate
+    network = make(rule, rate, config.optim.warmup_steps, config.optim.grad_clip)
     if learned is None:
         return network
     # Adam even where the network has AdamW, whose decay would pull γ towards 0.
