@@ -255,8 +255,8 @@ def _optimizer(config: ConfigDict, learned: Learned | None) -> optax.GradientTra
     """The network's optimizer; a learned schedule has one of its own, so that neither gradient clips the other.
 
     Its rate rises until half of the training is over: an untrained network would have the schedule leave to the
-    decoder what it has not learned yet. Its gradient is not clipped: clipped ones carried γ_T from 20 to 76 in 900 steps
-    (docs/learned_schedule.md).
+    decoder what it has not learned yet. Its gradient is not clipped: clipped ones carried γ_T from 20 to 76 in 900
+    steps (docs/learned_schedule.md).
     """
 
     def make(rule: Callable, learning_rate: float, warmup_steps: int, grad_clip: float) -> optax.GradientTransformation:
