@@ -21,7 +21,14 @@ TINY = {
     "eval.num_images": 16, "sample.num_images": 4, "optim.warmup_steps": 2, "train.batch_size": 16,
     "train.check_replicas_every": 4, "train.num_steps": 60, "train.log_every": 3, "train.checkpoint_every": 4,
 }  # fmt: skip
-COMPILED = Path(tempfile.gettempdir()) / "diffusion-faults-compiled"
+# Equal programs compile once. A process that is killed may leave a broken file there, which JAX compiles again.
+COMPILED = Path(os.environ.get("DIFFUSION_TESTS_COMPILED", tempfile.gettempdir())) / "diffusion-faults"
+
+
+def xla_flags(devices: int) -> str:
+    """For so many CPU devices, and compiled soon. They follow the tests' flags, because the last of equal ones counts."""
+    ours = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return f"{os.environ.get('XLA_FLAGS', '')} {ours}"
 
 
 class Run(subprocess.Popen):
@@ -61,7 +68,7 @@ def start(
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(devices),
     }
     command = [sys.executable, *program, *keys, *flags]
     workdir.parent.mkdir(parents=True, exist_ok=True)

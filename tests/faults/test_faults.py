@@ -12,7 +12,6 @@ import toy
 
 from diffusion import timesteps
 from diffusion.experiment import memory
-from diffusion.networks import NETWORKS
 from diffusion.reporting import metrics_log
 from diffusion.runtime import preemption as preemption_lib
 from diffusion.runtime import randomness
@@ -22,27 +21,14 @@ from diffusion.runtime.preemption import Preempted
 from diffusion.training import devices, loop
 from diffusion.training.devices import Replicated
 
+pytestmark = pytest.mark.usefixtures("layer")
+
 POISONED = "layer(poison=7.0)"  # network_t = 7 is t = 8
 POISONED_T = 8
 
 
 def rows_without_time(directory):
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics_log.read_metrics(directory)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def every_program_compiles_once():
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def the_layer_is_a_network():
-    toy.register()
-    yield
-    del NETWORKS["layer"]
 
 
 @pytest.fixture(scope="module")

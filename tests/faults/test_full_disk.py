@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import toy
 
-from diffusion.networks import NETWORKS
 from diffusion.reporting.metrics_log import read_metrics
 from diffusion.runtime import checkpoint
 from diffusion.training import loop
@@ -31,13 +30,6 @@ with Checkpoints(sys.argv[1]) as checkpoints:
         except OSError as error:
             print(error)
 """
-
-
-@pytest.fixture
-def layer():
-    toy.register()
-    yield
-    del NETWORKS["layer"]
 
 
 def test_a_failed_save_prints_nothing_of_its_own(tmp_path):

@@ -49,7 +49,7 @@ def test_the_library_breaks_the_named_files_only(library, tmp_path):
         assert (result.stdout == name) == (result.returncode == 0) == (name == "sound"), result.stderr
 
 
-@pytest.mark.timeout(900)  # four runs of main.py
+@pytest.mark.timeout(900)  # three runs of main.py
 def test_a_disk_that_cannot_be_read_stops_the_run_and_costs_nothing(library, straight, tmp_path):
     run = tmp_path / "run"
     launch.cut(straight, run, STOPPED_AT)
@@ -64,6 +64,3 @@ def test_a_disk_that_cannot_be_read_stops_the_run_and_costs_nothing(library, str
         named = f"error: the checkpoint {run / 'checkpoints' / str(STOPPED_AT)} cannot be read (Input/output error"
         assert lines[-1].startswith(named) and "Traceback" not in printed, printed
         assert contents(run) == before, part
-
-    launch.wait(launch.start(run, **STEPS))
-    assert launch.end(run) == launch.end(straight)

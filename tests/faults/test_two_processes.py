@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 
@@ -21,7 +22,9 @@ def start(mode: str, workdir: Path, *flags: str) -> subprocess.Popen:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": launch.xla_flags(2),
+        "JAX_COMPILATION_CACHE_DIR": str(launch.COMPILED),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, str(HERE / "toy_program.py"), mode, str(workdir), *KEYS, *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

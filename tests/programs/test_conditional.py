@@ -112,19 +112,15 @@ def test_a_set_without_labels_is_refused(conditional):
         build.experiment(conditional(), (8, 8, 1), 17)
 
 
-def test_a_network_that_takes_no_labels_is_refused(conditional, monkeypatch):
-    import toy
-
-    from diffusion.networks import NETWORKS
-
-    monkeypatch.setitem(NETWORKS, "layer", toy.Layer)
+def test_a_network_that_takes_no_labels_is_refused(conditional):
     with pytest.raises(ValueError, match="model.network='layer' takes no labels"):
         build.experiment(conditional(model__network="layer"), (8, 8, 1), 17, 10)
 
 
-def test_describe_counts_the_labels_vectors_and_the_same_work(conditional, tiny):
+def test_describe_counts_the_labels_vectors_and_the_same_work(conditional):
     labelled = build.experiment(conditional(), (8, 8, 1), 17, 10)
-    plain = build.experiment(tiny(), (8, 8, 1), 17)
+    without = conditional(model__conditional=False, model__label_dropout=0.0)
+    plain = build.experiment(without, (8, 8, 1), 17)
     numbers = [int(describe.network(e, 1498)["parameters"].replace(",", "")) for e in (labelled, plain)]
     assert numbers[0] - numbers[1] == 10 * 4 * 8  # ten classes, four times the width of 8
     # A product of one-hot labels with the table, and a sum.

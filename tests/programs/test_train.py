@@ -11,7 +11,6 @@ import toy
 from diffusion import data
 from diffusion.experiment import build, workdir
 from diffusion.experiment import config as config_lib
-from diffusion.networks import NETWORKS
 from diffusion.programs import evaluate, sample, train
 from diffusion.reporting import metrics_log
 from diffusion.runtime.checkpoint import Checkpoints
@@ -58,18 +57,19 @@ def test_a_run_leaves_everything_it_promises(straight):
     assert all("test_loss" in row for row in rows if row["step"] in (3, 6))
 
 
-def test_a_stopped_run_resumes_bit_identically(straight, tiny, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_bit_identically(labelled_run, conditional, tmp_path, monkeypatch):
+    """A U-Net whose dropout and left out labels are drawn anew in every step."""
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         toy.interrupt(patched, (5,), kill)
-        train.run(tiny(), tmp_path / "run")
+        train.run(conditional(), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
     assert [row["step"] for row in metrics_log.read_metrics(tmp_path / "run")] == [2, 3, 4]
-    train.run(tiny(), tmp_path / "run")
-    one, two = (json.loads((run / "summary.json").read_text()) for run in (straight, tmp_path / "run"))
+    train.run(conditional(), tmp_path / "run")
+    one, two = (json.loads((run / "summary.json").read_text()) for run in (labelled_run, tmp_path / "run"))
     for key in one.keys() - {"seconds"}:
         assert one[key] == two[key], key
-    assert rows_without_time(straight) == rows_without_time(tmp_path / "run")
-    np.testing.assert_array_equal(*(np.load(run / "samples.npz")["images"] for run in (straight, tmp_path / "run")))
+    assert rows_without_time(labelled_run) == rows_without_time(tmp_path / "run")
+    np.testing.assert_array_equal(*(np.load(run / "samples.npz")["images"] for run in (labelled_run, tmp_path / "run")))
 
 
 def test_a_finished_run_says_so_and_does_nothing(straight, tiny, capsys):
@@ -87,9 +87,8 @@ def test_a_finished_run_is_not_made_longer_where_its_learning_rate_would_have_be
 
 
 @pytest.fixture
-def leg(tmp_path, monkeypatch):
+def leg(tmp_path, monkeypatch, layer):
     """(name, changes) -> the summary of a small run in the directory `name`, and the config that was taken."""
-    monkeypatch.setitem(NETWORKS, "layer", toy.Layer)
     monkeypatch.setattr(data, "load", lambda name, split, *_: toy.source(split))
     monkeypatch.setattr(data, "describe", lambda *_: data.Description("toy", 64, 64, toy.SHAPE, toy.LEVELS, 0))
 

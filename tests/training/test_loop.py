@@ -14,12 +14,13 @@ import toy
 from diffusion import data, timesteps
 from diffusion.data import Source
 from diffusion.experiment import build
-from diffusion.networks import NETWORKS
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import named_leaves, tree_sha256
 from diffusion.runtime.preemption import Preempted, Preemption
 from diffusion.training import devices, loop
+
+pytestmark = pytest.mark.usefixtures("layer")
 
 EVERY = ("log_every", "checkpoint_every", "sample_every", "quality_every", "check_replicas_every")
 
@@ -80,21 +81,6 @@ def test_on_cpus_alone_a_call_has_one_step(backend, steps_per_call, monkeypatch)
 
 
 # --- whole runs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def every_program_compiles_once():
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def the_layer_is_a_network():
-    toy.register()
-    yield
-    del NETWORKS["layer"]
 
 
 @pytest.fixture
