@@ -8,6 +8,9 @@ PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
+# Each process would compile all that it imports, for 3 s, where bytecode is not to be written.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test faults lint
 
 # On so small a network malloc is faster when it is left alone: docs/reliability.md.

@@ -103,7 +103,7 @@ def tiny(tiny_data_dir, layer):
     small = {
         "model.network": "layer", "data.data_dir": tiny_data_dir, "data.flip": True, "schedule.num_steps": 6,
         "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1, "unet.num_groups": 4,
-        "unet.dropout": 0.1, "unet.attention_resolutions": (), "unet.fourier_features": (),
+        "unet.dropout": 0.1, "unet.attention_resolutions": (), "unet.mid_attention": False, "unet.fourier_features": (),
         "train.batch_size": 16, "train.num_steps": 6, "train.log_every": 2, "train.checkpoint_every": 3,
         "train.sample_every": 4, "eval.num_images": 20, "eval.batch_size": 16, "sample.num_images": 9,
         "optim.warmup_steps": 2,

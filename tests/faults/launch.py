@@ -26,7 +26,7 @@ COMPILED = Path(os.environ.get("DIFFUSION_TESTS_COMPILED", tempfile.gettempdir()
 
 
 def xla_flags(devices: int) -> str:
-    """For so many CPU devices, and compiled soon. They follow the tests' flags, because the last of equal ones counts."""
+    """For so many CPU devices, and soon compiled. They follow the tests' flags: of equal ones the last counts."""
     ours = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return f"{os.environ.get('XLA_FLAGS', '')} {ours}"
 

@@ -28,10 +28,13 @@ def library(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory) -> Path:
-    """A run that was never stopped."""
-    directory = tmp_path_factory.mktemp("runs") / "straight"
-    launch.wait(launch.start(directory, **STEPS))
+def killed(tmp_path_factory) -> Path:
+    """A run that was killed after it had saved a checkpoint."""
+    directory = tmp_path_factory.mktemp("runs") / "killed"
+    running = launch.start(directory, **STEPS)
+    launch.until_saved(directory, STOPPED_AT)
+    running.kill()
+    running.wait()
     return directory
 
 
@@ -50,9 +53,9 @@ def test_the_library_breaks_the_named_files_only(library, tmp_path):
 
 
 @pytest.mark.timeout(900)  # three runs of main.py
-def test_a_disk_that_cannot_be_read_stops_the_run_and_costs_nothing(library, straight, tmp_path):
+def test_a_disk_that_cannot_be_read_stops_the_run_and_costs_nothing(library, killed, tmp_path):
     run = tmp_path / "run"
-    launch.cut(straight, run, STOPPED_AT)
+    launch.cut(killed, run, STOPPED_AT)
     before = contents(run)
     # Every file of the checkpoints; then the arrays alone, which only Orbax reads.
     for part in ("checkpoints/", f"checkpoints/{STOPPED_AT}/state/ocdbt.process_0/"):

@@ -2,17 +2,26 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import jax
+
+from diffusion.experiment import build, workdir
+from diffusion.runtime.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_quickstart_runs_after_the_demo(straight, tiny_data_dir, tmp_path):
-    shutil.copytree(straight, tmp_path / "runs" / "digits")
+def test_the_quickstart_runs_after_the_demo(tiny, tiny_data_dir, tmp_path):
+    """A U-Net as it is before the first step stands for the demo's."""
+    config, demo = tiny(model__network="unet"), tmp_path / "runs" / "digits"
+    workdir.claim(config, demo)
+    start = jax.device_get(build.experiment(config, (8, 8, 1), 17).initial_state())
+    with Checkpoints(demo / "checkpoints") as checkpoints:
+        checkpoints.save(0, start, {"test_loss": 1.0})
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(tiny_data_dir)}
     command = [sys.executable, "-c", code]
