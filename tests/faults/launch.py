@@ -121,8 +121,10 @@ def until_saved(workdir: Path, step: int, seconds: float = 900) -> None:
 def cut(source: Path, target: Path, step: int) -> None:
     """A run that was stopped after `step`: what later steps left is not copied."""
     target.mkdir()
-    for name in ("base.json", "config.json", "metrics.jsonl"):
+    for name in ("config.json", "metrics.jsonl"):
         shutil.copy(source / name, target / name)
+    if (source / "base.json").exists():  # the toy is made by no config file
+        shutil.copy(source / "base.json", target / "base.json")
     shutil.copytree(source / "checkpoints" / str(step), target / "checkpoints" / str(step))
 
 

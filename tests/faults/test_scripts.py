@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
         ("kills.py 2 --signal=TERM --load=2", "2 bit-identical ends"),
         ("kills.py 5 --toy", "5 bit-identical ends"),
         ("several_processes.py", "both refused it"),
+        ("several_processes.py --toy", "both refused it"),
         ("disk_full.py", "then, without the limit: the end is bit-identical"),
     ],
 )
