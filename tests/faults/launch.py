@@ -25,10 +25,18 @@ TINY = {
 COMPILED = Path(os.environ.get("DIFFUSION_TESTS_COMPILED", tempfile.gettempdir())) / "diffusion-faults"
 
 
-def xla_flags(devices: int) -> str:
-    """For so many CPU devices, and soon compiled. They follow the tests' flags: of equal ones the last counts."""
-    ours = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return f"{os.environ.get('XLA_FLAGS', '')} {ours}"
+def environment(devices: int) -> dict[str, str]:
+    """Variables of a process that has so many CPU devices and is soon compiled.
+
+    The flags follow those of the tests: of equal ones the last counts.
+    """
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+    }
 
 
 class Run(subprocess.Popen):
@@ -55,7 +63,7 @@ def start(
     devices: int = 1,
     flags: tuple = (),
     toy: bool = False,
-    environment: dict[str, str] | None = None,
+    variables: dict[str, str] | None = None,
     **overrides,
 ) -> Run:
     """main.py on `devices` CPU devices, or toy.py; the output is appended to `log(workdir)`."""
@@ -64,15 +72,9 @@ def start(
         keys = [f"--{key}={value}" for key, value in overrides.items()]
     else:
         keys = [f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in (TINY | overrides).items())]
-    ours = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": xla_flags(devices),
-    }
     command = [sys.executable, *program, *keys, *flags]
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    return Run(command, log(workdir), os.environ | ours | (environment or {}))
+    return Run(command, log(workdir), environment(devices) | (variables or {}))
 
 
 def log(workdir: Path) -> Path:

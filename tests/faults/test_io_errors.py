@@ -61,7 +61,7 @@ def test_a_disk_that_cannot_be_read_stops_the_run_and_costs_nothing(library, kil
     for part in ("checkpoints/", f"checkpoints/{STOPPED_AT}/state/ocdbt.process_0/"):
         printed_before = len(launch.log(run).read_text()) if launch.log(run).exists() else 0
         broken = {"LD_PRELOAD": str(library), "EIO_PATH": str(run / part)}
-        launch.wait(launch.start(run, environment=broken, **STEPS), code=2)
+        launch.wait(launch.start(run, variables=broken, **STEPS), code=2)
         printed = launch.log(run).read_text()[printed_before:]
         lines = [line for line in printed.splitlines() if line.strip()]
         named = f"error: the checkpoint {run / 'checkpoints' / str(STOPPED_AT)} cannot be read (Input/output error"

@@ -19,13 +19,7 @@ KEYS = ("--train.num_steps=10", "--train.checkpoint_every=10", "--sample.num_ima
 
 
 def start(mode: str, workdir: Path, *flags: str) -> subprocess.Popen:
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
-        "XLA_FLAGS": launch.xla_flags(2),
-        "JAX_COMPILATION_CACHE_DIR": str(launch.COMPILED),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = launch.environment(2) | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
     command = [sys.executable, str(HERE / "toy_program.py"), mode, str(workdir), *KEYS, *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
