@@ -1,0 +1,169 @@
+"""The 3×3 convolution on CPUs, by Winograd's F(2×2, 3×3): 4 multiplications for an output in place of 9.
+
+Lavin & Gray (2016, arXiv 1509.09308), section 4.1. The map is cut into tiles d of 4×4 pixels, two pixels apart. Each
+tile of one channel and the kernel g give four outputs,
+
+    Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A.
+
+Over all channels ⊙ becomes sixteen matrix products, one for each place in a tile. B and A hold 0 and ±1 alone, so
+pixels are only added. They are added where they are gathered, because XLA's slices and concatenations of the same maps
+take longer on CPUs.
+
+The gradient in the kernel becomes sixteen products of the same tiles. It is linear in the map and in the output's
+gradient, as the convolution is in the map and in the kernel, and each of the two is the other's derivative. They are
+primitives of JAX, so that derivatives of any order are made of these two, and not of a gather's transpose, which is a
+slow scatter.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
+
+# With fewer channels XLA's own convolution is as fast, and so is its gradient in the kernel.
+MIN_CHANNELS, MIN_CHANNELS_OF_GRADIENT = 64, 16
+# Row i of Bᵀ d is d[FIRST[i]] + SIGN[i] d[SECOND[i]].
+FIRST, SECOND, SIGN = np.array([0, 1, 2, 1]), np.array([2, 2, 1, 3]), np.float32([-1, 1, -1, -1])
+G = np.float32([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+A = np.float32([[1, 0], [1, 1], [1, -1], [0, -1]])
+
+
+def conv_general_dilated(lhs, rhs, window_strides, padding, **settings):
+    """`lax.conv_general_dilated`; `nn.Conv` calls it. On CPUs, "SAME" 3×3 convolutions in float32 are `conv_3x3`."""
+    is_3x3 = window_strides == (1, 1) and padding == "SAME" and rhs.shape[:2] == (3, 3)
+    is_float32 = lhs.dtype == rhs.dtype == jnp.float32
+    # Halves of the batch are computed one after the other, in tiles of two rows and columns.
+    is_even = all(size % 2 == 0 for size in lhs.shape[:3])
+    is_wide = min(rhs.shape[2:]) >= MIN_CHANNELS_OF_GRADIENT
+    if jax.default_backend() == "cpu" and is_3x3 and is_float32 and is_even and is_wide:
+        return conv_3x3(lhs, rhs)
+    return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **settings)
+
+
+def conv_3x3(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[Array, "b h w f"]:
+    """The convolution in float32 with zeros around the map; b, h and w are even."""
+    return CONVOLUTION.bind(x, kernel)
+
+
+def kernel_gradient(x: Float[Array, "b h w c"], g: Float[Array, "b h w f"]) -> Float[Array, "3 3 c f"]:
+    """Of `conv_3x3` in its kernel, from the output's gradient g: the sums over v, u of x[v+i-1, u+j-1] ⊗ g[v, u]."""
+    return KERNEL_GRADIENT.bind(x, g)
+
+
+def turned(kernel: Float[Array, "3 3 c f"]) -> Float[Array, "3 3 f c"]:
+    """The kernel of the transpose in the map."""
+    return kernel[::-1, ::-1].swapaxes(2, 3)
+
+
+def _conv(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[Array, "b h w f"]:
+    if min(kernel.shape[2:]) < MIN_CHANNELS:
+        return _conv_by_xla(x, kernel)
+    kernels = (np.kron(G, G) @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
+
+    def of_half(x: Array) -> Array:
+        products = jnp.einsum("npc,ncf->npf", _tiles(x), kernels)
+        return _outputs(products.reshape(4, 4, len(x), x.shape[1] // 2, x.shape[2] // 2, -1))
+
+    return lax.map(of_half, _halves(x)).reshape(*x.shape[:3], -1)
+
+
+def _halves(maps: Float[Array, "b h w c"]) -> Float[Array, "2 n h w c"]:
+    """The examples in two halves, for a loop: XLA fuses nothing into a loop and nothing out of it.
+
+    Else it would compute what comes before again for each time that a pixel is gathered, and the outputs for each use.
+    """
+    return maps.reshape(2, -1, *maps.shape[1:])
+
+
+def _conv_by_xla(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[Array, "b h w f"]:
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _kernel_gradient(x: Float[Array, "b h w c"], g: Float[Array, "b h w f"]) -> Float[Array, "3 3 c f"]:
+
+    def add(total: Array, half: tuple[Array, Array]) -> tuple[Array, None]:
+        x, g = half
+        return total + jnp.einsum("npc,npf->ncf", _tiles(x), _spread(g)), None
+
+    zeros = jnp.zeros((16, x.shape[-1], g.shape[-1]))
+    products, _ = lax.scan(add, zeros, (_halves(x), _halves(g)))
+    return (np.kron(G, G).T @ products.reshape(16, -1)).reshape(3, 3, *products.shape[1:])
+
+
+def _kernel_gradient_by_xla(x: Float[Array, "b h w c"], g: Float[Array, "b h w f"]) -> Float[Array, "3 3 c f"]:
+    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
+    (gradient,) = jax.linear_transpose(lambda kernel: _conv_by_xla(x, kernel), kernel)(g)
+    return gradient
+
+
+def _tiles(x: Float[Array, "b h w c"]) -> Float[Array, "16 n c"]:
+    """Bᵀ d B of all tiles."""
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    by_row, by_column = SIGN.reshape(1, 4, 1, 1, 1, 1), SIGN.reshape(1, 1, 4, 1, 1, 1)
+
+    def at(rows: np.ndarray, columns: np.ndarray) -> Float[Array, "b 4 4 y x c"]:
+        return _gathered(padded, rows, columns, x.shape)
+
+    first = at(FIRST, FIRST) + by_row * at(SECOND, FIRST)
+    second = at(FIRST, SECOND) + by_row * at(SECOND, SECOND)
+    return (first + by_column * second).transpose(1, 2, 0, 3, 4, 5).reshape(16, -1, x.shape[-1])
+
+
+def _gathered(maps: Array, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> Array:
+    """[b, i, j, p, q, c]: of the tile p, q of maps of this shape the pixel in rows[i], columns[j]."""
+    y, x = 2 * np.arange(shape[1] // 2) + rows[:, None], 2 * np.arange(shape[2] // 2) + columns[:, None]
+    return maps[:, y[:, None, :, None], x[None, :, None, :]]
+
+
+def _spread(g: Float[Array, "b h w f"]) -> Float[Array, "16 n f"]:
+    """A y Aᵀ of the four pixels y of all tiles' outputs."""
+
+    def at(row: int, column: int) -> Float[Array, "b 4 4 y x f"]:
+        sign = A[:, row].reshape(1, 4, 1, 1, 1, 1) * A[:, column].reshape(1, 1, 4, 1, 1, 1)
+        return sign * _gathered(g, np.full(4, row), np.full(4, column), g.shape)
+
+    spread = at(0, 0) + at(0, 1) + at(1, 0) + at(1, 1)
+    return spread.transpose(1, 2, 0, 3, 4, 5).reshape(16, -1, g.shape[-1])
+
+
+def _outputs(products: Float[Array, "4 4 b p q f"]) -> Float[Array, "b 2*p 2*q f"]:
+    """Aᵀ m A of all tiles, put together to a map."""
+    y, x = np.arange(2 * products.shape[3])[:, None], np.arange(2 * products.shape[4])[None, :]
+
+    def term(i: int, j: int) -> Array:
+        """Of each sum the term number i, j: there are three in a column of A."""
+        row, column = i + y % 2, j + x % 2
+        sign = A[row, y % 2] * A[column, x % 2]
+        return sign[..., None, None] * products[row, column, :, y // 2, x // 2]
+
+    return sum(term(i, j) for i in range(3) for j in range(3)).transpose(2, 0, 1, 3)
+
+
+def _primitive(name: str, function: Callable[..., Array], by_xla: Callable[..., Array]) -> Primitive:
+    """A primitive of JAX for a function of two arrays; under `vmap` it is `by_xla`."""
+    primitive = Primitive(name)
+    primitive.def_impl(jax.jit(function))
+    primitive.def_abstract_eval(lambda *arrays: jax.typeof(jax.eval_shape(function, *arrays)))
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+    batching.primitive_batchers[primitive] = lambda arrays, axes: (jax.vmap(by_xla, axes)(*arrays), 0)
+    return primitive
+
+
+CONVOLUTION = _primitive("conv_3x3", _conv, _conv_by_xla)
+KERNEL_GRADIENT = _primitive("conv_3x3_kernel_gradient", _kernel_gradient, _kernel_gradient_by_xla)
+# Of each the gradients in its first and in its second argument, from the result's cotangent.
+ad.defbilinear(
+    CONVOLUTION,
+    lambda g, _, kernel: conv_3x3(g, turned(kernel)),
+    lambda g, x, _: kernel_gradient(x, g),
+)
+ad.defbilinear(
+    KERNEL_GRADIENT,
+    lambda kernel, _, g: conv_3x3(g, turned(kernel)),
+    lambda kernel, x, _: conv_3x3(x, kernel),
+)
