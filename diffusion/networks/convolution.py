@@ -36,11 +36,13 @@ A = np.float32([[1, 0], [1, 1], [1, -1], [0, -1]])
 def conv_general_dilated(lhs, rhs, window_strides, padding, **settings):
     """`lax.conv_general_dilated`; `nn.Conv` calls it. On CPUs, "SAME" 3×3 convolutions in float32 are `conv_3x3`."""
     is_3x3 = window_strides == (1, 1) and padding == "SAME" and rhs.shape[:2] == (3, 3)
+    dilations = [settings.get(name) or (1, 1) for name in ("lhs_dilation", "rhs_dilation")]
+    is_dense = rhs.shape[2] == lhs.shape[3] and all(tuple(dilation) == (1, 1) for dilation in dilations)
     is_float32 = lhs.dtype == rhs.dtype == jnp.float32
     # Halves of the batch are computed one after the other, in tiles of two rows and columns.
     is_even = all(size % 2 == 0 for size in lhs.shape[:3])
     is_wide = min(rhs.shape[2:]) >= MIN_CHANNELS_OF_GRADIENT
-    if jax.default_backend() == "cpu" and is_3x3 and is_float32 and is_even and is_wide:
+    if jax.default_backend() == "cpu" and is_3x3 and is_dense and is_float32 and is_even and is_wide:
         return conv_3x3(lhs, rhs)
     return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **settings)
 
@@ -85,7 +87,6 @@ def _conv_by_xla(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) ->
 
 
 def _kernel_gradient(x: Float[Array, "b h w c"], g: Float[Array, "b h w f"]) -> Float[Array, "3 3 c f"]:
-
     def add(total: Array, half: tuple[Array, Array]) -> tuple[Array, None]:
         x, g = half
         return total + jnp.einsum("npc,npf->ncf", _tiles(x), _spread(g)), None

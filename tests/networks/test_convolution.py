@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 
 from diffusion.networks import convolution
+from diffusion.networks.layers import Conv
 
 SAME = ((1, 1), "SAME")
 DIMENSIONS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
@@ -31,7 +33,7 @@ def close(found, wanted):
         np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(b).max())
 
 
-# Below 64 channels the convolution itself is XLA's, and Winograd's alone the gradient in the kernel.
+# Below 64 channels the convolution itself is XLA's, and only the gradient in the kernel is Winograd's.
 SHAPES = [(8, 10, 16, 24), (2, 4, 2, 5), (2, 2, 1, 1), (6, 8, 64, 80), (2, 2, 64, 64)]
 
 
@@ -104,6 +106,13 @@ def test_vmap_over_examples_and_over_kernels(shape):
 def test_other_convolutions_are_left_to_xla(shape, strides, padding, kernel_size):
     x, kernel = jnp.zeros(shape), jnp.zeros((kernel_size, kernel_size, shape[-1], 64))
     assert primitives(x, kernel, strides, padding) == ["conv_general_dilated"]
+
+
+@pytest.mark.parametrize("settings", [{"kernel_dilation": 2}, {"feature_group_count": 2}])
+def test_dilated_and_grouped_convolutions_are_what_flax_makes_of_them(settings):
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 64))
+    found, params = Conv(64, **settings).init_with_output(jax.random.key(1), x)
+    close(found, nn.Conv(64, (3, 3), **settings).apply(params, x))
 
 
 def test_only_float32_on_cpus_is_done_by_winograd(monkeypatch):
