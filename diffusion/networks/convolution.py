@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
@@ -39,8 +40,8 @@ def conv_general_dilated(lhs, rhs, window_strides, padding, **settings):
     dilations = [settings.get(name) or (1, 1) for name in ("lhs_dilation", "rhs_dilation")]
     is_dense = rhs.shape[2] == lhs.shape[3] and all(tuple(dilation) == (1, 1) for dilation in dilations)
     is_float32 = lhs.dtype == rhs.dtype == jnp.float32
-    # Halves of the batch are computed one after the other, in tiles of two rows and columns.
-    is_even = all(size % 2 == 0 for size in lhs.shape[:3])
+    # A tile has two rows and columns of outputs. One image alone is XLA's: `--mode=describe` counts its operations.
+    is_even = lhs.shape[0] > 1 and lhs.shape[1] % 2 == lhs.shape[2] % 2 == 0
     is_wide = min(rhs.shape[2:]) >= MIN_CHANNELS_OF_GRADIENT
     if jax.default_backend() == "cpu" and is_3x3 and is_dense and is_float32 and is_even and is_wide:
         return conv_3x3(lhs, rhs)
@@ -48,7 +49,7 @@ def conv_general_dilated(lhs, rhs, window_strides, padding, **settings):
 
 
 def conv_3x3(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[Array, "b h w f"]:
-    """The convolution in float32 with zeros around the map; b, h and w are even."""
+    """The convolution in float32 with zeros around the map; h and w are even."""
     return CONVOLUTION.bind(x, kernel)
 
 
@@ -66,20 +67,8 @@ def _conv(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[
     if min(kernel.shape[2:]) < MIN_CHANNELS:
         return _conv_by_xla(x, kernel)
     kernels = (np.kron(G, G) @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:])
-
-    def of_half(x: Array) -> Array:
-        products = jnp.einsum("npc,ncf->npf", _tiles(x), kernels)
-        return _outputs(products.reshape(4, 4, len(x), x.shape[1] // 2, x.shape[2] // 2, -1))
-
-    return lax.map(of_half, _halves(x)).reshape(*x.shape[:3], -1)
-
-
-def _halves(maps: Float[Array, "b h w c"]) -> Float[Array, "2 n h w c"]:
-    """The examples in two halves, for a loop: XLA fuses nothing into a loop and nothing out of it.
-
-    Else it would compute what comes before again for each time that a pixel is gathered, and the outputs for each use.
-    """
-    return maps.reshape(2, -1, *maps.shape[1:])
+    products = jnp.einsum("npc,ncf->npf", _tiles(x), kernels)
+    return _outputs(products.reshape(4, 4, len(x), x.shape[1] // 2, x.shape[2] // 2, -1))
 
 
 def _conv_by_xla(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[Array, "b h w f"]:
@@ -87,12 +76,7 @@ def _conv_by_xla(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) ->
 
 
 def _kernel_gradient(x: Float[Array, "b h w c"], g: Float[Array, "b h w f"]) -> Float[Array, "3 3 c f"]:
-    def add(total: Array, half: tuple[Array, Array]) -> tuple[Array, None]:
-        x, g = half
-        return total + jnp.einsum("npc,npf->ncf", _tiles(x), _spread(g)), None
-
-    zeros = jnp.zeros((16, x.shape[-1], g.shape[-1]))
-    products, _ = lax.scan(add, zeros, (_halves(x), _halves(g)))
+    products = jnp.einsum("npc,npf->ncf", _tiles(x), _spread(g))
     return (np.kron(G, G).T @ products.reshape(16, -1)).reshape(3, 3, *products.shape[1:])
 
 
@@ -146,11 +130,21 @@ def _outputs(products: Float[Array, "4 4 b p q f"]) -> Float[Array, "b 2*p 2*q f
 
 
 def _primitive(name: str, function: Callable[..., Array], by_xla: Callable[..., Array]) -> Primitive:
-    """A primitive of JAX for a function of two arrays; under `vmap` it is `by_xla`."""
+    """A primitive of JAX for a function of two arrays; under `vmap` it is `by_xla`.
+
+    XLA keeps it as a call of its own, into which it fuses nothing and out of which nothing. Else it would compute what
+    comes before again for each time that a pixel is gathered, and the outputs for each use.
+    """
+    compiled = jax.jit(function)
+
+    def call(*arrays: Array) -> Array:
+        with set_xla_metadata(inlineable="false"):
+            return compiled(*arrays)
+
     primitive = Primitive(name)
-    primitive.def_impl(jax.jit(function))
+    primitive.def_impl(compiled)
     primitive.def_abstract_eval(lambda *arrays: jax.typeof(jax.eval_shape(function, *arrays)))
-    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(call, multiple_results=False))
     batching.primitive_batchers[primitive] = lambda arrays, axes: (jax.vmap(by_xla, axes)(*arrays), 0)
     return primitive
 

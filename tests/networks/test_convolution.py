@@ -1,5 +1,7 @@
 """The convolution with a gradient of its own is the convolution: value, both modes of differentiation, vmap."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,7 +100,7 @@ def test_vmap_over_examples_and_over_kernels(shape):
     [
         ((2, 16, 16, 64), (2, 2), ((0, 1), (0, 1)), 3),
         ((2, 16, 16, 64), (1, 1), "SAME", 1),
-        ((3, 16, 16, 64), (1, 1), "SAME", 3),
+        ((1, 16, 16, 64), (1, 1), "SAME", 3),
         ((2, 16, 7, 64), (1, 1), "SAME", 3),
         ((2, 16, 16, 3), (1, 1), "SAME", 3),
     ],
@@ -130,8 +132,8 @@ def primitives(x, kernel, *settings):
 
 @pytest.mark.parametrize(("channels", "convolutions"), [(16, 2), (64, 0)])
 def test_what_is_left_of_xlas_convolutions(channels, convolutions):
-    """The products are in loops, or XLA would fuse the gathers with what is around them and compute it many times."""
-    x, kernel, g, *_ = inputs(16, 16, channels, channels)
+    """The products are in calls, or XLA would fuse the gathers with what is around them and compute it many times."""
+    x, kernel, g, *_ = inputs(16, 16, channels, channels + 8)
 
     def value_and_gradients(x, kernel, g):
         value, pull_back = jax.vjp(convolution.conv_3x3, x, kernel)
@@ -139,4 +141,5 @@ def test_what_is_left_of_xlas_convolutions(channels, convolutions):
 
     lowered = jax.jit(value_and_gradients).lower(x, kernel, g)
     assert lowered.as_text().count("stablehlo.convolution") == convolutions
-    assert lowered.compile().as_text().count(" while(") == 3 - convolutions
+    calls = re.findall(r' call\(.*op_name="[^"]*jit\(_(?:conv|kernel_gradient)\)"', lowered.compile().as_text())
+    assert len(calls) == 3
