@@ -40,10 +40,11 @@ def conv_general_dilated(lhs, rhs, window_strides, padding, **settings):
     dilations = [settings.get(name) or (1, 1) for name in ("lhs_dilation", "rhs_dilation")]
     is_dense = rhs.shape[2] == lhs.shape[3] and all(tuple(dilation) == (1, 1) for dilation in dilations)
     is_float32 = lhs.dtype == rhs.dtype == jnp.float32
-    # A tile has two rows and columns of outputs. One image alone is XLA's: `--mode=describe` counts its operations.
-    is_even = lhs.shape[0] > 1 and lhs.shape[1] % 2 == lhs.shape[2] % 2 == 0
+    # One image alone is XLA's, because `describe.forward_flops` has XLA count its operations.
+    is_batch = lhs.shape[0] > 1
+    is_tiled = lhs.shape[1] % 2 == lhs.shape[2] % 2 == 0
     is_wide = min(rhs.shape[2:]) >= MIN_CHANNELS_OF_GRADIENT
-    if jax.default_backend() == "cpu" and is_3x3 and is_dense and is_float32 and is_even and is_wide:
+    if jax.default_backend() == "cpu" and is_3x3 and is_dense and is_float32 and is_batch and is_tiled and is_wide:
         return conv_3x3(lhs, rhs)
     return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **settings)
 

@@ -50,7 +50,7 @@ def network(experiment: Experiment, num_train: int) -> dict[str, str]:
 
 
 def forward_flops(experiment: Experiment) -> float:
-    """Of one image through the network, as XLA counts them; on CPUs only an even batch has `convolution.conv_3x3`."""
+    """Of one image through the network, as XLA counts them; `networks/convolution.py` leaves one image to XLA."""
     network = build.Network(experiment.training.network, experiment.p.output_channels(experiment.image_shape[-1]))
     image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
     params, number = experiment.abstract_state().params, jax.ShapeDtypeStruct((1,), jnp.float32)

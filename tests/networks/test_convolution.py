@@ -20,10 +20,10 @@ def reference(x, kernel):
     return lax.conv_general_dilated(x, kernel, *SAME, **DIMENSIONS)
 
 
-def inputs(height: int = 8, width: int = 10, channels: int = 16, features: int = 24):
+def inputs(height: int = 8, width: int = 10, channels: int = 16, features: int = 24, batch: int = 2):
     keys = jax.random.split(jax.random.key(0), 5)
     x, g = (
-        jax.random.normal(key, (2, height, width, n)) for key, n in zip(keys[:2], (channels, features), strict=True)
+        jax.random.normal(key, (batch, height, width, n)) for key, n in zip(keys[:2], (channels, features), strict=True)
     )
     kernel = jax.random.normal(keys[2], (3, 3, channels, features))
     return x, kernel, g, jax.random.normal(keys[3], x.shape), jax.random.normal(keys[4], kernel.shape)
@@ -42,6 +42,14 @@ SHAPES = [(8, 10, 16, 24), (2, 4, 2, 5), (2, 2, 1, 1), (6, 8, 64, 80), (2, 2, 64
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_both_gradients_are_those_of_the_convolution(shape):
     x, kernel, g, *_ = inputs(*shape)
+    value, pull_back = jax.vjp(convolution.conv_3x3, x, kernel)
+    expected, pull_back_by_xla = jax.vjp(reference, x, kernel)
+    close((value, pull_back(g)), (expected, pull_back_by_xla(g)))
+
+
+def test_a_batch_may_be_odd():
+    x, kernel, g, *_ = inputs(4, 6, 64, 64, batch=3)
+    assert primitives(x, kernel, *SAME) == ["conv_3x3"]
     value, pull_back = jax.vjp(convolution.conv_3x3, x, kernel)
     expected, pull_back_by_xla = jax.vjp(reference, x, kernel)
     close((value, pull_back(g)), (expected, pull_back_by_xla(g)))
