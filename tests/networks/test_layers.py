@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.networks.layers import Attention, GroupNorm, fourier_features, time_embedding
+from diffusion.networks.layers import Attention, Dense, GroupNorm, fourier_features, time_embedding
 
 
 def test_time_embedding_is_the_formula_in_float64():
@@ -81,3 +81,21 @@ def test_attention_is_equivariant_under_permutations_of_positions_and_equals_its
             attended[position, head] = weights @ value[:, head] / weights.sum()
     expected = np.float64(h).reshape(6, 8) + dense("projection", attended.reshape(6, 8))
     np.testing.assert_allclose(output.reshape(6, 8), expected, atol=1e-5)
+
+
+def test_a_dense_layer_of_a_map_acts_on_each_pixel_and_its_kernel_gradient_transposes_no_map():
+    rng = np.random.default_rng(0)
+    h, g = np.float32(rng.normal(size=(2, 4, 6, 5))), np.float32(rng.normal(size=(2, 4, 6, 7)))
+    params = {"kernel": np.float32(rng.normal(size=(5, 7))), "bias": np.float32(rng.normal(size=7))}
+
+    def apply(params, h):
+        return Dense(7).apply({"params": params}, h)
+
+    output, pull_back = jax.vjp(apply, params, h)
+    gradient, of_h = pull_back(g)
+    np.testing.assert_allclose(output, np.float64(h) @ params["kernel"] + params["bias"], atol=1e-5)
+    np.testing.assert_allclose(of_h, np.float64(g) @ params["kernel"].T, atol=1e-5)
+    np.testing.assert_allclose(gradient["kernel"], np.einsum("bhwc,bhwf->cf", np.float64(h), g), atol=1e-4)
+    # A transposed map would have the channels first, and 2 * 4 * 6 pixels.
+    program = jax.jit(jax.grad(lambda params, h: jnp.sin(apply(params, jnp.cos(h))).sum())).lower(params, h).compile()
+    assert "f32[48,7]" in program.as_text() and "f32[7,48]" not in program.as_text()
