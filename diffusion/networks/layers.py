@@ -125,8 +125,8 @@ def product_of_pixels(
 ) -> Float[Array, "*b f"]:
     """`lax.dot_general`, as `nn.Dense` calls it, with all axes before the channels made one.
 
-    The gradient in the kernel is then a product of two matrices. Out of more axes XLA makes a transposed copy of the
-    map first, which takes as long as the product on CPUs.
+    The gradient in the kernel is then a product of two matrices. With more axes XLA first makes a transposed copy of
+    the output's gradient, which on CPUs takes up to as long as the product.
     """
     flat = lax.dot_general(h.reshape(-1, h.shape[-1]), kernel, (((1,), (0,)), ((), ())), **settings)
     return flat.reshape(*h.shape[:-1], kernel.shape[-1])
