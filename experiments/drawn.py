@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffusion.data import Source
 from diffusion.experiment import build
-from diffusion.experiment.workdir import Run, load
+from diffusion.experiment.workdir import LoadedRun, load
 from diffusion.programs import sample
 from diffusion.programs.quality import Scorer
 from diffusion.reporting import summary
@@ -39,7 +39,7 @@ class Study(NamedTuple):
 
     directory: Path
     name: str
-    trained: Run
+    trained: LoadedRun
     features: str
     scorer: Scorer
     num_images: int

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from diffusion.experiment import config as config_lib
 from experiments import sweep
-from experiments.results import AXES, Run, Target
+from experiments.results import AXES, FinishedRun, Target
 
 FULL_BASE, DIGITS_BASE = "configs/cifar10.py", "configs/digits_fixed.py"
 DIGITS_T_DIVISOR = 4
@@ -96,7 +96,7 @@ ROWS = [
 ]
 
 
-def published(run: Run) -> Target | None:
+def published(run: FinishedRun) -> Target | None:
     """The result of the row that the run's folder is named after."""
     return next((row.target for row in ROWS if run.name.startswith(f"{row.name}-seed")), None)
 

@@ -236,7 +236,7 @@ def output_of_zero() -> dict[str, float]:
     return {prediction: bpd(prediction) for prediction in SYMBOLS}
 
 
-def training(runs: list[results.Run]) -> list[dict[str, Any]]:
+def training(runs: list[results.FinishedRun]) -> list[dict[str, Any]]:
     """A row per prediction and objective: bits/dim over seeds and its parts, and what v needs less, paired by image."""
     by_pair = {(row.setting["prediction"], row.setting["objective"]): row for row in results.rows(runs)[0]}
     table = []

@@ -47,7 +47,7 @@ class Target(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run.
 
     Attributes:
@@ -67,7 +67,7 @@ class Run:
     terms_bpd: Float[np.ndarray, " t"] | None
 
 
-Published = Callable[[Run], Target | None]
+Published = Callable[[FinishedRun], Target | None]
 
 
 class Measure(NamedTuple):
@@ -86,7 +86,7 @@ class Row:
     """The runs that differ in their seed alone, in the order of the seeds."""
 
     setting: dict[str, str]  # what is printed of the config, by column
-    runs: list[Run]
+    runs: list[FinishedRun]
 
     def mean(self, entry: str) -> float:
         """The mean over seeds of an entry of summary.json."""
@@ -146,7 +146,7 @@ class Difference(NamedTuple):
     by_seed_bpd: list[float]
 
 
-def measure(run: Run) -> Measure | None:
+def measure(run: FinishedRun) -> Measure | None:
     """By what the samples of a run were measured."""
     found = numbers.distance(run.quality)
     return Measure(found.title, run.quality["features"], run.quality["num_samples"]) if found else None
@@ -159,7 +159,7 @@ def last_line(folder: Path) -> str:
     return lines[-1].strip() if lines else "not started"
 
 
-def read(directory: Path) -> tuple[list[Run], dict[str, str]]:
+def read(directory: Path) -> tuple[list[FinishedRun], dict[str, str]]:
     """The finished runs in the folders of `directory`, and the others' last words by the folder's name."""
     runs, unfinished = [], {}
     for folder in sorted(path.parent for path in directory.glob("*/config.json")):
@@ -172,11 +172,11 @@ def read(directory: Path) -> tuple[list[Run], dict[str, str]]:
         if not config["eval.terms_per_image"]:
             with np.load(folder / "bpd.npz") as saved:
                 bounds = saved["test_image_bpd"], saved["test_terms_bpd"]
-        runs.append(Run(folder.name, config, summary, quality.read(folder), *bounds))
+        runs.append(FinishedRun(folder.name, config, summary, quality.read(folder), *bounds))
     return runs, unfinished
 
 
-def rows(runs: list[Run]) -> tuple[list[Row], dict[str, str]]:
+def rows(runs: list[FinishedRun]) -> tuple[list[Row], dict[str, str]]:
     """The runs grouped over seeds, and the recipes by letter.
 
     A row's columns are the axes but the seed and, if other keys differ between the runs, the letter of a recipe:

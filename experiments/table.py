@@ -9,7 +9,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.results import Difference, Measure, Published, Row, Run, differences, last_line, read, rows
+from experiments.results import Difference, FinishedRun, Measure, Published, Row, differences, last_line, read, rows
 
 MARKERS = "osv^X*"
 NOTES = """\
@@ -85,7 +85,7 @@ def _write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
         writer.writerows(lines)
 
 
-def _head(runs: list[Run]) -> str:
+def _head(runs: list[FinishedRun]) -> str:
     steps = sorted({f"{run.config['train.num_steps']:,} × {run.config['train.batch_size']}" for run in runs})
     machines = sorted({f"{run.summary['device']}, jax {run.summary['versions']['jax']}" for run in runs})
     return (
@@ -105,7 +105,7 @@ def _distance(row: Row, measure: Measure) -> str:
     return f"{row.distance:.4g}{spread}"
 
 
-def _unmeasured(directory: Path, runs: list[Run]) -> str:
+def _unmeasured(directory: Path, runs: list[FinishedRun]) -> str:
     """The finished runs without a Fréchet distance, if others have one."""
     without = [run.name for run in runs if not run.quality]
     if len(without) == len(runs):

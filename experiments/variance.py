@@ -17,7 +17,7 @@ On a cluster, one cell per job (--list numbers the cells), and the report when a
 """
 
 from experiments import ho2020, sweep
-from experiments.results import AXES, Run, Target
+from experiments.results import AXES, FinishedRun, Target
 
 DEFAULT_AXES = {
     "objective": ["simple", "hybrid", "vlb"],
@@ -26,7 +26,7 @@ DEFAULT_AXES = {
 }
 
 
-def published(run: Run) -> Target | None:
+def published(run: FinishedRun) -> Target | None:
     """What a paper reports for the run's settings on CIFAR-10, if one does."""
     if run.config["data.name"].partition(":")[0] != "cifar10":
         return None

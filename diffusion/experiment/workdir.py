@@ -117,12 +117,12 @@ def locked(directory: Path) -> Iterator[None]:
         ValueError: another process, which the message names, is at work there.
     """
     with contextlib.ExitStack() as stack:
-        processes.on_first(lambda: stack.enter_context(_locked(directory)))
+        processes.on_first(lambda: stack.enter_context(_file_lock(directory)))
         yield
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def _file_lock(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK).open("a+") as file:
         try:
@@ -198,7 +198,7 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest")
     return processes.from_first(processes.on_first(read) or experiment.initial_state())
 
 
-class Run(NamedTuple):
+class LoadedRun(NamedTuple):
     """A trained run: its config as objects, and its last state."""
 
     experiment: Experiment
@@ -219,7 +219,7 @@ class Run(NamedTuple):
         return self.experiment.model(self.state.ema_params)
 
 
-def load(directory: str | Path, checkpoint: str = "latest") -> Run:
+def load(directory: str | Path, checkpoint: str = "latest") -> LoadedRun:
     """The run in `directory`, to sample from it, score it or study it; nothing is written.
 
     Args:
@@ -232,7 +232,7 @@ def load(directory: str | Path, checkpoint: str = "latest") -> Run:
     config = read_config(Path(directory))
     described = build.describe_data(config)
     experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
-    return Run(experiment, restore(experiment, Path(directory), checkpoint))
+    return LoadedRun(experiment, restore(experiment, Path(directory), checkpoint))
 
 
 def save_x0_variance(directory: Path, analytic: X0Variance, error: X0Variance, step: int) -> None:

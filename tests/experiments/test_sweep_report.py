@@ -248,7 +248,7 @@ def test_published_numbers_stand_beside_the_settings_that_they_are_of():
     def published(base, **keys):
         cell = Cell("run", base, {key.replace("__", "."): value for key, value in keys.items()})
         config = config_lib.flatten(config_lib.from_json(config_lib.to_json(cell.config())))
-        return variance.published(results.Run("run", config, {}, {}, np.zeros(2), np.zeros(2)))
+        return variance.published(results.FinishedRun("run", config, {}, {}, np.zeros(2), np.zeros(2)))
 
     assert published("configs/cifar10.py", train__num_steps="10").test_bpd == 3.75
     assert published("configs/cifar10.py", objective__name="vlb").test_bpd == 3.70

@@ -29,7 +29,7 @@ MAX_RUNS, MAX_COLUMNS, MAX_PLOTS = 500, 10, 8
 NOT_SETTINGS = ("data.data_dir",)  # where the data lies on one machine
 
 
-class Run(NamedTuple):
+class RunFiles(NamedTuple):
     """A run of a sweep: the name of its folder, and what its files hold."""
 
     name: str
@@ -46,7 +46,7 @@ def runs(contents: Contents) -> list[str]:
 def page(contents: Contents, run_page: str) -> Page:
     """What the page of a sweep says; `run_page` is the name of its runs' pages, which it links to."""
     found = [
-        Run(
+        RunFiles(
             name,
             flat(contents.json(f"{name}/{CONFIG}")),
             *(contents.json(f"{name}/{file}") for file in (SUMMARY, QUALITY)),
@@ -71,7 +71,7 @@ def page(contents: Contents, run_page: str) -> Page:
     )
 
 
-def _cards(finished: list[Run]) -> dict[str, Markup]:
+def _cards(finished: list[RunFiles]) -> dict[str, Markup]:
     """The best run by each number."""
     cards = {}
     scored = [run for run in finished if is_number(run.summary.get("test_bpd"))]
@@ -86,13 +86,13 @@ def _cards(finished: list[Run]) -> dict[str, Markup]:
     return cards
 
 
-def differing(found: list[Run]) -> list[str]:
+def differing(found: list[RunFiles]) -> list[str]:
     """The config keys whose values differ between runs, in the order of the config."""
     keys = dict.fromkeys(key for run in found for key in run.config if key not in NOT_SETTINGS)
     return [key for key in keys if len({text_of(run.config.get(key)) for run in found}) > 1]
 
 
-def _runs(contents: Contents, found: list[Run], run_page: str) -> list[Markup]:
+def _runs(contents: Contents, found: list[RunFiles], run_page: str) -> list[Markup]:
     if not found:
         return []
     keys = differing(found)
@@ -152,7 +152,7 @@ def _cell(text: str) -> str:
     return number(int(value), ",") if value.is_integer() else number(value, "#.5g")
 
 
-def _plots(contents: Contents, found: list[Run]) -> list[Markup]:
+def _plots(contents: Contents, found: list[RunFiles]) -> list[Markup]:
     """One number against the other, and the plots that the sweep's program left."""
     both = [
         (run.summary["test_bpd"], distance)
