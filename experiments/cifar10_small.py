@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments import sweep, variance_accounting
 from experiments.results import AXES
-from experiments.variance import published
+from experiments.variance import target_by_config
 
 BASE = "configs/cifar10_small.py"
 PAPERS = [("simple", "fixed_small"), ("simple", "fixed_large"), ("hybrid", "learned_range"), ("vlb", "learned_range")]
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     extra = sweep.overrides(arguments.set)
     if arguments.data_dir:
         extra["data.data_dir"] = arguments.data_dir
-    code = sweep.execute(arguments, cells(extra), published)
+    code = sweep.execute(arguments, cells(extra), target_by_config)
     if code or arguments.list or arguments.index is not None:
         return code
     directories = [arguments.workdir / cell.name for cell in cells(extra)]

@@ -96,7 +96,7 @@ ROWS = [
 ]
 
 
-def published(run: FinishedRun) -> Target | None:
+def target_by_name(run: FinishedRun) -> Target | None:
     """The result of the row that the run's folder is named after."""
     return next((row.target for row in ROWS if run.name.startswith(f"{row.name}-seed")), None)
 
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         for seed in dict.fromkeys(sweep.split_values(arguments.seed)):
             cell = row.cell(arguments.scale, seed, extra)
             unique.setdefault(str(sorted(cell.overrides.items())), cell)  # on digits two rows are the same run
-    return sweep.execute(arguments, list(unique.values()), published)
+    return sweep.execute(arguments, list(unique.values()), target_by_name)
 
 
 if __name__ == "__main__":

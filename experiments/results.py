@@ -67,10 +67,10 @@ class FinishedRun:
     terms_bpd: Float[np.ndarray, " t"] | None
 
 
-Published = Callable[[FinishedRun], Target | None]
+TargetOf = Callable[[FinishedRun], Target | None]  # the published result that a run is compared with
 
 
-class Measure(NamedTuple):
+class DistanceKind(NamedTuple):
     """A Fréchet distance of one kind: only equal features and equal numbers of samples compare."""
 
     title: str  # with the features; FID is its name with those of Inception alone
@@ -113,20 +113,20 @@ class Row:
         return _spread([run.summary["test_bpd"] for run in self.runs])
 
     @property
-    def measure(self) -> Measure | None:
-        """By what the samples of every seed were measured; None if those of one were not, or by something else."""
-        found = {measure(run) for run in self.runs}
+    def distance_kind(self) -> DistanceKind | None:
+        """The kind of Fréchet distance that every seed has; None if one has none or another kind."""
+        found = {distance_kind(run) for run in self.runs}
         return found.pop() if len(found) == 1 else None
 
     @property
     def distances(self) -> list[float]:
-        """The Fréchet distance of each seed, where the row has a measure."""
-        return [numbers.distance(run.quality).value for run in self.runs] if self.measure else []
+        """The Fréchet distance of each seed; [] where the row has no one kind."""
+        return [numbers.distance(run.quality).value for run in self.runs] if self.distance_kind else []
 
     @property
     def distance(self) -> float:
         """The mean of the Fréchet distance over seeds; nan without one."""
-        return float(np.mean(self.distances)) if self.measure else np.nan
+        return float(np.mean(self.distances)) if self.distance_kind else np.nan
 
     @property
     def spread_of_distance(self) -> float:
@@ -146,10 +146,10 @@ class Difference(NamedTuple):
     by_seed_bpd: list[float]
 
 
-def measure(run: FinishedRun) -> Measure | None:
-    """By what the samples of a run were measured."""
+def distance_kind(run: FinishedRun) -> DistanceKind | None:
+    """The kind of Fréchet distance in a run's quality.json."""
     found = numbers.distance(run.quality)
-    return Measure(found.title, run.quality["features"], run.quality["num_samples"]) if found else None
+    return DistanceKind(found.title, run.quality["features"], run.quality["num_samples"]) if found else None
 
 
 def last_line(folder: Path) -> str:

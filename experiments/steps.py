@@ -26,7 +26,7 @@ from diffusion.training import devices
 from diffusion.variances import X0Variance
 from experiments import drawn
 from experiments.drawn import METRICS, REAL, Study
-from experiments.variance_accounting import x0_terms
+from experiments.variance_accounting import estimate_x0_terms
 
 FILE = "steps"
 VARIANCES = ("fixed_small", "fixed_large", "optimal", "model")
@@ -71,7 +71,7 @@ def run(study: Study, steps: list[int], num_scored: int) -> None:
         schedules.evenly_spaced(study.trained.model.schedule, num_steps)  # or its refusal would come late
     numbers = subset(len(test_set), min(num_scored, len(test_set)))
     few = subset(len(train_set), min(num_scored, len(train_set)))
-    terms = x0_terms(config, study.trained.model, train_set, few)
+    terms = estimate_x0_terms(config, study.trained.model, train_set, few)
     x0_variance = X0Variance.over_images(terms.analytic)
 
     ways = [Way("ancestral", variance, n) for variance in VARIANCES for n in steps]

@@ -25,7 +25,7 @@ from diffusion.reporting import page
 from diffusion.reporting.metrics_log import read_metrics
 from diffusion.reporting.progress import Progress
 from experiments import table
-from experiments.results import AXES, LOG, Published, last_line
+from experiments.results import AXES, LOG, TargetOf, last_line
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
@@ -210,7 +210,7 @@ def overrides(settings: list[str]) -> dict[str, str]:
     return dict(setting.split("=", 1) for setting in settings)
 
 
-def execute(arguments: argparse.Namespace, cells: list[Cell], published: Published) -> int:
+def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetOf) -> int:
     """Does what the flags of `argument_parser` say; returns the exit code: 1 if a cell failed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the running cell ends, too
     failures = {}
@@ -227,7 +227,7 @@ def execute(arguments: argparse.Namespace, cells: list[Cell], published: Publish
             cells = [cells[arguments.index]]
         failures = run_cells(cells, arguments.workdir)
     if arguments.index is None:
-        print(table.write(arguments.workdir, published))
+        print(table.write(arguments.workdir, target_of))
         page.refresh(arguments.workdir)
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)

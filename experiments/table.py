@@ -9,7 +9,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.results import Difference, FinishedRun, Measure, Published, Row, differences, last_line, read, rows
+from experiments.results import Difference, DistanceKind, FinishedRun, Row, TargetOf, differences, last_line, read, rows
 
 MARKERS = "osv^X*"
 NOTES = """\
@@ -27,7 +27,7 @@ last column, one number per seed).
 """
 
 
-def write(directory: Path, published: Published) -> str:
+def write(directory: Path, target_of: TargetOf) -> str:
     """Rebuilds the report of the runs in the folders of `directory`.
 
     Returns:
@@ -43,7 +43,7 @@ def write(directory: Path, published: Published) -> str:
     table.sort(key=lambda row: row.mean("test_bpd"))
     sections = [
         _head(runs),
-        _bounds(table, published),
+        _bounds(table, target_of),
         "".join(f"- recipe {letter}: {recipe}\n" for letter, recipe in recipes.items()),
         _paired(differences(table)),
         "".join(f"- {name} is not finished: {words}\n" for name, words in unfinished.items()),
@@ -51,14 +51,14 @@ def write(directory: Path, published: Published) -> str:
     ]
     text = "\n".join(section for section in sections if section)
     (directory / "table.md").write_text(text)
-    _write_csv(directory / "table.csv", [_numbers(row, published) for row in table])
-    plot_bpd(directory / "bpd.png", table, published)
+    _write_csv(directory / "table.csv", [_numbers(row, target_of) for row in table])
+    plot_bpd(directory / "bpd.png", table, target_of)
     plot_terms(directory / "terms.png", table)
-    plot_quality(directory / "quality.png", table, published)
+    plot_quality(directory / "quality.png", table, target_of)
     return text
 
 
-def _numbers(row: Row, published: Published) -> dict[str, Any]:
+def _numbers(row: Row, target_of: TargetOf) -> dict[str, Any]:
     """A row of table.csv, unrounded."""
     return {
         **row.setting,
@@ -72,9 +72,9 @@ def _numbers(row: Row, published: Published) -> dict[str, Any]:
         "train_bpd": row.mean("train_bpd"),
         "frechet_distance": row.distance,
         "frechet_distance_spread": row.spread_of_distance,
-        "features": row.measure.features if row.measure else "",
-        "num_samples": row.measure.num_samples if row.measure else "",
-        "published": published(row.runs[0]) or "",
+        "features": row.distance_kind.features if row.distance_kind else "",
+        "num_samples": row.distance_kind.num_samples if row.distance_kind else "",
+        "published": target_of(row.runs[0]) or "",
     }
 
 
@@ -94,12 +94,12 @@ def _head(runs: list[FinishedRun]) -> str:
     )
 
 
-def _measures(table: list[Row]) -> list[Measure]:
-    return list(dict.fromkeys(row.measure for row in table if row.measure))
+def _distance_kinds(table: list[Row]) -> list[DistanceKind]:
+    return list(dict.fromkeys(row.distance_kind for row in table if row.distance_kind))
 
 
-def _distance(row: Row, measure: Measure) -> str:
-    if row.measure != measure:
+def _distance(row: Row, kind: DistanceKind) -> str:
+    if row.distance_kind != kind:
         return "–"
     spread = f" ± {row.spread_of_distance:.2g}" if len(row.runs) > 1 else ""
     return f"{row.distance:.4g}{spread}"
@@ -113,11 +113,11 @@ def _unmeasured(directory: Path, runs: list[FinishedRun]) -> str:
     return "".join(f"- {name} has no Fréchet distance: {last_line(directory / name)}\n" for name in without)
 
 
-def _bounds(table: list[Row], published: Published) -> str:
-    measures = _measures(table)
+def _bounds(table: list[Row], target_of: TargetOf) -> str:
+    kinds = _distance_kinds(table)
     cells = []
     for row in table:
-        numbers = _numbers(row, published)
+        numbers = _numbers(row, target_of)
         cells.append(
             [
                 *row.setting.values(),
@@ -127,12 +127,12 @@ def _bounds(table: list[Row], published: Published) -> str:
                 *(f"{numbers[key]:.4f}" for key in ("test_decoder_bpd", "test_kl_bpd")),
                 f"{numbers['prior_bpd']:.2g}",
                 f"{numbers['train_bpd']:.4f}",
-                *(_distance(row, measure) for measure in measures),
+                *(_distance(row, kind) for kind in kinds),
                 str(numbers["published"]) or "–",
             ]
         )
     bounds = ["bits/dim", "spread", "L_0", "KL", "L_T", "train"]
-    return _markdown([*table[0].setting, "seeds", *bounds, *map(str, measures), "published"], cells)
+    return _markdown([*table[0].setting, "seeds", *bounds, *map(str, kinds), "published"], cells)
 
 
 def _paired(pairs: list[Difference]) -> str:
@@ -156,14 +156,14 @@ def _markdown(head: list[str], cells: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *cells))
 
 
-def plot_bpd(path: Path, table: list[Row], published: Published) -> None:
+def plot_bpd(path: Path, table: list[Row], target_of: TargetOf) -> None:
     """A line per row, best first: bits/dim of each seed, their mean, and the published number."""
     figure = Figure(figsize=(8, 1.2 + 0.32 * len(table)), layout="constrained")
     axes = figure.add_subplot(xlabel="bits/dim (test)")
     for y, row in enumerate(table):
         axes.plot([run.summary["test_bpd"] for run in row.runs], [y] * len(row.runs), ".", color="tab:blue", alpha=0.5)
         axes.errorbar(row.mean("test_bpd"), y, xerr=1.96 * row.stderr_bpd, fmt="o", color="tab:blue", capsize=3)
-        target = published(row.runs[0])
+        target = target_of(row.runs[0])
         if target and target.test_bpd:
             axes.plot(target.test_bpd, y, "D", color="tab:orange", label="published, CIFAR-10")
     axes.errorbar([], [], xerr=[], fmt="o", color="tab:blue", capsize=3, label="mean over seeds, 95% over images")
@@ -218,27 +218,27 @@ def _plot_row(axes: Axes, row: Row, colour: str) -> None:
     axes.loglog(1, terms[0], "o", color=colour, markersize=4)
 
 
-def plot_quality(path: Path, table: list[Row], published: Published) -> None:
+def plot_quality(path: Path, table: list[Row], target_of: TargetOf) -> None:
     """Fréchet distance against bits/dim: a point per row, with the spread over seeds, and published FIDs as diamonds.
 
     A panel per kind of distance; nothing is plotted where there is none.
     """
-    measures = _measures(table)
-    if not measures:
+    kinds = _distance_kinds(table)
+    if not kinds:
         return
     columns = [column for column in table[0].setting if len({row.setting[column] for row in table}) > 1]
-    figure = Figure(figsize=(9, max(4.5, 0.22 * len(table)) * len(measures)), layout="constrained")
-    panels = figure.subplots(len(measures), squeeze=False)[:, 0]
-    for axes, measure in zip(panels, measures, strict=True):
-        axes.set(xlabel="bits/dim (test)", ylabel=str(measure))
-        of_this_kind = [row for row in table if row.measure == measure]
+    figure = Figure(figsize=(9, max(4.5, 0.22 * len(table)) * len(kinds)), layout="constrained")
+    panels = figure.subplots(len(kinds), squeeze=False)[:, 0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        axes.set(xlabel="bits/dim (test)", ylabel=str(kind))
+        of_this_kind = [row for row in table if row.distance_kind == kind]
         for number, row in enumerate(of_this_kind):
             style = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
             errors = {"xerr": row.spread_bpd, "yerr": row.spread_of_distance} if len(row.runs) > 1 else {}
             label = ", ".join(row.setting[column] for column in columns) or "all runs"
             axes.errorbar(row.mean("test_bpd"), row.distance, **errors, **style, linestyle="", label=label, capsize=2)
-            target = published(row.runs[0])
-            if target and target.test_bpd and target.fid and measure.title.startswith("FID"):
+            target = target_of(row.runs[0])
+            if target and target.test_bpd and target.fid and kind.title.startswith("FID"):
                 published_at = target.test_bpd, target.fid
                 axes.plot(*published_at, "D", color=style["color"], fillstyle="none", label="published, CIFAR-10")
         axes.grid(alpha=0.3)

@@ -26,7 +26,7 @@ DEFAULT_AXES = {
 }
 
 
-def published(run: FinishedRun) -> Target | None:
+def target_by_config(run: FinishedRun) -> Target | None:
     """What a paper reports for the run's settings on CIFAR-10, if one does."""
     if run.config["data.name"].partition(":")[0] != "cifar10":
         return None
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     axes = {axis: DEFAULT_AXES.get(axis, [str(base[key])]) for axis, key in AXES.items()}
     axes |= {axis: sweep.split_values(given) for axis in AXES if (given := getattr(arguments, axis))}
     cells = sweep.grid(arguments.base, axes, sweep.overrides(arguments.set))
-    return sweep.execute(arguments, cells, published)
+    return sweep.execute(arguments, cells, target_by_config)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def run(directory: Path, num_images: int, checkpoint: str = "latest", num_train:
     model, own = trained.model, config.model.variance
 
     train_numbers = subset(len(train_set), min(num_train or num_images, len(train_set)))
-    terms = x0_terms(config, model, train_set, train_numbers)
+    terms = estimate_x0_terms(config, model, train_set, train_numbers)
     analytic, error = X0Variance.over_images(terms.analytic), X0Variance.over_images(terms.error)
     workdir.save_x0_variance(directory, analytic, error, int(trained.state.step))
     optimal = {OPTIMAL: analytic, OPTIMAL_FOR_MEAN: error}
@@ -112,7 +112,7 @@ def run(directory: Path, num_images: int, checkpoint: str = "latest", num_train:
     print(text)
 
 
-def x0_terms(config: ConfigDict, model: Model, source: Source, numbers: Int[np.ndarray, " n"]) -> X0Terms:
+def estimate_x0_terms(config: ConfigDict, model: Model, source: Source, numbers: Int[np.ndarray, " n"]) -> X0Terms:
     """Each training image's two estimates of Var(x_0 | x_t): leaves [N, T]."""
 
     def measure_of(model: Model) -> Measure:
