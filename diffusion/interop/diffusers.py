@@ -1,4 +1,4 @@
-"""Read and write DDPM weights in the layout in which they are published: that of diffusers' UNet2DModel.
+"""DDPM weights in the layout of diffusers' UNet2DModel: read and written.
 
 A directory holds `config.json` and `diffusion_pytorch_model.safetensors`. Of all that such a config can say,
 `UNet` represents what Ho et al. (2020) used; the rest is refused by name. Nothing is ever unpickled.
@@ -16,8 +16,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 from safetensors.numpy import save_file
 
-from diffusion.networks import published
-from diffusion.networks.published import CONFIG_FILE, WEIGHTS_FILE
+from diffusion.interop import files
+from diffusion.interop.files import CONFIG_FILE, WEIGHTS_FILE
+from diffusion.networks.named_tensors import refuse_differences
 from diffusion.networks.unet import UNet
 
 # What config.json must say for the network to be Ho et al.'s ...
@@ -83,13 +84,13 @@ def load_diffusers(directory: str | Path) -> tuple[UNet, PyTree]:
     the config asks for what `UNet` cannot represent or a tensor is missing, extra, misshapen, not float32, or
     has a NaN or Inf.
     """
-    files = published.find(directory)
+    config, weights = files.find(directory)
     try:
-        unet, image_shape = _unet_of(json.loads(files.config.read_text()))
+        unet, image_shape = _unet_of(json.loads(config.read_text()))
     except ValueError as error:  # malformed JSON is one, too
-        raise ValueError(f"{files.config}: {error}") from error
+        raise ValueError(f"{config}: {error}") from error
     shapes = _param_shapes(unet, image_shape)
-    tensors = published.read(files.weights, expected=jax.eval_shape(partial(_to_published, unet), shapes))
+    tensors = files.read(weights, expected=jax.eval_shape(partial(_to_published, unet), shapes))
 
     params = {}
     for path in flatten_dict(shapes):
@@ -117,7 +118,7 @@ def save_diffusers(directory: str | Path, unet: UNet, params: PyTree, sample_siz
     if unet.channel_mult[0] != 1:
         raise ValueError(f"unet.channel_mult={unet.channel_mult} must begin with 1 in the published layout.")
     image_shape = (sample_size, sample_size, params["conv_in"]["kernel"].shape[2])
-    published.refuse_differences(
+    refuse_differences(
         *(
             {"/".join(path): leaf.shape for path, leaf in flatten_dict(tree).items()}
             for tree in (params, _param_shapes(unet, image_shape))

@@ -1,4 +1,7 @@
-"""Files of published weights: which of them a directory holds, and the tensors in them. Nothing is unpickled."""
+"""The files in which diffusers publishes weights: which of them a directory holds, and the tensors in them.
+
+Nothing is unpickled.
+"""
 
 import json
 import logging
@@ -8,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from diffusion.networks.named_tensors import first_few, refuse_differences
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 # What a directory may hold instead of WEIGHTS_FILE, first come first served: a list of shards, or half precision.
@@ -16,7 +21,6 @@ HALF_PRECISION_FILE = "diffusion_pytorch_model.fp16.safetensors"
 # What the first published files called the parts of an attention.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 FLOATS = ("F32", "F16", "BF16")
-NAMED = 3  # how many tensors an error message names
 
 
 class Files(NamedTuple):
@@ -86,7 +90,7 @@ def read(paths: list[Path], expected: dict[str, Any]) -> dict[str, np.ndarray]:
     if kinds:
         logging.warning("%s holds weights in half precision (%s); converted to float32", paths[0], ", ".join(kinds))
     if bad := sorted(name for name, tensor in tensors.items() if not np.isfinite(tensor).all()):
-        raise ValueError(f"{paths[0]}: NaN or Inf in {some(bad)}")
+        raise ValueError(f"{paths[0]}: NaN or Inf in {first_few(bad)}")
     return tensors
 
 
@@ -113,22 +117,3 @@ def _new_names(stored_names: list[str]) -> dict[str, str]:
         if name not in names:
             names[name] = names.pop(stored_name)
     return names
-
-
-def refuse_differences(found: dict[str, tuple], expected: dict[str, tuple]) -> None:
-    """Raises a ValueError that names the first tensors that are missing, extra or of another shape than expected."""
-    differences = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    differences += [f"{name} is extra" for name in found.keys() - expected.keys()]
-    differences += [
-        f"{name} is {tuple(found[name])} instead of {tuple(expected[name])}"
-        for name in found.keys() & expected.keys()
-        if tuple(found[name]) != tuple(expected[name])
-    ]
-    if differences:
-        raise ValueError(some(sorted(differences)))
-
-
-def some(items: list[str]) -> str:
-    """The first few, and how many more there are."""
-    more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
-    return "; ".join(items[:NAMED]) + more

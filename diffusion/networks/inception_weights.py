@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from diffusion.networks import published
+from diffusion.networks.named_tensors import first_few, refuse_differences
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.download import download
 from diffusion.runtime.files import cache_directory, replacing
@@ -252,11 +252,11 @@ def _checked(tensors: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(UNUSED)}
     try:
-        published.refuse_differences({name: t.shape for name, t in tensors.items()}, layout())
+        refuse_differences({name: t.shape for name, t in tensors.items()}, layout())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if bad := [name for name, t in tensors.items() if t.dtype.kind != "f" or not np.isfinite(t).all()]:
-        raise ValueError(f"{path}: no floats, or NaN or Inf, in {published.some(sorted(bad))}")
+        raise ValueError(f"{path}: no floats, or NaN or Inf, in {first_few(sorted(bad))}")
     return {name: np.ascontiguousarray(t, np.float32) for name, t in tensors.items()}
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from diffusion import interop
 from diffusion.networks.unet import UNet
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

@@ -18,7 +18,7 @@ from configs import celebahq256
 from diffusion import interop
 from diffusion.experiment import build
 
-CONFIG = Path(__file__).parent / "golden" / "unet_six_levels.json"
+CONFIG = Path(__file__).parents[1] / "golden" / "unet_six_levels.json"
 GOLDEN = CONFIG.with_suffix(".npz")
 # Of the norm: float32 rounds by 1.2e-7 in each of the layers that an image goes through, of which there are 32 blocks.
 # Measured: 4e-7 for the narrow network, 1.6e-6 for the full one, for which diffusers' own float32 output has 5.5e-6.

@@ -1,0 +1,22 @@
+"""What is wrong with a set of named tensors, said so that the message stays one line."""
+
+MAX_NAMED = 3  # in one message
+
+
+def refuse_differences(found: dict[str, tuple], expected: dict[str, tuple]) -> None:
+    """Raises a ValueError that names the first tensors that are missing, extra or of another shape than expected."""
+    differences = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    differences += [f"{name} is extra" for name in found.keys() - expected.keys()]
+    differences += [
+        f"{name} is {tuple(found[name])} instead of {tuple(expected[name])}"
+        for name in found.keys() & expected.keys()
+        if tuple(found[name]) != tuple(expected[name])
+    ]
+    if differences:
+        raise ValueError(first_few(sorted(differences)))
+
+
+def first_few(items: list[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
+    return "; ".join(items[:MAX_NAMED]) + more
