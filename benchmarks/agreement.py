@@ -22,7 +22,8 @@ from diffusion.data.levels import to_unit
 from diffusion.experiment import build
 from diffusion.experiment.build import Experiment
 from diffusion.networks import layers
-from diffusion.training import devices, step
+from diffusion.training import parallel as devices
+from diffusion.training import step
 
 NOT_MEASURED = "not measured here"
 QUANTITIES = ("output", "loss", "gradient norm", "gradient")

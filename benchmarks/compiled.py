@@ -27,7 +27,7 @@ from benchmarks import networks, sampling, scaling, timing
 from diffusion.experiment import build, memory
 from diffusion.experiment.build import Experiment
 from diffusion.programs import describe
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 
 # As the compiler describes a card; the data sheet's figures, and the versions of jax[cuda12]'s libraries. Both are the
 # same chip with other memory: its bandwidth, its size, its name.

@@ -26,8 +26,8 @@ from diffusion.experiment import build, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
 from diffusion.runtime import randomness
-from diffusion.training import devices
-from diffusion.training.devices import Replicated
+from diffusion.training import parallel as devices
+from diffusion.training.parallel import Replicated
 
 ODE_SAMPLERS = ("ddim", "dpm_solver_pp", "heun")
 PIPELINE = "diffusers DDPMPipeline"

@@ -28,8 +28,8 @@ from benchmarks.timing import Arm, Arms
 from diffusion import data
 from diffusion.data import Source
 from diffusion.runtime import prefetch
-from diffusion.training import devices
-from diffusion.training.devices import Batch
+from diffusion.training import parallel as devices
+from diffusion.training.parallel import Batch
 
 STEPS = 100  # of an arm
 CHUNK = 10_000  # images that are written at a time

@@ -29,7 +29,7 @@ from diffusion.data import Source
 from diffusion.experiment import build
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 from diffusion.training.step import TrainState
 
 

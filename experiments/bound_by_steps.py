@@ -25,7 +25,7 @@ from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reporting import summary
 from diffusion.schedules import Schedule
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 
 FILE = "bound_by_steps"
 

@@ -39,7 +39,7 @@ from diffusion.model import Model
 from diffusion.reporting import summary
 from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 from experiments import exact_posterior_plots as plots
 from experiments.sweep import Cell
 

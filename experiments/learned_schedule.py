@@ -29,7 +29,7 @@ from diffusion.experiment.build import Experiment
 from diffusion.model import Model
 from diffusion.reporting import summary
 from diffusion.reporting.progress import Progress
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 
 FILE = "learned_schedule"
 START = "cosine"

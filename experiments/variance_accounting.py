@@ -31,7 +31,7 @@ from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reverse import VARIANCES, Variance
 from diffusion.schedules import Schedule
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 from diffusion.variances import Split, X0Terms, X0Variance
 
 FILE = "variance_accounting"

@@ -18,7 +18,7 @@ ORDER += ("experiment", "programs")
 KNOWS_NOTHING_ELSE = "networks"  # not even the paper
 NETWORKS_AND_RUNTIME = "diffusion.networks.inception_weights"  # a file that is downloaded and converted once
 SEE_A_CONFIG = ("experiment", "programs")
-NAMES_PMAP = "diffusion.training.devices"
+NAMES_PMAP = "diffusion.training.parallel"
 BUILT_ON_IT = {"experiments", "benchmarks", "configs", "tests", "main"}
 
 MAX_FILE_LINES = 300

@@ -14,7 +14,8 @@ from diffusion.data import Source
 from diffusion.data.levels import to_unit
 from diffusion.runtime import randomness
 from diffusion.runtime.checkpoint import Checkpoints
-from diffusion.training import devices, optimizer
+from diffusion.training import optimizer
+from diffusion.training import parallel as devices
 from diffusion.training.step import Training, initial_state, losses, train_step
 
 T = 10

@@ -13,8 +13,8 @@ from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import randomness
-from diffusion.training import devices
-from diffusion.training.devices import Replicated
+from diffusion.training import parallel as devices
+from diffusion.training.parallel import Replicated
 
 Measured = Iterator[tuple[np.ndarray, PyTree]]
 # Accelerators multiply float32 in bfloat16 or TF32 unless they are told not to; likelihoods need every digit.

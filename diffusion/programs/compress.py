@@ -28,7 +28,7 @@ from diffusion.runtime import coded_file
 from diffusion.runtime.coded_file import Header
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 
 SHAPES_THE_MODEL = ("schedule.", "model.")  # config keys; those of the network come to them
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from diffusion import likelihood
 from diffusion.experiment import build, config, memory
 from diffusion.experiment.build import Experiment
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 
 
 def run(config_dict: ConfigDict, _directory: Path) -> None:

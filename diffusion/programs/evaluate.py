@@ -25,7 +25,7 @@ from diffusion.reporting import page, plots, summary
 from diffusion.runtime import files, processes
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 from diffusion.training.step import TrainState
 from diffusion.variances import X0Variance
 

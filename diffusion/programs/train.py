@@ -24,8 +24,9 @@ from diffusion.reporting.summary import Stopwatch
 from diffusion.runtime import processes
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.preemption import Preemption
-from diffusion.training import devices, loop
-from diffusion.training.devices import Replicated
+from diffusion.training import loop
+from diffusion.training import parallel as devices
+from diffusion.training.parallel import Replicated
 from diffusion.training.step import TrainState
 
 

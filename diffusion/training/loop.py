@@ -22,8 +22,8 @@ from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.nonfinite import LAST_GOOD
 from diffusion.runtime.preemption import Preempted, Preemption
 from diffusion.runtime.watchdog import Watchdog
-from diffusion.training import devices
-from diffusion.training.devices import Batch, Replicated
+from diffusion.training import parallel as devices
+from diffusion.training.parallel import Batch, Replicated
 from diffusion.training.step import Training, TrainState, groups, losses
 
 

@@ -11,7 +11,7 @@ from diffusion import likelihood
 from diffusion.data.levels import to_unit
 from diffusion.evaluation.bound import Bound, Settings, estimated_bound, full_bound
 from diffusion.runtime import randomness
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 
 NUMBERS = np.arange(3, 14)
 

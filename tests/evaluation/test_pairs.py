@@ -9,7 +9,7 @@ from diffusion import likelihood
 from diffusion.data.levels import to_unit
 from diffusion.evaluation.pairs import Pairs, every_t
 from diffusion.runtime import randomness
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 
 SEED, NUMBERS = 3, np.array([29, 4, 17, 0, 11])
 

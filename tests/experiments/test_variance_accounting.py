@@ -14,7 +14,7 @@ from diffusion.evaluation.images import subset
 from diffusion.experiment import build, config, workdir
 from diffusion.programs import evaluate, sample
 from diffusion.runtime.checkpoint import Checkpoints
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 from experiments import variance_accounting
 
 NUM_IMAGES = 24

@@ -23,7 +23,7 @@ from diffusion.data import Source
 from diffusion.experiment import build
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import leaf_sha256
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 
 
 def seconds(action, times: int = 3) -> float:

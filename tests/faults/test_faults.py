@@ -18,8 +18,9 @@ from diffusion.runtime import randomness
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preempted
-from diffusion.training import devices, loop
-from diffusion.training.devices import Replicated
+from diffusion.training import loop
+from diffusion.training import parallel as devices
+from diffusion.training.parallel import Replicated
 
 pytestmark = pytest.mark.usefixtures("layer")
 

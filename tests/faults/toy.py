@@ -22,7 +22,7 @@ from diffusion.networks import NETWORKS
 from diffusion.programs import sample, train
 from diffusion.runtime import processes
 from diffusion.runtime.preemption import Preemption
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 from diffusion.training.step import TrainState
 
 SHAPE, LEVELS = (8, 8, 1), 17

@@ -11,7 +11,8 @@ from flax import linen as nn
 from diffusion import schedules, timesteps
 from diffusion.data import Source
 from diffusion.guidance import NO_LABEL
-from diffusion.training import devices, loop, optimizer
+from diffusion.training import loop, optimizer
+from diffusion.training import parallel as devices
 from diffusion.training.step import Training, initial_state
 
 BATCH, SHAPE, NUM_IMAGES = 16, (4, 4, 1), 40

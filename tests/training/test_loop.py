@@ -18,7 +18,8 @@ from diffusion.reporting.metrics_log import MetricsLog, read_metrics
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import named_leaves, tree_sha256
 from diffusion.runtime.preemption import Preempted, Preemption
-from diffusion.training import devices, loop
+from diffusion.training import loop
+from diffusion.training import parallel as devices
 
 pytestmark = pytest.mark.usefixtures("layer")
 

@@ -9,7 +9,7 @@ import pytest
 from diffusion import data
 from diffusion.data import Source
 from diffusion.experiment import build
-from diffusion.training import devices
+from diffusion.training import parallel as devices
 from diffusion.training.step import group_norms, train_step
 
 # Much dropout, because a block's output begins near zero: in a few steps little of it is seen.
