@@ -22,8 +22,8 @@ from diffusion.data.levels import to_unit
 from diffusion.experiment import build
 from diffusion.experiment.build import Experiment
 from diffusion.networks import layers
-from diffusion.training import parallel as devices
-from diffusion.training import step
+from diffusion.runtime import devices
+from diffusion.training import parallel, step
 
 NOT_MEASURED = "not measured here"
 QUANTITIES = ("output", "loss", "gradient norm", "gradient")
@@ -125,10 +125,10 @@ def call_rows(args) -> list[dict[str, Any]]:
     experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
     params = dense_params(experiment)
     state = step.initial_state(experiment.training, params, networks.IMAGE_SHAPE)
-    batches = devices.resident(Source("random", "train", random_images(64)))
+    batches = parallel.resident(Source("random", "train", random_images(64)))
     shape = (args.steps, experiment.training.batch_size)
     indices = np.random.default_rng(2).integers(0, 64, shape, np.int32)
-    train_steps = devices.train_steps(experiment.training, seed=0)
+    train_steps = parallel.train_steps(experiment.training, seed=0)
 
     def change(steps_per_call: int) -> PyTree:
         """What training adds to the parameters."""

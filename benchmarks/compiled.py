@@ -27,7 +27,8 @@ from benchmarks import networks, sampling, scaling, timing
 from diffusion.experiment import build, memory
 from diffusion.experiment.build import Experiment
 from diffusion.programs import describe
-from diffusion.training import parallel as devices
+from diffusion.runtime import devices
+from diffusion.training import parallel
 
 # As the compiler describes a card; the data sheet's figures, and the versions of jax[cuda12]'s libraries. Both are the
 # same chip with other memory: its bandwidth, its size, its name.
@@ -181,7 +182,7 @@ def lower_training(
     images = jax.ShapeDtypeStruct((num_images, *experiment.image_shape), jnp.uint8)
     indices = jax.ShapeDtypeStruct((steps, local_batch), jnp.int32)
     arguments = on_all((seed, experiment.abstract_state(), images, None, indices), len(targets))
-    return devices.compiled_train_steps(experiment.training, targets).lower(*arguments)
+    return parallel.compiled_train_steps(experiment.training, targets).lower(*arguments)
 
 
 def lower_sampling(
@@ -194,7 +195,7 @@ def lower_sampling(
 
     model = jax.eval_shape(spaced, experiment.abstract_state().params)
     numbers = jax.ShapeDtypeStruct((local_batch,), jnp.int32)
-    program = jax.pmap(sampling.chain(experiment, "ancestral"), axis_name=devices.AXIS, devices=targets)
+    program = devices.on_each(sampling.chain(experiment, "ancestral"), targets)
     return program.lower(*on_all((model, numbers), len(targets)))
 
 

@@ -19,7 +19,7 @@ from benchmarks.timing import Arm, Arms
 from diffusion.data import Source
 from diffusion.evaluation import bound
 from diffusion.experiment import build
-from diffusion.training import parallel as devices
+from diffusion.runtime import devices
 
 PAIRS = 10_000 * 1_000
 

@@ -25,9 +25,8 @@ from diffusion import samplers, schedules
 from diffusion.experiment import build, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
-from diffusion.runtime import randomness
-from diffusion.training import parallel as devices
-from diffusion.training.parallel import Replicated
+from diffusion.runtime import devices, randomness
+from diffusion.runtime.devices import Replicated
 
 ODE_SAMPLERS = ("ddim", "dpm_solver_pp", "heun")
 PIPELINE = "diffusers DDPMPipeline"

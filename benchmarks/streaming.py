@@ -28,7 +28,7 @@ from benchmarks.timing import Arm, Arms
 from diffusion import data
 from diffusion.data import Source
 from diffusion.runtime import prefetch
-from diffusion.training import parallel as devices
+from diffusion.training import parallel
 from diffusion.training.parallel import Batch
 
 STEPS = 100  # of an arm
@@ -88,7 +88,7 @@ def forget(path: Path) -> None:
 
 def arms(source: Source, batch_size: int, pause: float, forgotten: Path | None) -> Arms:
     """The batches alone, the pauses alone, and both: one after the other, or at the same time."""
-    place, counter = devices.streamed(source), itertools.count()
+    place, counter = parallel.streamed(source), itertools.count()
 
     def batches() -> Iterator[Batch]:
         for step in itertools.islice(counter, STEPS):

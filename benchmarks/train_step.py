@@ -29,7 +29,8 @@ from diffusion.data import Source
 from diffusion.experiment import build
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
-from diffusion.training import parallel as devices
+from diffusion.runtime import devices
+from diffusion.training import parallel
 from diffusion.training.step import TrainState
 
 
@@ -110,8 +111,8 @@ def stepper(experiment: Experiment, state: TrainState, steps: int) -> Arm:
     program = compiled.lower_training(experiment, batch_size // len(accelerators), accelerators, steps, num_images)
     gigabytes = gibibytes(program.compile())
 
-    train_steps = devices.train_steps(experiment.training, seed=0)
-    batches = devices.resident(Source("random", "train", random_images(num_images)))
+    train_steps = parallel.train_steps(experiment.training, seed=0)
+    batches = parallel.resident(Source("random", "train", random_images(num_images)))
     indices = np.random.default_rng(0).integers(0, num_images, (steps, batch_size), np.int32)
     batch, held = batches(indices), [devices.replicate(state)]
 

@@ -24,8 +24,8 @@ from diffusion.experiment import build, workdir
 from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reporting import summary
+from diffusion.runtime import devices
 from diffusion.schedules import Schedule
-from diffusion.training import parallel as devices
 
 FILE = "bound_by_steps"
 

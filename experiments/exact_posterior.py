@@ -37,9 +37,8 @@ from diffusion.experiment import build, workdir
 from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reporting import summary
-from diffusion.runtime import randomness
+from diffusion.runtime import devices, randomness
 from diffusion.schedules import Schedule
-from diffusion.training import parallel as devices
 from experiments import exact_posterior_plots as plots
 from experiments.sweep import Cell
 

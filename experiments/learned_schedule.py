@@ -29,7 +29,8 @@ from diffusion.experiment.build import Experiment
 from diffusion.model import Model
 from diffusion.reporting import summary
 from diffusion.reporting.progress import Progress
-from diffusion.training import parallel as devices
+from diffusion.runtime import devices
+from diffusion.training import parallel
 
 FILE = "learned_schedule"
 START = "cosine"
@@ -90,8 +91,8 @@ def arm_config(arm: str, num_steps: int, train_steps: int) -> ConfigDict:
 def train(experiment: Experiment, train_set: Source, seed: int) -> Model:
     """The model of the EMA parameters after training with this seed."""
     config = ConfigDict(experiment.config.to_dict() | {"seed": seed})
-    train_steps = devices.train_steps(experiment.training, seed)
-    batch = devices.resident(train_set)
+    train_steps = parallel.train_steps(experiment.training, seed)
+    batch = parallel.resident(train_set)
     state = devices.replicate(dataclasses.replace(experiment, config=config).initial_state())
     with Progress(config.train.num_steps, desc=f"{config.schedule.name}, seed {seed}") as progress:
         for step in range(config.train.num_steps):

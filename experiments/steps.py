@@ -22,7 +22,7 @@ from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
 from diffusion.experiment import build
 from diffusion.reporting import page
-from diffusion.training import parallel as devices
+from diffusion.runtime import devices
 from diffusion.variances import X0Variance
 from experiments import drawn
 from experiments.drawn import METRICS, REAL, Study

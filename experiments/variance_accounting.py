@@ -30,8 +30,8 @@ from diffusion.experiment import build, workdir
 from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reverse import VARIANCES, Variance
+from diffusion.runtime import devices
 from diffusion.schedules import Schedule
-from diffusion.training import parallel as devices
 from diffusion.variances import Split, X0Terms, X0Variance
 
 FILE = "variance_accounting"

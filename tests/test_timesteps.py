@@ -12,10 +12,9 @@ from flax import linen as nn
 from diffusion import objectives, reverse, schedules, timesteps
 from diffusion.data import Source
 from diffusion.data.levels import to_unit
-from diffusion.runtime import randomness
+from diffusion.runtime import devices, randomness
 from diffusion.runtime.checkpoint import Checkpoints
-from diffusion.training import optimizer
-from diffusion.training import parallel as devices
+from diffusion.training import optimizer, parallel
 from diffusion.training.step import Training, initial_state, losses, train_step
 
 T = 10
@@ -169,7 +168,7 @@ class Steps:
         )
         self.start = initial_state(self.training, {"scale": jnp.full((), 0.5)}, (4, 4, 1))
         self.images = np.random.RandomState(0).randint(0, 17, size=(64, 4, 4, 1)).astype(np.uint8)
-        self.on_eight = devices.train_steps(self.training, seed=0)
+        self.on_eight = parallel.train_steps(self.training, seed=0)
         microbatches = dataclasses.replace(self.training, grad_accum=2)
         one = partial(train_step, microbatches, axis_name="devices")
         self.on_one = jax.jit(jax.vmap(one, axis_size=1, axis_name="devices", in_axes=(None, None, 0)))
@@ -178,7 +177,7 @@ class Steps:
         return np.arange(32, dtype=np.int32) + 32 * (step % 2)
 
     def eight(self, steps, start=None):
-        now, batch = devices.replicate(start or self.start), devices.resident(Source("random", "train", self.images))
+        now, batch = devices.replicate(start or self.start), parallel.resident(Source("random", "train", self.images))
         for step in steps:
             now, metrics = self.on_eight(now, batch(self.indices(step)[None]))
         return now, metrics.host()
@@ -198,7 +197,7 @@ def steps():
 
 def test_every_device_remembers_the_losses_of_the_whole_batch(steps):
     many, metrics = steps.eight(range(8))
-    assert devices.differing_replicas()(many) == []
+    assert parallel.differing_replicas()(many) == []
     many = many.host()
     assert many.timesteps.counts.sum() == 8 * 32 and many.timesteps.counts.min() >= 10
     other, other_metrics = steps.one(range(8))

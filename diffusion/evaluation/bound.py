@@ -18,7 +18,7 @@ from diffusion.evaluation.pairs import Pairs, every_t
 from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.runtime import files, processes, randomness
-from diffusion.training.parallel import Replicated
+from diffusion.runtime.devices import Replicated
 
 PILOT_IMAGES = 8  # every term of so many images is computed to see which t matter
 PRIOR_IMAGES = 1000  # whose prior terms are computed at a time: as float32, images are four times as large

@@ -12,9 +12,8 @@ from diffusion.data.levels import to_unit
 from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reporting.progress import Progress
-from diffusion.runtime import randomness
-from diffusion.training import parallel as devices
-from diffusion.training.parallel import Replicated
+from diffusion.runtime import devices, randomness
+from diffusion.runtime.devices import Replicated
 
 Measured = Iterator[tuple[np.ndarray, PyTree]]
 # Accelerators multiply float32 in bfloat16 or TF32 unless they are told not to; likelihoods need every digit.

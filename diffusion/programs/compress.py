@@ -24,11 +24,10 @@ from diffusion.experiment.build import Experiment
 from diffusion.experiment.config import FREE, flatten
 from diffusion.model import Model
 from diffusion.reporting.progress import Progress
-from diffusion.runtime import coded_file
+from diffusion.runtime import coded_file, devices
 from diffusion.runtime.coded_file import Header
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
-from diffusion.training import parallel as devices
 
 SHAPES_THE_MODEL = ("schedule.", "model.")  # config keys; those of the network come to them
 

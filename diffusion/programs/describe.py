@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 from diffusion import likelihood
 from diffusion.experiment import build, config, memory
 from diffusion.experiment.build import Experiment
-from diffusion.training import parallel as devices
+from diffusion.training import parallel
 
 
 def run(config_dict: ConfigDict, _directory: Path) -> None:
     """Prints the description; no network is compiled and nothing is written."""
-    devices.check_batch_size(config_dict.train.batch_size, config_dict.train.grad_accum)
+    parallel.check_batch_size(config_dict.train.batch_size, config_dict.train.grad_accum)
     described = build.describe_data(config_dict)
     experiment = build.experiment(config_dict, described.image_shape, described.num_levels, described.num_classes)
     shape = "×".join(map(str, described.image_shape))

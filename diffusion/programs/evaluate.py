@@ -22,10 +22,9 @@ from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
 from diffusion.reporting import page, plots, summary
-from diffusion.runtime import files, processes
+from diffusion.runtime import devices, files, processes
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
-from diffusion.training import parallel as devices
 from diffusion.training.step import TrainState
 from diffusion.variances import X0Variance
 

@@ -18,9 +18,8 @@ from diffusion.experiment.build import Experiment
 from diffusion.model import Model
 from diffusion.reporting import page, pictures
 from diffusion.reporting.progress import Progress
-from diffusion.runtime import files, processes, randomness
+from diffusion.runtime import devices, files, processes, randomness
 from diffusion.runtime.preemption import Preemption
-from diffusion.training import parallel as devices
 from diffusion.training.step import TrainState
 
 SAMPLES = "samples"  # in the workdir: a folder for each way of sampling, with its images in shards

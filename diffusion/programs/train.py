@@ -23,10 +23,9 @@ from diffusion.reporting.metrics_log import MetricsLog, read_metrics
 from diffusion.reporting.summary import Stopwatch
 from diffusion.runtime import processes
 from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.devices import Replicated
 from diffusion.runtime.preemption import Preemption
-from diffusion.training import loop
-from diffusion.training import parallel as devices
-from diffusion.training.parallel import Replicated
+from diffusion.training import loop, parallel
 from diffusion.training.step import TrainState
 
 
@@ -90,7 +89,7 @@ def run(config: ConfigDict, directory: Path, base: str = "") -> None:
 
 def prepare(config: ConfigDict, directory: Path) -> Experiment:
     """The experiment, after every check that needs no data and no device."""
-    devices.check_batch_size(config.train.batch_size, config.train.grad_accum)
+    parallel.check_batch_size(config.train.batch_size, config.train.grad_accum)
     described = build.describe_data(config)
     experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
     images.num_scored(config.eval.num_images, config.eval.protocol, described.num_test)

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 LAST_GOOD = "the last checkpoint is from before this step"
-Metrics = dict[str, np.ndarray]  # of a call: entries [steps, ...], as `devices.train_steps` returns them
+Metrics = dict[str, np.ndarray]  # of a call: entries [steps, ...], as `parallel.train_steps` returns them
 
 
 def check(unchecked: list[tuple[range, Metrics]], groups: list[str], skipped: int, allowed: int) -> None:

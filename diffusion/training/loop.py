@@ -17,13 +17,14 @@ from diffusion.data import Source, batch_indices
 from diffusion.data.levels import to_unit
 from diffusion.reporting.metrics_log import MetricsLog
 from diffusion.reporting.progress import Progress
-from diffusion.runtime import nonfinite, prefetch, processes, randomness
+from diffusion.runtime import devices, nonfinite, prefetch, processes, randomness
 from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.devices import Replicated
 from diffusion.runtime.nonfinite import LAST_GOOD
 from diffusion.runtime.preemption import Preempted, Preemption
 from diffusion.runtime.watchdog import Watchdog
-from diffusion.training import parallel as devices
-from diffusion.training.parallel import Batch, Replicated
+from diffusion.training import parallel
+from diffusion.training.parallel import Batch
 from diffusion.training.step import Training, TrainState, groups, losses
 
 
@@ -97,7 +98,7 @@ def train(
         Preempted: a signal asked to stop; the state is saved.
     """
     begin, group_names = int(state.step), groups(state.params)
-    train_steps, differing_replicas = devices.train_steps(training, plan.seed), devices.differing_replicas()
+    train_steps, differing_replicas = parallel.train_steps(training, plan.seed), parallel.differing_replicas()
     batches, state = _batches(training, plan, begin, train_set, on_devices), devices.replicate(state)
     watchdogs, clock, unchecked = collections.defaultdict(Watchdog), Clock(training.batch_size), []
     with Progress(plan.num_steps, initial=begin, desc="train") as progress, preemption.deferred(), closing(batches):
@@ -167,7 +168,7 @@ def _batches(
     training: Training, plan: Plan, begin: int, train_set: Source, on_devices: bool
 ) -> Generator[tuple[range, Batch], None, None]:
     """The steps and the batch of each call still to make; a batch is made while the calls before it are computed."""
-    place = (devices.resident if on_devices else devices.streamed)(train_set, training.conditional)
+    place = (parallel.resident if on_devices else parallel.streamed)(train_set, training.conditional)
     calls = _calls(plan, begin, training.batch_size, len(train_set))
     return prefetch.ahead((steps, place(indices)) for steps, indices in calls)
 

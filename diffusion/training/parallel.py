@@ -1,66 +1,17 @@
-"""Data parallelism with `jax.pmap`: the only file that knows how many devices there are.
+"""Data parallelism with `jax.pmap`: the train step on all devices, its batches, and a check of its replicas."""
 
-Other modules pass host arrays in, and get back host arrays or a `Replicated` tree, whose [devices, ...] axis is known
-only here.
-"""
-
-import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.typing import ArrayLike
 from jaxtyping import Int, PyTree
 
 from diffusion.data import Source
+from diffusion.runtime.devices import AXIS, Replicated, local_rows, replicate, sharding
 from diffusion.runtime.digests import named_leaves
 from diffusion.training.step import Training, group_norms, train_step
-
-AXIS = "devices"
-
-
-@dataclasses.dataclass(frozen=True)
-class Replicated:
-    """A tree of which every device holds a copy."""
-
-    leaves: PyTree  # [devices, ...]
-
-    def host(self) -> PyTree:
-        """The first device's copy as NumPy arrays; no other device is read."""
-
-        def first(leaf: jax.Array) -> np.ndarray:
-            return np.asarray(leaf.addressable_shards[0].data).reshape(leaf.shape[1:])
-
-        return jax.tree.map(first, self.leaves)
-
-    def part(self, choose: Callable[[PyTree], PyTree]) -> "Replicated":
-        """A part of the tree, such as `lambda state: state.ema_params`; nothing is copied."""
-        return Replicated(choose(self.leaves))
-
-    def wait(self) -> None:
-        """Blocks until every device has computed its copy."""
-        jax.block_until_ready(self.leaves)
-
-
-def replicate(tree: PyTree) -> Replicated:
-    """A copy of a host tree on every device; the host needs no memory for it."""
-    sharding, count = _sharding(), jax.local_device_count()
-
-    def on_each(leaf: ArrayLike) -> jax.Array:
-        copy = np.asarray(leaf)[None]
-        return jax.make_array_from_callback((count, *copy.shape[1:]), sharding, lambda _: copy)
-
-    return Replicated(jax.tree.map(on_each, tree))
-
-
-def _sharding() -> jax.sharding.NamedSharding:
-    """That of what pmap returns: with another one for what it takes, the second step would compile again."""
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
 
 
 def check_batch_size(batch_size: int, grad_accum: int) -> None:
@@ -86,7 +37,7 @@ def resident(source: Source, conditional: bool = False) -> Batches:
     """Batches of a data set that every device holds whole; with its labels for a conditional network."""
     images = replicate(source.images()).leaves
     labels = replicate(source.labels()).leaves if conditional else None
-    return lambda indices: Batch(images, labels, jax.device_put(_shares(indices), _sharding()))
+    return lambda indices: Batch(images, labels, jax.device_put(_shares(indices), sharding()))
 
 
 def streamed(source: Source, conditional: bool = False) -> Batches:
@@ -97,7 +48,7 @@ def streamed(source: Source, conditional: bool = False) -> Batches:
         images = source.images(shares.ravel()).reshape(len(shares), -1, *source.image_shape)
         labels = source.labels(shares.ravel()).reshape(len(shares), -1) if conditional else None
         positions = np.arange(images.shape[1], dtype=indices.dtype).reshape(shares.shape[1:])
-        return jax.device_put(Batch(images, labels, np.broadcast_to(positions, shares.shape)), _sharding())
+        return jax.device_put(Batch(images, labels, np.broadcast_to(positions, shares.shape)), sharding())
 
     return batch
 
@@ -146,72 +97,7 @@ def compiled_train_steps(training: Training, devices: Sequence[jax.Device] | Non
 
 def _shares(indices: Int[np.ndarray, "steps b"]) -> Int[np.ndarray, "devices steps share"]:
     """The examples of each of this process's devices: [steps, B] -> [devices, steps, B/devices]."""
-    return _local_rows(np.swapaxes(indices.reshape(len(indices), jax.device_count(), -1), 0, 1))
-
-
-def _local_rows(array: np.ndarray) -> np.ndarray:
-    """Of an array [devices, ...] the rows of this process's devices."""
-    devices = jax.local_device_count()
-    return array[jax.process_index() * devices :][:devices]
-
-
-InBatches = Callable[[PyTree, PyTree, int], Iterator[tuple[np.ndarray, PyTree]]]
-
-
-def over_batches(fn: Callable[[PyTree, PyTree], PyTree]) -> InBatches:
-    """`fn`(shared, items) over any number of items, in batches that all devices share.
-
-    Args:
-        fn: (the shared tree, items with leaves [b, ...]) -> a tree of results with leaves [b, ...].
-
-    Returns:
-        (a tree of `Replicated`, items with leaves [N, ...] on the host, batch size) -> an iterator of the numbers [n]
-        of the items that are done and their results [n, ...] on the host. Every item comes once, on every process.
-        One batch is computed while the one before is fetched.
-    """
-    compiled = jax.pmap(fn, axis_name=AXIS)
-
-    def run(shared: PyTree, items: PyTree, batch_size: int) -> Iterator[tuple[np.ndarray, PyTree]]:
-        on_devices = jax.tree.map(lambda tree: tree.leaves, shared, is_leaf=lambda tree: isinstance(tree, Replicated))
-        running = None
-        for numbers, num_real in _padded_batches(len(jax.tree.leaves(items)[0]), batch_size):
-            batch = jax.tree.map(lambda leaf: _local_rows(leaf[numbers]), items)  # noqa: B023
-            started = numbers.ravel()[:num_real], compiled(on_devices, batch)
-            if running is not None:
-                yield _fetched(*running)
-            running = started
-        if running is not None:
-            yield _fetched(*running)
-
-    return run
-
-
-def _padded_batches(num_items: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """All of 0…num_items−1 in batches [devices, b] of one shape, each with its number of real entries.
-
-    The batches are as equal as they can be; the last one is filled up with repetitions of its first item, and its
-    real entries come first in the flattened batch.
-    """
-    devices = jax.device_count()
-    num_batches = math.ceil(num_items / batch_size)
-    per_device = math.ceil(num_items / max(num_batches, 1) / devices)
-    for start in range(0, num_items, devices * per_device or 1):
-        batch = np.arange(start, min(start + devices * per_device, num_items))
-        filled = np.full(devices * per_device, start)
-        filled[: len(batch)] = batch
-        yield filled.reshape(devices, per_device), len(batch)
-
-
-def _fetched(numbers: np.ndarray, results: PyTree) -> tuple[np.ndarray, PyTree]:
-    """The real entries of results [devices, b, ...] from all processes' devices, on every host."""
-
-    def fetch(leaf: jax.Array) -> np.ndarray:
-        host = np.asarray(leaf)
-        if jax.process_count() > 1:
-            host = multihost_utils.process_allgather(host, tiled=True)
-        return host.reshape(-1, *host.shape[2:])[: len(numbers)]
-
-    return numbers, jax.tree.map(fetch, results)
+    return local_rows(np.swapaxes(indices.reshape(len(indices), jax.device_count(), -1), 0, 1))
 
 
 def differing_replicas() -> Callable[[Replicated], list[str]]:

@@ -10,8 +10,7 @@ import pytest
 from diffusion import likelihood
 from diffusion.data.levels import to_unit
 from diffusion.evaluation.bound import Bound, Settings, estimated_bound, full_bound
-from diffusion.runtime import randomness
-from diffusion.training import parallel as devices
+from diffusion.runtime import devices, randomness
 
 NUMBERS = np.arange(3, 14)
 

@@ -8,8 +8,7 @@ import pytest
 from diffusion import likelihood
 from diffusion.data.levels import to_unit
 from diffusion.evaluation.pairs import Pairs, every_t
-from diffusion.runtime import randomness
-from diffusion.training import parallel as devices
+from diffusion.runtime import devices, randomness
 
 SEED, NUMBERS = 3, np.array([29, 4, 17, 0, 11])
 

@@ -8,7 +8,7 @@ from diffusion import process, reverse, samplers, schedules
 from diffusion.data.levels import to_levels
 from diffusion.exact import empirical
 from diffusion.model import Model
-from diffusion.training import parallel as devices
+from diffusion.runtime import devices
 
 # x̂_0 is a sum of float32 numbers, whose order depends on the CPU: three roundings of numbers up to 1 were seen, of
 # 2^-24 each. √ᾱ_t x̂_0 is rounded once more, and ε is this over √(1 − ᾱ_t).

@@ -10,7 +10,7 @@ from diffusion import data
 from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
 from diffusion.experiment import build, workdir
-from diffusion.training import parallel as devices
+from diffusion.runtime import devices
 from experiments import bound_by_steps
 
 

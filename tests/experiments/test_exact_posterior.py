@@ -11,8 +11,8 @@ from diffusion import data
 from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
 from diffusion.experiment import build, workdir
+from diffusion.runtime import devices
 from diffusion.runtime.checkpoint import Checkpoints
-from diffusion.training import parallel as devices
 from experiments import exact_posterior
 from experiments.exact_posterior_plots import EXACT, NETWORK, SHOWN
 

@@ -13,8 +13,8 @@ from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
 from diffusion.experiment import build, config, workdir
 from diffusion.programs import evaluate, sample
+from diffusion.runtime import devices
 from diffusion.runtime.checkpoint import Checkpoints
-from diffusion.training import parallel as devices
 from experiments import variance_accounting
 
 NUM_IMAGES = 24

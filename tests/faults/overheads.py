@@ -21,9 +21,10 @@ import numpy as np
 from configs import cifar10
 from diffusion.data import Source
 from diffusion.experiment import build
+from diffusion.runtime import devices
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import leaf_sha256
-from diffusion.training import parallel as devices
+from diffusion.training import parallel
 
 
 def seconds(action, times: int = 3) -> float:
@@ -41,8 +42,8 @@ def step_seconds(experiment: build.Experiment, state: devices.Replicated) -> flo
     """One train step on random pictures."""
     batch_size = experiment.training.batch_size
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *experiment.image_shape), np.uint8)
-    batch = devices.resident(Source("random", "train", images))(np.arange(batch_size, dtype=np.int32)[None])
-    train_steps = devices.train_steps(experiment.training, experiment.config.seed)
+    batch = parallel.resident(Source("random", "train", images))(np.arange(batch_size, dtype=np.int32)[None])
+    train_steps = parallel.train_steps(experiment.training, experiment.config.seed)
     held = [state]
 
     def take():
@@ -57,7 +58,7 @@ def main(batch_size: int, step: float | None) -> None:
     config.train.batch_size = batch_size
     experiment = build.experiment(config, (32, 32, 3), 256)
     state = jax.device_get(experiment.initial_state())
-    replicated, differing = devices.replicate(state), devices.differing_replicas()
+    replicated, differing = devices.replicate(state), parallel.differing_replicas()
     megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
     digests, replicas = seconds(lambda: leaf_sha256(state)), seconds(lambda: differing(replicated))
     with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, keep=1) as checkpoints:

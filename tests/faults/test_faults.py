@@ -13,14 +13,13 @@ import toy
 from diffusion import timesteps
 from diffusion.experiment import memory
 from diffusion.reporting import metrics_log
+from diffusion.runtime import devices, randomness
 from diffusion.runtime import preemption as preemption_lib
-from diffusion.runtime import randomness
 from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.devices import Replicated
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preempted
-from diffusion.training import loop
-from diffusion.training import parallel as devices
-from diffusion.training.parallel import Replicated
+from diffusion.training import loop, parallel
 
 pytestmark = pytest.mark.usefixtures("layer")
 
@@ -138,8 +137,8 @@ def test_bad_updates_are_left_out_counted_and_resumed_over(tmp_path, monkeypatch
 def test_a_bad_step_changes_nothing_but_the_count_of_steps():
     experiment, first = toy.experiment(model__network=POISONED, train__skip_nonfinite=99), poisoned_steps(30)[0]
     start = jax.device_get(experiment.initial_state())
-    train_steps = devices.train_steps(experiment.training, experiment.config.seed)
-    batch = devices.resident(toy.source("train"))(np.arange(16, dtype=np.int32)[None])
+    train_steps = parallel.train_steps(experiment.training, experiment.config.seed)
+    batch = parallel.resident(toy.source("train"))(np.arange(16, dtype=np.int32)[None])
     bad = start.replace(step=np.int32(first - 1))
     after = train_steps(devices.replicate(bad), batch)[0].host()
     assert after.step == first and after.window["skipped"] == 1 and after.window["count"] == 0
@@ -150,7 +149,7 @@ def test_a_bad_step_changes_nothing_but_the_count_of_steps():
 def test_a_replica_with_one_flipped_bit_is_found_and_named(tmp_path):
     experiment = toy.experiment()
     state = jax.device_get(experiment.initial_state())
-    names = devices.differing_replicas()
+    names = parallel.differing_replicas()
     replicated = devices.replicate(state)
     assert names(replicated) == []
     rng = np.random.default_rng(0)
@@ -166,7 +165,7 @@ def test_a_replica_with_one_flipped_bit_is_found_and_named(tmp_path):
 
 def test_replicas_that_differ_stop_the_run_before_the_next_checkpoint(tmp_path, monkeypatch):
     found = iter([[], ["params/pixel/kernel"]])
-    monkeypatch.setattr(devices, "differing_replicas", lambda: lambda state: next(found))
+    monkeypatch.setattr(parallel, "differing_replicas", lambda: lambda state: next(found))
     with pytest.raises(RuntimeError, match="step 20: the devices no longer hold the same state, params/pixel/kernel"):
         toy.run(toy.experiment(), tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["10"]

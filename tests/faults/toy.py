@@ -22,7 +22,7 @@ from diffusion.networks import NETWORKS
 from diffusion.programs import sample, train
 from diffusion.runtime import processes
 from diffusion.runtime.preemption import Preemption
-from diffusion.training import parallel as devices
+from diffusion.training import parallel
 from diffusion.training.step import TrainState
 
 SHAPE, LEVELS = (8, 8, 1), 17
@@ -83,7 +83,7 @@ def run(experiment: build.Experiment, directory: Path) -> TrainState:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, steps: Iterable[int], action: Callable[[], None]) -> None:
     """`action()` just before one of `steps`, counted from 0, is taken; each step is interrupted once."""
-    train_steps, remaining = devices.train_steps, set(steps)
+    train_steps, remaining = parallel.train_steps, set(steps)
 
     def interrupted(training, seed):
         compiled = train_steps(training, seed)
@@ -97,7 +97,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, steps: Iterable[int], action: Cal
 
         return call
 
-    monkeypatch.setattr(devices, "train_steps", interrupted)
+    monkeypatch.setattr(parallel, "train_steps", interrupted)
 
 
 def main(directory: Path, flags: list[str]) -> None:

@@ -11,7 +11,7 @@ from diffusion.evaluation import images
 from diffusion.evaluation.bound import full_bound
 from diffusion.experiment import build, workdir
 from diffusion.programs import evaluate, sample, train
-from diffusion.training import parallel as devices
+from diffusion.runtime import devices
 
 BY_VARIANCE = "learned(start='cosine', inner='variance')"
 

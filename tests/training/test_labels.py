@@ -11,8 +11,8 @@ from flax import linen as nn
 from diffusion import schedules, timesteps
 from diffusion.data import Source
 from diffusion.guidance import NO_LABEL
-from diffusion.training import loop, optimizer
-from diffusion.training import parallel as devices
+from diffusion.runtime import devices
+from diffusion.training import loop, optimizer, parallel
 from diffusion.training.step import Training, initial_state
 
 BATCH, SHAPE, NUM_IMAGES = 16, (4, 4, 1), 40
@@ -55,13 +55,13 @@ def training(**changes):
 def metrics_of(made, place, num_steps=3):
     params = {"number": jnp.ones(())}
     state = devices.replicate(jax.device_get(initial_state(made, params, SHAPE)))
-    steps = devices.train_steps(made, seed=0)
+    steps = parallel.train_steps(made, seed=0)
     indices = np.stack([np.arange(BATCH, dtype=np.int32)[::-1] + step for step in range(num_steps)])
     _, metrics = steps(state, place(SOURCE, made.conditional)(indices))
     return metrics.host()
 
 
-@pytest.mark.parametrize("place", [devices.resident, devices.streamed])
+@pytest.mark.parametrize("place", [parallel.resident, parallel.streamed])
 @pytest.mark.parametrize("grad_accum", [1, 2])
 def test_every_image_comes_with_its_own_label(place, grad_accum):
     metrics = metrics_of(training(grad_accum=grad_accum), place)
@@ -71,11 +71,11 @@ def test_every_image_comes_with_its_own_label(place, grad_accum):
 
 def test_labels_of_other_images_would_be_seen():
     wrong = dataclasses.replace(SOURCE, classes=np.roll(LABELS, 1))
-    assert (devices.resident(wrong, True)(np.zeros((1, BATCH), np.int32)).labels[0] != LABELS).any()
+    assert (parallel.resident(wrong, True)(np.zeros((1, BATCH), np.int32)).labels[0] != LABELS).any()
 
 
 def test_label_dropout_leaves_out_that_part_of_the_labels_in_every_step_anew():
-    metrics = metrics_of(training(label_dropout=0.25), devices.resident, num_steps=100)
+    metrics = metrics_of(training(label_dropout=0.25), parallel.resident, num_steps=100)
     unknown = metrics["unknown"]
     # 1,600 labels: the standard error of the rate is √(0.25 · 0.75 / 1600) = 0.011.
     assert abs(unknown.mean() - 0.25) < 4 * 0.011
@@ -85,7 +85,7 @@ def test_label_dropout_leaves_out_that_part_of_the_labels_in_every_step_anew():
 
 def test_both_paths_leave_out_the_same_labels():
     made = training(label_dropout=0.5)
-    one, other = metrics_of(made, devices.resident, 5), metrics_of(made, devices.streamed, 5)
+    one, other = metrics_of(made, parallel.resident, 5), metrics_of(made, parallel.streamed, 5)
     np.testing.assert_array_equal(one["unknown"], other["unknown"])
 
 
@@ -97,5 +97,5 @@ def test_the_test_loss_knows_every_label():
 
 
 def test_a_network_without_labels_gets_none():
-    batch = devices.resident(SOURCE)(np.zeros((1, BATCH), np.int32))
+    batch = parallel.resident(SOURCE)(np.zeros((1, BATCH), np.int32))
     assert batch.labels is None

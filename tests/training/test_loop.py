@@ -18,8 +18,7 @@ from diffusion.reporting.metrics_log import MetricsLog, read_metrics
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import named_leaves, tree_sha256
 from diffusion.runtime.preemption import Preempted, Preemption
-from diffusion.training import loop
-from diffusion.training import parallel as devices
+from diffusion.training import loop, parallel
 
 pytestmark = pytest.mark.usefixtures("layer")
 
@@ -101,7 +100,7 @@ def run(taken, monkeypatch):
         def plan(config):
             return dataclasses.replace(plan_of(config), steps_per_call=steps_per_call)
 
-        train_steps = devices.train_steps
+        train_steps = parallel.train_steps
 
         def watched(training, seed):
             compiled = train_steps(training, seed)
@@ -114,7 +113,7 @@ def run(taken, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(build, "plan", plan)
-            patch.setattr(devices, "train_steps", watched)
+            patch.setattr(parallel, "train_steps", watched)
             small = {"train__num_steps": 20, "train__log_every": 5, "train__checkpoint_every": 10}
             state = toy.run(toy.experiment(**small | keys), directory)
         return state, list(taken)
@@ -204,7 +203,7 @@ def test_a_signal_stops_at_a_call_s_end_and_the_run_goes_on_as_if_it_had_not_com
 
 def test_a_run_from_disk_is_the_run_from_the_devices_also_after_a_signal(run, tmp_path, monkeypatch):
     straight, _ = run(4, tmp_path / "straight", data__placement="devices")
-    monkeypatch.setattr(devices, "resident", None)
+    monkeypatch.setattr(parallel, "resident", None)
     toy.interrupt(monkeypatch, (6,), stop)
     with pytest.raises(Preempted):
         run(4, tmp_path / "disk", data__placement="disk")

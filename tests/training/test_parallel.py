@@ -1,4 +1,4 @@
-"""Data parallelism: eight devices take the steps of one, and every item of a batch is computed once."""
+"""Data parallelism: eight devices take the steps of one."""
 
 from functools import partial
 
@@ -9,7 +9,8 @@ import pytest
 from diffusion import data
 from diffusion.data import Source
 from diffusion.experiment import build
-from diffusion.training import parallel as devices
+from diffusion.runtime import devices
+from diffusion.training import parallel
 from diffusion.training.step import group_norms, train_step
 
 # Much dropout, because a block's output begins near zero: in a few steps little of it is seen.
@@ -22,10 +23,10 @@ class Steps:
     def __init__(self, config):
         self.config = config
         self.source = data.load(config.data.name, "train", config.data.data_dir)
-        self.batch = devices.resident(self.source)
+        self.batch = parallel.resident(self.source)
         self.experiment = build.experiment(config, (8, 8, 1), 17)
         self.start = jax.device_get(self.experiment.initial_state())
-        self.pmapped = devices.train_steps(self.experiment.training, config.seed)
+        self.pmapped = parallel.train_steps(self.experiment.training, config.seed)
         one = partial(train_step, self.experiment.training, axis_name="devices")
         self.single = jax.jit(jax.vmap(one, axis_size=1, axis_name="devices", in_axes=(None, None, 0)))
 
@@ -102,7 +103,7 @@ def test_several_steps_in_one_call_are_the_same_steps(steps):
 
 
 def test_batches_from_disk_are_those_of_the_devices_bit_by_bit(steps):
-    from_disk, indices = devices.streamed(steps.source), steps.indices(0, 1)
+    from_disk, indices = parallel.streamed(steps.source), steps.indices(0, 1)
     batch = from_disk(indices)
     assert batch.images.shape == (8, 2 * 2, 8, 8, 1), "a device gets its share of both steps and no more"
     states = []
@@ -119,7 +120,7 @@ def test_from_disk_a_process_reads_the_shares_of_its_own_devices(steps, monkeypa
     monkeypatch.setattr(jax, "device_count", lambda: 16)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     indices = np.arange(64, dtype=np.int32).reshape(2, 32)
-    batch = devices.streamed(steps.source)(indices)
+    batch = parallel.streamed(steps.source)(indices)
     assert sorted(read[0]) == [*range(16, 32), *range(48, 64)]
     for device in range(8):
         for step in range(2):
@@ -136,7 +137,7 @@ def test_the_step_compiles_once_moves_nothing_and_reuses_the_state(steps):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     state = devices.replicate(steps.start)
-    train_steps, counts = devices.train_steps(steps.experiment.training, steps.config.seed), []
+    train_steps, counts = parallel.train_steps(steps.experiment.training, steps.config.seed), []
     for step in range(4):
         # What a call moves between host and devices, or between devices, must be asked for: the indices alone are.
         indices, before = steps.indices(step), state
@@ -158,7 +159,7 @@ def test_calls_of_two_lengths_compile_once_each(steps):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     state = devices.replicate(steps.start)
-    train_steps, counts, taken = devices.train_steps(steps.experiment.training, steps.config.seed), [], 0
+    train_steps, counts, taken = parallel.train_steps(steps.experiment.training, steps.config.seed), [], 0
     for length in (2, 1, 2, 1, 1, 2):
         state, _ = train_steps(state, steps.batch(steps.indices(*range(taken, taken + length))))
         taken += length
@@ -167,20 +168,8 @@ def test_calls_of_two_lengths_compile_once_each(steps):
     assert counts[2:] == 4 * [counts[1]]
 
 
-def test_a_replicated_tree_comes_back_as_it_was():
-    tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": (np.int32(7),)}
-    replicated = devices.replicate(tree)
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(replicated.leaves)} == {8}
-    back = replicated.host()
-    assert jax.tree.structure(back) == jax.tree.structure(tree)
-    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
-        assert isinstance(one, np.ndarray) and one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
-    np.testing.assert_array_equal(replicated.part(lambda tree: tree["a"]).host(), tree["a"])
-
-
 def test_a_replica_that_differs_is_named():
-    names = devices.differing_replicas()
+    names = parallel.differing_replicas()
     replicated = devices.replicate({"kernel": np.ones(5, np.float32), "count": np.int32(3)})
     assert names(replicated) == []
     copies = np.array(replicated.leaves["kernel"])
@@ -189,35 +178,9 @@ def test_a_replica_that_differs_is_named():
     assert names(devices.Replicated(replicated.leaves | {"kernel": kernel})) == ["kernel"]
 
 
-@pytest.mark.parametrize(("num_items", "batch_size"), [(20, 16), (3, 256), (16, 16), (17, 8), (1, 1)])
-def test_batches_hold_every_item_once_and_have_one_shape(num_items, batch_size):
-    shapes = []
-
-    def fn(shared, items):
-        number, image = items
-        shapes.append(number.shape)  # when it is traced: once for each shape
-        return {"sum": shared["offset"] + number, "image": 2 * image}
-
-    items = np.arange(num_items), np.arange(3 * num_items, dtype=np.float32).reshape(num_items, 3)
-    shared = {"offset": devices.replicate(np.int32(100))}
-    numbers, results = zip(*devices.over_batches(fn)(shared, items, batch_size), strict=True)
-    assert np.concatenate(numbers).tolist() == list(range(num_items))
-    np.testing.assert_array_equal(np.concatenate([result["sum"] for result in results]), items[0] + 100)
-    np.testing.assert_array_equal(np.concatenate([result["image"] for result in results]), 2 * items[1])
-    assert len(shapes) == 1
-    # The batches are as equal as they can be, and the devices' shares of them, too.
-    assert len(results) == -(-num_items // batch_size) if batch_size >= 8 else len(results) == 1
-    assert shapes[0] == (-(-num_items // len(results) // 8),)
-
-
-def test_no_items_are_no_batches():
-    batches = devices.over_batches(lambda shared, items: items)
-    assert list(batches(devices.replicate(np.int32(0)), np.arange(0), 4)) == []
-
-
 def test_a_batch_that_the_devices_cannot_share_is_refused_by_name():
-    devices.check_batch_size(16, 2)
+    parallel.check_batch_size(16, 2)
     with pytest.raises(ValueError, match="train.batch_size=12 does not divide by 8 devices"):
-        devices.check_batch_size(12, 1)
+        parallel.check_batch_size(12, 1)
     with pytest.raises(ValueError, match=r"train.batch_size=16 does not divide by 8 devices × train.grad_accum=4"):
-        devices.check_batch_size(16, 4)
+        parallel.check_batch_size(16, 4)

@@ -11,8 +11,8 @@ from flax import linen as nn
 
 from diffusion import schedules, timesteps
 from diffusion.data import Source
+from diffusion.runtime import devices
 from diffusion.training import loop, optimizer
-from diffusion.training import parallel as devices
 from diffusion.training.step import Training, initial_state, train_step
 
 NUM_STEPS, BATCH, LEVELS, SHAPE = 5, 16, 17, (4, 6, 1)
