@@ -75,17 +75,17 @@ class GroupNorm(nn.Module):
 
 def centre(
     h: Float[Array, "b h w c"], num_groups: int
-) -> tuple[Float[Array, "b h w c"], Float[Array, "b 1 1 {h.shape[3]}"]]:
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b 1 1 c"]]:
     """h minus its mean over the map and a group's channels, and the variance there, each channel with its group's."""
-    features = h.shape[-1]
+    centred = h - group_mean(h, num_groups)
+    return centred, group_mean(centred**2, num_groups)
 
-    def mean(h: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 c"]:
-        # First over the map and then over the group: together they are 2.5 times slower on CPUs.
-        of_groups = h.mean(axis=(1, 2)).reshape(len(h), num_groups, -1).mean(axis=-1)
-        return jnp.repeat(of_groups, features // num_groups, axis=-1)[:, None, None, :]
 
-    centred = h - mean(h)
-    return centred, mean(centred**2)
+def group_mean(h: Float[Array, "b h w c"], num_groups: int) -> Float[Array, "b 1 1 c"]:
+    """The mean over the map and a group's channels, each channel with its group's."""
+    # First over the map and then over the group: together they are 2.5 times slower on CPUs.
+    of_groups = h.mean(axis=(1, 2)).reshape(len(h), num_groups, -1).mean(axis=-1)
+    return jnp.repeat(of_groups, h.shape[-1] // num_groups, axis=-1)[:, None, None, :]
 
 
 class Attention(nn.Module):
