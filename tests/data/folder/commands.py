@@ -39,6 +39,12 @@ def run(pictures, root, *flags, **options):
     return program.main(command(pictures, root, *flags, **options))
 
 
+def undisturbed(pictures, root):
+    """The files of a preparation that was not stopped."""
+    assert run(pictures, root, "--test-fraction=0.3") == 0
+    return files_of(root / "pets" / "1.0.0")
+
+
 def files_of(directory):
     """The content of every file, by its path in the directory."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
