@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import spawned
 
 from benchmarks import compiled, sampling, scaling, sides, timing
-from benchmarks.timing import Arm, Arms, Cost
+from benchmarks.timing import Arm, Cost
 from diffusion.experiment import build, memory
 from diffusion.runtime import allocator
 
@@ -55,20 +56,16 @@ def test_every_row_says_what_the_machine_did():
     assert (row["total"], row["page faults"]["median"], row["busy share"]["median"]) == ("ours 6.0", 5.0, 0.5)
 
 
-def our_arms(args) -> Arms:
-    return {f"ours {args.name}": Arm(lambda: b"x" * 2**26, {"process": os.getpid()})}
-
-
-def peer_arms(args) -> Arms:
-    return {name: Arm(lambda: b"x" * 2**26, {"process": os.getpid()}) for name in ("theirs", "theirs, too")}
-
-
 @pytest.mark.skipif(not allocator._is_glibcs(), reason="needs glibc's own malloc")
-def test_each_side_has_a_process_and_an_allocator(monkeypatch):
+def test_each_side_has_a_process_and_an_allocator(monkeypatch, tmp_path):
     """64 MiB that are freed and asked for again: the pages are new only where freed memory is not kept."""
     monkeypatch.delenv(allocator.SWITCH, raising=False)
+    foreign = tmp_path / "tests"  # torch-fidelity installs a top-level package of this name, which comes before ours
+    foreign.mkdir()
+    (foreign / "__init__.py").write_text("raise ImportError('a foreign package')")
+    monkeypatch.syspath_prepend(tmp_path)
     args = argparse.Namespace(rounds=3, peer_allocator="default", name="of a flag")
-    costs, columns = sides.measured(args, our_arms, peer_arms)
+    costs, columns = sides.measured(args, spawned.our_arms, spawned.peer_arms)
     assert list(costs) == ["ours of a flag", "theirs", "theirs, too"]
     ours, theirs, too = (columns[name]["process"] for name in costs)
     assert theirs == too and len({os.getpid(), ours, theirs}) == 3

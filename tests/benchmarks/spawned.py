@@ -1,0 +1,14 @@
+"""Arms for processes of their own, which import this file by its name: `tests` may be anybody's package."""
+
+import argparse
+import os
+
+from benchmarks.timing import Arm, Arms
+
+
+def our_arms(args: argparse.Namespace) -> Arms:
+    return {f"ours {args.name}": Arm(lambda: b"x" * 2**26, {"process": os.getpid()})}
+
+
+def peer_arms(args: argparse.Namespace) -> Arms:
+    return {name: Arm(lambda: b"x" * 2**26, {"process": os.getpid()}) for name in ("theirs", "theirs, too")}
