@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["diffusion", "diffusion.*"]),
-    package_data={"diffusion.reporting.page": ["style.css", "script.js"]},
+    package_data={"diffusion.reporting.page": ["templates/*"]},
     install_requires=[
         "absl-py",
         "array-record",
@@ -31,6 +31,7 @@ setup(
         f"jax{SOUND}",
         f"jaxlib{SOUND}",
         "jaxtyping",
+        "jinja2",
         "matplotlib",
         "ml-collections",
         "numpy>=2",

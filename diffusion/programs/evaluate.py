@@ -210,18 +210,18 @@ def _save_curves(
 ) -> None:
     """Writes bpd.npz with every curve's numbers and how they were measured, bpd.png and rate_distortion.png."""
     test, train = bounds["test"], bounds["train"]
-    test_terms = test.terms_bpd.mean(axis=0)
+    test_terms, train_terms = (of.terms_bpd.mean(axis=0) for of in (test, train))
     rate_bpd, rmse = test.progressive_coding()
     with files.replacing(directory / "bpd.npz") as file:
         np.savez_compressed(
             file,
             protocol=json.dumps(protocol),
             test_terms_bpd=test_terms,
-            train_terms_bpd=train.terms_bpd.mean(axis=0),
+            train_terms_bpd=train_terms,
             test_image_bpd=test.image_bpd,
             train_image_bpd=train.image_bpd,
             test_rate_bpd=rate_bpd,
             test_distortion_rmse=rmse,
         )
-    plots.plot_bpd(directory / "bpd.png", test_terms, test.prior_bpd.mean(), title)
+    plots.plot_bpd(directory / "bpd.png", test_terms, train_terms, test.prior_bpd.mean(), title)
     plots.plot_rate_distortion(directory / "rate_distortion.png", rate_bpd, rmse, num_levels, title)

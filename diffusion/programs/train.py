@@ -153,6 +153,7 @@ def _shower(
         pictures.save_png(directory / f"samples_{step}.png", grid)
         log.images(step, "samples", grid)
         if processes.is_first():
+            plots.plot_loss(read_metrics(directory), directory / "loss.png")
             page.refresh(directory)
 
     return show

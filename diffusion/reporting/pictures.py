@@ -23,7 +23,7 @@ def image_grid(
     n, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(n)) if columns is None else columns
     rows = math.ceil(n / columns)
-    factor = enlargement(height, width)
+    factor = max(1, 48 // max(height, width))
     visible = np.round(images * (255 / (num_levels - 1))).astype(np.uint8)
     visible = visible.repeat(factor, axis=1).repeat(factor, axis=2)
     cell_height, cell_width = height * factor + MARGIN, width * factor + MARGIN
@@ -49,33 +49,6 @@ def trajectory_grid(
     trajectories: UInt8[np.ndarray, "n f h w c"], num_levels: int = 256) -> UInt8[np.ndarray, "grid_h grid_w c"]:
     """A row per sample: x̂_0 from the first step on the left to the finished image on the right."""
     return image_grid(trajectories.reshape(-1, *trajectories.shape[2:]), num_levels, columns=trajectories.shape[1])
-
-
-def enlargement(height: int, width: int) -> int:
-    """The integer factor by which a grid enlarges its images, so that a person can see them."""
-    return max(1, 48 // max(height, width))
-
-
-def images_of_grid(
-    grid: UInt8[np.ndarray, "grid_h grid_w c"], height: int, width: int
-) -> UInt8[np.ndarray, "rows columns h w c"]:
-    """The images in a grid, pixel values stretched to 0…255, not enlarged.
-
-    Args:
-        grid: what `image_grid` or `trajectory_grid` made.
-        height, width: of an image.
-
-    Raises:
-        ValueError: images of this size make no such grid.
-    """
-    factor = enlargement(height, width)
-    cell_height, cell_width = height * factor + MARGIN, width * factor + MARGIN
-    (rows, bottom), (columns, right) = divmod(grid.shape[0], cell_height), divmod(grid.shape[1], cell_width)
-    if (bottom, right) != (MARGIN, MARGIN) or rows == 0 or columns == 0:
-        raise ValueError(f"a picture of {grid.shape[:2]} pixels is no grid of images of {(height, width)}")
-    cells = grid[MARGIN:, MARGIN:].reshape(rows, cell_height, columns, cell_width, -1)
-    cells = cells[:, : height * factor : factor, :, : width * factor : factor]
-    return cells.transpose(0, 2, 1, 3, 4)
 
 
 def save_png(path: str | Path, picture: UInt8[np.ndarray, "h w c"]) -> None:

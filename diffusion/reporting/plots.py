@@ -1,42 +1,69 @@
-"""The curves of a run: loss over steps, the bound over t, and rate against distortion."""
+"""The curves of a run: metrics over steps, the bound over t, schedules, and rate against distortion."""
 
 from pathlib import Path
 from typing import Any, SupportsFloat
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diffusion.runtime import files
 
+COLUMNS = 3  # of small panels
+FEW = 10  # points, which a line alone would not show
 
 def plot_loss(metrics: list[dict[str, Any]], path: str | Path) -> None:
-    """The training loss per step, its running mean, and the test loss where it was measured."""
-    steps, loss = np.array([(row["step"], row["loss"]) for row in metrics if "loss" in row]).reshape(-1, 2).T
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="training step", ylabel="loss")
+    """The training loss per step, its running mean, and the test loss where it was measured; below, what else was."""
+    others = list(dict.fromkeys(name for row in metrics for name in row if name not in ("step", "loss", "test_loss")))
+    num_rows = -(-len(others) // COLUMNS)
+    figure = Figure(figsize=(7, 4 + 1.7 * num_rows), layout="constrained")
+    grid = figure.add_gridspec(1 + num_rows, COLUMNS, height_ratios=[4] + [1.7] * num_rows)
+    _draw_loss(figure.add_subplot(grid[0, :], xlabel="training step", ylabel="loss"), metrics)
+    for i, name in enumerate(others):
+        axes = figure.add_subplot(grid[1 + i // COLUMNS, i % COLUMNS])
+        axes.set_title(name, fontsize="small", parse_math=False)
+        steps, values = _points(metrics, name)
+        axes.plot(steps, values, linewidth=0.8, marker="." if len(steps) < FEW else "")
+        axes.tick_params(labelsize="x-small")
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _points(metrics: list[dict[str, Any]], name: str) -> Float[np.ndarray, "2 n"]:
+    """The steps at which a metric was logged, and its values."""
+    return np.array([(row["step"], row[name]) for row in metrics if name in row]).reshape(-1, 2).T
+
+
+def _draw_loss(axes: Axes, metrics: list[dict[str, Any]]) -> None:
+    (steps, loss), (test_steps, test) = _points(metrics, "loss"), _points(metrics, "test_loss")
     axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
     if len(loss):
         window = np.ones(len(loss) // 20 | 1)
         # Divided by the number of rows under the window, which is smaller at both ends.
         mean = np.convolve(loss, window, "same") / np.convolve(np.ones_like(loss), window, "same")
         axes.plot(steps, mean, color="tab:blue", label=f"train, mean of {len(window)} rows")
-    test = np.array([(row["step"], row["test_loss"]) for row in metrics if "test_loss" in row]).reshape(-1, 2)
     if len(test):
-        axes.plot(*test.T, "o-", color="tab:orange", markersize=4, label="test")
-    if np.all(loss > 0) and np.all(test[:, 1] > 0):
+        axes.plot(test_steps, test, "o-", color="tab:orange", markersize=4, label="test")
+    if np.all(loss > 0) and np.all(test > 0):
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    _save(figure, path)
 
 
-def plot_bpd(path: str | Path, terms_bpd: Float[np.ndarray, " t"], prior_bpd: SupportsFloat, title: str = "") -> None:
-    """The variational bound per t, and what adds up to it. Ho et al. (2020), eq. 5.
+def plot_bpd(
+    path: str | Path,
+    terms_bpd: Float[np.ndarray, " t"],
+    train_terms_bpd: Float[np.ndarray, " t"],
+    prior_bpd: SupportsFloat,
+    title: str = "",
+) -> None:
+    """The variational bound per t, and the sum of its terms up to t. Ho et al. (2020), eq. 5.
 
     Args:
         path: of the picture.
         terms_bpd: entry t - 1 is the mean term of t in bits/dim: the decoder's L_0 first, then the KL terms.
+        train_terms_bpd: the same of training images.
         prior_bpd: L_T, in bits/dim.
         title: which run this is.
     """
@@ -45,6 +72,8 @@ def plot_bpd(path: str | Path, terms_bpd: Float[np.ndarray, " t"], prior_bpd: Su
     figure = Figure(figsize=(7, 6), layout="constrained")
     per_t, cumulative = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     figure.suptitle(f"{title}: {decoder + kl + prior:.4f} bits/dim".removeprefix(": "))
+    per_t.loglog(t[1:], train_terms_bpd[1:], color="tab:orange", linewidth=1, label="training images")
+    cumulative.plot(t, np.cumsum(train_terms_bpd), color="tab:orange", linewidth=1)
     kl_label = rf"KL terms $\Sigma_{{t>1}} L_{{t-1}}$: {kl:.4f}"
     per_t.loglog(t[1:], terms_bpd[1:], color="tab:blue", label=kl_label)
     per_t.loglog(1, decoder, "o", color="tab:red", label=f"decoder $L_0$ (t = 1): {decoder:.4f}")

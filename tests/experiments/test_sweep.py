@@ -246,7 +246,7 @@ def test_a_sweep_end_to_end(tmp_path, monkeypatch):
     assert all(row.distance > 0 and row.distance_kind == ("Fréchet distance (pixels)", "pixels", 4) for row in rows)
     assert (tmp_path / "sweep" / "quality.png").exists()
     page = (tmp_path / "sweep" / "report.html").read_text()
-    assert "The plot quality.png" in page and "Fréchet distance (pixels) against bits/dim" in page
+    assert "The plot quality.png" in page and "lowest Fréchet distance (pixels)" in page
     assert "## Paired differences" in result.stdout
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/*")}

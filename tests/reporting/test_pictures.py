@@ -1,7 +1,6 @@
 """Pictures show the pixels given."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from diffusion.reporting import pictures
@@ -41,17 +40,3 @@ def test_a_trajectory_is_a_row_per_sample_from_left_to_right():
     trajectories = np.broadcast_to(np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1), (2, 3, 64, 64, 1))
     picture = pictures.trajectory_grid(trajectories, num_levels=256)
     assert picture[33::66, 33::66, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
-
-
-@pytest.mark.parametrize(("n", "columns", "shape"), [(6, 3, (8, 8, 1)), (4, 2, (5, 7, 3)), (2, 1, (60, 50, 3))])
-def test_the_images_of_a_grid_are_found_again(n, columns, shape):
-    images = np.random.default_rng(0).integers(0, 256, (n, *shape)).astype(np.uint8)
-    found = pictures.images_of_grid(pictures.image_grid(images, columns=columns), *shape[:2])
-    assert found.shape == (n // columns, columns, *shape)
-    np.testing.assert_array_equal(found.reshape(images.shape), images)
-
-
-def test_a_picture_that_is_no_grid_of_such_images_is_named():
-    grid = pictures.image_grid(np.zeros((4, 8, 8, 1), np.uint8))
-    with pytest.raises(ValueError, match=r"of \(102, 102\) pixels is no grid of images of \(7, 8\)"):
-        pictures.images_of_grid(grid, 7, 8)

@@ -1,9 +1,50 @@
-"""report.html: a run or a sweep as one page, made of the files that lie there, which needs no network.
+"""report.html: a run or a sweep as one page that needs no network, made of the files that lie in its directory.
 
-Its text, tables, curves (SVG) and pictures (PNG) are in the one file; so are a style sheet and a short script, without
-which it can be read, too. The same files make the same page, byte for byte.
+The page shows the numbers of JSON files and the pictures that the programs left. The same files make the same page,
+byte for byte.
 """
 
-from diffusion.reporting.page.document import NAME, refresh, write
+import sys
+from pathlib import Path
 
-__all__ = ["NAME", "refresh", "write"]
+from diffusion.reporting.page import run, sweep
+from diffusion.reporting.page.contents import Contents
+from diffusion.runtime import files
+
+NAME = "report.html"
+
+
+def write(directory: Path) -> Path:
+    """Makes the page of the run, or of the sweep, in a directory; returns its path.
+
+    Raises:
+        FileNotFoundError: the directory holds neither.
+        OSError: the page could not be written.
+    """
+    contents = Contents(directory)
+    if contents.has(run.CONFIG):
+        html = run.page(contents)
+    elif sweep.names(contents) or contents.has(sweep.TABLE):
+        for name in sweep.names(contents):
+            if not contents.has(f"{name}/{NAME}"):
+                write(directory / name)
+        html = sweep.page(contents, NAME)
+    else:
+        raise FileNotFoundError(
+            f"{directory} holds no run (no {run.CONFIG}) and no sweep (no folders with one, no {sweep.TABLE})"
+        )
+    files.write_text(directory / NAME, html)
+    return directory / NAME
+
+
+def refresh(directory: Path) -> None:
+    """Makes the page at the end of a program; a failure prints a warning.
+
+    The page only shows what is in other files, so it must not turn a finished run into a failed one.
+    """
+    try:
+        write(directory)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        command = f"python -m diffusion.reporting.page {directory}"
+        print(f"warning: {directory / NAME} was not made ({reason}); all else is saved; try {command}", file=sys.stderr)

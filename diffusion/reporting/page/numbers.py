@@ -1,35 +1,24 @@
-"""The numbers of a run: the bound and its parts, other evaluations of it, and the quality of its samples."""
+"""The numbers of a run as tables: the bound and its parts, other evaluations, and the quality of its samples."""
 
 from typing import Any, NamedTuple
 
+from diffusion.reporting.page import parts
 from diffusion.reporting.page.contents import Contents
-from diffusion.reporting.page.markup import (
-    UNKNOWN,
-    Markup,
-    definitions,
-    element,
-    is_number,
-    joined,
-    number,
-    table,
-    text_of,
-    with_error,
-)
+from diffusion.reporting.page.parts import UNKNOWN, is_number, number, text_of, with_error
 
 SPLITS = ("test", "train")
-MAX_EVALUATIONS, MAX_CLASSES = 50, 200
 # Entry of summary.json after "test_" or "train_": its name and how it is printed. Ho et al. (2020), eq. 5 and 4.3.
 PARTS = {
     "bpd": ("bits/dim", ".4f"),
-    "decoder_bpd": ("L_0: decoder", ".4f"),
-    "kl_bpd": ("L_1 + … + L_{T−1}: KL terms", ".4f"),
-    "rate_bpd": ("rate: L_1 + … + L_T", ".4f"),
-    "distortion_rmse": ("distortion: RMSE of x̂_0 in pixel values", ".4g"),
+    "decoder_bpd": ("decoder, t = 1", ".4f"),
+    "kl_bpd": ("KL terms, t = 2…T", ".4f"),
+    "rate_bpd": ("rate: KL terms and prior", ".4f"),
+    "distortion_rmse": ("distortion: RMSE of x̂₀ in pixel values", ".4g"),
     "unconditional_bpd": ("bits/dim without the labels", ".4f"),
-    "label_gain_bpd": ("saved by the labels, image by image", ".4f"),
+    "label_gain_bpd": ("saved by the labels, paired by image", ".4f"),
     "images": ("images", ","),
 }
-PRIOR, PRIOR_WORDS = "prior_bpd", "L_T: prior"
+REPEATED = "distortion_bpd"  # the decoder's term under a second name
 # Entry of quality.json: its name, and which values are better.
 METRICS = {
     "fid": ("FID", "lower"),
@@ -40,12 +29,11 @@ METRICS = {
     "precision": ("precision", "higher"),
     "recall": ("recall", "higher"),
 }
-DISTANCES = ("frechet_distance", "fid")  # what a run is ranked by: the first that is there
-ERROR, TEST_SPLIT = "_stderr", "_test_split"
+ERROR = "_stderr"
 # What is compared with the reference, by the ending of its entries. The error's ending comes before.
 COMPARED = {
     "": "samples",
-    TEST_SPLIT: "test split",
+    "_test_split": "test split",
     "_train_split": "training split",
     "_train_halves": "training split, one half with the other",
 }
@@ -53,143 +41,100 @@ NOT_METRICS = ("step", "num_samples", "kid_subset_size", "classifier_test_accura
 
 
 class Distance(NamedTuple):
-    """The Fréchet distance of a run's samples, and that of the test split, if it was measured."""
+    """The Fréchet distance of a run's samples; the title names its features."""
 
-    title: str  # with its features
+    title: str
     value: float | int
-    of_test_split: Any
 
 
-def distance(quality: dict[str, Any]) -> Distance | None:
+def distance(scores: dict[str, Any]) -> Distance | None:
     """The Fréchet distance in quality.json; None without one."""
-    for name in DISTANCES:
-        if is_number(quality.get(name)):
-            features = text_of(quality.get("features", ""))
-            # FID is its name with the features of Inception alone.
-            title = METRICS["fid" if features.startswith("inception") else name][0]
+    for entry in ("frechet_distance", "fid"):
+        if is_number(scores.get(entry)):
+            features = text_of(scores.get("features", ""))
+            title = METRICS["fid" if _is_fid(scores) else entry][0]
             title = f"{title} ({features})" if features else title
-            return Distance(title, quality[name], quality.get(f"{name}{TEST_SPLIT}"))
+            return Distance(title, scores[entry])
     return None
 
 
-def bound(scores: dict[str, Any]) -> list[Markup]:
+def _is_fid(scores: dict[str, Any]) -> bool:
+    """Whether the Fréchet distance is of Inception's features: only then it is called FID."""
+    return text_of(scores.get("features", "")).startswith("inception")
+
+
+def bound(scores: dict[str, Any]) -> list[str]:
     """Bits/dim of both splits with their parts, by class, and the protocol behind them."""
-    parts = []
-    if any(is_number(scores.get(f"{split}_bpd")) for split in SPLITS):
-        parts.append(_bound_table(scores))
-        sampling = scores.get("test_bpd_sampling_stderr")
-        if is_number(sampling) and sampling > 0:
-            words = "Not every term was computed: of the error of the test bits/dim, "
-            parts.append(element("p", words, number(sampling), " is that of estimating the other terms."))
+    made = []
+    found = [entry.removeprefix("test_") for entry, value in scores.items() if _is_score(entry, value)]
+    if "bpd" in found:
+        made.append(_bound_table(scores, found))
+    sampling = scores.get("test_bpd_sampling_stderr")
+    if is_number(sampling) and sampling > 0:
+        words = "Not every term was computed. Estimating the others makes up this much of the test bits/dim's error: "
+        made.append(parts.element("p", f"{words}{sampling:.4f}."))
     protocol = scores.get("protocol")
     if isinstance(protocol, dict):
-        parts.append(element("h3", "Protocol"))
-        parts.append(definitions({name: text_of(value) for name, value in protocol.items()}, class_="facts"))
+        made.append(parts.element("h3", "Protocol"))
+        made.append(parts.facts({name: text_of(value) for name, value in protocol.items()}))
     by_class = scores.get("test_bpd_by_class")
     if isinstance(by_class, list):
-        parts.append(_by_class(by_class))
-    return parts
+        rows = [[str(label), number(value)] for label, value in enumerate(by_class)]
+        made.append(parts.table(["class", "bits/dim"], rows, "Test bits/dim by class", sortable=True))
+    return made
 
 
-def _bound_table(scores: dict[str, Any]) -> Markup:
+def _is_score(entry: str, value: Any) -> bool:
+    return entry.startswith("test_") and is_number(value) and not entry.endswith(ERROR)
+
+
+def _bound_table(scores: dict[str, Any], found: list[str]) -> str:
+    """A row per part; entries that a later version of the program adds come last, under their own names."""
+    known = [entry for entry in PARTS if entry in found]
     rows = []
-    for entry, (words, form) in PARTS.items():
+    for entry in [*known, *(entry for entry in found if entry not in (*PARTS, REPEATED))]:
+        words, form = PARTS.get(entry, (entry, ".4f"))
         values = [(scores.get(f"{split}_{entry}"), scores.get(f"{split}_{entry}{ERROR}")) for split in SPLITS]
-        if entry == "images" or any(is_number(value) for value, _ in values):
-            rows.append([subscripts(words), *(with_error(value, error, form) for value, error in values)])
-        if entry == "kl_bpd" and is_number(scores.get(PRIOR)):
-            rows.append([subscripts(PRIOR_WORDS), number(scores[PRIOR], ".2g"), UNKNOWN])
-    known = {f"{split}_{entry}{end}" for split in SPLITS for entry in PARTS for end in ("", ERROR)}
-    # What a later version of the program writes is shown under its own name.
-    others = sorted(
-        key.removeprefix("test_")
-        for key, value in scores.items()
-        if key.startswith("test_") and key not in known and is_number(value) and not key.endswith(ERROR)
-    )
-    for entry in others:
-        if entry != "distortion_bpd":  # the decoder's term again
-            pairs = [(scores.get(f"{split}_{entry}"), scores.get(f"{split}_{entry}{ERROR}")) for split in SPLITS]
-            rows.append([entry, *(with_error(value, error) for value, error in pairs)])
-    caption = "The bound and its parts in bits/dim, means over images ± the standard error"
-    return table(["", *SPLITS], rows, caption)
+        rows.append([words, *(with_error(value, error, form) for value, error in values)])
+        if entry == "kl_bpd":
+            rows.append(["prior", number(scores.get("prior_bpd"), ".2g"), UNKNOWN])
+    return parts.table(["", *SPLITS], rows, "The bound and its parts in bits/dim, means over images ± standard error")
 
 
-def subscripts(words: str) -> Markup:
-    """ "L_0 and L_{T−1}" with 0 and T−1 set low."""
-    first, *others = words.split("_")
-    parts = [first]
-    for other in others:
-        low, _, rest = other[1:].partition("}") if other.startswith("{") else (other[:1], "", other[1:])
-        parts += [element("sub", low), rest]
-    return joined(parts)
-
-
-def _by_class(values: list[Any]) -> Markup:
-    """A bar per class, from 0."""
-    numbers = [value for value in values if is_number(value)]
-    longest = max(numbers, default=0)
+def evaluations(contents: Contents) -> list[str]:
+    """The results of --mode=eval, apart from the run's own numbers."""
     rows = []
-    for label, value in enumerate(values[:MAX_CLASSES]):
-        width = 100 * value / longest if is_number(value) and longest > 0 else 0
-        bar = element("span", class_="bar", style=f"width: {0.12 * max(width, 0):.3f}rem")
-        rows.append([str(label), number(value), bar])
-    left_out = f" (the first {MAX_CLASSES} of {len(values)})" if len(values) > MAX_CLASSES else ""
-    caption = f"Test bits/dim by class{left_out}"
-    return table(["class", "bits/dim", ""], rows, caption, sortable=True)
-
-
-def evaluations(contents: Contents) -> list[Markup]:
-    """What --mode=eval measured, apart from the run's own numbers."""
-    names = contents.matching("evaluations/*/eval.json")
-    if not names:
-        return []
-    rows = []
-    for name in names[:MAX_EVALUATIONS]:
+    for name in contents.matching("evaluations/*/eval.json"):
         scores = contents.json(name)
         protocol = scores.get("protocol") if isinstance(scores.get("protocol"), dict) else {}
-        rows.append(
-            [
-                name.split("/")[1],
-                with_error(scores.get("test_bpd"), scores.get("test_bpd_stderr")),
-                with_error(scores.get("train_bpd"), scores.get("train_bpd_stderr")),
-                *(text_of(protocol.get(key)) for key in ("name", "variance", "estimator")),
-            ]
-        )
-    left_out = f" (the first {MAX_EVALUATIONS} of {len(names)})" if len(names) > MAX_EVALUATIONS else ""
+        bpd = [with_error(scores.get(f"{split}_bpd"), scores.get(f"{split}_bpd{ERROR}")) for split in SPLITS]
+        described = [text_of(protocol.get(key)) for key in ("name", "variance", "estimator")]
+        rows.append([name.split("/")[1], *bpd, *described])
     head = ["evaluation", "test bits/dim", "train bits/dim", "protocol", "variance", "estimator"]
-    caption = f"Further evaluations{left_out}"
-    return [table(head, rows, caption, sortable=True)]
+    return [parts.table(head, rows, "Further evaluations", sortable=True)] if rows else []
 
 
-def quality(scores: dict[str, Any]) -> list[Markup]:
+def quality(scores: dict[str, Any]) -> list[str]:
     """Every metric of the samples, beside those of real images as the scale to read it by."""
     endings = (ERROR, *(ending for ending in COMPARED if ending))
-    names = [name for name, value in scores.items() if is_number(value) and not name.endswith(endings)]
-    names = sorted((name for name in names if name not in NOT_METRICS), key=_place)
-    # quality.json has the Fréchet distance under both names; FID is that of Inception's features alone.
-    other = "frechet_distance" if text_of(scores.get("features", "")).startswith("inception") else "fid"
-    if {"fid", "frechet_distance"} <= set(names):
-        names.remove(other)
-    if not names:
+    found = [name for name, value in scores.items() if is_number(value) and not name.endswith(endings)]
+    if {"fid", "frechet_distance"} <= set(found):  # one number under both names
+        found.remove("frechet_distance" if _is_fid(scores) else "fid")
+    found = [name for name in METRICS if name in found] + [name for name in found if name not in METRICS]
+    found = [name for name in found if name not in NOT_METRICS]
+    if not found:
         return []
-    columns = [ending for ending in COMPARED if any(is_number(scores.get(f"{name}{ending}")) for name in names)]
+    columns = [ending for ending in COMPARED if any(is_number(scores.get(f"{name}{ending}")) for name in found)]
     rows = []
-    for name in names:
+    for name in found:
         words, better = METRICS.get(name, (name, UNKNOWN))
-        numbers = [(scores.get(f"{name}{end}"), scores.get(f"{name}{ERROR}{end}")) for end in columns]
-        rows.append([words, *(with_error(value, error, ".4g") for value, error in numbers), better])
+        values = [(scores.get(f"{name}{end}"), scores.get(f"{name}{ERROR}{end}")) for end in columns]
+        rows.append([words, *(with_error(value, error, ".4g") for value, error in values), better])
     caption = (
         f"{text_of(scores.get('num_samples'))} samples against {text_of(scores.get('reference'))}; "
         f"features: {text_of(scores.get('features'))}. The numbers of real images are the scale to read them by."
     )
-    parts = [table(["", *(COMPARED[ending] for ending in columns), "better"], rows, caption)]
+    made = [parts.table(["", *(COMPARED[ending] for ending in columns), "better"], rows, caption)]
     if isinstance(scores.get("note"), str):
-        parts.append(element("p", f"Note: {scores['note']}.", class_="quiet"))
-    facts = {name: text_of(scores[name]) for name in ("sampler", "step") if name in scores}
-    return [*parts, definitions(facts, class_="facts wide")]
-
-
-def _place(name: str) -> tuple[int, str]:
-    """The known metrics first, in their order."""
-    known = list(METRICS)
-    return (known.index(name) if name in known else len(known), name)
+        made.append(parts.element("p", f"Note: {scores['note']}."))
+    return [*made, parts.facts({name: text_of(scores[name]) for name in ("sampler", "step") if name in scores}, "list")]

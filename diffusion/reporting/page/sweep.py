@@ -5,27 +5,15 @@ import io
 import urllib.parse
 from typing import Any, NamedTuple
 
-import numpy as np
+from markupsafe import Markup
 
-from diffusion.reporting.page import layout, numbers
-from diffusion.reporting.page.charts import Series, chart
+from diffusion.reporting.page import numbers, parts
 from diffusion.reporting.page.contents import Contents
-from diffusion.reporting.page.layout import Page
-from diffusion.reporting.page.markup import (
-    UNKNOWN,
-    Markup,
-    element,
-    is_number,
-    joined,
-    number,
-    table,
-    text_of,
-    with_error,
-)
-from diffusion.reporting.page.run import CONFIG, QUALITY, SUMMARY, flat
+from diffusion.reporting.page.parts import UNKNOWN, is_number, number, text_of, with_error
+from diffusion.reporting.page.run import CONFIG, MAX_PLOT_BYTES, QUALITY, SUMMARY, flat
 
-TABLE = "table.csv"  # a sweep's numbers, means over seeds
-MAX_RUNS, MAX_COLUMNS, MAX_PLOTS = 500, 10, 8
+TABLE, REPORT = "table.csv", "table.md"  # a sweep's numbers, means over seeds
+MAX_PLOTS = 8
 NOT_SETTINGS = ("data.data_dir",)  # where the data lies on one machine
 
 
@@ -38,40 +26,40 @@ class RunFiles(NamedTuple):
     quality: dict[str, Any]
 
 
-def runs(contents: Contents) -> list[str]:
+def names(contents: Contents) -> list[str]:
     """The names of the folders that hold runs."""
     return [name.removesuffix(f"/{CONFIG}") for name in contents.matching(f"*/{CONFIG}")]
 
 
-def page(contents: Contents, run_page: str) -> Page:
-    """What the page of a sweep says; `run_page` is the name of its runs' pages, which it links to."""
-    found = [
-        RunFiles(
-            name,
-            flat(contents.json(f"{name}/{CONFIG}")),
-            *(contents.json(f"{name}/{file}") for file in (SUMMARY, QUALITY)),
-        )
-        for name in runs(contents)[:MAX_RUNS]
+def page(contents: Contents, run_page: str) -> str:
+    """The HTML of a sweep's page; `run_page` is the name of its runs' pages, which it links to."""
+    runs = []
+    for name in names(contents):
+        config, *results = (contents.json(f"{name}/{file}") for file in (CONFIG, SUMMARY, QUALITY))
+        runs.append(RunFiles(name, flat(config), *results))
+    finished = [run for run in runs if run.summary]
+    data = sorted({text_of(run.config.get("data.name")) for run in runs})
+    plots = [
+        parts.figure(contents, name, f"The plot {name}", name, MAX_PLOT_BYTES, is_plot=True)
+        for name in contents.matching("*.png")[:MAX_PLOTS]
     ]
-    finished = [run for run in found if run.summary]
-    data = sorted({text_of(run.config.get("data.name")) for run in found})
     sections = [
-        ("runs", "Runs", _runs(contents, found, run_page)),
+        ("runs", "Runs", _runs(contents, runs, run_page)),
         ("tables", "Tables", _tables(contents)),
-        ("plots", "Plots", _plots(contents, found)),
-        ("report", "Report", [layout.raw("table.md", contents.text("table.md"))]),
+        ("plots", "Plots", plots),
+        ("report", "Report", [parts.folded(REPORT, contents.text(REPORT))]),
     ]
-    return Page(
+    return parts.render(
         title=contents.directory.resolve().name,
         kicker=" · ".join(["sweep", *data]),
-        lead=f"{len(finished)} of {len(runs(contents))} runs are finished" if found else "",
+        lead=f"{len(finished)} of {len(runs)} runs are finished" if runs else "",
         cards=_cards(finished),
-        notes=contents.problems,
+        problems=contents.problems,
         sections=sections,
     )
 
 
-def _cards(finished: list[RunFiles]) -> dict[str, Markup]:
+def _cards(finished: list[RunFiles]) -> dict[str, str]:
     """The best run by each number."""
     cards = {}
     scored = [run for run in finished if is_number(run.summary.get("test_bpd"))]
@@ -80,65 +68,55 @@ def _cards(finished: list[RunFiles]) -> dict[str, Markup]:
         bpd = with_error(best.summary["test_bpd"], best.summary.get("test_bpd_stderr"))
         cards[f"lowest bits/dim: {best.name}"] = bpd
     distances = [(run, distance) for run in finished if (distance := numbers.distance(run.quality))]
-    if distances and len({distance.title for _, distance in distances}) == 1:
+    if len({distance.title for _, distance in distances}) == 1:
         best, distance = min(distances, key=lambda pair: pair[1].value)
         cards[f"lowest {distance.title}: {best.name}"] = number(distance.value, ".4g")
     return cards
 
 
-def differing(found: list[RunFiles]) -> list[str]:
-    """The config keys whose values differ between runs, in the order of the config."""
-    keys = dict.fromkeys(key for run in found for key in run.config if key not in NOT_SETTINGS)
-    return [key for key in keys if len({text_of(run.config.get(key)) for run in found}) > 1]
-
-
-def _runs(contents: Contents, found: list[RunFiles], run_page: str) -> list[Markup]:
-    if not found:
+def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
+    if not runs:
         return []
-    keys = differing(found)
-    distances = [numbers.distance(run.quality) for run in found]
+    keys = dict.fromkeys(key for run in runs for key in run.config if key not in NOT_SETTINGS)
+    differing = [key for key in keys if len({text_of(run.config.get(key)) for run in runs}) > 1]
+    distances = [numbers.distance(run.quality) for run in runs]
     titles = list(dict.fromkeys(distance.title for distance in distances if distance))
     rows = []
-    for run, distance in zip(found, distances, strict=True):
-        summary, page_path = run.summary, f"{run.name}/{run_page}"
-        link = element("a", run.name, href=urllib.parse.quote(page_path)) if contents.has(page_path) else run.name
-        unfinished = "" if summary else element("span", " not finished", class_="quiet")
+    for run, distance in zip(runs, distances, strict=True):
+        summary, path = run.summary, f"{run.name}/{run_page}"
+        link = Markup('<a href="{}">{}</a>').format(urllib.parse.quote(path), run.name)
         rows.append(
             [
-                joined([link, unfinished]),
+                (link if contents.has(path) else run.name) + ("" if summary else " (not finished)"),
                 with_error(summary.get("test_bpd"), summary.get("test_bpd_stderr")),
                 *(number(distance and distance.title == title and distance.value, ".4g") for title in titles),
                 *(number(summary.get(f"{part}_bpd")) for part in ("test_decoder", "test_kl", "train")),
-                *(_setting(run.config.get(key)) for key in keys[:MAX_COLUMNS]),
+                *(_setting(run.config.get(key)) for key in differing),
             ]
         )
-    head = ["run", "bits/dim", *titles, numbers.subscripts("L_0"), "KL", "train", *keys[:MAX_COLUMNS]]
-    words = (
+    head = ["run", "bits/dim", *titles, "decoder", "KL", "train", *differing]
+    caption = (
         "Bits/dim of the test images ± the standard error over images, its parts, the bits/dim of training images, and "
-        "the config keys that differ. A click on a heading sorts."
+        "the config keys that differ. Click a heading to sort."
     )
-    parts = [element("p", words, class_="quiet"), table(head, rows, "Every run", sortable=True)]
-    if keys[MAX_COLUMNS:]:
-        parts.append(element("p", f"Further keys that differ: {', '.join(keys[MAX_COLUMNS:])}.", class_="quiet"))
-    if len(runs(contents)) > len(found):
-        parts.append(element("p", f"The first {MAX_RUNS} of {len(runs(contents))} runs.", class_="quiet"))
-    return parts
+    return [parts.table(head, rows, caption, sortable=True)]
 
 
 def _setting(value: Any) -> str:
-    return element("data", text_of(value), value=repr(value)) if is_number(value) else text_of(value)
+    text = text_of(value)
+    return Markup('<data value="{}">{}</data>').format(repr(value), text) if is_number(value) else text
 
 
-def _tables(contents: Contents) -> list[Markup]:
+def _tables(contents: Contents) -> list[str]:
     """The tables that the sweep's program wrote, unrounded where it did not round."""
-    parts = []
+    made = []
     for name in contents.matching("*.csv"):
         lines = list(csv.reader(io.StringIO(contents.text(name))))
-        lines = [line for line in lines if len(line) == len(lines[0])][: MAX_RUNS + 1]
+        lines = [line for line in lines if len(line) == len(lines[0])]
         if len(lines) > 1:
             head, *body = lines
-            parts.append(table(head, [[_cell(text) for text in line] for line in body], name, sortable=True))
-    return parts
+            made.append(parts.table(head, [list(map(_cell, line)) for line in body], name, sortable=True))
+    return made
 
 
 def _cell(text: str) -> str:
@@ -150,19 +128,3 @@ def _cell(text: str) -> str:
     if not is_number(value):
         return text
     return number(int(value), ",") if value.is_integer() else number(value, "#.5g")
-
-
-def _plots(contents: Contents, found: list[RunFiles]) -> list[Markup]:
-    """One number against the other, and the plots that the sweep's program left."""
-    both = [
-        (run.summary["test_bpd"], distance)
-        for run in found
-        if is_number(run.summary.get("test_bpd")) and (distance := numbers.distance(run.quality))
-    ]
-    charts = []
-    for title in dict.fromkeys(distance.title for _, distance in both):
-        bpd, value = np.array([(bpd, distance.value) for bpd, distance in both if distance.title == title]).T
-        charts.append(chart(f"{title} against bits/dim", "bits/dim (test)", title, [Series("", bpd, value, 1, "dots")]))
-    parts = [element("div", *charts, class_="charts")] if charts else []
-    names = contents.matching("*.png")[:MAX_PLOTS]
-    return parts + [made for name in names if (made := layout.plot(contents, name, f"The plot {name}", name))]

@@ -27,17 +27,3 @@ function compare(a, b, sign) {
   const order = Number.isNaN(x) || Number.isNaN(y) ? p.localeCompare(q, undefined, { numeric: true }) : x - y;
   return sign * order;
 }
-
-// A slider through the frames of the denoising trajectory.
-for (const film of document.querySelectorAll(".film")) {
-  const slider = film.querySelector("input");
-  const output = film.querySelector("output");
-  const show = () => {
-    const frame = Number(slider.value);
-    film.style.setProperty("--y", slider.max > 1 ? (100 * (frame - 1)) / (slider.max - 1) + "%" : "0%");
-    output.textContent = frame + " of " + slider.max;
-  };
-  slider.addEventListener("input", show);
-  film.hidden = false;
-  show();
-}
