@@ -48,6 +48,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
+_HELP = ("help", "helpshort", "helpfull", "helpxml")
 _LEAVE_SECONDS = 30  # how long a process that stops waits for the others
 
 
@@ -66,7 +67,8 @@ def main(argv: list[str]) -> None:
         from diffusion.experiment import config, workdir
         from diffusion.runtime import compiled_programs, preemption, processes
 
-        config.check(_CONFIG.value)
+        resolved = config.completed(_CONFIG.value)
+        config.check(resolved)
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         base = config_flags.get_config_filename(flags.FLAGS["config"])
         mode = importlib.import_module(f"diffusion.programs.{_MODES[_MODE.value]}")
@@ -82,7 +84,7 @@ def main(argv: list[str]) -> None:
             which |= {name: value} if _MODE.value in _CODE else {}
         try:
             with compiled_programs.kept():
-                mode.run(_CONFIG.value, workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}"), **which)
+                mode.run(resolved, workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}"), **which)
         except preemption.Preempted as stop:
             _stop(stop.reason, stop.code)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
@@ -95,15 +97,17 @@ def main(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    # First, because it ends the program: a config imports JAX, which takes seconds.
+    asks_for_help = [argument for argument in argv[1:] if argument.lstrip("-") in _HELP]
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS([argv[0], *asks_for_help, *argv[1:]])
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError, OSError) as error:
-        from diffusion.experiment import config
+        from diffusion.experiment import schema
 
         for argument in argv[1:]:
             key = argument.partition("=")[0].lstrip("-").removeprefix("config.")
-            if argument.lstrip("-").startswith("config.") and key not in config.all_keys():
-                _fail(config.unknown(key))
+            if argument.lstrip("-").startswith("config.") and key not in schema.all_keys():
+                _fail(schema.unknown(key))
         _fail(error)
 
 

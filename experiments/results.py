@@ -13,6 +13,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from diffusion.experiment import config as config_lib
+from diffusion.experiment import schema, workdir
 from diffusion.programs import quality
 from diffusion.reporting.page import numbers
 
@@ -27,7 +28,9 @@ AXES = {
 }
 LOG = "log.txt"  # in a run's folder: what it printed
 # What may differ between the runs of one row: nothing here changes what is trained or how it is scored.
-WITHIN_A_ROW = ("seed", *(key for key in config_lib.FREE if key != "eval."))
+WITHIN_A_ROW = {"seed"} | {
+    name for name, key in schema.all_keys().items() if key.free is True and not name.startswith("eval.")
+}
 
 
 class Target(NamedTuple):
@@ -166,7 +169,7 @@ def read(directory: Path) -> tuple[list[FinishedRun], dict[str, str]]:
         if not (folder / "summary.json").exists():
             unfinished[folder.name] = last_line(folder)
             continue
-        config = config_lib.flatten(config_lib.from_json((folder / "config.json").read_text()))
+        config = config_lib.flatten(workdir.read_config(folder))
         summary = json.loads((folder / "summary.json").read_text())
         bounds = None, None
         if not config["eval.terms_per_image"]:
@@ -184,7 +187,7 @@ def rows(runs: list[FinishedRun]) -> tuple[list[Row], dict[str, str]]:
     """
     columns = {axis: key for axis, key in AXES.items() if axis != "seed"}
     others = sorted({key for run in runs for key in run.config} - set(AXES.values()))
-    others = [key for key in others if not key.startswith(WITHIN_A_ROW)]
+    others = [key for key in others if key not in WITHIN_A_ROW]
     others = [key for key in others if len({str(run.config.get(key)) for run in runs}) > 1]
     letters: dict[str, str] = {}
     groups = collections.defaultdict(list)

@@ -16,7 +16,7 @@ from diffusion.evaluation import bound
 from diffusion.evaluation.features import Features
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import names, rules
-from diffusion.experiment.config import KEYS
+from diffusion.experiment.schema import KEYS
 from diffusion.learned_schedule import Learned
 from diffusion.model import Model
 from diffusion.networks import NETWORKS
@@ -207,7 +207,7 @@ def quality_features(config: ConfigDict, train_set: data.Source) -> Features:
 def _chosen(config: ConfigDict, key: str):
     """What a config key names, its arguments bound."""
     group, _, name = key.partition(".")
-    return KEYS[key].bind(config[group][name])
+    return KEYS[key].allowed.bind(config[group][name])
 
 
 def _check_labels(config: ConfigDict, num_classes: int) -> None:

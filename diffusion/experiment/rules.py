@@ -8,15 +8,15 @@ from ml_collections import ConfigDict
 
 from diffusion import learned_schedule, objectives, samplers, timesteps
 from diffusion.experiment import names
-from diffusion.experiment.config import FIXED_SCHEDULES, KEYS
+from diffusion.experiment.schema import ALL_SCHEDULES, FIXED_SCHEDULES
 from diffusion.learned_schedule import Learned
 from diffusion.parameterizations import x0_per_output
 from diffusion.reverse import VARIANCES, Reverse
 from diffusion.schedules import Schedule
 
 
-class Facts(NamedTuple):
-    """What the rules look at."""
+class Combination(NamedTuple):
+    """A config's values, all together, and the schedule that follows from them."""
 
     config: ConfigDict
     schedule: Schedule  # of a learned one, as it starts
@@ -73,118 +73,118 @@ class Facts(NamedTuple):
 class Rule(NamedTuple):
     """A combination that cannot be, and the error message; {c} stands for the config."""
 
-    is_broken: Callable[[Facts], bool]
+    is_broken: Callable[[Combination], bool]
     message: str
 
 
 RULES = (
     Rule(
-        lambda f: f.objective is objectives.simple and f.learns_variance,
+        lambda it: it.objective is objectives.simple and it.learns_variance,
         "objective.name={c.objective.name!r} has no term that trains model.variance={c.model.variance!r}; "
         "use hybrid or vlb, or a fixed variance",
     ),
     Rule(
-        lambda f: f.objective is objectives.hybrid and not f.learns_variance,
+        lambda it: it.objective is objectives.hybrid and not it.learns_variance,
         "objective.name={c.objective.name!r} trains a variance, but model.variance={c.model.variance!r} is fixed; "
         "use simple or vlb, or a learned variance",
     ),
     Rule(
-        lambda f: f.is_bound and f.has_weighting,
+        lambda it: it.is_bound and it.has_weighting,
         "objective.weighting={c.objective.weighting!r} weights the simple loss, which "
         "objective.name={c.objective.name!r} does not have; use none, or simple or hybrid",
     ),
     Rule(
-        lambda f: f.loses_x0,
+        lambda it: it.loses_x0,
         "schedule.name={c.schedule.name!r} with schedule.num_steps={c.schedule.num_steps} ends with ᾱ_T = 0, where "
         "model.prediction={c.model.prediction!r} says nothing of x_0; take another prediction or another schedule",
     ),
     Rule(
-        lambda f: f.learned is not None and not f.is_bound,
+        lambda it: it.learned is not None and not it.is_bound,
         "objective.name={c.objective.name!r} is no bound, so its best schedule is the one that is easiest to predict; "
         "schedule.name={c.schedule.name!r} needs objective.name='vlb', 'vdm' or 'vdm_continuous'",
     ),
     Rule(
-        lambda f: f.learned is not None and f.learned.inner == "variance" and f.is_loss_aware,
+        lambda it: it.learned is not None and it.learned.inner == "variance" and it.is_loss_aware,
         "schedule.name={c.schedule.name!r} minimises the variance over uniform t, which "
         "objective.timesteps={c.objective.timesteps!r} does not draw; use uniform or low_discrepancy, or inner='bound'",
     ),
     Rule(
-        lambda f: f.is_continuous and f.learned is not None and f.learned.inner == "bound",
+        lambda it: it.is_continuous and it.learned is not None and it.learned.inner == "bound",
         "objective.name={c.objective.name!r} does not depend on the schedule between its ends, which "
         "schedule.name={c.schedule.name!r} would train by it; use inner='variance' or 'fixed'",
     ),
     Rule(
-        lambda f: f.is_continuous and f.is_loss_aware,
+        lambda it: it.is_continuous and it.is_loss_aware,
         "objective.timesteps={c.objective.timesteps!r} remembers a loss for every t, and "
         "objective.name={c.objective.name!r} draws real t; use uniform or low_discrepancy",
     ),
     Rule(
-        lambda f: f.is_vdm and f.config.model.decoder != "bayes",
+        lambda it: it.is_vdm and it.config.model.decoder != "bayes",
         "objective.name={c.objective.name!r} computes the decoder's term at every step, for which "
         "model.decoder={c.model.decoder!r} would need the network a second time; use bayes",
     ),
     Rule(
-        lambda f: f.is_vdm and f.config.model.variance != "fixed_small",
+        lambda it: it.is_vdm and it.config.model.variance != "fixed_small",
         "objective.name={c.objective.name!r} is the bound for model.variance='fixed_small', not for "
         "model.variance={c.model.variance!r}",
     ),
     Rule(
-        lambda f: f.is_continuous and f.config.model.prediction == "mean",
+        lambda it: it.is_continuous and it.config.model.prediction == "mean",
         "objective.name={c.objective.name!r} has steps of no length, in which model.prediction='mean' says nothing of "
         "x_0; use eps, x0 or v",
     ),
     Rule(
-        lambda f: (f.is_vdm or f.config.model.conditioning == "gamma") and not f.gamma_ends,
+        lambda it: (it.is_vdm or it.config.model.conditioning == "gamma") and not it.gamma_ends,
         "schedule.name={c.schedule.name!r} with schedule.num_steps={c.schedule.num_steps} ends with γ_T = ∞, which "
         "objective.name={c.objective.name!r} with model.conditioning={c.model.conditioning!r} cannot use",
     ),
     Rule(
-        lambda f: (f.is_vdm or f.config.model.conditioning == "gamma") and f.config.schedule.num_steps < 2,
+        lambda it: (it.is_vdm or it.config.model.conditioning == "gamma") and it.config.schedule.num_steps < 2,
         "objective.name={c.objective.name!r} with model.conditioning={c.model.conditioning!r} needs two ends, so "
         "schedule.num_steps={c.schedule.num_steps} must be at least 2",
     ),
     Rule(
-        lambda f: f.config.model.decoder != "network" and f.config.eval.protocol != "exact",
+        lambda it: it.config.model.decoder != "network" and it.config.eval.protocol != "exact",
         "eval.protocol={c.eval.protocol!r} has a decoder of its own, which takes no model.decoder={c.model.decoder!r}",
     ),
     Rule(
-        lambda f: f.config.sample.guidance_interval and f.config.model.conditioning != "t",
+        lambda it: it.config.sample.guidance_interval and it.config.model.conditioning != "t",
         "sample.guidance_interval={c.sample.guidance_interval} is in steps, of which a network with "
         "model.conditioning={c.model.conditioning!r} is not told",
     ),
     Rule(
-        lambda f: f.config.eval.terms_per_image >= f.config.schedule.num_steps,
+        lambda it: it.config.eval.terms_per_image >= it.config.schedule.num_steps,
         "eval.terms_per_image={c.eval.terms_per_image} must be below schedule.num_steps={c.schedule.num_steps}; "
         "0 takes every term",
     ),
     Rule(
-        lambda f: f.method.name not in samplers.DRAW_FROM_VARIANCE and f.config.sample.variance != "model",
+        lambda it: it.method.name not in samplers.DRAW_FROM_VARIANCE and it.config.sample.variance != "model",
         "sample.variance={c.sample.variance!r} has no part in sample.method={c.sample.method!r}, which draws nothing "
         "from the model's variance",
     ),
     Rule(
-        lambda f: not 0 <= f.method.arguments.get("eta", 0) <= 1,
+        lambda it: not 0 <= it.method.arguments.get("eta", 0) <= 1,
         "sample.method={c.sample.method!r}: eta must be in [0, 1]",
     ),
     Rule(
-        lambda f: f.config.model.label_dropout > 0 and not f.config.model.conditional,
+        lambda it: it.config.model.label_dropout > 0 and not it.config.model.conditional,
         "model.label_dropout={c.model.label_dropout} leaves out labels that model.conditional=False does not give",
     ),
     Rule(
-        lambda f: f.config.sample.labels and not f.config.model.conditional,
+        lambda it: it.config.sample.labels and not it.config.model.conditional,
         "sample.labels={c.sample.labels} is only for a network with model.conditional=True",
     ),
     Rule(
-        lambda f: f.config.sample.guidance != 0 and f.config.model.label_dropout == 0,
+        lambda it: it.config.sample.guidance != 0 and it.config.model.label_dropout == 0,
         "sample.guidance={c.sample.guidance} needs a network that was trained without labels, too: "
         "model.conditional=True with model.label_dropout > 0",
     ),
     Rule(
-        lambda f: f.config.sample.guidance_interval and f.config.sample.guidance == 0,
+        lambda it: it.config.sample.guidance_interval and it.config.sample.guidance == 0,
         "sample.guidance_interval={c.sample.guidance_interval} has no part in sample.guidance=0",
     ),
     Rule(
-        lambda f: f.config.sample.num_steps > f.config.schedule.num_steps,
+        lambda it: it.config.sample.num_steps > it.config.schedule.num_steps,
         "sample.num_steps={c.sample.num_steps} exceeds schedule.num_steps={c.schedule.num_steps}",
     ),
 )
@@ -193,9 +193,9 @@ RULES = (
 def check(config: ConfigDict) -> None:
     """Raises a ValueError with one line on the first rule that a config breaks; `config.check` comes before."""
     schedule, learned = start_schedule(config)
-    facts = Facts(config, schedule, learned)
+    combination = Combination(config, schedule, learned)
     for rule in RULES:
-        if rule.is_broken(facts):
+        if rule.is_broken(combination):
             raise ValueError(rule.message.format(c=config))
 
 
@@ -207,8 +207,8 @@ def start_schedule(config: ConfigDict) -> tuple[Schedule, Learned | None]:
     """
     text, num_steps = config.schedule.name, config.schedule.num_steps
     if names.parse(text).name != learned_schedule.NAME:
-        return KEYS["schedule.name"].bind(text)(num_steps), None
-    learned = KEYS["schedule.name"].bind(text)()
+        return ALL_SCHEDULES.bind(text)(num_steps), None
+    learned = ALL_SCHEDULES.bind(text)()
     if problem := FIXED_SCHEDULES.problem(learned.start):
         raise ValueError(f"schedule.name={text!r}: start {problem}")
     return FIXED_SCHEDULES.bind(learned.start)(num_steps), learned

@@ -146,9 +146,7 @@ def _saved(path: Path) -> ConfigDict:
     try:
         return config_lib.from_json(path.read_text())
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged: it is not the JSON of a config; restore it or take another --workdir"
-        ) from error
+        raise ValueError(f"{path} {error}") from error
 
 
 def read_config(directory: Path) -> ConfigDict:

@@ -19,9 +19,9 @@ from diffusion.data import Source, pixel_files
 from diffusion.data.source import SPLITS
 from diffusion.evaluation import image_formats
 from diffusion.evaluation.bound import Bound, estimated_bound, full_bound
-from diffusion.experiment import build, memory, workdir
+from diffusion.experiment import build, memory, schema, workdir
 from diffusion.experiment.build import Experiment
-from diffusion.experiment.config import FREE, flatten
+from diffusion.experiment.config import flatten
 from diffusion.model import Model
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import coded_file, devices
@@ -29,7 +29,15 @@ from diffusion.runtime.coded_file import Header
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
 
-SHAPES_THE_MODEL = ("schedule.", "model.")  # config keys; those of the network come to them
+# The keys that shape the model, as files have known them from the start. A key that came later is only in the digest
+# of a file where the model is not what it was without that key.
+KEYS_IN_EVERY_DIGEST = (
+    *("schedule.name", "schedule.num_steps", "model.network", "model.prediction", "model.variance"),
+    *("model.conditioning", "model.decoder", "model.conditional", "model.label_dropout"),
+    *("unet.channels", "unet.channel_mult", "unet.num_res_blocks", "unet.attention_resolutions", "unet.mid_attention"),
+    *("unet.num_groups", "unet.num_heads", "unet.dropout", "unet.scale_shift_norm", "unet.fourier_features"),
+    "unet.dtype",
+)
 
 
 def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint: str = "latest") -> None:
@@ -114,18 +122,11 @@ def coding_model(config: ConfigDict, directory: Path, checkpoint: str) -> tuple[
 
 def identity(experiment: Experiment, model: Model) -> dict[str, Any]:
     """The header's fields that must be equal where the file is decoded, but for its `fingerprint`."""
-    config = experiment.config
-    network = f"{config.model.network.partition('(')[0]}."
-    keys = sorted(
-        (key, value)
-        for key, value in flatten(config).items()
-        if key.startswith((*SHAPES_THE_MODEL, network)) and not key.startswith(FREE)
-    )
     dtype = jnp.dtype(getattr(experiment.training.network, "dtype", jnp.float32)).name
     height, width, channels = experiment.image_shape
     return {
         "weights": bytes.fromhex(tree_sha256(model))[: coded_file.DIGEST_BYTES],
-        "config": _short_sha256(f"{keys} {model.p}".encode()),
+        "config": _short_sha256(f"{_shaping_keys(experiment.config)} {model.p}".encode()),
         "device": jax.devices()[0].device_kind,
         "jax_version": jax.__version__,
         "dtype": coded_file.DTYPES.index(dtype),
@@ -134,6 +135,18 @@ def identity(experiment: Experiment, model: Model) -> dict[str, Any]:
         "channels": channels,
         "num_levels": model.num_levels,
     }
+
+
+def _shaping_keys(config: ConfigDict) -> list[tuple[str, Any]]:
+    """The keys that say what the weights mean, and their values."""
+    known, network = schema.all_keys(), f"{config.model.network.partition('(')[0]}."
+    return sorted(
+        (name, value)
+        for name, value in flatten(config).items()
+        if name.startswith(("schedule.", "model.", network))
+        and not known[name].free
+        and (name in KEYS_IN_EVERY_DIGEST or value != known[name].when_absent)
+    )
 
 
 def fingerprint(codec: Codec) -> bytes:

@@ -1,4 +1,4 @@
-"""--mode=describe: a config's network, work, memory and schedule in numbers, without training."""
+"""--mode=describe: a config's keys, and its network, work, memory and schedule in numbers, without training."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import likelihood
-from diffusion.experiment import build, config, memory
+from diffusion.experiment import build, config, memory, schema
 from diffusion.experiment.build import Experiment
 from diffusion.training import parallel
 
@@ -26,8 +26,19 @@ def run(config_dict: ConfigDict, _directory: Path) -> None:
         **schedule_figures(experiment),
     }
     print(config.to_json(config_dict))
+    print(*keys(config_dict), sep="\n", end="\n\n")
     for name, value in figures.items():
         print(f"{name:<36}{value}")
+
+
+def keys(config_dict: ConfigDict) -> list[str]:
+    """A line for each key: value, default, whether it may change between the legs of a run, and what it is."""
+    values = config.flatten(config_dict)
+    rows = [("key", "value", "default", "may change", "")] + [
+        (name, repr(values.get(name, key.default)), repr(key.default), key.may_change, key.help)
+        for name, key in schema.all_keys().items()
+    ]
+    return [f"{name:<30}{value:<20} {default:<20} {change:<12}{words}" for name, value, default, change, words in rows]
 
 
 def network(experiment: Experiment, num_train: int) -> dict[str, str]:

@@ -2,14 +2,17 @@
 
 import ast
 import importlib
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+import diffusion
 from configs import cifar10, digits
 from diffusion.experiment import config as config_lib
-from diffusion.experiment.config import KEYS
+from diffusion.experiment import schema
+from diffusion.experiment.schema import KEYS
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +33,7 @@ def test_a_config_is_complete_and_its_header_says_command_and_cost(name):
     config = module.get_config()
     config_lib.check(config)
     assert config.is_locked
-    assert set(config_lib.flatten(config)) == set(config_lib.all_keys())
+    assert set(config_lib.flatten(config)) == set(config_lib.flatten(schema.default_config()))
     for words in (f"--config=configs/{name}.py", "Data  ", "Cost  ", "Expect  "):
         assert words in module.__doc__, words
 
@@ -39,7 +42,7 @@ def test_every_key_is_read_by_the_program():
     """Each `group.key` is spelled out in diffusion/, outside of the table of keys: as an attribute or as a string."""
     attributes, strings = set(), set()
     for path in (ROOT / "diffusion").rglob("*.py"):
-        if path.name == "config.py":
+        if path.name == "schema.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
@@ -142,11 +145,23 @@ def test_only_what_shaped_the_run_may_not_differ():
     assert config_lib.differing(changed(train__monitor_images=7), saved) == ["train.monitor_images: 256 → 7"]
     differing = config_lib.differing(changed(seed=1, unet__channel_mult=(1, 2)), saved)
     assert differing == ["seed: 0 → 1", "unet.channel_mult: (1, 2, 2, 2) → (1, 2)"]
-    other = changed()
+
+
+def test_an_absent_key_is_at_its_default():
+    saved, other, dropped = changed(), changed(), changed(unet__dropout=0.3)
     with other.unlocked():
-        del other.unet.dropout
-    assert config_lib.differing(other, saved) == ["unet.dropout: 0.1 → absent"]
-    assert config_lib.differing(saved, other) == ["unet.dropout: absent → 0.1"]
+        del other.unet.dropout, other.seed, other.train.num_steps
+    for one, two in ((saved, other), (other, saved)):
+        assert config_lib.differing(one, two) == []
+    assert config_lib.differing(dropped, other) == ["unet.dropout: 0.1 → 0.3"]
+    completed = config_lib.completed(other)
+    config_lib.check(completed)
+    assert completed.is_locked and completed.seed == 0 and completed.train.num_steps == 800_000
+    assert "dropout" not in completed.unet  # the network's own default
+    with other.unlocked():
+        other.train.num_step = 1
+    with pytest.raises(ValueError, match=r"train.num_step does not exist; did you mean train.num_steps\?"):
+        config_lib.completed(other)
 
 
 @pytest.mark.parametrize(
@@ -174,13 +189,6 @@ def test_the_budget_of_updates_left_out_may_change_but_not_whether_there_is_one(
     assert found == ([expected] if problem else [])
 
 
-def test_a_partly_free_key_that_the_saved_run_does_not_have_is_a_difference():
-    saved = changed()
-    with saved.unlocked():
-        del saved.train.num_steps
-    assert config_lib.differing(changed(train__num_steps=5), saved) == ["train.num_steps: absent → 5"]
-
-
 def test_json_gives_the_config_back_with_its_tuples():
     config = changed(unet__channel_mult=(1, 2), unet__fourier_features=())
     again = config_lib.from_json(config_lib.to_json(config))
@@ -189,9 +197,39 @@ def test_json_gives_the_config_back_with_its_tuples():
     assert config_lib.differing(again, config) == []
 
 
+def test_json_says_the_version_which_is_no_key():
+    text = config_lib.to_json(changed())
+    assert json.loads(text)["version"] == diffusion.__version__
+    assert config_lib.from_json(text.replace(f'"{diffusion.__version__}"', '"9.0"')) == config_lib.from_json(text)
+    groups = json.loads(text)
+    del groups["version"]
+    assert config_lib.from_json(json.dumps(groups)) == config_lib.from_json(text)
+
+
+def test_a_run_from_before_a_key_existed_does_what_the_program_did_then(monkeypatch):
+    older = json.loads(config_lib.to_json(changed()))
+    del older["train"]["monitor_images"], older["seed"]
+    again = config_lib.from_json(json.dumps(older))
+    config_lib.check(again)
+    assert again == changed() and again.is_locked
+    monkeypatch.setitem(KEYS, "train.monitor_images", KEYS["train.monitor_images"]._replace(before=7))
+    again = config_lib.from_json(json.dumps(older))
+    assert (again.train.monitor_images, config_lib.completed(changed()).train.monitor_images) == (7, 256)
+    assert config_lib.differing(changed(), again) == ["train.monitor_images: 7 → 256"]
+
+
+@pytest.mark.parametrize(("version", "words"), [({"version": "9.0"}, "version 9.0"), ({}, "an earlier version")])
+def test_a_key_of_another_version_is_one_line(version, words):
+    groups = json.loads(changed().to_json()) | version
+    groups["train"]["later"] = 1
+    here = f"has the config key train.later, which version {diffusion.__version__} does not have; {words} wrote it"
+    with pytest.raises(ValueError, match=re.escape(here)):
+        config_lib.from_json(json.dumps(groups))
+
+
 @pytest.mark.parametrize("text", ["", '{"seed": 0', "[1, 2]", "3", "null"])
 def test_what_is_not_the_json_of_a_config_is_refused(text):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="is damaged: it is not the JSON of a config"):
         config_lib.from_json(text)
 
 

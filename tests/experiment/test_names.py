@@ -8,8 +8,8 @@ import pytest
 from configs import cifar10, digits
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import names
-from diffusion.experiment.config import KEYS
 from diffusion.experiment.names import Call, Choice
+from diffusion.experiment.schema import KEYS
 
 
 def cosine(
@@ -174,7 +174,7 @@ def test_an_annotation_that_a_literal_cannot_have_is_the_program_s_mistake():
         names.accepts(dict[str, int], {})
 
 
-CHOICES = {key: choice for key, choice in KEYS.items() if isinstance(choice, Choice)}
+CHOICES = {name: key.allowed for name, key in KEYS.items() if isinstance(key.allowed, Choice)}
 
 
 @pytest.mark.parametrize("key", CHOICES)

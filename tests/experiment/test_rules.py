@@ -22,8 +22,8 @@ def changed(**keys):
     return config
 
 
-def facts(config):
-    return rules.Facts(config, *rules.start_schedule(config))
+def combination(config):
+    return rules.Combination(config, *rules.start_schedule(config))
 
 
 def refusal(**keys):
@@ -74,7 +74,7 @@ BREAKING = (
 @pytest.mark.parametrize(("rule", "keys"), zip(rules.RULES, BREAKING, strict=True), ids=range(len(BREAKING)))
 def test_every_rule_is_broken_by_some_config_and_its_message_names_keys_and_values(rule, keys):
     config = changed(**keys)
-    broken = [other for other in rules.RULES if other.is_broken(facts(config))]
+    broken = [other for other in rules.RULES if other.is_broken(combination(config))]
     assert broken == [rule]
     message = refusal(**keys)
     assert "\n" not in message
@@ -90,7 +90,7 @@ def test_every_rule_is_broken_by_some_config_and_its_message_names_keys_and_valu
 def test_the_configs_break_no_rule(get_config):
     config = get_config()
     rules.check(config)
-    assert not [rule for rule in rules.RULES if rule.is_broken(facts(config))]
+    assert not [rule for rule in rules.RULES if rule.is_broken(combination(config))]
 
 
 # --- what counts is ᾱ_T, not the schedule's name

@@ -1,5 +1,6 @@
 """Whose a working directory is, who may write into it, and what is kept in it between programs."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -90,12 +91,17 @@ def test_another_config_is_refused_by_key_and_nothing_changes(tmp_path):
     assert (tmp_path / "config.json").read_text() == before
 
 
-def test_a_key_that_the_saved_run_does_not_have_is_a_difference(tmp_path):
-    saved = config()
-    with saved.unlocked():
-        del saved.optim.grad_clip
-    (tmp_path / "config.json").write_text(config_lib.to_json(saved))
-    with pytest.raises(ValueError, match=r"another config \(optim.grad_clip: absent → 1.0\)"):
+def test_a_run_of_another_version_is_continued_unless_it_has_a_key_that_this_one_lacks(tmp_path):
+    saved = json.loads(config().to_json())
+    del saved["optim"]["grad_clip"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    workdir.check(config(), tmp_path)
+    with pytest.raises(ValueError, match=r"another config \(optim.grad_clip: 1.0 → 2.0\)"):
+        workdir.check(config(optim__grad_clip=2.0), tmp_path)
+    saved["optim"]["later"], saved["version"] = 1, "9.0"
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    words = "config.json has the config key optim.later, which version .* does not have; version 9.0 wrote it$"
+    with pytest.raises(ValueError, match=words):
         workdir.check(config(), tmp_path)
 
 

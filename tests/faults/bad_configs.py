@@ -21,16 +21,17 @@ from hypothesis import strategies as st  # noqa: E402
 
 from configs import digits  # noqa: E402
 from diffusion.experiment import config as config_lib  # noqa: E402
+from diffusion.experiment import schema  # noqa: E402
 
-DEFAULTS, KEYS = config_lib.flatten(digits.get_config()), config_lib.all_keys()
+DEFAULTS, KEYS = config_lib.flatten(digits.get_config()), schema.all_keys()
 INTEGERS = [key for key, value in DEFAULTS.items() if type(value) is int]
 NUMBERS = [key for key, value in DEFAULTS.items() if type(value) is float]
 TUPLES = [key for key, value in DEFAULTS.items() if type(value) is tuple]
 FLAGS = [key for key, value in DEFAULTS.items() if type(value) is bool]
 CHOICES = [
-    key
-    for key, allowed in KEYS.items()
-    if isinstance(allowed, config_lib.Choice) or allowed.words.startswith("one of ")
+    name
+    for name, key in KEYS.items()
+    if isinstance(key.allowed, schema.Choice) or key.allowed.words.startswith("one of ")
 ]
 # Names with arguments that the function does not take, or not of this type or size.
 BAD_CALLS = {

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffusion.experiment import config as config_lib
-from diffusion.experiment import rules
+from diffusion.experiment import rules, schema
 from diffusion.programs import compress, describe, quality, train
 
 # Whoever takes all values of a group, to check, compare or print them, reads none of them.
@@ -61,7 +61,7 @@ def test_every_key_is_read(tiny, reading, tmp_path, capsys):
     few = {"train__num_steps": 1, "train__sample_every": 0, "eval__num_images": 2, "sample__num_images": 2}
     config, of_unet = tiny(quality__num_images=4, **few), tiny(model__network="unet")
     keys = set(config_lib.flatten(config))
-    assert keys == {key for key in config_lib.all_keys() if not key.startswith("layer.")}  # a network of the tests
+    assert keys == {key for key in schema.all_keys() if not key.startswith("layer.")}  # a network of the tests
     readers = [reading(config), reading(of_unet)]
     train.run(config, tmp_path / "run")
     quality.run(config, tmp_path / "run")
@@ -86,6 +86,6 @@ def test_a_key_that_nobody_reads_is_found(tiny, reading, capsys):
     dict(config.get("unet", {}))
     assert config.train.num_steps and config["ema"]["decay"] and config["optim.name"]
     assert "unet.given" in reader.read
-    leaves = {key for key in reader.read if key in config_lib.KEYS}
+    leaves = {key for key in reader.read if key in schema.KEYS}
     assert leaves == {"train.num_steps", "ema.decay", "optim.name"}
     assert "train.forgotten" not in reader.read

@@ -60,12 +60,12 @@ def page(contents: Contents) -> str:
 
 
 def flat(groups: dict[str, Any]) -> dict[str, Any]:
-    """{"unet": {"channels": 128}} -> {"unet.channels": 128}."""
+    """{"unet": {"channels": 128}} -> {"unet.channels": 128}; without the version of the program."""
     values: dict[str, Any] = {}
     for name, value in groups.items():
         if isinstance(value, dict):
             values |= {f"{name}.{key}": item for key, item in flat(value).items()}
-        else:
+        elif name != "version":
             values[name] = value
     return values
 

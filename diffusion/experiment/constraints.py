@@ -1,0 +1,33 @@
+"""What a config key may be set to: a type and a range. A key that chooses by name has a `names.Choice` instead."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from diffusion.experiment import names
+
+
+class Constraint(NamedTuple):
+    """A test for a value, and the words that say what it allows."""
+
+    accepts: Callable[[Any], bool]
+    words: str
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, to follow "config key KEY"; None if nothing is."""
+        return None if self.accepts(value) else f"must be {self.words}, not {value!r}"
+
+
+def integer(at_least: int, at_most: int = 2**31 - 1) -> Constraint:
+    end = "2³¹ − 1" if at_most == 2**31 - 1 else f"{at_most:,}"
+    return Constraint(lambda v: names.accepts(int, v) and at_least <= v <= at_most, f"an integer in {at_least}…{end}")
+
+
+def number(low: float | int, high: float | int, words: str) -> Constraint:
+    return Constraint(lambda v: names.accepts(float, v) and low <= v <= high, words)
+
+
+def of_type(annotation: Any) -> Constraint:
+    return Constraint(lambda v: names.accepts(annotation, v), names.words(annotation))
+
+
+TEXT, FLAG = of_type(str), of_type(bool)
