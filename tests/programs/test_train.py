@@ -64,6 +64,8 @@ def test_a_stopped_run_resumes_bit_identically(labelled_run, conditional, tmp_pa
         train.run(conditional(), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
     assert [row["step"] for row in metrics_log.read_metrics(tmp_path / "run")] == [2, 3, 4]
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "unfinished: step 4 of 6" in text and "Samples at step 4" in text and "The loss over training steps" in text
     train.run(conditional(), tmp_path / "run")
     one, two = (json.loads((run / "summary.json").read_text()) for run in (labelled_run, tmp_path / "run"))
     for key in one.keys() - {"seconds"}:

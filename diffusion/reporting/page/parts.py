@@ -66,14 +66,7 @@ def element(tag: str, text: str) -> Markup:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, sortable: bool = False) -> Markup:
-    """A table; the first cell of each row is its heading.
-
-    Args:
-        head: of every column.
-        rows: cells, text or markup.
-        caption: what the table shows.
-        sortable: whether a click on a column's heading sorts by it.
-    """
+    """A table; the first cell of each row is its heading. If it is sortable, a click on a column's heading sorts it."""
     return MACROS.table(head, rows, caption, sortable)
 
 
@@ -96,10 +89,7 @@ def figure(contents: Contents, name: str, alt: str, caption: str, max_bytes: int
     """A picture that a program left, inside the page; "" without it.
 
     Args:
-        contents: where it lies.
-        name: of the PNG file.
-        alt: what it shows, for those who do not see it.
-        caption: the line below it.
+        alt: what it shows, for those who do not see it; the caption is the line below it.
         max_bytes: a larger file is shrunk.
         is_plot: shown as it is; images are enlarged by an integer factor, with visible pixels.
     """
@@ -123,8 +113,7 @@ def render(
     """The HTML file.
 
     Args:
-        title: its heading.
-        kicker, lead: the lines above and below the heading.
+        title: the heading; the kicker and the lead are the lines above and below it.
         cards: the numbers to see first, by their names.
         problems: a line about each file that could not be read.
         sections: (identifier, title, parts) of each; one without parts is left out.

@@ -84,6 +84,7 @@ def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
     rows = []
     for run, distance in zip(runs, distances, strict=True):
         summary, path = run.summary, f"{run.name}/{run_page}"
+        settings = [run.config.get(key) for key in differing]
         link = Markup('<a href="{}">{}</a>').format(urllib.parse.quote(path), run.name)
         rows.append(
             [
@@ -91,7 +92,7 @@ def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
                 with_error(summary.get("test_bpd"), summary.get("test_bpd_stderr")),
                 *(number(distance and distance.title == title and distance.value, ".4g") for title in titles),
                 *(number(summary.get(f"{part}_bpd")) for part in ("test_decoder", "test_kl", "train")),
-                *(_setting(run.config.get(key)) for key in differing),
+                *(number(value, "") if is_number(value) else text_of(value) for value in settings),
             ]
         )
     head = ["run", "bits/dim", *titles, "decoder", "KL", "train", *differing]
@@ -100,11 +101,6 @@ def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
         "the config keys that differ. Click a heading to sort."
     )
     return [parts.table(head, rows, caption, sortable=True)]
-
-
-def _setting(value: Any) -> str:
-    text = text_of(value)
-    return Markup('<data value="{}">{}</data>').format(repr(value), text) if is_number(value) else text
 
 
 def _tables(contents: Contents) -> list[str]:
