@@ -8,7 +8,6 @@ for a finite T the term of the step that u falls into, for inf the continuous-ti
 every evaluation here. Leaves bound_by_steps.json and .md in the working directory.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -26,23 +25,22 @@ from diffusion.model import Model
 from diffusion.reporting import summary
 from diffusion.runtime import devices
 from diffusion.schedules import Schedule
+from experiments import tables
+from experiments.commands import argument_parser, exit_with
 
 FILE = "bound_by_steps"
 
 
 def main() -> None:
-    """The command; what is wrong with its input prints a one-line error, with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Runs the command line."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of a trained run")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     parser.add_argument("--T", default="10,100,1000,10000,inf", help="numbers of steps, with commas between them")
     parser.add_argument("--points", type=int, default=16, help="KL terms of each image")
     parser.add_argument("--num_images", type=int, default=0, help="of the test set; 0: all")
     arguments = parser.parse_args()
-    try:
-        run(arguments.workdir, arguments.checkpoint, arguments.T.split(","), arguments.points, arguments.num_images)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    run(arguments.workdir, arguments.checkpoint, arguments.T.split(","), arguments.points, arguments.num_images)
 
 
 def run(directory: Path, checkpoint: str, names: list[str], points: int, num_images: int) -> None:
@@ -115,35 +113,24 @@ def measure_of(model: Model) -> Measure:
 
 def row(name: str, bpd: np.ndarray, last: np.ndarray) -> dict[str, float | str]:
     """Mean over images and its standard error; the difference to the last T is paired."""
-
-    def stderr(values: np.ndarray) -> float:
-        return float(values.std(ddof=1) / len(values) ** 0.5)
-
-    difference = bpd - last
-    return {
-        "T": name,
-        "test_bpd": float(bpd.mean()),
-        "test_bpd_stderr": stderr(bpd),
-        "less_last": float(difference.mean()),
-        "less_last_stderr": stderr(difference),
-    }
+    (mean, stderr), (less, less_stderr) = tables.mean_and_stderr(bpd), tables.mean_and_stderr(bpd - last)
+    return {"T": name, "test_bpd": mean, "test_bpd_stderr": stderr, "less_last": less, "less_last_stderr": less_stderr}
 
 
 def markdown(rows: list[dict], last: str, described: dict) -> str:
     """The table."""
-    lines = [
+    head = [
         f"# Bits/dim by the number of steps: step {described['step']}, {described['images']} test images",
         "",
         f"Mean ± standard error over images, {described['points']} KL terms of each; differences are paired.",
         "",
-        f"| T | bits/dim | less T = {last} |",
-        "|---|---|---|",
     ]
+    cells = []
     for found in rows:
         less = f"{found['less_last']:+.4f} ± {found['less_last_stderr']:.4f}" if found["T"] != last else "–"
-        lines.append(f"| {found['T']} | {found['test_bpd']:.4f} ± {found['test_bpd_stderr']:.4f} | {less} |")
-    return "\n".join(lines) + "\n"
+        cells.append([found["T"], f"{found['test_bpd']:.4f} ± {found['test_bpd_stderr']:.4f}", less])
+    return "\n".join([*head, tables.markdown(["T", "bits/dim", f"less T = {last}"], cells)])
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -8,25 +8,22 @@ of that run's checkpoint side by side (needs the extra `ode`). Minutes on 2 CPU 
 bound_tightness.md and line.png, capacity.png, trained.png in the working directory.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from diffusion.reporting import summary
-from experiments import tightness_capacity, tightness_known
+from experiments import tables, tightness_capacity, tightness_known
+from experiments.commands import argument_parser, exit_with
 
 
 def main() -> None:
-    """The command; what is wrong with its input prints a one-line error, with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Runs the command line."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="where the results go")
     parser.add_argument("--run", type=Path, help="a run with a checkpoint, such as runs/digits_fixed")
     parser.add_argument("--checkpoint", default="latest", help="of --run: latest, best or a step")
     arguments = parser.parse_args()
-    try:
-        run(arguments.workdir, arguments.run, arguments.checkpoint)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
+    run(arguments.workdir, arguments.run, arguments.checkpoint)
 
 
 def run(directory: Path, trained: Path | None, checkpoint: str = "latest") -> None:
@@ -54,62 +51,56 @@ def run(directory: Path, trained: Path | None, checkpoint: str = "latest") -> No
 
 def gaussian_table(rows: list[dict[str, Any]]) -> str:
     """Closed form beside measurement."""
-    lines = [
-        "Gaussian data (2-D), exact mean, nats: bound − NLL with the exact variance, and what a fixed one adds; each",
-        "in closed form and measured ± one standard error.",
-        "",
-        "| schedule | T | exact: KL(q(x_T) ‖ N(0, I)) | measured | β̃: closed | measured | β: closed | measured |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = (
+        "Gaussian data (2-D), exact mean, nats: bound − NLL with the exact variance, and what a fixed one adds; each\n"
+        "in closed form and measured ± one standard error.\n\n"
+    )
+    columns = ["schedule", "T", "exact: KL(q(x_T) ‖ N(0, I))", "measured"]
+    columns += ["β̃: closed", "measured", "β: closed", "measured"]
+    cells = []
     for row in rows:
         numbers = []
         for name in ("exact", *tightness_known.FIXED):
             cell = row[name]
             numbers += [f"{cell['closed']:.4f}", f"{cell['measured']:.4f} ± {cell['stderr']:.4f}"]
-        lines.append(f"| {row['schedule']} | {row['num_steps']} | {' | '.join(numbers)} |")
-    return "\n".join(lines) + "\n"
+        cells.append([row["schedule"], str(row["num_steps"]), *numbers])
+    return head + tables.markdown(columns, cells)
 
 
 def capacity_table(rows: list[dict[str, Any]]) -> str:
     """Per width, the gap and the network's part of it."""
-    lines = [
-        "2-D mixture of 8 Gaussians, cosine schedule, T = 50, variance β, nats:",
-        "",
-        "| network | parameters | bound − NLL | what the network's mean adds |",
-        "|---|---|---|---|",
-    ]
+    cells = []
     for row in rows:
         name = "exact score" if row["width"] is None else f"3 layers of {row['width']}"
         gap, error = (f"{mean:.4f} ± {stderr:.4f}" for mean, stderr in (row["gap"], row["mean_error"]))
-        lines.append(f"| {name} | {row['num_params'] or '–'} | {gap} | {'0' if row['width'] is None else error} |")
-    return "\n".join(lines) + "\n"
+        cells.append([name, str(row["num_params"] or "–"), gap, "0" if row["width"] is None else error])
+    head = "2-D mixture of 8 Gaussians, cosine schedule, T = 50, variance β, nats:\n\n"
+    return head + tables.markdown(["network", "parameters", "bound − NLL", "what the network's mean adds"], cells)
 
 
 def trained_table(result: dict[str, Any]) -> str:
     """One checkpoint's likelihoods with what each is of."""
     from experiments import tightness_trained
 
-    lines = [
-        f"{result['run']}, step {result['step']} (EMA), {len(result['image_numbers'])} test images, bits/dim:",
-        "",
-        "| likelihood | of what | bits/dim | less the bound, paired |",
-        "|---|---|---|---|",
-    ]
+    cells = []
     for name, (mean, stderr, difference, error) in tightness_trained.means(result).items():
         paired = "–" if name == "bound" else f"{difference:+.3f} ± {error:.3f}"
-        lines.append(f"| {name} | {tightness_trained.ROWS[name]} | {mean:.3f} ± {stderr:.3f} | {paired} |")
+        cells.append([name, tightness_trained.ROWS[name], f"{mean:.3f} ± {stderr:.3f}", paired])
+    lines = [
+        f"{result['run']}, step {result['step']} (EMA), {len(result['image_numbers'])} test images, bits/dim:\n",
+        tables.markdown(["likelihood", "of what", "bits/dim", "less the bound, paired"], cells),
+    ]
     weighted = result["importance_weighted"]
     for image, number in enumerate(result["image_numbers"][: tightness_trained.NUM_FEW]):
         by_k = zip(weighted["k"], weighted["bpd"], strict=True)
         over_k = ", ".join(f"{bpd[image]:.4f} (K = {k})" for k, bpd in by_k)
         hutchinson = result["per_image_bpd"]["ode_dequantized"][image]
-        lines += [
-            "",
+        lines.append(
             f"Test image {number}: importance-weighted {over_k}; ODE, dequantized: {hutchinson:.4f} by Hutchinson's "
-            f"trace, {result['exact_trace_bpd'][image]:.4f} by the exact one.",
-        ]
-    return "\n".join(lines) + "\n"
+            f"trace, {result['exact_trace_bpd'][image]:.4f} by the exact one.\n"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -11,7 +11,8 @@ resumes what was interrupted. Leaves a sweep's report in the working directory, 
 import csv
 from pathlib import Path
 
-from experiments import sweep, variance_accounting
+from experiments import sweep, tables, variance_accounting
+from experiments.commands import exit_with
 from experiments.results import AXES
 from experiments.variance import target_by_config
 
@@ -55,19 +56,15 @@ def accounting(directories: list[Path]) -> str:
         with (directory / f"{variance_accounting.FILE}.csv").open() as file:
             columns[directory.name] = {row["variance"]: row for row in csv.DictReader(file)}
     variances = dict.fromkeys(name for column in columns.values() for name in column)
-    lines = [
+    head = [
         f"# All terms of {NUM_FULL} test images under every variance, in bits/dim",
         "",
         "The mean over images ± its standard error, of the same images and noise in every column. optimal: the σ* of "
         f"Bao et al. (2022), estimated from {NUM_FOR_OPTIMAL} training images.",
         "",
-        f"| variance | {' | '.join(columns)} |",
-        f"|---|{'---|' * len(columns)}",
     ]
-    for variance in variances:
-        cells = (_bpd(column.get(variance)) for column in columns.values())
-        lines.append(f"| {variance} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    rows = [[variance, *(_bpd(column.get(variance)) for column in columns.values())] for variance in variances]
+    return "\n".join([*head, tables.markdown(["variance", *columns], rows)])
 
 
 def _bpd(row: dict[str, str] | None) -> str:
@@ -96,4 +93,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sweep.exit_with(main)
+    exit_with(main)

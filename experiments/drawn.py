@@ -1,7 +1,6 @@
 """Samples of one trained run, drawn in several ways and scored: what the studies of sampling share."""
 
 import argparse
-import csv
 import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from diffusion.programs import sample
 from diffusion.programs.quality import Scorer
 from diffusion.reporting import summary
 from diffusion.variances import X0Variance
+from experiments import commands, tables
 
 COMPUTED = ("frechet_distance", "precision_recall")  # of quality.METRICS
 METRICS = ("frechet_distance", "precision", "recall")  # their numbers
@@ -67,7 +67,7 @@ class Study(NamedTuple):
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """The flags that every study of sampling has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.argument_parser(description)
     parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint; gets the results")
     parser.add_argument("--features", default="classifier", help="a value of quality.features")
     parser.add_argument("--num_images", type=int, default=1000, help="samples of a set")
@@ -103,7 +103,7 @@ def spread(values: dict[str, list[float]]) -> dict[str, float]:
     found = {}
     for name, of_name in values.items():
         found[name] = float(np.mean(of_name))
-        found[f"{name}_spread"] = float(np.std(of_name, ddof=1)) if len(of_name) > 1 else np.nan
+        found[f"{name}_spread"] = tables.spread(of_name)
     return found
 
 
@@ -135,12 +135,3 @@ def plus_minus(row: dict[str, Any], name: str, digits: int) -> str:
     if value is None or np.isnan(value):
         return "–"
     return f"{value:.{digits}f}" + ("" if np.isnan(spread_of) else f" ± {spread_of:.{digits}f}")
-
-
-def save_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows with every column that any has."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -14,7 +14,6 @@ working directory exact_posterior.json and
 With --base it needs no checkpoint: it measures only the cost, beside a network that nobody has trained yet.
 """
 
-import argparse
 import json
 import resource
 import time
@@ -40,6 +39,7 @@ from diffusion.reporting import summary
 from diffusion.runtime import devices, randomness
 from diffusion.schedules import Schedule
 from experiments import exact_posterior_plots as plots
+from experiments.commands import argument_parser, exit_with
 from experiments.sweep import Cell
 
 NAME = "exact_posterior"
@@ -54,21 +54,18 @@ P_EXACT = reverse.make("x0", "fixed_small")
 
 
 def main() -> None:
-    """The command; what is wrong with its input prints a one-line error, with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Runs the command line."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint; gets the results")
     parser.add_argument("--num_images", type=int, default=299, help="images of either split to score")
     parser.add_argument("--num_samples", type=int, default=128, help="samples of either model")
     parser.add_argument("--base", help="a config file: measure only the cost, with an untrained network")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     arguments = parser.parse_args()
-    try:
-        if arguments.base:
-            run_cost(arguments.base, arguments.workdir)
-        else:
-            run(arguments.workdir, arguments.num_images, arguments.num_samples, arguments.checkpoint)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    if arguments.base:
+        run_cost(arguments.base, arguments.workdir)
+    else:
+        run(arguments.workdir, arguments.num_images, arguments.num_samples, arguments.checkpoint)
 
 
 def run(directory: Path, num_images: int, num_samples: int, checkpoint: str = "latest") -> None:
@@ -265,4 +262,4 @@ def _seconds(fn: Callable, *arguments: PyTree) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

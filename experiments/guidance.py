@@ -18,7 +18,8 @@ from diffusion.evaluation import features
 from diffusion.evaluation.features import Features
 from diffusion.experiment import build
 from diffusion.reporting import page, pictures
-from experiments import drawn
+from experiments import drawn, tables
+from experiments.commands import exit_with
 from experiments.drawn import METRICS, REAL, Study
 
 FILE = "guidance"
@@ -27,15 +28,12 @@ SHOWN = 8  # images of each class
 
 
 def main() -> None:
-    """The command; what is wrong with its input prints a one-line error, with exit code 2."""
+    """Runs the command line."""
     parser = drawn.argument_parser(__doc__)
     parser.add_argument("--weights", default="0,0.25,0.5,1,2,4", help="w, with commas between them")
     arguments = vars(parser.parse_args())
     weights = arguments.pop("weights")
-    try:
-        run(drawn.study(FILE, **arguments), [float(weight) for weight in weights.split(",")])
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error))
+    run(drawn.study(FILE, **arguments), [float(weight) for weight in weights.split(",")])
 
 
 def run(study: Study, weights: list[float]) -> None:
@@ -59,7 +57,7 @@ def run(study: Study, weights: list[float]) -> None:
 
     text = markdown(rows, real, study)
     (directory / f"{FILE}.md").write_text(text)
-    drawn.save_csv(directory / f"{FILE}.csv", rows)
+    tables.save_csv(directory / f"{FILE}.csv", rows)
     plot(directory / f"{FILE}.png", rows, real, study)
     save_samples(directory / f"{FILE}_samples.png", shown, study)
     page.refresh(directory)
@@ -76,21 +74,21 @@ def recognised(
 
 def markdown(rows: list[dict[str, float]], real: dict[str, float], study: Study) -> str:
     """The table with what was compared and how."""
-    lines = [
+    head = [
         f"# Guidance: {study.trained.config.data.name}, step {study.trained.state.step} (EMA)",
         "",
         "ε = (1 + w) ε_c − w ε_u: w = 0 is the conditional model, w = −1 has the mean of its unconditional half. "
         + drawn.protocol(study)
         + " Accuracy: the part of the samples that the data's classifier takes for the label they were drawn with.",
         "",
-        "| w | Fréchet distance | precision | recall | accuracy |",
-        "|---|---|---|---|---|",
     ]
+    cells = []
     for row in [*rows, {"w": REAL} | real]:
         name = row["w"] if row["w"] == REAL else f"{row['w']:g}"
         numbers = [drawn.plus_minus(row, metric, 3) for metric in (*METRICS, "accuracy")]
-        lines.append(f"| {name} | {' | '.join(numbers)} |")
-    return "\n".join([*lines, "", drawn.provenance()]) + "\n"
+        cells.append([name, *numbers])
+    columns = ["w", "Fréchet distance", "precision", "recall", "accuracy"]
+    return "\n".join([*head, tables.markdown(columns, cells), drawn.provenance()]) + "\n"
 
 
 def plot(path: Path, rows: list[dict[str, float]], real: dict[str, float], study: Study) -> None:
@@ -132,4 +130,4 @@ def save_samples(path: Path, shown: dict[float, UInt8[np.ndarray, "n h w c"]], s
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from diffusion.experiment import config as config_lib
 from experiments import sweep
+from experiments.commands import exit_with
 from experiments.results import AXES, FinishedRun, Target
 
 FULL_BASE, DIGITS_BASE = "configs/cifar10.py", "configs/digits_fixed.py"
@@ -117,4 +118,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sweep.exit_with(main)
+    exit_with(main)

@@ -8,7 +8,6 @@ is trained to minimise the variance of the loss. Leaves learned_schedule.json, .
 It shows that for few steps a learned schedule has the lower bound, and KL terms that are nearly equal.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,8 @@ from diffusion.reporting import summary
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import devices
 from diffusion.training import parallel
+from experiments import tables
+from experiments.commands import argument_parser, exit_with
 
 FILE = "learned_schedule"
 START = "cosine"
@@ -43,17 +44,14 @@ ARMS = {  # schedule.name of each
 
 
 def main() -> None:
-    """The command; what is wrong with its input prints a one-line error, with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Runs the command line."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="gets the numbers, the table and the figure")
     parser.add_argument("--T", type=int, default=20, help="the number of latents")
     parser.add_argument("--steps", type=int, default=600, help="of training, of 32 images each")
     parser.add_argument("--seeds", default="0,1,2", help="with commas between them")
     arguments = parser.parse_args()
-    try:
-        run(arguments.workdir, arguments.T, arguments.steps, [int(seed) for seed in arguments.seeds.split(",")])
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    run(arguments.workdir, arguments.T, arguments.steps, [int(seed) for seed in arguments.seeds.split(",")])
 
 
 def run(directory: Path, num_steps: int, train_steps: int, seeds: list[int]) -> None:
@@ -131,28 +129,28 @@ def scorer(config: ConfigDict, train_set: Source, test_set: Source) -> Callable[
 
 def markdown(rows: list[dict[str, Any]], setting: dict[str, Any]) -> str:
     """Mean and standard error over seeds; differences to the fixed schedule are paired by seed."""
-    lines = [
+    head = [
         f"# A learned schedule against {START}: digits, T = {setting['T']}, {setting['train_steps']} steps",
         "",
         f"Mean ± standard error over {len(rows) // len(ARMS)} seeds, on {setting['test_images']} test images; "
         "differences to the fixed schedule are paired by seed. The variance is that of one training image's loss at "
         "one uniform t: over all t, and over t > 1, the KL terms.",
         "",
-        "| schedule | bits/dim | less fixed | variance, all t | less fixed | variance, t > 1 | less fixed |",
-        "|---|---|---|---|---|---|---|",
     ]
+    columns = ["schedule", "bits/dim", "less fixed", "variance, all t", "less fixed", "variance, t > 1", "less fixed"]
+    lines = []
     for arm in ARMS:
-        cells = []
+        cells = [arm]
         for name, digits_shown in (("test_bpd", 4), ("loss_variance", 2), ("kl_loss_variance", 3)):
             values, fixed = (np.array([row[name] for row in rows if row["arm"] == a]) for a in (arm, FIXED))
             cells += [_with_stderr(values, digits_shown)]
             cells += ["–" if arm == FIXED else _with_stderr(values - fixed, digits_shown)]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return "\n".join([*head, tables.markdown(columns, lines)])
 
 
 def _with_stderr(values: np.ndarray, shown: int) -> str:
-    stderr = f" ± {values.std(ddof=1) / len(values) ** 0.5:.{shown}f}" if len(values) > 1 else ""
+    stderr = f" ± {tables.stderr(values):.{shown}f}" if len(values) > 1 else ""
     return f"{values.mean():.{shown}f}{stderr}"
 
 
@@ -178,4 +176,4 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from experiments import tables
+
 SYMBOLS = {"eps": "ε", "x0": r"$x_0$", "v": "v", "mean": r"$\tilde\mu$"}
 OBJECTIVES = {"vlb": "L, the bound", "simple": r"$L_{simple}$"}
 COLOURS = {"L": "black", **{prediction: f"C{i}" for i, prediction in enumerate(SYMBOLS)}}
@@ -47,7 +49,7 @@ def _deviations(checks: dict[str, dict[str, dict[str, float]]]) -> str:
         for schedule, by_prediction in checks.items()
         for prediction, of_one in by_prediction.items()
     ]
-    return _table(["schedule", "prediction", *names], rows)
+    return tables.markdown(["schedule", "prediction", *names], rows)
 
 
 def _contributions(parts: dict[str, Float[np.ndarray, " t"]]) -> str:
@@ -60,7 +62,7 @@ def _contributions(parts: dict[str, Float[np.ndarray, " t"]]) -> str:
     for name, share in parts.items():
         label = "L" if name == "L" else f"L_simple of {name}"
         rows.append([label, *(f"{100 * share[low:high].sum():.2f}%" for low, high in ranges)])
-    return _table(["", *head], rows)
+    return tables.markdown(["", *head], rows)
 
 
 def _trained(trained: list[dict[str, Any]], of_zero: dict[str, float]) -> str:
@@ -76,11 +78,7 @@ def _trained(trained: list[dict[str, Any]], of_zero: dict[str, float]) -> str:
         zero = f"{of_zero[row['prediction']]:,.1f}"
         parts_bpd = [f"{row[key]:.3f}" for key in ("decoder_bpd", "kl_bpd")]
         rows.append([row["prediction"], objective, zero, bpd, by_seed, *parts_bpd, difference])
-    return _table(["prediction", "loss", "output 0", "bits/dim", "by seed", "L_0", "KL", "less v"], rows)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+    return tables.markdown(["prediction", "loss", "output 0", "bits/dim", "by seed", "L_0", "KL", "less v"], rows)
 
 
 def plot_weights(path: Path, weights: dict[str, dict[str, Float[np.ndarray, " t"]]]) -> None:

@@ -31,6 +31,7 @@ from diffusion.reporting import page, summary
 from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
 from experiments import results, sweep
+from experiments.commands import exit_with
 from experiments.parameterization_report import OBJECTIVES, SYMBOLS, markdown, plot_shares, plot_training, plot_weights
 
 AXES = {
@@ -267,4 +268,4 @@ def training(runs: list[results.FinishedRun]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sweep.exit_with(main)
+    exit_with(main)

@@ -16,6 +16,7 @@ from diffusion.experiment import config as config_lib
 from diffusion.experiment import schema, workdir
 from diffusion.programs import quality
 from diffusion.reporting.page import numbers
+from experiments import tables
 
 # The axes of a grid, and the config keys behind them.
 AXES = {
@@ -103,7 +104,7 @@ class Row:
         """
         if not self.has_every_term:
             return max(run.summary["test_bpd_stderr"] for run in self.runs)
-        return _stderr(np.mean([run.image_bpd for run in self.runs], axis=0))
+        return tables.stderr(np.mean([run.image_bpd for run in self.runs], axis=0))
 
     @property
     def has_every_term(self) -> bool:
@@ -113,7 +114,7 @@ class Row:
     @property
     def spread_bpd(self) -> float:
         """The standard deviation over seeds, of bits/dim; nan for one."""
-        return _spread([run.summary["test_bpd"] for run in self.runs])
+        return tables.spread([run.summary["test_bpd"] for run in self.runs])
 
     @property
     def distance_kind(self) -> DistanceKind | None:
@@ -134,7 +135,7 @@ class Row:
     @property
     def spread_of_distance(self) -> float:
         """The standard deviation over seeds, of the Fréchet distance; nan for one."""
-        return _spread(self.distances)
+        return tables.spread(self.distances)
 
 
 class Difference(NamedTuple):
@@ -220,13 +221,6 @@ def differences(table: list[Row]) -> list[Difference]:
 
 def confidence_interval(samples: Float[np.ndarray, " n"]) -> tuple[float, float, float]:
     """The mean of independent samples and the ends of Student's 95% confidence interval for it."""
-    mean, half = float(samples.mean()), float(stats.t.ppf(0.975, len(samples) - 1)) * _stderr(samples)
+    mean, stderr = tables.mean_and_stderr(samples)
+    half = float(stats.t.ppf(0.975, len(samples) - 1)) * stderr
     return mean, mean - half, mean + half
-
-
-def _spread(by_seed: list[float]) -> float:
-    return float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else np.nan
-
-
-def _stderr(samples: Float[np.ndarray, " n"]) -> float:
-    return float(samples.std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else np.nan

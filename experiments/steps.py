@@ -24,7 +24,8 @@ from diffusion.experiment import build
 from diffusion.reporting import page
 from diffusion.runtime import devices
 from diffusion.variances import X0Variance
-from experiments import drawn
+from experiments import drawn, tables
+from experiments.commands import exit_with
 from experiments.drawn import METRICS, REAL, Study
 from experiments.variance_accounting import estimate_x0_terms
 
@@ -51,16 +52,13 @@ class Way(NamedTuple):
 
 
 def main() -> None:
-    """The command; what is wrong with its input prints a one-line error, with exit code 2."""
+    """Runs the command line."""
     parser = drawn.argument_parser(__doc__)
     parser.add_argument("--steps", default="5,10,25,50", help="numbers of steps, with commas between them")
     parser.add_argument("--num_scored", type=int, default=299, help="test images whose bits/dim are computed")
     arguments = vars(parser.parse_args())
     steps, num_scored = arguments.pop("steps"), arguments.pop("num_scored")
-    try:
-        run(drawn.study(FILE, **arguments), [int(number) for number in steps.split(",")], num_scored)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error))
+    run(drawn.study(FILE, **arguments), [int(number) for number in steps.split(",")], num_scored)
 
 
 def run(study: Study, steps: list[int], num_scored: int) -> None:
@@ -82,13 +80,13 @@ def run(study: Study, steps: list[int], num_scored: int) -> None:
         if way.variance:
             row |= respaced_bpd(study, way, x0_variance, test_set, numbers)
         rows.append(row)
-        print(_line(row), flush=True)
+        print(*_cells(row), sep=" | ", flush=True)
     real = drawn.real_images(study, test_set)
 
     title = f"{config.data.name}, T = {config.schedule.num_steps}, step {study.trained.state.step} (EMA)"
     text = markdown(rows, real, study, title, len(numbers))
     (directory / f"{FILE}.md").write_text(text)
-    drawn.save_csv(directory / f"{FILE}.csv", rows)
+    tables.save_csv(directory / f"{FILE}.csv", rows)
     plot(directory / f"{FILE}.png", rows, real, study, title)
     page.refresh(directory)
     print(text)
@@ -113,9 +111,9 @@ def _name(row: dict[str, Any], own: str = "model") -> str:
     return f"ancestral, {own if row['variance'] == 'model' else row['variance']}"
 
 
-def _line(row: dict[str, Any], own: str = "model") -> str:
-    numbers = [drawn.plus_minus(row, metric, 3) for metric in METRICS]
-    return f"| {_name(row, own)} | {row['num_steps']} | {' | '.join(numbers)} | {drawn.plus_minus(row, 'bpd', 3)} |"
+def _cells(row: dict[str, Any], own: str = "model") -> list[str]:
+    numbers = [drawn.plus_minus(row, metric, 3) for metric in (*METRICS, "bpd")]
+    return [_name(row, own), str(row["num_steps"]), *numbers]
 
 
 def markdown(
@@ -123,6 +121,8 @@ def markdown(
 ) -> str:
     """The table with what was compared and how."""
     own = study.trained.config.model.variance
+    columns = ["sampler, variance", "steps", "Fréchet distance", "precision", "recall", "bits/dim"]
+    of_real = [REAL, "–", *(drawn.plus_minus(real, metric, 3) for metric in METRICS), "–"]
     lines = [
         f"# Samplers and steps: {title}",
         "",
@@ -130,11 +130,7 @@ def markdown(
         + f" Bits/dim: of the respaced process, {num_scored} test images, ± one standard error over images. The "
         "optimal variance is Analytic-DPM's, σ* from training images.",
         "",
-        "| sampler, variance | steps | Fréchet distance | precision | recall | bits/dim |",
-        "|---|---|---|---|---|---|",
-        *(_line(row, own) for row in rows),
-        f"| {REAL} | – | " + " | ".join(drawn.plus_minus(real, metric, 3) for metric in METRICS) + " | – |",
-        "",
+        tables.markdown(columns, [*(_cells(row, own) for row in rows), of_real]),
         drawn.provenance(),
     ]
     return "\n".join(lines) + "\n"
@@ -173,4 +169,4 @@ def plot(
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

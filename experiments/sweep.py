@@ -24,7 +24,7 @@ from diffusion.programs import quality
 from diffusion.reporting import page
 from diffusion.reporting.metrics_log import read_metrics
 from diffusion.reporting.progress import Progress
-from experiments import table
+from experiments import commands, sweep_report
 from experiments.results import AXES, LOG, TargetOf, last_line
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
@@ -191,7 +191,7 @@ def _is_done(cell: Cell, directory: Path) -> bool:
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """The flags that every sweep has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.argument_parser(description)
     parser.add_argument("--workdir", type=Path, required=True, help="gets a folder for each cell, and the report")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config keys of all cells"
@@ -227,17 +227,8 @@ def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetO
             cells = [cells[arguments.index]]
         failures = run_cells(cells, arguments.workdir)
     if arguments.index is None:
-        print(table.write(arguments.workdir, target_of))
+        print(sweep_report.write(arguments.workdir, target_of))
         page.refresh(arguments.workdir)
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def exit_with(main: Callable[[], int]) -> None:
-    """Ends the program with the exit code of `main`; what is wrong with its input prints one line, with code 2."""
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -1,6 +1,5 @@
 """A sweep's report, made from its folders alone: table.md, table.csv, bpd.png, terms.png, quality.png."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments import tables
 from experiments.results import Difference, DistanceKind, FinishedRun, Row, TargetOf, differences, last_line, read, rows
 
 MARKERS = "osv^X*"
@@ -51,7 +51,7 @@ def write(directory: Path, target_of: TargetOf) -> str:
     ]
     text = "\n".join(section for section in sections if section)
     (directory / "table.md").write_text(text)
-    _write_csv(directory / "table.csv", [_numbers(row, target_of) for row in table])
+    tables.save_csv(directory / "table.csv", [_numbers(row, target_of) for row in table])
     plot_bpd(directory / "bpd.png", table, target_of)
     plot_terms(directory / "terms.png", table)
     plot_quality(directory / "quality.png", table, target_of)
@@ -76,13 +76,6 @@ def _numbers(row: Row, target_of: TargetOf) -> dict[str, Any]:
         "num_samples": row.distance_kind.num_samples if row.distance_kind else "",
         "published": target_of(row.runs[0]) or "",
     }
-
-
-def _write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
 
 
 def _head(runs: list[FinishedRun]) -> str:
@@ -132,7 +125,7 @@ def _bounds(table: list[Row], target_of: TargetOf) -> str:
             ]
         )
     bounds = ["bits/dim", "spread", "L_0", "KL", "L_T", "train"]
-    return _markdown([*table[0].setting, "seeds", *bounds, *map(str, kinds), "published"], cells)
+    return tables.markdown([*table[0].setting, "seeds", *bounds, *map(str, kinds), "published"], cells)
 
 
 def _paired(pairs: list[Difference]) -> str:
@@ -149,11 +142,7 @@ def _paired(pairs: list[Difference]) -> str:
         for pair in pairs
     ]
     head = [*pairs[0].setting, "variances", "difference", "95% interval", "by seed"]
-    return f"## Paired differences between variances\n\n{PAIRED}\n{_markdown(head, cells)}"
-
-
-def _markdown(head: list[str], cells: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *cells))
+    return f"## Paired differences between variances\n\n{PAIRED}\n{tables.markdown(head, cells)}"
 
 
 def plot_bpd(path: Path, table: list[Row], target_of: TargetOf) -> None:

@@ -20,6 +20,7 @@ from diffusion.exact import oracles
 from diffusion.exact.oracles import Mixture
 from diffusion.networks.layers import time_embedding
 from diffusion.reverse import Denoise
+from experiments.tables import mean_and_stderr
 from experiments.tightness_known import bound_nats
 
 ANGLES = np.arange(8) * np.pi / 4
@@ -87,11 +88,8 @@ def rows() -> list[dict[str, Any]]:
         compiled = jax.jit(lambda x0, keys: bound_nats(denoise, P, SCHEDULE, x0, keys))
         return np.asarray(compiled(x0, keys), np.float64)
 
-    def mean(values: np.ndarray) -> tuple[float, float]:
-        return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
-
     exact = bound(RING.denoiser(P, SCHEDULE))
-    result = [{"width": None, "num_params": None, "gap": mean(exact + log_prob), "mean_error": (0.0, 0.0)}]
+    result = [{"width": None, "num_params": None, "gap": mean_and_stderr(exact + log_prob), "mean_error": (0.0, 0.0)}]
     for width in WIDTHS:
         network = Perceptron(width)
         params = train(network)
@@ -100,8 +98,8 @@ def rows() -> list[dict[str, Any]]:
             {
                 "width": width,
                 "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
-                "gap": mean(learned + log_prob),
-                "mean_error": mean(learned - exact),
+                "gap": mean_and_stderr(learned + log_prob),
+                "mean_error": mean_and_stderr(learned - exact),
             }
         )
     return result

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from diffusion import likelihood, reverse, schedules
 from diffusion.exact import oracles
 from diffusion.schedules import Schedule
+from experiments.tables import mean_and_stderr
 
 GAUSSIAN = oracles.normal(jnp.asarray([[[0.3, -1.0]]]), jnp.asarray([[[0.2, 1.3]]]))
 # Weights, means and variances [3, 1], in float64 for the quadratures.
@@ -81,7 +82,7 @@ def bound_nats(denoise, p: reverse.Reverse, schedule: Schedule, x0: Array, keys:
 
 
 def _mean(values: np.ndarray) -> dict[str, float]:
-    return {"measured": float(values.mean()), "stderr": float(values.std(ddof=1) / len(values) ** 0.5)}
+    return dict(zip(("measured", "stderr"), mean_and_stderr(values), strict=True))
 
 
 class Step(NamedTuple):

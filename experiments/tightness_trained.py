@@ -18,6 +18,7 @@ from diffusion.exact import ode
 from diffusion.experiment import build, workdir
 from diffusion.model import Model
 from diffusion.runtime import randomness
+from experiments.tables import mean_and_stderr
 
 NUM_IMAGES = 16  # test images under every likelihood
 NUM_FEW = 2  # of them under those that cost a thousand network passes per t
@@ -182,12 +183,9 @@ def between_steps(model: Model, x0, keys) -> dict[str, list[float]]:
 
 def means(result: dict[str, Any]) -> dict[str, tuple[float, float, float, float]]:
     """Of each likelihood the mean over images and its standard error, and the same of its difference to the bound."""
-
-    def mean(values: np.ndarray) -> tuple[float, float]:
-        return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
-
     per_image = {name: np.asarray(values) for name, values in result["per_image_bpd"].items()}
-    return {name: (*mean(values), *mean(values - per_image["bound"])) for name, values in per_image.items()}
+    bound = per_image["bound"]
+    return {name: (*mean_and_stderr(values), *mean_and_stderr(values - bound)) for name, values in per_image.items()}
 
 
 def plot(path: Path, result: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ On a cluster, one cell per job (--list numbers the cells), and the report when a
 """
 
 from experiments import ho2020, sweep
+from experiments.commands import exit_with
 from experiments.results import AXES, FinishedRun, Target
 
 DEFAULT_AXES = {
@@ -48,4 +49,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sweep.exit_with(main)
+    exit_with(main)

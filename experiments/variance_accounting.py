@@ -7,8 +7,6 @@ interpolations, σ*_t and, where the network has it, the learned variance, all w
 the working directory variance_accounting.md, .csv and .png, and x0_variance.npz, which eval.variance=optimal reads.
 """
 
-import argparse
-import csv
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +31,8 @@ from diffusion.reverse import VARIANCES, Variance
 from diffusion.runtime import devices
 from diffusion.schedules import Schedule
 from diffusion.variances import Split, X0Terms, X0Variance
+from experiments import tables
+from experiments.commands import argument_parser, exit_with
 
 FILE = "variance_accounting"
 # Bao et al. (2022) have two: from the size of the prediction, right for a perfect mean, and from its error.
@@ -53,8 +53,8 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    """The command; what is wrong with its input prints a one-line error, with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Runs the command line."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint")
     parser.add_argument(
         "--num_images",
@@ -64,10 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     arguments = parser.parse_args()
-    try:
-        run(arguments.workdir, arguments.num_images, arguments.checkpoint)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    run(arguments.workdir, arguments.num_images, arguments.checkpoint)
 
 
 def run(directory: Path, num_images: int, checkpoint: str = "latest", num_train: int = 0) -> None:
@@ -106,8 +103,7 @@ def run(directory: Path, num_images: int, checkpoint: str = "latest", num_train:
     )
     text = markdown(rows, own, title, len(terms.error), prior.mean())
     (directory / f"{FILE}.md").write_text(text)
-    with (directory / f"{FILE}.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([Row._fields, *rows])
+    tables.save_csv(directory / f"{FILE}.csv", [row._asdict() for row in rows])
     plot(directory / f"{FILE}.png", splits, optimal, own, model.schedule, title)
     print(text)
 
@@ -171,14 +167,10 @@ def prior_bpd(model: Model, source: Source, numbers: Int[np.ndarray, " n"]) -> F
 def table(splits: dict[str, Split], prior: Float[np.ndarray, " n"], own: str) -> list[Row]:
     """The mean over images of each variance's bound and of its parts, cheapest first."""
     totals = {name: sum(split).sum(axis=1) + prior for name, split in splits.items()}
-
-    def stderr(per_image: np.ndarray) -> float:
-        return float(per_image.std(ddof=1) / len(per_image) ** 0.5)
-
     rows = []
     for name, split in splits.items():
         total, difference = totals[name], totals[name] - totals[own]
-        means = float(total.mean()), stderr(total), float(difference.mean()), stderr(difference)
+        means = *tables.mean_and_stderr(total), *tables.mean_and_stderr(difference)
         parts = (float(part.sum(axis=1).mean()) for part in split)
         rows.append(Row(name, *means, *parts))
     return sorted(rows, key=lambda row: row.bpd)
@@ -186,7 +178,7 @@ def table(splits: dict[str, Split], prior: Float[np.ndarray, " n"], own: str) ->
 
 def markdown(rows: list[Row], own: str, title: str, num_train: int, prior_bpd: float) -> str:
     """The table with what was scored and how, as every number needs it."""
-    lines = [
+    head = [
         f"# Variance accounting: {title}",
         "",
         f"Bits/dim = decoder (t = 1) + variance mismatch + mean error (t > 1) + prior ({prior_bpd:.2g}). One ε per "
@@ -194,15 +186,15 @@ def markdown(rows: list[Row], own: str, title: str, num_train: int, prior_bpd: f
         f"{num_train} training images. ± is one standard error over images, that of the difference to {own} paired by "
         "image.",
         "",
-        f"| variance | bits/dim | ± | less {own} | ± | decoder | variance mismatch | mean error |",
-        "|---|---|---|---|---|---|---|---|",
     ]
+    columns = ["variance", "bits/dim", "±", f"less {own}", "±", "decoder", "variance mismatch", "mean error"]
+    cells = []
     for row in rows:
         numbers = [f"{value:.5f}" for value in row[1:]]
         if row.variance == own:
             numbers[2:4] = "–", "–"
-        lines.append(f"| {row.variance} | {' | '.join(numbers)} |")
-    return "\n".join(lines) + "\n"
+        cells.append([row.variance, *numbers])
+    return "\n".join([*head, tables.markdown(columns, cells)])
 
 
 def plot(
@@ -252,4 +244,4 @@ def _plot_sigma(axes: Axes, optimal: dict[str, X0Variance], schedule: Schedule, 
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

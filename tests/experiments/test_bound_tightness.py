@@ -12,6 +12,7 @@ from diffusion import reverse, schedules
 from diffusion.exact import oracles
 from diffusion.model import Model
 from experiments import bound_tightness, tightness_capacity, tightness_known
+from experiments.commands import exit_with
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_a_wider_network_has_a_smaller_gap(monkeypatch):
 def test_a_folder_without_a_run_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bound_tightness", f"--workdir={tmp_path / 'out'}", f"--run={tmp_path}"])
     with pytest.raises(SystemExit, match="2"):
-        bound_tightness.main()
+        exit_with(bound_tightness.main)
     assert "holds no run (no config.json)" in capsys.readouterr().err
 
 

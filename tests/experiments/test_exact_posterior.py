@@ -14,6 +14,7 @@ from diffusion.experiment import build, workdir
 from diffusion.runtime import devices
 from diffusion.runtime.checkpoint import Checkpoints
 from experiments import exact_posterior
+from experiments.commands import exit_with
 from experiments.exact_posterior_plots import EXACT, NETWORK, SHOWN
 
 NUM_IMAGES = 24
@@ -87,7 +88,7 @@ def test_a_mistake_prints_a_one_line_error(directory, monkeypatch, capsys):
     def fails(*arguments):
         monkeypatch.setattr("sys.argv", ["exact_posterior", f"--workdir={directory}", *arguments])
         with pytest.raises(SystemExit, match="2"):
-            exact_posterior.main()
+            exit_with(exact_posterior.main)
         return capsys.readouterr().err.splitlines()[-1]
 
     assert "--num_images=1 must be in 2…299" in fails("--num_images=1")

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import stats
 
 from diffusion.experiment import config as config_lib
-from experiments import ho2020, results, sweep, table, variance
+from experiments import ho2020, results, sweep, sweep_report, variance
 from experiments.sweep import Cell
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_runs_scored_by_an_estimate_have_a_table_with_the_errors_that_they_state
         summary = json.loads((folder / "summary.json").read_text())
         stated = (0.01 if "fixed_small" in folder.name else 0.02) / (1 + config["seed"])
         (folder / "summary.json").write_text(json.dumps(summary | {"test_bpd_stderr": stated}))
-    text = table.write(tmp_path, lambda run: None)
+    text = sweep_report.write(tmp_path, lambda run: None)
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     errors = {row["variance"]: float(row["test_bpd_stderr"]) for row in rows}
     assert errors == {"fixed_small": 0.01, "fixed_large": 0.02}
@@ -154,7 +154,7 @@ def columns(directory):
 
 
 def test_the_table_has_both_numbers_of_every_row(measured, tmp_path):
-    table.write(tmp_path, variance.target_by_config)
+    sweep_report.write(tmp_path, variance.target_by_config)
     assert columns(tmp_path)["variance"] == ("fixed_small", "fixed_large")
     # means; √(2² + 2²) and √(0.5² + 0.5²)
     assert columns(tmp_path)["Fréchet distance (classifier), 50 samples"] == ("32 ± 2.8", "20.5 ± 0.71")
@@ -172,7 +172,7 @@ def test_the_table_has_both_numbers_of_every_row(measured, tmp_path):
 def test_only_the_distance_of_inceptions_features_is_called_fid(measured, tmp_path, features, title):
     for folder in tmp_path.glob("*-seed*"):
         write_quality(tmp_path, folder.name, 3.17, features=features)
-    table.write(tmp_path, variance.target_by_config)
+    sweep_report.write(tmp_path, variance.target_by_config)
     assert f"{title}, 50 samples" in columns(tmp_path)
 
 
@@ -180,11 +180,11 @@ def test_distances_of_two_kinds_are_two_columns_and_have_no_mean(measured, tmp_p
     for name, distance in (("fixed_small", 8.0), ("fixed_large", 7.0)):
         write_quality(tmp_path, f"eps-vlb-{name}-cosine-T4-seed0", distance, num_samples=100)
     write_quality(tmp_path, "eps-vlb-fixed_small-cosine-T4-seed1", 9.0, num_samples=100)
-    table.write(tmp_path, variance.target_by_config)
+    sweep_report.write(tmp_path, variance.target_by_config)
     found = {head: cells for head, cells in columns(tmp_path).items() if "Fréchet" in head}
     assert found == {"Fréchet distance (classifier), 100 samples": ("8.5 ± 0.71", "–")}
     write_quality(tmp_path, "eps-vlb-fixed_large-cosine-T4-seed0", 20.0)
-    table.write(tmp_path, variance.target_by_config)
+    sweep_report.write(tmp_path, variance.target_by_config)
     assert columns(tmp_path)["Fréchet distance (classifier), 50 samples"] == ("–", "20.5 ± 0.71")
 
 
@@ -197,7 +197,7 @@ def test_a_run_whose_samples_were_not_measured_keeps_its_bound(measured, tmp_pat
     else:
         path.write_text(path.read_text()[:20]) if damage == "cut" else path.unlink()
     (tmp_path / name / "log.txt").write_text("$ python main.py\nerror: no memory\n")
-    text = table.write(tmp_path, variance.target_by_config)
+    text = sweep_report.write(tmp_path, variance.target_by_config)
     found = columns(tmp_path)
     assert found["Fréchet distance (classifier), 50 samples"] == ("–", "20.5 ± 0.71")
     assert found["seeds"] == ("2", "2")
@@ -205,7 +205,7 @@ def test_a_run_whose_samples_were_not_measured_keeps_its_bound(measured, tmp_pat
 
 
 def test_a_sweep_without_samples_has_no_such_column(finished, tmp_path):
-    assert "has no Fréchet distance" not in table.write(tmp_path, variance.target_by_config)
+    assert "has no Fréchet distance" not in sweep_report.write(tmp_path, variance.target_by_config)
     assert not [head for head in columns(tmp_path) if "Fréchet" in head]
     assert not (tmp_path / "quality.png").exists()
 
@@ -213,12 +213,12 @@ def test_a_sweep_without_samples_has_no_such_column(finished, tmp_path):
 def drawn(monkeypatch, directory, published):
     """The points and the diamonds of quality.png, [n, 2] each."""
     figures = []
-    monkeypatch.setattr(table, "Figure", lambda **size: figures.append(Figure(**size)) or figures[-1])
+    monkeypatch.setattr(sweep_report, "Figure", lambda **size: figures.append(Figure(**size)) or figures[-1])
     rows = results.rows(results.read(directory)[0])[0]
-    table.plot_quality(directory / "quality.png", rows, published)
+    sweep_report.plot_quality(directory / "quality.png", rows, published)
     (axes,) = figures[0].axes
     lines = [(line.get_marker(), line.get_xydata()) for line in axes.lines]
-    points = [data for marker, data in lines if marker in table.MARKERS]
+    points = [data for marker, data in lines if marker in sweep_report.MARKERS]
     diamonds = [data for marker, data in lines if marker == "D"]
     return [np.concatenate([*data, np.zeros((0, 2))]) for data in (points, diamonds)]
 
@@ -241,7 +241,7 @@ def test_the_plot_has_a_point_per_row_and_published_fids(finished, measured, tmp
 
 def test_a_report_of_nothing_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run in .* is finished"):
-        table.write(tmp_path, variance.target_by_config)
+        sweep_report.write(tmp_path, variance.target_by_config)
 
 
 def test_published_numbers_stand_beside_the_settings_that_they_are_of():

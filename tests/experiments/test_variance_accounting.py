@@ -16,6 +16,7 @@ from diffusion.programs import evaluate, sample
 from diffusion.runtime import devices
 from diffusion.runtime.checkpoint import Checkpoints
 from experiments import variance_accounting
+from experiments.commands import exit_with
 
 NUM_IMAGES = 24
 
@@ -115,7 +116,7 @@ def test_a_mistake_prints_a_one_line_error(directory, tmp_path, monkeypatch, cap
     def fails(*arguments):
         monkeypatch.setattr("sys.argv", ["variance_accounting", *arguments])
         with pytest.raises(SystemExit, match="2"):
-            variance_accounting.main()
+            exit_with(variance_accounting.main)
         return capsys.readouterr().err.splitlines()[-1]
 
     assert "holds no run (no config.json)" in fails(f"--workdir={tmp_path}")

@@ -1,0 +1,19 @@
+"""The command line of a study: its flags' parser, and how it ends."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser without flags; the description, a module's docstring, is shown as it is."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def exit_with(main: Callable[[], int | None]) -> None:
+    """Ends the program with the exit code of `main`; what is wrong with its input prints one line, with code 2."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
