@@ -1,6 +1,8 @@
 """Tests run on eight CPU devices, with checked shape annotations and no silent broadcasting or promotion."""
 
 import fcntl
+import functools
+import gc
 import importlib.metadata
 import os
 import tempfile
@@ -37,9 +39,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 install_import_hook("diffusion", "beartype.beartype")
+gc.set_threshold(50_000, 20, 50)  # traces are made of many small objects that live long: a fifth of a trace's time
 
 MAPPINGS = Path("/proc/self/maps")  # a line for each piece of the process's memory that the kernel keeps apart
-TOO_MANY = 20_000  # Linux allows 65,530, and one file alone adds 17,000
+TOO_MANY = 40_000  # Linux allows 65,530, and one file alone adds 17,000
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,18 +88,30 @@ def tiny_data_dir(made_once) -> str:
 
 @pytest.fixture(scope="session")
 def layer() -> None:
-    """Makes model.network="layer" a choice, a network of one layer."""
+    """Makes the networks of toy.py, of one layer, choices for model.network."""
     import toy
 
     toy.register()
+
+
+@pytest.fixture(scope="module")
+def steps_compiled_once(layer):
+    """Of equal runs of the toy, only the first of a file compiles its train steps."""
+    import toy
+
+    from diffusion.training import parallel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "experiment", functools.cache(toy.experiment))
+        patch.setattr(parallel, "train_steps", functools.cache(parallel.train_steps))
+        yield
 
 
 @pytest.fixture(scope="session")
 def tiny(tiny_data_dir, layer):
     """A function of changes, tiny(train__batch_size=8): a config of the digits whose every part is real and small.
 
-    The network is one layer, which compiles in a third of the time of the smallest U-Net. `conditional` has that U-Net,
-    and so do the runs of main.py.
+    The network is one layer, which compiles in a third of the time of the smallest U-Net.
     """
     from configs import digits_fixed
 
@@ -132,10 +147,10 @@ def straight(made_once, tiny) -> Path:
 
 @pytest.fixture(scope="session")
 def conditional(tiny):
-    """As `tiny`, but a U-Net with labels, of which some are left out in training."""
+    """As `tiny`, with dropout and with labels, of which some are left out in training."""
 
     def config_with(**changes):
-        labels = {"model__network": "unet", "model__conditional": True, "model__label_dropout": 0.3}
+        labels = {"model__network": "labelled", "model__conditional": True, "model__label_dropout": 0.3}
         labels |= {"optim__learning_rate": 0.05}
         return tiny(**labels | {"data__flip": False, "sample__num_images": 15, "eval__num_images": 7} | changes)
 

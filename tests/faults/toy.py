@@ -16,9 +16,12 @@ import pytest
 from flax import linen as nn
 
 from configs import digits_fixed
-from diffusion.data import Source
+from diffusion.data import Description, Source
 from diffusion.experiment import build, workdir
+from diffusion.guidance import NO_LABEL
 from diffusion.networks import NETWORKS
+from diffusion.networks.dropout import dropout
+from diffusion.networks.layers import LabelEmbedding
 from diffusion.programs import sample, train
 from diffusion.runtime import processes
 from diffusion.runtime.preemption import Preemption
@@ -45,9 +48,28 @@ class Layer(nn.Module):
         return (h + scale[:, None, None, :]) * poison[:, None, None, None]
 
 
+class Labelled(nn.Module):
+    """That layer with a vector for each label, which is added, and with dropout."""
+
+    num_classes: int = 0
+    dropout: float = 0.1
+    out_channels: int = 2
+
+    def check(self, image_shape: tuple[int, ...]) -> None:
+        """It fits images of any shape."""
+
+    @nn.compact
+    def __call__(self, x, network_t, dropout_keys=None, labels=None):
+        h = Layer(out_channels=self.out_channels, name="layer")(x, network_t)
+        if self.num_classes:
+            labels = jnp.full(len(x), NO_LABEL) if labels is None else labels
+            h = h + LabelEmbedding(self.num_classes, self.out_channels, name="label")(labels)[:, None, None, :]
+        return h if dropout_keys is None else dropout(h, self.dropout, dropout_keys)
+
+
 def register() -> None:
-    """Makes model.network="layer" a choice."""
-    NETWORKS["layer"] = Layer
+    """Makes model.network="layer" and "labelled" choices."""
+    NETWORKS.update(layer=Layer, labelled=Labelled)
 
 
 def config(**keys):
@@ -72,6 +94,16 @@ def source(split: str) -> Source:
     """Pictures from a generator of random numbers."""
     rng = np.random.default_rng(split == "test")
     return Source("toy", split, rng.integers(0, LEVELS, (64, *SHAPE), np.uint8), LEVELS)
+
+
+def load(name: str, split: str, *_) -> Source:
+    """In the place of data.load."""
+    return source(split)
+
+
+def describe(*_) -> Description:
+    """In the place of data.describe."""
+    return Description("toy", 64, 64, SHAPE, LEVELS, 0)
 
 
 def run(experiment: build.Experiment, directory: Path) -> TrainState:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from diffusion.experiment import build
+from diffusion.experiment import build, workdir
 from diffusion.programs import compress, decompress
 from diffusion.runtime import coded_file
+from diffusion.runtime.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,18 +47,25 @@ def test_a_split_is_compressed_to_about_its_bound(tiny, straight, tmp_path, caps
     assert path.stat().st_size - 4 * len(words) < 50  # the header
 
 
-def test_another_process_with_another_batch_size_gets_the_same_pixels(conditional, labelled_run, images, tmp_path):
-    """By a U-Net with labels, which codes without them."""
+def test_another_process_with_another_batch_size_gets_the_same_pixels(conditional, images, tmp_path):
+    """By a U-Net with labels, which codes without them. Its parameters are drawn, so that none is 0."""
+    made, run, rng = conditional(model__network="unet"), tmp_path / "run", np.random.default_rng(0)
+    start = jax.device_get(build.experiment(made, (8, 8, 1), 17, 10).initial_state())
+    drawn = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.02, leaf.shape).astype(np.float32), start.params)
+    workdir.claim(made, run)
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        checkpoints.save(6, start.replace(step=np.int32(6), ema_params=drawn), {"test_loss": 1.0})
+
     np.savez(tmp_path / "in.npz", images=images)
-    compress.run(conditional(), labelled_run, str(tmp_path / "in.npz"), str(tmp_path / "digits.ddc"))
+    compress.run(made, run, str(tmp_path / "in.npz"), str(tmp_path / "digits.ddc"))
     config = tmp_path / "config.py"
-    plain = json.dumps(conditional(compress__batch_size=5).to_json())
+    plain = json.dumps(conditional(model__network="unet", compress__batch_size=5).to_json())
     config.write_text(
         "import json\nfrom diffusion.experiment import config as c\n"
         f"def get_config():\n    return c.from_json({plain})\n"
     )
     files = [f"--input={tmp_path / 'digits.ddc'}", f"--output={tmp_path / 'out.npz'}"]
-    flags = [f"--config={config}", f"--workdir={labelled_run}", "--mode=decompress", *files]
+    flags = [f"--config={config}", f"--workdir={run}", "--mode=decompress", *files]
     command = [sys.executable, str(ROOT / "main.py"), *flags]
     compiled = {"JAX_COMPILATION_CACHE_DIR": os.environ["DIFFUSION_TESTS_COMPILED"]}
     result = subprocess.run(command, cwd=ROOT, env=os.environ | compiled, capture_output=True, text=True)

@@ -122,6 +122,6 @@ def test_describe_counts_the_labels_vectors_and_the_same_work(conditional):
     without = conditional(model__conditional=False, model__label_dropout=0.0)
     plain = build.experiment(without, (8, 8, 1), 17)
     numbers = [int(describe.network(e, 1498)["parameters"].replace(",", "")) for e in (labelled, plain)]
-    assert numbers[0] - numbers[1] == 10 * 4 * 8  # ten classes, four times the width of 8
+    assert numbers[0] - numbers[1] == 10 * 2  # ten classes, each with a vector of the layer's width
     # A product of one-hot labels with the table, and a sum.
     assert 0 <= describe.forward_flops(labelled) - describe.forward_flops(plain) < 5000

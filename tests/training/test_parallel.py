@@ -15,6 +15,7 @@ from diffusion.training.step import group_norms, train_step
 
 # Much dropout, because a block's output begins near zero: in a few steps little of it is seen.
 UNET = {"model__network": "unet", "unet__dropout": 0.7}
+DROPOUT = "labelled(dropout=0.7)"  # a layer with no labels
 
 
 class Steps:
@@ -64,7 +65,7 @@ def steps(steps_of):
 
 @pytest.fixture(scope="module")
 def unet_steps(steps_of):
-    """Of a U-Net, whose dropout must not depend on the device or the microbatch that an example comes to."""
+    """Of a U-Net, whose dropout must not depend on the device that an example comes to."""
     return steps_of(**UNET)
 
 
@@ -84,9 +85,10 @@ def test_eight_devices_take_the_same_steps_as_one(unet_steps):
     assert_same_parameters(many.host(), one)
 
 
-def test_accumulated_gradients_are_the_batch_gradient(unet_steps, steps_of):
-    at_once, metrics = unet_steps.on_one_device(2)
-    in_parts, part_metrics = steps_of(train__grad_accum=2, **UNET).on_one_device(2)
+def test_accumulated_gradients_are_the_batch_gradient(steps_of):
+    """With dropout, which must not depend on the microbatch that an example comes to."""
+    at_once, metrics = steps_of(model__network=DROPOUT).on_one_device(2)
+    in_parts, part_metrics = steps_of(model__network=DROPOUT, train__grad_accum=2).on_one_device(2)
     np.testing.assert_allclose(metrics["grad_norm"], part_metrics["grad_norm"], rtol=1e-4)
     assert_same_parameters(at_once, in_parts)
 
@@ -128,14 +130,20 @@ def test_from_disk_a_process_reads_the_shares_of_its_own_devices(steps, monkeypa
             np.testing.assert_array_equal(taken, steps.source.pixels[indices[step, 16 + 2 * device :][:2]])
 
 
-def test_the_step_compiles_once_moves_nothing_and_reuses_the_state(steps):
-    compiled = []
+@pytest.fixture
+def compiled():
+    """The seconds of every compilation from now on."""
+    found = []
 
     def listen(event, seconds, **kwargs):
         if "backend_compile" in event:
-            compiled.append(seconds)
+            found.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
+    return found
+
+
+def test_the_step_compiles_once_moves_nothing_and_reuses_the_state(steps, compiled):
     state = devices.replicate(steps.start)
     train_steps, counts = parallel.train_steps(steps.experiment.training, steps.config.seed), []
     for step in range(4):
@@ -150,14 +158,7 @@ def test_the_step_compiles_once_moves_nothing_and_reuses_the_state(steps):
     assert counts[1:] == [counts[0]] * 3
 
 
-def test_calls_of_two_lengths_compile_once_each(steps):
-    compiled = []
-
-    def listen(event, seconds, **kwargs):
-        if "backend_compile" in event:
-            compiled.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
+def test_calls_of_two_lengths_compile_once_each(steps, compiled):
     state = devices.replicate(steps.start)
     train_steps, counts, taken = parallel.train_steps(steps.experiment.training, steps.config.seed), [], 0
     for length in (2, 1, 2, 1, 1, 2):
