@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits_fixed
 from diffusion import data
 from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
@@ -21,16 +20,10 @@ NUM_IMAGES = 24
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def directory(tiny, tmp_path_factory):
     """A run with a checkpoint of its initial state, and what the command leaves in it."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    settings = digits_fixed.get_config()
-    small = {
-        "schedule.num_steps": 20, "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1,
-        "unet.num_groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (), "eval.batch_size": 32,
-    }  # fmt: skip
-    with settings.unlocked():
-        settings.update_from_flattened_dict(small | {"data.data_dir": str(tmp_path_factory.mktemp("data"))})
+    settings = tiny(schedule__num_steps=20, eval__batch_size=32)
     workdir.claim(settings, directory)
     experiment = build.experiment(settings, (8, 8, 1), 17)
     with Checkpoints(directory / "checkpoints") as checkpoints:

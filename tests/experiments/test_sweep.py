@@ -150,7 +150,8 @@ folder, mode = pathlib.Path(settings["workdir"]), settings["mode"]
 (folder / f"{mode}_starts").open("a").write("x")
 if mode == "quality" and (folder / "no_memory").exists():
     sys.exit("error: no memory")
-time.sleep(SECONDS)
+while (folder / "wait").exists():
+    time.sleep(0.05)
 if mode == "train":
     (folder / "summary.json").write_text("{}")
 else:
@@ -162,12 +163,21 @@ else:
 """
 
 
-def sweep_of_a_stand_in(tmp_path, seconds):
-    """A process that sweeps one cell with a program in the place of main.py that takes a while and then finishes."""
-    (tmp_path / "main.py").write_text(STAND_IN.replace("SECONDS", str(seconds)))
-    code = "import pathlib, sys; from experiments import sweep; sweep.MAIN = sys.argv[2] + '/main.py'; "
-    code += "sys.exit(bool(sweep.run_cells([sweep.Cell('cell', sys.argv[1], {})], pathlib.Path(sys.argv[2]))))"
-    return subprocess.Popen([sys.executable, "-c", code, BASE, str(tmp_path)], stderr=subprocess.DEVNULL)
+ONE_CELL = """
+import pathlib, sys
+from experiments import sweep
+
+base, directory = sys.argv[1], pathlib.Path(sys.argv[2])
+sweep.MAIN, run_cell = directory / "main.py", sweep.run_cell
+sweep.run_cell = lambda cell, folder, watch: run_cell(cell, folder, lambda words: print(words, flush=True))
+sys.exit(bool(sweep.run_cells([sweep.Cell("cell", base, {})], directory)))
+"""
+
+
+def sweep_of_a_stand_in(tmp_path):
+    """A process that sweeps one cell with a program in the place of main.py, which ends once there is no `wait`."""
+    (tmp_path / "main.py").write_text(STAND_IN)
+    return subprocess.Popen([sys.executable, "-c", ONE_CELL, BASE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
 
 
 def wait_for(path):
@@ -179,12 +189,18 @@ def wait_for(path):
 
 def test_a_sweep_that_is_killed_and_started_again_trains_no_cell_twice_at_once(tmp_path):
     """SIGKILL leaves the run behind; the next sweep waits for it, finds it finished and does not start another."""
-    killed = sweep_of_a_stand_in(tmp_path, seconds=8)
+    (tmp_path / "cell").mkdir()
+    (tmp_path / "cell" / "wait").touch()
+    killed = sweep_of_a_stand_in(tmp_path)
     wait_for(tmp_path / "cell" / "train_starts")
     killed.kill()
     killed.wait()
+    again = sweep_of_a_stand_in(tmp_path)
+    assert any("waits for another process" in line for line in again.stdout)
     assert not (tmp_path / "cell" / "summary.json").exists()
-    assert sweep_of_a_stand_in(tmp_path, seconds=0).wait(60) == 0
+    (tmp_path / "cell" / "wait").unlink()
+    again.communicate(timeout=60)
+    assert again.returncode == 0
     assert (tmp_path / "cell" / "summary.json").exists()
     assert (tmp_path / "cell" / "train_starts").read_text() == "x"
     assert (tmp_path / "cell" / "quality_starts").read_text() == "x"
@@ -193,7 +209,7 @@ def test_a_sweep_that_is_killed_and_started_again_trains_no_cell_twice_at_once(t
 def test_samples_are_measured_again_where_they_were_not_or_otherwise(tmp_path, monkeypatch):
     """A failure keeps what was trained, and the next sweep does only what is missing."""
     monkeypatch.setattr(sweep, "MAIN", tmp_path / "main.py")
-    (tmp_path / "main.py").write_text(STAND_IN.replace("SECONDS", "0"))
+    (tmp_path / "main.py").write_text(STAND_IN)
     folder = tmp_path / "cell"
     folder.mkdir()
 

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits_fixed
 from diffusion import data
 from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
@@ -22,18 +21,9 @@ NUM_IMAGES = 24
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def directory(tiny, tmp_path_factory):
     """A run with a checkpoint of its initial state, and the accounting of it."""
-    directory = tmp_path_factory.mktemp("runs") / "run"
-    settings = digits_fixed.get_config()
-    small = {
-        "schedule.num_steps": 6, "unet.channels": 8, "unet.channel_mult": (1,), "unet.num_res_blocks": 1,
-        "unet.num_groups": 4, "unet.attention_resolutions": (), "unet.fourier_features": (), "eval.batch_size": 16,
-    }  # fmt: skip
-    with settings.unlocked():
-        settings.update_from_flattened_dict(
-            small | {"data.data_dir": str(tmp_path_factory.mktemp("data")), "train.batch_size": 16}
-        )
+    directory, settings = tmp_path_factory.mktemp("runs") / "run", tiny()
     workdir.claim(settings, directory)
     experiment = build.experiment(settings, (8, 8, 1), 17)
     with Checkpoints(directory / "checkpoints") as checkpoints:
@@ -125,4 +115,4 @@ def test_a_mistake_prints_a_one_line_error(directory, tmp_path, monkeypatch, cap
 
 def test_a_config_survives_its_file(directory):
     config.check(workdir.read_config(directory))
-    assert workdir.read_config(directory).unet.channel_mult == (1,)
+    assert workdir.read_config(directory).unet.channel_mult == (1,)  # a tuple, which JSON has not

@@ -1,7 +1,7 @@
 """Laws of the network: its size, its initialization, its blocks, its precision, and what it refuses."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ def apply_with_dropout(unet, params, x, network_t, keys):
     return unet.apply({"params": params}, x, network_t, keys)
 
 
+@cache
 def param_shapes(unet, image_shape):
     init = partial(unet.init, jax.random.key(0))
     return jax.eval_shape(init, jnp.zeros((1, *image_shape)), jnp.zeros(1))["params"]
@@ -258,7 +259,7 @@ def test_what_does_not_fit_is_refused_before_compilation(changes, image_shape, k
 def test_a_label_adds_its_own_vector_to_the_time_embedding_and_none_adds_nothing():
     labelled, (x, network_t) = ONE_LEVEL.copy(num_classes=3), inputs(batch=4)
     params = random_params(labelled, x, network_t)
-    output = labelled.apply({"params": params}, x, network_t, None, jnp.array([0, 2, -1, 1]))
+    output = jax.jit(labelled.apply)({"params": params}, x, network_t, None, jnp.array([0, 2, -1, 1]))
     plain = {name: leaf for name, leaf in params.items() if name != "label"}
     for i, label in enumerate([0, 2, None, 1]):
         shifted = plain
