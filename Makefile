@@ -1,4 +1,5 @@
 # make demo     train, sample and score a small diffusion model on the bundled digits
+# make check    the fast half of the tests, for work in progress: no whole runs, no processes
 # make test     the whole test suite
 # make faults   runs that are killed, fill the disk or take several processes (docs/reliability.md)
 # make lint     the linter
@@ -11,15 +12,21 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-c
 # Each process would compile all that it imports, for 3 s, where bytecode is not to be written.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test faults lint
+# A worker that crashes is not replaced: the new one may wait for ever (pytest-xdist issue 1327).
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile --max-worker-restart=0
+
+.PHONY: demo check test faults lint
 
 # On so small a network malloc is faster when it is left alone: docs/reliability.md.
 demo: $(VENV)/.installed
 	DIFFUSION_KEEP_FREED_MEMORY=0 $(VENV)/bin/python main.py --config=configs/digits.py --workdir=runs/digits
 
-# A worker that crashes is not replaced: the new one may wait for ever (pytest-xdist issue 1327).
+# The paper's modules and what they are built on. Whoever trains, samples or starts processes has a folder of its own.
+check: $(VENV)/.installed-dev
+	$(PYTEST) tests/test_*.py tests/data tests/evaluation tests/interop tests/runtime
+
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile --max-worker-restart=0 --durations=15
+	$(PYTEST) --durations=15
 
 faults: $(VENV)/.installed-dev
 	$(VENV)/bin/python tests/faults/bad_configs.py 20
