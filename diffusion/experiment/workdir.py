@@ -1,13 +1,9 @@
 """The working directory of a run: which run it belongs to, whether that is finished, and its last checkpoint."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
-import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -28,7 +24,7 @@ from diffusion.variances import X0Variance
 X0_VARIANCE = "x0_variance.npz"  # what the optimal variance needs
 SUMMARY, SECONDS = "summary.json", "seconds.json"
 BASE = "base.json"  # the config file that the run started from, by name and as it was
-LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, which ends with the process
+ADVICE = "wait for it, stop it or take another --workdir"  # where another process is at work
 # What a run or its evaluation writes, apart from the lock and config.json.
 WRITTEN = (
     *("metrics.jsonl", "checkpoints", "tensorboard", "loss.png", "schedule.png", "x0_variance.npz"),
@@ -117,27 +113,7 @@ def locked(directory: Path) -> Iterator[None]:
         ValueError: another process, which the message names, is at work there.
     """
     with contextlib.ExitStack() as stack:
-        processes.on_first(lambda: stack.enter_context(_file_lock(directory)))
-        yield
-
-
-@contextlib.contextmanager
-def _file_lock(directory: Path) -> Iterator[None]:
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise OSError(f"{directory} is on a file system that cannot lock files ({error})") from error
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise ValueError(
-                f"{directory} is in use by {owner}; wait for it, stop it or take another --workdir"
-            ) from error
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}", file=file)
-        file.flush()
+        processes.on_first(lambda: stack.enter_context(files.locked(directory, ADVICE)))
         yield
 
 

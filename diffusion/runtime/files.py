@@ -1,11 +1,17 @@
-"""Files that are written completely or not at all, and where files lie that can be made again."""
+"""Files that are written completely or not at all, locked directories, and where files lie that can be made again."""
 
 import contextlib
+import errno
+import fcntl
 import os
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, which ends with the process
 
 
 @contextlib.contextmanager
@@ -36,6 +42,30 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file, completely or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+@contextlib.contextmanager
+def locked(directory: Path, advice: str) -> Iterator[None]:
+    """Keeps other processes out of a directory, which it makes.
+
+    Raises:
+        ValueError: another process is at work there; the message names it and ends with `advice`.
+        OSError: the file system cannot lock files.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise OSError(f"{directory} is on a file system that cannot lock files ({error})") from error
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ValueError(f"{directory} is in use by {owner}; {advice}") from error
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}", file=file)
+        file.flush()
+        yield
 
 
 def cache_directory() -> Path:

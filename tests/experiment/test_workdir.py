@@ -14,6 +14,7 @@ from configs import digits_fixed
 from diffusion import data
 from diffusion.experiment import build, memory, workdir
 from diffusion.experiment import config as config_lib
+from diffusion.runtime import files
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.variances import X0Variance
 
@@ -70,7 +71,7 @@ def test_a_second_run_in_one_directory_is_refused_and_a_killed_one_leaves_it_fre
     for _ in range(2):  # and whoever leaves leaves it free, too
         with workdir.owned(config(), tmp_path) as directory:
             assert directory == tmp_path
-            assert f"process {os.getpid()} on" in (tmp_path / workdir.LOCK).read_text()
+            assert f"process {os.getpid()} on" in (tmp_path / files.LOCK).read_text()
 
 
 def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path):

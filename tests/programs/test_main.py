@@ -24,6 +24,12 @@ def test_help_is_quick_and_names_the_flags():
     assert all(flag in result.stdout for flag in ("--config", "--workdir", "--mode"))
 
 
+def test_help_comes_before_a_config_which_takes_seconds_to_read(tmp_path):
+    (tmp_path / "config.py").write_text(f"open({str(tmp_path / 'was_read')!r}, 'w')\ndef get_config(): pass\n")
+    result = main(f"--config={tmp_path / 'config.py'}", "--help")
+    assert "--workdir" in result.stdout and not (tmp_path / "was_read").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -96,9 +102,13 @@ def test_a_signal_while_xla_compiles_ends_with_the_code_to_requeue_on(tmp_path):
 
 
 def test_describe_knows_ho_et_al(tmp_path):
-    result = main("--config=configs/cifar10.py", "--mode=describe", f"--workdir={tmp_path / 'run'}")
+    flags = ["--mode=describe", "--config.eval.num_images=9", f"--workdir={tmp_path / 'run'}"]
+    result = main("--config=configs/cifar10.py", *flags)
     assert result.returncode == 0, result.stderr
     assert "35,746,307" in result.stdout
     assert "11.6" in result.stdout  # GFLOP per image and forward pass
     assert "0.48642 bits/dim" in result.stdout
+    keys = {line.split()[0]: line for line in result.stdout.splitlines() if line}
+    assert keys["eval.num_images"].split()[1:5] == ["9", "0", "yes", "of"]  # value, default, may change, help
+    assert keys["train.num_steps"].split()[1:5] == ["800000", "800000", "only", "up"]
     assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ from PIL import Image
 from diffusion import samplers, schedules
 from diffusion.experiment import workdir
 from diffusion.programs import evaluate, quality, sample, train
-from diffusion.runtime import preemption, randomness
+from diffusion.runtime import files, preemption, randomness
 from diffusion.runtime.preemption import Preempted
 
 
@@ -81,7 +81,7 @@ def test_whatever_is_written_is_known_to_the_check_for_foreign_files(run, tiny):
     """Or a run could begin in a folder where it would overwrite what it does not list."""
     evaluate.run(tiny(eval__num_images=2), run)
     quality.run(tiny(quality__num_images=4), run)
-    known = (*workdir.WRITTEN, workdir.LOCK, "config.json")
+    known = (*workdir.WRITTEN, files.LOCK, "config.json")
     unknown = [path.name for path in run.iterdir() if not any(fnmatch(path.name, pattern) for pattern in known)]
     assert not unknown
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import math
 import os
@@ -131,7 +129,7 @@ def prepare(plan: Plan, directory: Path, skip_bad: bool = False, num_workers: in
         OSError: the disk failed, or a process was killed.
     """
     staging, recipe = _staging(directory), plan.recipe
-    with _locked(staging):
+    with _occupied(staging):
         _refuse_other_settings(plan.settings, directory, staging)
         digests, unread = listing.content_digests(recipe.folder, plan.found.pictures, staging / "digests.jsonl")
         pictures = listing.with_splits(digests, plan.label_of, plan.splits, plan.settings["test_fraction"])
@@ -167,25 +165,13 @@ def prepare(plan: Plan, directory: Path, skip_bad: bool = False, num_workers: in
 
 
 @contextlib.contextmanager
-def _locked(staging: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder, which it makes, and removes if nothing was put into it.
-
-    Raises:
-        ValueError: another process is at work there.
-        OSError: its file system cannot lock files.
-    """
-    staging.mkdir(parents=True, exist_ok=True)
-    with (staging / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise OSError(f"{staging} is on a file system that cannot lock files ({error})") from error
-            raise ValueError(f"another process is at work in {staging}; wait for it, or stop it") from error
+def _occupied(staging: Path) -> Iterator[None]:
+    """`files.locked`; the folder goes if nothing was put into it."""
+    with files.locked(staging, "wait for it, or stop it"):
         try:
             yield
         finally:
-            if staging.exists() and os.listdir(staging) == ["lock"]:
+            if staging.exists() and os.listdir(staging) == [files.LOCK]:
                 shutil.rmtree(staging)
 
 

@@ -277,7 +277,7 @@ def test_two_at_once_do_not_mix(tmp_path, capsys):
     with (staging / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert run(pictures, tmp_path) == 2
-    assert "another process is at work in" in last_error(capsys)
+    assert "incomplete-1.0.0 is in use by another process; wait for it, or stop it" in last_error(capsys)
     assert run(pictures, tmp_path, "--test-fraction=0.3") == 0
 
 
