@@ -16,11 +16,11 @@ from diffusion.runtime import files
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object per step, and the same in TensorBoard.
+    """Writes metrics.jsonl, one JSON object per step, and the same numbers to TensorBoard.
 
-    Opening the log at the step a run resumes from drops the rows beyond it, which the run will write again;
-    what a killed run did not finish writing is dropped too. So no step is missing and none appears twice,
-    provided that a step's row is written before its checkpoint.
+    A run that resumes opens the log at its step. The rows after that step are dropped, because the run will write them
+    again, and so is the half-written last row of a killed run. If a step's row is written before its checkpoint, no
+    step is missing and none appears twice.
 
     Args:
         workdir: gets metrics.jsonl (the source of truth) and tensorboard/.
@@ -35,7 +35,7 @@ class MetricsLog:
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = path.open("a")
-        # Its thread ends where the disk is full; a short queue would then block the run forever.
+        # Its thread ends when the disk is full; a short queue would then block the run forever.
         self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), max_queue=10_000, purge_step=step + 1)
 
     def write(self, step: int, **scalars: SupportsFloat) -> None:
@@ -65,7 +65,7 @@ class MetricsLog:
         self._tensorboard.add_image(name, grid, step, dataformats="HWC")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be written was said by `write`
+        with contextlib.suppress(OSError):  # `write` has raised its error already
             self._rows.close()
             self._tensorboard.close()
 
@@ -77,10 +77,10 @@ class MetricsLog:
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, oldest first; [] if there are none yet.
+    """Returns the rows of metrics.jsonl, oldest first; [] if there are none yet.
 
     Raises:
-        ValueError: a row is damaged. (A last one that a killed run left half written is passed over.)
+        ValueError: a row is damaged. (A killed run's half-written last row is skipped.)
     """
     path = Path(workdir) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []

@@ -14,7 +14,7 @@ COLUMNS = 3  # of small panels
 FEW = 10  # points, which a line alone would not show
 
 def plot_loss(metrics: list[dict[str, Any]], path: str | Path) -> None:
-    """The training loss per step, its running mean, and the test loss where it was measured; below, what else was."""
+    """Plots the training loss with its running mean and the test loss, and below it every other logged metric."""
     others = list(dict.fromkeys(name for row in metrics for name in row if name not in ("step", "loss", "test_loss")))
     num_rows = -(-len(others) // COLUMNS)
     figure = Figure(figsize=(7, 4 + 1.7 * num_rows), layout="constrained")
@@ -58,7 +58,7 @@ def plot_bpd(
     prior_bpd: SupportsFloat,
     title: str = "",
 ) -> None:
-    """The variational bound per t, and the sum of its terms up to t. Ho et al. (2020), eq. 5.
+    """Plots the variational bound per t, and the sum of its terms up to t. Ho et al. (2020), eq. 5.
 
     Args:
         path: of the picture.
@@ -90,11 +90,11 @@ def plot_bpd(
 
 
 def plot_schedules(path: str | Path, log_snr: dict[str, Float[np.ndarray, " t"]], title: str = "") -> None:
-    """log SNR_t of several schedules against t/T: the first is drawn on top of the others.
+    """Plots log SNR_t of several schedules against t/T, the first on top of the others.
 
     Args:
         path: of the picture.
-        log_snr: by the schedule's name: entry t - 1 is that of t, of any T each.
+        log_snr: schedule's name -> log SNR_1…log SNR_T; T may differ.
         title: which run this is.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -115,11 +115,11 @@ def plot_rate_distortion(
     num_levels: int = 256,
     title: str = "",
 ) -> None:
-    """Progressive coding: what x̂_0 is worth after each step, and what it has cost. Ho et al. (2020), figure 5.
+    """Plots progressive coding: the error of x̂_0 after each reverse step, and its cost. Ho et al. (2020), figure 5.
 
     Args:
         path: of the picture.
-        rate_bpd: entry t - 1 is what x_T, …, x_t cost together, in bits/dim.
+        rate_bpd: entry t - 1 is the cost of x_T, …, x_t together, in bits/dim.
         rmse: entry t - 1 is the root mean squared error of x̂_0 given x_t, in pixel values.
         num_levels: how many pixel values the data have.
         title: which run this is.

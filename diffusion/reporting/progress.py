@@ -7,13 +7,13 @@ from tqdm import tqdm
 
 
 class Progress(tqdm):
-    """A progress bar with the time left, of process 0; one line every few seconds where the output is no terminal.
+    """A progress bar with the time left, on process 0; a line every ten seconds if the output is not a terminal.
 
     Args:
-        total: how many units the whole job has.
-        initial: how many of them were done before (a resumed run).
-        desc: what is going on: "train".
-        unit: what is counted: "step".
+        total: the number of units of the whole job.
+        initial: how many of them were done before, by a run that was stopped.
+        desc: what is being done, such as "train".
+        unit: what is counted, such as "step".
     """
 
     def __init__(self, total: int, initial: int = 0, desc: str = "", unit: str = "step"):

@@ -21,14 +21,14 @@ def write_json(path: Path, summary: dict[str, Any]) -> None:
     """Writes a summary, completely or not at all.
 
     Raises:
-        ValueError: a number is NaN or Inf, however deep it lies; the message names it.
+        ValueError: a number is NaN or Inf, at any depth; the message names it.
     """
-    # JSON has no word for NaN; Python would write one that other programs refuse.
+    # JSON has no NaN; Python would write one, which other programs refuse.
     files.write_text(path, json.dumps(checked_finite(_plain(summary)), indent=2, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
-    """The same with arrays as lists and numbers of NumPy and JAX as Python's."""
+    """Returns the value with arrays as lists, and NumPy's and JAX's numbers as Python's."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -37,7 +37,7 @@ def _plain(value: Any) -> Any:
 
 
 def checked_finite(numbers: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers; raises a ValueError that names the first one that is NaN or Inf, such as runs[2].test_bpd."""
+    """Returns the numbers; raises a ValueError that names the first NaN or Inf, such as runs[2].test_bpd."""
     for name, value in numbers.items():
         _check_finite(name, value)
     return numbers
@@ -55,7 +55,7 @@ def _check_finite(name: str, value: Any) -> None:
 
 
 class Stopwatch:
-    """How long a run took, over all its legs, whatever ended them; a context manager, from a leg's begin to its end.
+    """Measures the time of a run over all its legs; a context manager around one leg.
 
     Args:
         path: a file that keeps the seconds between the legs.
@@ -64,7 +64,7 @@ class Stopwatch:
         ValueError: the file is damaged.
     """
 
-    SAVE_SECONDS = 10  # about what a leg that is killed loses
+    SAVE_SECONDS = 10  # a leg that is killed loses at most about this much
 
     def __init__(self, path: Path):
         self._path = path
@@ -75,11 +75,11 @@ class Stopwatch:
             raise ValueError(f"{path} is damaged; delete it, and summary.json counts seconds from now on") from error
 
     def seconds(self) -> float:
-        """The time of the earlier legs and of this one so far."""
+        """Returns the time of the earlier legs and of this one so far."""
         return self._before + time.monotonic() - self._begun
 
     def tick(self) -> None:
-        """Saves the seconds if the last time was a while ago; called again and again, because a leg may be killed."""
+        """Saves the seconds if they were not saved for a while; called often, because a leg may be killed."""
         if time.monotonic() - self._saved >= self.SAVE_SECONDS:
             self._save()
 
@@ -96,12 +96,12 @@ class Stopwatch:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this project and the packages that the numbers depend on."""
+    """Returns the versions of Python, this project and the packages that the numbers depend on."""
     packages = {name: metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), "diffusion": __version__} | packages
 
 
 def device_name() -> str:
-    """All devices in words, such as "NVIDIA H200 ×1"."""
+    """Names all devices, such as "NVIDIA H200 ×1"."""
     devices = jax.devices()
     return f"{devices[0].device_kind} ×{len(devices)}"

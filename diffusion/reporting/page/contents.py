@@ -24,7 +24,7 @@ class Picture(NamedTuple):
 
 
 class Contents:
-    """The files of a directory, each read when it is asked for.
+    """Reads the files of a directory when they are asked for.
 
     Attributes:
         directory: where they lie.
@@ -63,7 +63,7 @@ class Contents:
             return missing
         try:
             return parse(self.directory / name)
-        except Exception as error:  # whatever a reader raises for bytes that are not what they should be
+        except Exception as error:  # a reader may raise anything for damaged bytes
             # Pillow, too, raises an OSError for a damaged file, but without an error number.
             is_damaged = not isinstance(error, OSError) or error.errno is None
             reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -30,7 +30,7 @@ METRICS = {
     "recall": ("recall", "higher"),
 }
 ERROR = "_stderr"
-# What is compared with the reference, by the ending of its entries. The error's ending comes before.
+# The ending of an entry of quality.json says what is compared with the reference. The error's ending comes before.
 COMPARED = {
     "": "samples",
     "_test_split": "test split",

@@ -104,7 +104,7 @@ def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
 
 
 def _tables(contents: Contents) -> list[str]:
-    """The tables that the sweep's program wrote, unrounded where it did not round."""
+    """The CSV files that the sweep's program wrote."""
     made = []
     for name in contents.matching("*.csv"):
         lines = list(csv.reader(io.StringIO(contents.text(name))))
