@@ -40,7 +40,7 @@ def page(contents: Contents) -> str:
     missing = [parts.element("p", f"{name}: {words}.") for name, words in MISSING.items() if not contents.has(name)]
     plots = [parts.figure(contents, name, words, words, MAX_PLOT_BYTES, is_plot=True) for name, words in PLOTS.items()]
     sections = [
-        ("samples", "Samples", _samples(contents)),
+        ("samples", "Samples", _samples(contents, config)),
         ("trajectory", "Denoising trajectory", _trajectory(contents)),
         ("bound", "Bits per dimension", numbers.bound(scores) + numbers.evaluations(contents)),
         ("quality", "Sample quality", numbers.quality(quality)),
@@ -115,10 +115,10 @@ def _cards(scores: dict[str, Any], quality: dict[str, Any], rows: list[dict[str,
     return cards
 
 
-def _samples(contents: Contents) -> list[str]:
+def _samples(contents: Contents, config: dict[str, Any]) -> list[str]:
     """The last samples, and those during training, evenly chosen where there are many."""
-    alt = "Samples of the model, side by side"
-    made = [parts.figure(contents, SAMPLES, alt, "The first samples, a row per class if they have labels", MAX_BYTES)]
+    caption = "The first samples" + (", a row per class" if config.get("model.conditional") else "")
+    made = [parts.figure(contents, SAMPLES, "Samples of the model, side by side", caption, MAX_BYTES)]
     matches = [re.fullmatch(r"samples_(\d+)\.png", name) for name in contents.matching("samples_*.png")]
     steps = sorted(int(match[1]) for match in matches if match)
     chosen = [steps[round(i * (len(steps) - 1) / (MAX_EARLIER - 1))] for i in range(MAX_EARLIER)] if steps else []

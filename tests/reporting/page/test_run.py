@@ -188,6 +188,13 @@ def test_a_run_without_its_base_says_so(run_directory, read_page):
     assert "There is no base.json" in read_page(run_directory).text()
 
 
+def test_samples_with_labels_are_said_to_have_a_row_per_class(tmp_path, make_run, read_page):
+    captions = {"The first samples": False, "The first samples, a row per class": True}
+    for caption, is_conditional in captions.items():
+        directory = make_run(tmp_path / str(is_conditional), model={"conditional": is_conditional})
+        assert caption in read_page(directory).of("figcaption")
+
+
 def test_large_pictures_are_shrunk_until_the_page_has_its_weight(run_directory, read_page):
     noise = np.random.default_rng(0).integers(0, 256, (800, 900, 3)).astype(np.uint8)  # 2.2 MB as PNG
     pictures.save_png(run_directory / "samples.png", noise)
