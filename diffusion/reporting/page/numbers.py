@@ -18,7 +18,6 @@ PARTS = {
     "label_gain_bpd": ("saved by the labels, paired by image", ".4f"),
     "images": ("images", ","),
 }
-REPEATED = "distortion_bpd"  # the decoder's term under a second name
 # Entry of quality.json: its name, and which values are better.
 METRICS = {
     "fid": ("FID", "lower"),
@@ -92,7 +91,8 @@ def _bound_table(scores: dict[str, Any], found: list[str]) -> str:
     """A row per part; entries that a later version of the program adds come last, under their own names."""
     known = [entry for entry in PARTS if entry in found]
     rows = []
-    for entry in [*known, *(entry for entry in found if entry not in (*PARTS, REPEATED))]:
+    others = [entry for entry in found if entry not in (*PARTS, "distortion_bpd")]  # that is the decoder's term again
+    for entry in known + others:
         words, form = PARTS.get(entry, (entry, ".4f"))
         values = [(scores.get(f"{split}_{entry}"), scores.get(f"{split}_{entry}{ERROR}")) for split in SPLITS]
         rows.append([words, *(with_error(value, error, form) for value, error in values)])

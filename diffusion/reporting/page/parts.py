@@ -14,7 +14,6 @@ from markupsafe import Markup
 from diffusion.reporting.page.contents import Contents
 
 UNKNOWN = "–"
-MAX_RAW_CHARACTERS = 30_000  # of a file that is shown as it is
 VISIBLE_WIDTH = 640  # pixels of the screen that small pictures are enlarged to, at most
 
 TEMPLATES = jinja2.Environment(
@@ -77,12 +76,8 @@ def facts(values: dict[str, str], class_: str = "facts") -> str:
 
 def folded(name: str, value: str | dict[str, Any]) -> str:
     """A text or JSON file as it is, behind its name; "" if there is nothing in it."""
-    if not value:
-        return ""
     text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
-    if len(text) > MAX_RAW_CHARACTERS:
-        text = f"{text[:MAX_RAW_CHARACTERS]}\n… ({len(text) - MAX_RAW_CHARACTERS:,} more characters in the file)"
-    return MACROS.folded(name, text)
+    return MACROS.folded(name, text) if value else ""
 
 
 def figure(contents: Contents, name: str, alt: str, caption: str, max_bytes: int, is_plot: bool = False) -> str:

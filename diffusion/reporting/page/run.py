@@ -29,7 +29,6 @@ MISSING = {  # file: what it would show, and what makes it
 # With all its pictures a page stays below 12 MB: in base64 they are 4/3 as large, and the rest is text.
 MAX_BYTES, MAX_TRAJECTORY_BYTES, MAX_PLOT_BYTES, MAX_SMALL_BYTES = 2**21, 2**20, 2**19, 2**18
 MAX_EARLIER = 8  # pictures of samples during training
-MAX_SECONDS = 10**10
 
 
 def page(contents: Contents) -> str:
@@ -110,7 +109,7 @@ def _cards(scores: dict[str, Any], quality: dict[str, Any], rows: list[dict[str,
     if losses and not scores:
         cards[f"loss at step {text_of(rows[-1]['step'])}"] = number(losses[-1])
     seconds = scores.get("seconds")
-    if is_number(seconds) and 0 <= seconds < MAX_SECONDS:
+    if is_number(seconds) and 0 <= seconds < 10**10:
         cards[f"time, on {text_of(scores.get('device'))}"] = str(datetime.timedelta(seconds=round(seconds)))
     return cards
 
