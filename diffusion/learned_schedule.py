@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree
 
 from diffusion import process
 from diffusion.gaussian import log1mexp
-from diffusion.schedules import Schedule
+from diffusion.schedules import Row, Schedule
 
 NAME = "learned"  # as schedule.name, next to the fixed ones of `schedules.SCHEDULES`
 SUBTREE = "schedule"  # where the parameters lie, next to the modules of the network
@@ -146,9 +146,9 @@ def with_fixed_inner(params: PyTree) -> PyTree:
 
 
 def losses(
-    losses_of: Callable[[PyTree, Schedule], tuple[Float[Array, " b"], PyTree]],
+    losses_of: Callable[[PyTree, Row], tuple[Float[Array, " b"], PyTree]],
     params: PyTree,
-    rows_of: Callable[[PyTree], Schedule],
+    rows_of: Callable[[PyTree], Row],
     inner: Inner,
 ) -> tuple[Float[Array, " b"], PyTree]:
     """losses_of(params, rows_of(params)), with the gradient that `inner` asks for.

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from diffusion import gaussian, process
 from diffusion.reverse import DECODERS, Denoise, Reverse
-from diffusion.schedules import Schedule
+from diffusion.schedules import Row, Schedule
 
 
 class Protocol(NamedTuple):
@@ -95,7 +95,7 @@ def prior_bpd(schedule: Schedule, x0: Float[ArrayLike, "h w c"]) -> Float[ArrayL
 
 
 def bayes_decoder_bpd(
-    row: Schedule, x0: Float[ArrayLike, "h w c"], eps: Float[ArrayLike, "h w c"], num_levels: int = 256
+    row: Row, x0: Float[ArrayLike, "h w c"], eps: Float[ArrayLike, "h w c"], num_levels: int = 256
 ) -> Float[ArrayLike, ""]:
     """L_0 of one image under the decoder "bayes", in bits/dim: it needs no network.
 
@@ -111,7 +111,7 @@ def bayes_decoder_bpd(
 
 
 # Something to know of one image at one t: (row, x0, x_t, eps, output) -> a tree of numbers.
-Measure = Callable[[Schedule, Array, Array, Array, Array], PyTree]
+Measure = Callable[[Row, Array, Array, Array, Array], PyTree]
 
 
 def term_and_x0_mse(
@@ -166,12 +166,12 @@ def vlb_terms_bpd(
 
 def at_one_t(
     denoise: Denoise,
-    row: Schedule,
+    row: Row,
     x0: Float[ArrayLike, "b h w c"],
     keys: Key[Array, " b"],
     measure: Measure,
 ) -> PyTree:
-    """The measure of each image, each with a t of its own: row is `schedule[t]` for t [B].
+    """The measure of each image, each with a t of its own: row is `schedule[t]` for t [B], or the instants of real t.
 
     ε is drawn from the image's key and t.
     """

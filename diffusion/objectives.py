@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 from diffusion import likelihood
 from diffusion.parameterizations import weighted_error, x0_per_output
 from diffusion.reverse import Reverse
-from diffusion.schedules import Schedule
+from diffusion.schedules import Row, Schedule
 
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
-Objective = Callable[[Schedule, Array, Array, Array, Array], Loss]
+Objective = Callable[[Row, Array, Array, Array, Array], Loss]
 Weighting = Callable[[Schedule], Array]  # the weight of t's squared error, from the row of t
 
 
@@ -129,7 +129,7 @@ def vdm(setting: Setting) -> Objective:
     Kingma et al. (2021, VDM): eq. 14, (T − 1)/2 expm1(γ_t − γ_{t−1}) ‖ε − ε̂‖², or eq. 17, ½ γ' ‖ε − ε̂‖².
     """
 
-    def loss(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Loss:
+    def loss(row: Row, x0: Array, x_t: Array, eps: Array, output: Array) -> Loss:
         nats = weighted_error(setting.p, row, x0, x_t, eps, output)
         bpd = (setting.num_steps - 1) * likelihood.bits_per_dim(nats)
         return bpd, {"kl_bpd": bpd}

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Key, PyTree, Real
 
 from diffusion import continuous_time, learned_schedule, likelihood
 from diffusion.learned_schedule import Inner
-from diffusion.schedules import Schedule
+from diffusion.schedules import Row, Schedule
 
 Losses = tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]
 
@@ -22,7 +22,7 @@ class TrainedSchedule(NamedTuple):
     """
 
     of_params: Callable[[PyTree], Schedule]
-    at_rows: Callable[[Callable[[PyTree, Schedule], Losses], PyTree, Real[Array, " b"]], Losses]
+    at_rows: Callable[[Callable[[PyTree, Row], Losses], PyTree, Real[Array, " b"]], Losses]
     extra_terms: Callable[[PyTree, Key[Array, " b"], Array], dict[str, Float[Array, " b"]]]
 
 
@@ -45,7 +45,7 @@ def make(
     """
 
     def at_rows(losses_at: Callable, params: PyTree, t: Real[Array, " b"]) -> Losses:
-        def rows_of(params: PyTree) -> Schedule:
+        def rows_of(params: PyTree) -> Row:
             return continuous_time.rows(of_params(params), t)
 
         if inner is None:

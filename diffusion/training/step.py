@@ -16,7 +16,7 @@ from diffusion.data.levels import to_unit
 from diffusion.guidance import NO_LABEL
 from diffusion.objectives import Objective
 from diffusion.runtime import randomness
-from diffusion.schedules import Schedule
+from diffusion.schedules import Row
 from diffusion.timesteps import TimestepSampler
 from diffusion.training import bookkeeping
 from diffusion.training.schedule import TrainedSchedule
@@ -103,7 +103,7 @@ def mean_loss(
     eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_keys)
     given = {"labels": labels} if training.conditional else {}
 
-    def losses_at(params: PyTree, row: Schedule):
+    def losses_at(params: PyTree, row: Row):
         x_t = jax.vmap(process.q_sample)(row, x0, eps)
         own_keys = dropout_keys if dropout else None
         output = training.network.apply({"params": params}, x_t, row.network_t, own_keys, **given)
