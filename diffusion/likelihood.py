@@ -11,9 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion import gaussian, process
+from diffusion.batching import if_any
 from diffusion.reverse import DECODERS, Denoise, Reverse
 from diffusion.schedules import Row, Schedule
 
@@ -66,26 +67,10 @@ def vlb_term_bpd(
         decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats; None for that of `p`.
     """
     p_prev, _ = p(row, x_t, output, clip_x0)
-    decoder_nats = at_first_step(row, lambda: -(decoder or DECODERS[p.decoder])(p_prev, x0, num_levels))
+    log_mass = decoder or DECODERS[p.decoder]
+    decoder_nats = if_any(row.t == 1, lambda: -log_mass(p_prev, x0, num_levels))
     kl_nats = gaussian.kl(process.q_posterior(row, x0, x_t), p_prev)
     return bits_per_dim(jnp.where(row.t == 1, decoder_nats, kl_nats))
-
-
-def at_first_step(row: Schedule, decoder_nats: Callable[[], Array]) -> Array:
-    """The decoder's nats for t = 1. Of a batch without t = 1 they are zeros and cost nothing, and they are slow."""
-    like = jax.eval_shape(decoder_nats)
-    return jax.lax.cond(_any_example(row.t == 1), decoder_nats, lambda: jnp.zeros(like.shape, like.dtype))
-
-
-@jax.custom_batching.custom_vmap
-def _any_example(condition: Bool[ArrayLike, ""]) -> Bool[ArrayLike, ""]:
-    """Under vmap, whether it holds for any example: one answer, so that `lax.cond` remains a choice."""
-    return condition
-
-
-@_any_example.def_vmap
-def _any_example_vmap(axis_size: int, in_batched: list[bool], condition: Array) -> tuple[Array, bool]:
-    return _any_example(condition.any(axis=0)), False
 
 
 def prior_bpd(schedule: Schedule, x0: Float[ArrayLike, "h w c"]) -> Float[ArrayLike, ""]:
