@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from diffusion import continuous_time, likelihood, parameterizations
 from diffusion.data import Source
 from diffusion.evaluation.images import subset
-from diffusion.evaluation.pairs import Pairs
+from diffusion.evaluation.pairs import ImageTimePairs
 from diffusion.experiment import build, workdir
 from diffusion.likelihood import Measure
 from diffusion.model import Model
@@ -92,7 +92,7 @@ def image_bpd(
     u = (offsets + np.arange(points)) / points
     whole = 1 + np.ceil(u * num_terms).clip(1, num_terms).astype(np.int32)
     t = (1 + u * num_terms).astype(np.float32) if num_steps is None else whole
-    pairs, replicated = Pairs(measure_of, **settings), devices.replicate(model)
+    pairs, replicated = ImageTimePairs(measure_of, **settings), devices.replicate(model)
     terms = pairs.all(replicated, test_set, numbers, t, f"T = {num_steps or '∞'}")
     ends = pairs.all(replicated, test_set, numbers, np.ones((len(numbers), 1), np.int32), "ends")
     return ends.sum(axis=1) + num_terms * terms.mean(axis=1)

@@ -174,7 +174,7 @@ def _batches(
     """The steps and the batch of each call still to make; a batch is made while the calls before it are computed."""
     place = (parallel.resident if on_devices else parallel.streamed)(train_set, training.conditional)
     calls = _calls(plan, training.log_every, begin, training.batch_size, len(train_set))
-    return prefetch.ahead((steps, place(indices)) for steps, indices in calls)
+    return prefetch.prefetched((steps, place(indices)) for steps, indices in calls)
 
 
 def _save(checkpoints: Checkpoints, step: int, state: Replicated, metrics: dict[str, float]) -> None:
