@@ -143,7 +143,7 @@ def test_the_loss_is_vdm_s_and_so_are_the_gradients_of_the_learned_ends(times, t
 
 def test_the_inner_schedule_minimises_the_estimator_s_second_moment():
     """The logits' gradient is that of E[(½ γ' ‖ε − ε̂‖²)²], of the diffusion loss alone, in float64."""
-    made = training("continuous", "variance")
+    made = training("continuous", "second_moment")
 
     def mean_loss(own):
         return step.mean_loss(made, {learned_schedule.SUBTREE: own}, examples(REAL_T))[0]

@@ -93,7 +93,7 @@ class Examples(NamedTuple):
 def mean_loss(
     training: Training, params: PyTree, examples: Examples, dropout: bool = True
 ) -> tuple[Float[Array, ""], tuple[dict[str, Float[Array, ""]], Float[Array, " b"]]]:
-    """The mean of weight × loss, whose gradient is a training step. Ho et al. (2020), algorithm 1.
+    """The mean of weight × loss, whose gradient is a training step. Ho et al. (2020), algorithm 1, line 5.
 
     Returns:
         The mean, and besides the means of the loss and its parts by name, and each example's loss without its weight.
@@ -103,8 +103,8 @@ def mean_loss(
     eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_keys)
     given = {"labels": labels} if training.conditional else {}
 
-    def losses_at(params: PyTree, row: Row):
-        x_t = jax.vmap(process.q_sample)(row, x0, eps)
+    def losses_at(params: PyTree, row: Row):  # a function of the rows: a learned schedule has its own gradient
+        x_t = jax.vmap(process.q_sample)(row, x0, eps)  # eq. 4
         own_keys = dropout_keys if dropout else None
         output = training.network.apply({"params": params}, x_t, row.network_t, own_keys, **given)
         return jax.vmap(training.objective)(row, x0, x_t, eps, output)

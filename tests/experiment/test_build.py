@@ -177,7 +177,7 @@ def test_models_of_equal_configs_are_one_program(params):
 
 
 def test_a_learned_schedule_is_in_the_parameters(params):
-    experiment = made(schedule__name="learned(start='cosine', inner='variance')")
+    experiment = made(schedule__name="learned(start='cosine', inner='second_moment')")
     assert experiment.learns_schedule
     own = learned_schedule.init(experiment.start_schedule) | {"gamma_1": jnp.float32(-3.0)}
     model = experiment.model(params | {learned_schedule.SUBTREE: own})

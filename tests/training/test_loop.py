@@ -185,7 +185,7 @@ def test_a_bad_update_inside_a_call_is_left_out_alone(run, tmp_path, monkeypatch
 
 
 def test_a_learned_schedule_is_trained_inside_a_call(run, tmp_path):
-    keys = {"schedule__name": "learned(start='cosine', inner='variance')"}
+    keys = {"schedule__name": "learned(start='cosine', inner='second_moment')"}
     state = assert_calls_of_four_are_single_steps(run, tmp_path, **keys)
     assert {"schedule", "pixel", "time"} >= set(state.params) > {"pixel", "time"}
 
