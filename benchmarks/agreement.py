@@ -8,6 +8,7 @@ mean square of the result that comes second. Float32 keeps 24 binary digits (1e-
 (4e-3); a network of thirty layers adds up a few of those.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -89,10 +90,9 @@ def results(args, dtype: str, precision: str, device: jax.Device) -> dict[str, P
     keys = jax.random.split(jax.random.key(0), args.batch_size)
 
     def compute(params, noise, images, t, keys):
-        def mean_loss(params):
-            return step.losses(training, params, t, keys, to_unit(images, 256), True)[0].mean()
-
-        loss, gradient = jax.value_and_grad(mean_loss)(params)
+        examples = step.Examples(to_unit(images, 256), None, t, jnp.ones(len(t)), keys)
+        mean_loss = partial(step.mean_loss, training)
+        (loss, _), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params, examples)
         output = training.network.apply({"params": params}, noise, t - 1)
         return {"output": output, "loss": loss, "gradient norm": optax.global_norm(gradient), "gradient": gradient}
 

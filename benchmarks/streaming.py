@@ -102,7 +102,7 @@ def arms(source: Source, batch_size: int, pause: float, forgotten: Path | None) 
                 time.sleep(seconds)
 
     def take_during() -> None:
-        with closing(prefetch.ahead(batches())) as ahead:
+        with closing(prefetch.prefetched(batches())) as ahead:
             take(ahead, pause)
 
     return {

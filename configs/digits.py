@@ -19,7 +19,7 @@ from configs import digits_fixed
 def get_config() -> ConfigDict:
     """What differs from the base of the studies."""
     config = digits_fixed.get_config()
-    config.schedule.name = "learned(start='cosine', inner='variance')"
+    config.schedule.name = "learned(start='cosine', inner='second_moment')"
     config.train.num_steps = 1600
     config.train.checkpoint_every = 800
     config.train.sample_every = 800

@@ -19,7 +19,7 @@ from configs import digits_fixed
 def get_config() -> ConfigDict:
     """What differs from the base of the studies."""
     config = digits_fixed.get_config()
-    config.schedule.name = "learned(start='linear_gamma(gamma_min=-7.5)', inner='variance')"
+    config.schedule.name = "learned(start='linear_gamma(gamma_min=-7.5)', inner='second_moment')"
     config.schedule.num_steps = 1000  # of the curve, of sampling and scoring: T = 100 would cost 0.11 bits/dim more
     config.model.variance = "fixed_small"
     config.model.conditioning = "gamma"

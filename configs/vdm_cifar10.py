@@ -10,9 +10,9 @@ Memory   at most 33 GiB by --mode=describe, in two microbatches; 66 GiB in one
 Expect   the paper: 2.65 bits/dim without augmentation; its authors' program later 2.637. Not run here
 
 The settings are those of the authors' program: continuous time, γ from −13.3 to 5 with both ends learned and the curve
-between them straight (learned(inner='variance') also trains the curve), the network told γ, no flips. What differs:
-bfloat16; pixel values at u/127.5 − 1 in place of bin centres; the output is ε̂ itself, theirs is added to x_t; our
-initialization, and Adam without decay at 5e-3 for the two ends.
+between them straight (learned(inner='second_moment') also trains the curve), the network told γ, no flips. What
+differs: bfloat16; pixel values at u/127.5 − 1 in place of bin centres; the output is ε̂ itself, theirs is added to x_t;
+our initialization, and Adam without decay at 5e-3 for the two ends.
 """
 
 from ml_collections import ConfigDict

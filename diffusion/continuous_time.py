@@ -17,45 +17,28 @@ from jaxtyping import Array, Real
 
 from diffusion import process
 from diffusion.learned_schedule import from_gamma
-from diffusion.schedules import Schedule
+from diffusion.schedules import Instant, Row, Schedule
 
 
-def rows(schedule: Schedule, t: Real[Array, "*b"]) -> Schedule:
+def rows(schedule: Schedule, t: Real[Array, "*b"]) -> Row:
     """The rows of t: those of steps, `schedule[t]`, for integers; instants for real numbers."""
     return at(schedule, t) if jnp.issubdtype(t.dtype, jnp.floating) else schedule[t]
 
 
-def at(schedule: Schedule, t: Real[Array, "*b"]) -> Schedule:
-    """The rows of the instants t in [1, T], as of infinitely short steps that end there; differentiable in γ.
-
-    β, β̃ and the coefficient of x_0 in μ̃ are 0, as in this limit. `gamma_slope` is dγ/dt, `t` the step that the
-    instant belongs to, and `network_t` is linear between the table's entries.
-    """
+def at(schedule: Schedule, t: Real[Array, "*b"]) -> Instant:
+    """The instants t in [1, T]; differentiable in γ. `network_t` is linear between the table's entries."""
     step_number = jnp.clip(jnp.ceil(t).astype(jnp.int32), 2, schedule.num_steps)
     back = step_number.astype(t.dtype) - t  # how much of the step is still to come
     row, before = schedule[step_number], schedule[step_number - 1]
     # Not the difference of two γ, which would cancel: see `process.gamma_step`.
     slope = jax.vmap(process.gamma_step)(row) if t.ndim else process.gamma_step(row)
     gamma = -row.log_snr - back * slope
-    log_alpha_bar, log_one_minus_alpha_bar = -jax.nn.softplus(gamma), -jax.nn.softplus(-gamma)
-    zero, minus_infinity = jnp.zeros_like(gamma), jnp.full_like(gamma, -jnp.inf)
-    return Schedule(
+    return Instant(
         t=step_number,
         network_t=row.network_t - back * (row.network_t - before.network_t),
-        beta=zero,
-        log_beta=minus_infinity,
-        log_alpha=zero,
-        alpha_bar=jnp.exp(log_alpha_bar),
-        alpha_bar_prev=jnp.exp(log_alpha_bar),
-        sqrt_alpha_bar=jnp.exp(0.5 * log_alpha_bar),
-        sqrt_one_minus_alpha_bar=jnp.exp(0.5 * log_one_minus_alpha_bar),
-        log_one_minus_alpha_bar=log_one_minus_alpha_bar,
+        sqrt_alpha_bar=jnp.exp(-0.5 * jax.nn.softplus(gamma)),
+        sqrt_one_minus_alpha_bar=jnp.exp(-0.5 * jax.nn.softplus(-gamma)),
         log_snr=-gamma,
-        beta_tilde=zero,
-        log_beta_tilde=minus_infinity,
-        log_beta_large=minus_infinity,
-        posterior_x0=zero,
-        posterior_x_t=zero + 1,
         gamma_slope=slope,
     )
 

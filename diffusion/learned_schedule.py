@@ -19,12 +19,13 @@ from jaxtyping import Array, Float, PyTree
 
 from diffusion import process
 from diffusion.gaussian import log1mexp
-from diffusion.schedules import Schedule
+from diffusion.schedules import Row, Schedule
 
 NAME = "learned"  # as schedule.name, next to the fixed ones of `schedules.SCHEDULES`
 SUBTREE = "schedule"  # where the parameters lie, next to the modules of the network
-# How the logits are trained: by the bound's gradient, by that of the loss's second moment, or not at all.
-Inner = Literal["bound", "variance", "fixed"]
+# How the logits are trained: by the bound's gradient, by that of the losses' second moment, or not at all. Older runs
+# call the second moment "variance".
+Inner = Literal["bound", "second_moment", "fixed", "variance"]
 # The part of γ_T − γ_1 that is divided evenly: no step vanishes, whatever the logits are.
 EVEN_SHARE = 0.01
 
@@ -49,6 +50,8 @@ class Learned:
     def __post_init__(self):
         if not 0 < self.learning_rate <= 10:
             raise ValueError(f"schedule.name: learning_rate={self.learning_rate} of learned must be in (0, 10]")
+        if self.inner == "variance":
+            object.__setattr__(self, "inner", "second_moment")
 
 
 def init(start: Schedule) -> dict[str, Array]:
@@ -146,15 +149,15 @@ def with_fixed_inner(params: PyTree) -> PyTree:
 
 
 def losses(
-    losses_of: Callable[[PyTree, Schedule], tuple[Float[Array, " b"], PyTree]],
+    losses_of: Callable[[PyTree, Row], tuple[Float[Array, " b"], PyTree]],
     params: PyTree,
-    rows_of: Callable[[PyTree], Schedule],
+    rows_of: Callable[[PyTree], Row],
     inner: Inner,
 ) -> tuple[Float[Array, " b"], PyTree]:
     """losses_of(params, rows_of(params)), with the gradient that `inner` asks for.
 
-    "bound": all gradients are those of the losses. "variance": the logits get the gradient of the squared losses of
-    t > 1 instead, which are the KL terms. Where the bound hardly depends on the logits, as for a large T, that
+    "bound": all gradients are those of the losses. "second_moment": the logits get the gradient of the squared losses
+    of t > 1 instead, which are the KL terms. Where the bound hardly depends on the logits, as for a large T, that
     minimises these losses' variance over t and ε, since E[L²] = Var L + (E L)². One backward pass serves both,
     because ∂L²/∂row = 2L ∂L/∂row for each example. VDM, appendix H. "fixed": the logits get no gradient, so only the
     two ends are learned. Whatever a row has of γ, also what the network is told, passes its gradient, as in VDM.
@@ -163,7 +166,7 @@ def losses(
         losses_of: (params, rows with leaves [B]) -> each example's loss, and further results without a gradient.
         params: the network's, with the schedule's under SUBTREE.
         rows_of: the same params -> the rows, with leaves [B]: of `schedule` at some t.
-        inner: "bound", "variance" or "fixed".
+        inner: "bound", "second_moment" or "fixed".
     """
     if inner == "bound":
         return losses_of(params, rows_of(params))

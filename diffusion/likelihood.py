@@ -11,11 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion import gaussian, process
+from diffusion.batching import if_any
 from diffusion.reverse import DECODERS, Denoise, Reverse
-from diffusion.schedules import Schedule
+from diffusion.schedules import Row, Schedule
 
 
 class Protocol(NamedTuple):
@@ -66,26 +67,10 @@ def vlb_term_bpd(
         decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats; None for that of `p`.
     """
     p_prev, _ = p(row, x_t, output, clip_x0)
-    decoder_nats = at_first_step(row, lambda: -(decoder or DECODERS[p.decoder])(p_prev, x0, num_levels))
+    log_mass = decoder or DECODERS[p.decoder]
+    decoder_nats = if_any(row.t == 1, lambda: -log_mass(p_prev, x0, num_levels))
     kl_nats = gaussian.kl(process.q_posterior(row, x0, x_t), p_prev)
     return bits_per_dim(jnp.where(row.t == 1, decoder_nats, kl_nats))
-
-
-def at_first_step(row: Schedule, decoder_nats: Callable[[], Array]) -> Array:
-    """The decoder's nats for t = 1. Of a batch without t = 1 they are zeros and cost nothing, and they are slow."""
-    like = jax.eval_shape(decoder_nats)
-    return jax.lax.cond(_any_example(row.t == 1), decoder_nats, lambda: jnp.zeros(like.shape, like.dtype))
-
-
-@jax.custom_batching.custom_vmap
-def _any_example(condition: Bool[ArrayLike, ""]) -> Bool[ArrayLike, ""]:
-    """Under vmap, whether it holds for any example: one answer, so that `lax.cond` remains a choice."""
-    return condition
-
-
-@_any_example.def_vmap
-def _any_example_vmap(axis_size: int, in_batched: list[bool], condition: Array) -> tuple[Array, bool]:
-    return _any_example(condition.any(axis=0)), False
 
 
 def prior_bpd(schedule: Schedule, x0: Float[ArrayLike, "h w c"]) -> Float[ArrayLike, ""]:
@@ -95,7 +80,7 @@ def prior_bpd(schedule: Schedule, x0: Float[ArrayLike, "h w c"]) -> Float[ArrayL
 
 
 def bayes_decoder_bpd(
-    row: Schedule, x0: Float[ArrayLike, "h w c"], eps: Float[ArrayLike, "h w c"], num_levels: int = 256
+    row: Row, x0: Float[ArrayLike, "h w c"], eps: Float[ArrayLike, "h w c"], num_levels: int = 256
 ) -> Float[ArrayLike, ""]:
     """L_0 of one image under the decoder "bayes", in bits/dim: it needs no network.
 
@@ -111,7 +96,7 @@ def bayes_decoder_bpd(
 
 
 # Something to know of one image at one t: (row, x0, x_t, eps, output) -> a tree of numbers.
-Measure = Callable[[Schedule, Array, Array, Array, Array], PyTree]
+Measure = Callable[[Row, Array, Array, Array, Array], PyTree]
 
 
 def term_and_x0_mse(
@@ -166,12 +151,12 @@ def vlb_terms_bpd(
 
 def at_one_t(
     denoise: Denoise,
-    row: Schedule,
+    row: Row,
     x0: Float[ArrayLike, "b h w c"],
     keys: Key[Array, " b"],
     measure: Measure,
 ) -> PyTree:
-    """The measure of each image, each with a t of its own: row is `schedule[t]` for t [B].
+    """The measure of each image, each with a t of its own: row is `schedule[t]` for t [B], or the instants of real t.
 
     ε is drawn from the image's key and t.
     """

@@ -6,6 +6,7 @@ and name the culprit where a loss is NaN or Inf. The caller takes the batch's me
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,20 @@ from jaxtyping import Array, Float
 from diffusion import likelihood
 from diffusion.parameterizations import weighted_error, x0_per_output
 from diffusion.reverse import Reverse
-from diffusion.schedules import Schedule
+from diffusion.schedules import Row, Schedule
 
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
-Objective = Callable[[Schedule, Array, Array, Array, Array], Loss]
+Objective = Callable[[Row, Array, Array, Array, Array], Loss]
 Weighting = Callable[[Schedule], Array]  # the weight of t's squared error, from the row of t
+
+
+class Setting(NamedTuple):
+    """What an objective is made for."""
+
+    p: Reverse
+    num_steps: int  # T
+    num_levels: int  # how many pixel values the data have
+    weighting: Weighting  # of the simple loss
 
 
 def unweighted(p: Reverse) -> Weighting:
@@ -63,36 +73,35 @@ def _of_x0_error(p: Reverse, log_weight: Callable[[Array], Array]) -> Weighting:
 WEIGHTINGS = {"none": unweighted, "p2": p2, "min_snr": min_snr}
 
 
-def simple(p: Reverse, num_steps: int, num_levels: int, weighting: Weighting) -> Objective:
+def simple(setting: Setting) -> Objective:
     """The mean squared error of the prediction, times its weight. L_simple of Ho et al. (2020), eq. 14, for ε.
 
     The part "mse" is the error without the weight.
     """
 
     def loss(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Loss:
-        predicted, _ = p.split(output)
-        mse = jnp.mean((p.target(row, x0, x_t, eps) - predicted) ** 2)
-        return weighting(row) * mse, {"mse": mse}
+        predicted, _ = setting.p.split(output)
+        mse = jnp.mean((setting.p.target(row, x0, x_t, eps) - predicted) ** 2)
+        return setting.weighting(row) * mse, {"mse": mse}
 
     return loss
 
 
-def vlb(p: Reverse, num_steps: int, num_levels: int, weighting: Weighting) -> Objective:
+def vlb(setting: Setting) -> Objective:
     """T times the bound's term: with t uniform, an unbiased estimate of the bound less its prior term, in bits/dim.
 
     Ho et al. (2020), eq. 5. x̂_0 is not clipped: the clip would have no gradient.
     """
 
     def loss(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Loss:
-        bpd = num_steps * likelihood.vlb_term_bpd(p, row, x0, x_t, output, num_levels, clip_x0=False)
+        term = likelihood.vlb_term_bpd(setting.p, row, x0, x_t, output, setting.num_levels, clip_x0=False)
+        bpd = setting.num_steps * term
         return bpd, {"vlb_bpd": bpd}
 
     return loss
 
 
-def hybrid(
-    p: Reverse, num_steps: int, num_levels: int, weighting: Weighting, vlb_weight: float = 0.001
-) -> Objective:
+def hybrid(setting: Setting, vlb_weight: float = 0.001) -> Objective:
     """L_simple + 0.001 L_vlb, where the bound trains the variance only. Nichol & Dhariwal (2021), eq. 16.
 
     Raises:
@@ -100,11 +109,10 @@ def hybrid(
     """
     if vlb_weight < 0:
         raise ValueError(f"objective.name: vlb_weight={vlb_weight} of hybrid must be at least 0")
-    of_mean = simple(p, num_steps, num_levels, weighting)
-    of_variance = vlb(p, num_steps, num_levels, weighting)
+    of_mean, of_variance = simple(setting), vlb(setting)
 
     def loss(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Loss:
-        predicted, raw_variance = p.split(output)
+        predicted, raw_variance = setting.p.split(output)
         weighted_mse, parts = of_mean(row, x0, x_t, eps, output)
         variance_only = jnp.concatenate([jax.lax.stop_gradient(predicted), raw_variance], axis=-1)
         bpd, bound_parts = of_variance(row, x0, x_t, eps, variance_only)
@@ -113,7 +121,7 @@ def hybrid(
     return loss
 
 
-def vdm(p: Reverse, num_steps: int, num_levels: int, weighting: Weighting) -> Objective:
+def vdm(setting: Setting) -> Objective:
     """T − 1 times one KL term of t > 1, or the continuous-time loss at an instant between steps, in bits/dim.
 
     For t uniform it is an unbiased estimate of the bound without the prior's and the decoder's term, which the train
@@ -121,9 +129,9 @@ def vdm(p: Reverse, num_steps: int, num_levels: int, weighting: Weighting) -> Ob
     Kingma et al. (2021, VDM): eq. 14, (T − 1)/2 expm1(γ_t − γ_{t−1}) ‖ε − ε̂‖², or eq. 17, ½ γ' ‖ε − ε̂‖².
     """
 
-    def loss(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Loss:
-        nats = weighted_error(p, row, x0, x_t, eps, output)
-        bpd = (num_steps - 1) * likelihood.bits_per_dim(nats)
+    def loss(row: Row, x0: Array, x_t: Array, eps: Array, output: Array) -> Loss:
+        nats = weighted_error(setting.p, row, x0, x_t, eps, output)
+        bpd = (setting.num_steps - 1) * likelihood.bits_per_dim(nats)
         return bpd, {"kl_bpd": bpd}
 
     return loss
@@ -164,4 +172,5 @@ def make(
     Returns:
         (row, x0 [H, W, C], x_t, eps, output [H, W, p.output_channels(C)]) -> the loss and its named parts.
     """
-    return OBJECTIVES[objective](p, num_steps, num_levels, weighting or unweighted(p), **arguments)
+    setting = Setting(p, num_steps, num_levels, weighting or unweighted(p))
+    return OBJECTIVES[objective](setting, **arguments)

@@ -10,19 +10,19 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from diffusion.reverse import PREDICTIONS, VARIANCES, Reverse
-from diffusion.schedules import Schedule
+from diffusion.schedules import Instant, Row
 
 
-def x0_per_output(p: Reverse, row: Schedule) -> Float[ArrayLike, ""]:
+def x0_per_output(p: Reverse, row: Row) -> Float[ArrayLike, ""]:
     """∂x̂_0/∂output at fixed x_t: −1/√SNR_t for ε, 1 for x_0, −1/√(1 + SNR_t) for v, 1/(coefficient of x_0 in μ̃_t).
 
     Its square is what a squared error of the output means as a squared error of x̂_0.
     """
-    zero = jnp.zeros_like(row.beta)
+    zero = jnp.zeros_like(row.log_snr)
     return PREDICTIONS[p.prediction].to_x0(row, zero, zero + 1)
 
 
-def bound_weight(p: Reverse, row: Schedule) -> Float[ArrayLike, ""]:
+def bound_weight(p: Reverse, row: Row) -> Float[ArrayLike, ""]:
     """w_t in L_{t−1} = w_t ‖target − output‖² + what differing variances cost, in nats, for t > 1 and an unclipped x̂_0.
 
     w_t = (coefficient of x_0 in μ̃_t · ∂x̂_0/∂output)² / (2σ_t²). For σ_t² = β̃_t this is
@@ -46,7 +46,7 @@ def bound_weight(p: Reverse, row: Schedule) -> Float[ArrayLike, ""]:
     if p.learns_variance:
         fixed = ", ".join(name for name, variance in VARIANCES.items() if not variance.is_learned)
         raise ValueError(f"variance={p.variance!r} depends on the network, and so does the weight; take one of {fixed}")
-    if row.gamma_slope is not None:
+    if isinstance(row, Instant):
         # ½ dγ/dt SNR ‖x_0 − x̂_0‖²: Kingma et al. (2021, VDM), eqs. 16 and 17.
         return 0.5 * row.gamma_slope * jnp.exp(row.log_snr) * x0_per_output(p, row) ** 2
     log_var = VARIANCES[p.variance].log_var(row, jnp.zeros_like(row.beta))
@@ -55,7 +55,7 @@ def bound_weight(p: Reverse, row: Schedule) -> Float[ArrayLike, ""]:
 
 def weighted_error(
     p: Reverse,
-    row: Schedule,
+    row: Row,
     x0: Float[ArrayLike, "*shape"],
     x_t: Float[ArrayLike, "*shape"],
     eps: Float[ArrayLike, "*shape"],

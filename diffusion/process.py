@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from diffusion.gaussian import Gaussian
-from diffusion.schedules import Schedule
+from diffusion.schedules import Row, Schedule
 
 
 def q_marginal(row: Schedule, x0: Float[ArrayLike, "*shape"]) -> Gaussian:
@@ -18,7 +18,7 @@ def q_marginal(row: Schedule, x0: Float[ArrayLike, "*shape"]) -> Gaussian:
 
 
 def q_sample(
-    row: Schedule, x0: Float[ArrayLike, "*shape"], eps: Float[ArrayLike, "*shape"]
+    row: Row, x0: Float[ArrayLike, "*shape"], eps: Float[ArrayLike, "*shape"]
 ) -> Float[ArrayLike, "*shape"]:
     """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, a sample of q(x_t | x_0) for ε ~ N(0, I). Ho et al. (2020), eq. 4."""
     return row.sqrt_alpha_bar * x0 + row.sqrt_one_minus_alpha_bar * eps

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from diffusion import gaussian, process
 from diffusion.gaussian import Gaussian
-from diffusion.schedules import Schedule
+from diffusion.schedules import Row, Schedule
 
 # A network as the math wants it: (x_t [B, H, W, C], network_t [B]) -> output [B, H, W, Reverse.output_channels(C)].
 Denoise = Callable[[Array, Array], Array]
@@ -133,7 +133,7 @@ class Reverse:
 
     def target(
         self,
-        row: Schedule,
+        row: Row,
         x0: Float[ArrayLike, "*shape"],
         x_t: Float[ArrayLike, "*shape"],
         eps: Float[ArrayLike, "*shape"],

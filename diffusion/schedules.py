@@ -49,8 +49,6 @@ class Schedule:
     posterior_x_t: Table  # the coefficient of x_t in μ̃_t
     # E Var(x_0 | x_t) per dimension: of the data and not of the schedule, so None until `variances` estimated it.
     x0_variance: Table | None = None
-    # dγ/dt at an instant between two steps (`continuous_time.at`); None where a row is that of a step.
-    gamma_slope: Table | None = None
 
     @property
     def num_steps(self) -> int:
@@ -66,6 +64,22 @@ class Schedule:
         if isinstance(t, int | np.integer | np.ndarray) and not np.all((0 <= np.asarray(t)) & (t <= self.num_steps)):
             raise IndexError(f"t={t} is outside this schedule's 0…{self.num_steps}")
         return jax.tree.map(lambda table: table[t], self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Instant:
+    """q(x_t | x_0) at a real t between two steps, and how fast γ grows there: see `continuous_time.at`."""
+
+    t: Table  # the step that it belongs to, int32
+    network_t: Table
+    sqrt_alpha_bar: Table
+    sqrt_one_minus_alpha_bar: Table
+    log_snr: Table
+    gamma_slope: Table  # dγ/dt, with γ = −log SNR
+
+
+Row = Schedule | Instant
 
 
 def from_betas(betas) -> Schedule:

@@ -15,8 +15,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from diffusion import gaussian, process
+from diffusion.batching import if_any
 from diffusion.gaussian import Gaussian
-from diffusion.likelihood import Measure, at_first_step, bits_per_dim
+from diffusion.likelihood import Measure, bits_per_dim
 from diffusion.reverse import DECODERS, Reverse, Variance
 from diffusion.schedules import Schedule
 
@@ -127,7 +128,8 @@ def split_terms_bpd(
 
         def split(log_var: Array) -> Split:
             p_prev, right_mean = Gaussian(mean, log_var), Gaussian(posterior.mean, log_var)
-            decoder = at_first_step(row, lambda: -DECODERS[p.decoder](p.decoding(row, x_t, p_prev), x0, num_levels))
+            decoded = p.decoding(row, x_t, p_prev)
+            decoder = if_any(row.t == 1, lambda: -DECODERS[p.decoder](decoded, x0, num_levels))
             mismatch, mean_error = gaussian.kl(posterior, right_mean), gaussian.kl(right_mean, p_prev)
             is_decoder = row.t == 1
             return Split(

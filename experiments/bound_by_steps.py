@@ -18,13 +18,14 @@ from jaxtyping import Array, Float
 from diffusion import continuous_time, likelihood, parameterizations
 from diffusion.data import Source
 from diffusion.evaluation.images import subset
-from diffusion.evaluation.pairs import Pairs
+from diffusion.evaluation.pairs import ImageTimePairs
 from diffusion.experiment import build, workdir
 from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reporting import summary
+from diffusion.reverse import PREDICTIONS
 from diffusion.runtime import devices
-from diffusion.schedules import Schedule
+from diffusion.schedules import Row
 from experiments import tables
 from experiments.commands import argument_parser, exit_with
 
@@ -91,7 +92,7 @@ def image_bpd(
     u = (offsets + np.arange(points)) / points
     whole = 1 + np.ceil(u * num_terms).clip(1, num_terms).astype(np.int32)
     t = (1 + u * num_terms).astype(np.float32) if num_steps is None else whole
-    pairs, replicated = Pairs(measure_of, **settings), devices.replicate(model)
+    pairs, replicated = ImageTimePairs(measure_of, **settings), devices.replicate(model)
     terms = pairs.all(replicated, test_set, numbers, t, f"T = {num_steps or '∞'}")
     ends = pairs.all(replicated, test_set, numbers, np.ones((len(numbers), 1), np.int32), "ends")
     return ends.sum(axis=1) + num_terms * terms.mean(axis=1)
@@ -101,8 +102,9 @@ def measure_of(model: Model) -> Measure:
     """The KL term of t > 1, the continuous-time loss of an instant, the decoder's and prior's terms of t = 1."""
     of_x0 = dataclasses.replace(model.p, prediction="x0")
 
-    def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Array:
-        _, x0_hat = model.p(row, x_t, output)
+    def measure(row: Row, x0: Array, x_t: Array, eps: Array, output: Array) -> Array:
+        predicted, _ = model.p.split(output)
+        x0_hat = jnp.clip(PREDICTIONS[model.p.prediction].to_x0(row, x_t, predicted), -1.0, 1.0)
         # As a distance of x̂_0, because the two means of a KL agree to more digits than float32 has where T is large.
         kl = likelihood.bits_per_dim(parameterizations.bound_weight(of_x0, row) * (x0 - x0_hat) ** 2)
         decoder = likelihood.bayes_decoder_bpd(row, x0, eps, model.num_levels)

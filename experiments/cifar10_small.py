@@ -21,7 +21,7 @@ PAPERS = [("simple", "fixed_small"), ("simple", "fixed_large"), ("hybrid", "lear
 # What did best on the digits, with the features that tell neighbouring values of 256 apart.
 OWN = {
     "model.prediction": "v",
-    "schedule.name": "learned(start='cosine', inner='variance')",
+    "schedule.name": "learned(start='cosine', inner='second_moment')",
     "objective.timesteps": "low_discrepancy",
     "unet.fourier_features": "(5, 6, 7, 8)",
 }

@@ -30,7 +30,7 @@ from diffusion import likelihood, reverse, samplers
 from diffusion.data import Source
 from diffusion.data.levels import to_levels
 from diffusion.evaluation.images import subset
-from diffusion.evaluation.pairs import Pairs, every_t
+from diffusion.evaluation.pairs import ImageTimePairs, every_t
 from diffusion.exact import empirical
 from diffusion.experiment import build, workdir
 from diffusion.likelihood import Measure
@@ -137,7 +137,7 @@ def score(config: ConfigDict, models: dict[str, Model], sources: list[Source], n
 
     The noise is that of the evaluation, the same for both; x̂_0 is clipped, as there: it only helps the network.
     """
-    terms, entropies = (Pairs(of, config.seed, config.eval.batch_size) for of in (_term, _entropy))
+    terms, entropies = (ImageTimePairs(of, config.seed, config.eval.batch_size) for of in (_term, _entropy))
     replicated = {name: devices.replicate(model) for name, model in models.items()}
     snr = np.exp(np.asarray(models[NETWORK].schedule.log_snr, np.float64)[1:])
     t = every_t(num_images, len(snr))

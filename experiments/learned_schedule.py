@@ -39,7 +39,7 @@ FIXED = "fixed"
 ARMS = {  # schedule.name of each
     FIXED: START,
     "learned by the bound": f"learned(start={START!r}, inner='bound')",
-    "learned by the variance": f"learned(start={START!r}, inner='variance')",
+    "learned by the variance": f"learned(start={START!r}, inner='second_moment')",
 }
 
 

@@ -23,7 +23,7 @@ from diffusion import likelihood, variances
 from diffusion.data import Source
 from diffusion.data.levels import to_unit
 from diffusion.evaluation.images import subset
-from diffusion.evaluation.pairs import Pairs, every_t
+from diffusion.evaluation.pairs import ImageTimePairs, every_t
 from diffusion.experiment import build, workdir
 from diffusion.likelihood import Measure
 from diffusion.model import Model
@@ -114,7 +114,7 @@ def estimate_x0_terms(config: ConfigDict, model: Model, source: Source, numbers:
     def measure_of(model: Model) -> Measure:
         return variances.x0_terms(model.p)
 
-    pairs = Pairs(measure_of, config.seed, config.eval.batch_size, stream="variance")
+    pairs = ImageTimePairs(measure_of, config.seed, config.eval.batch_size, stream="variance")
     t = every_t(len(numbers), model.schedule.num_steps)
     return pairs.all(devices.replicate(model), source, numbers, t, "estimate σ*")
 
@@ -141,7 +141,7 @@ def account(
     def measure_of(model: Model) -> Measure:
         return variances.split_terms_bpd(model.p, candidates, model.num_levels)
 
-    pairs = Pairs(measure_of, config.seed, config.eval.batch_size)
+    pairs = ImageTimePairs(measure_of, config.seed, config.eval.batch_size)
     t = every_t(len(numbers), model.schedule.num_steps)
     return pairs.all(devices.replicate(model), source, numbers, t, f"score {source.split}")
 

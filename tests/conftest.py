@@ -170,7 +170,7 @@ def vdm(tiny):
     """As `tiny`, in continuous time: the ends of γ are learned, the network is told γ, the decoder is Bayes' rule."""
 
     def config_with(**changes):
-        learned = "learned(start='linear_gamma(gamma_min=-7.0)', inner='variance')"
+        learned = "learned(start='linear_gamma(gamma_min=-7.0)', inner='second_moment')"
         process = {"schedule__name": learned, "schedule__num_steps": 30}
         model = {"model__variance": "fixed_small", "model__decoder": "bayes", "model__conditioning": "gamma"}
         train = {"objective__name": "vdm_continuous", "train__sample_every": 0, "eval__num_images": 16}

@@ -128,7 +128,7 @@ def test_gradients_reach_every_parameter_and_are_right():
         np.testing.assert_allclose((moved[0] - moved[1]) / 2e-2, jnp.sum(gradient[name] * direction), rtol=1e-2)
 
 
-def test_the_variance_option_trains_the_logits_by_the_squared_kl_terms_and_the_rest_by_the_losses():
+def test_the_second_moment_trains_the_logits_by_the_squared_kl_terms_and_the_rest_by_the_losses():
     own, t = random_params(4, num_steps=6, spread=1.0), jnp.array([1, 3, 6, 3])
     params = {"weight": jnp.float32(0.7), learned_schedule.SUBTREE: own}
 
@@ -147,19 +147,21 @@ def test_the_variance_option_trains_the_logits_by_the_squared_kl_terms_and_the_r
         values, _ = losses_of(params, learned_schedule.of_params(params)[t])
         return jnp.mean(jnp.where(t > 1, weight * values**2, 0.0))
 
-    bound, variance = (jax.jit(jax.grad(mean), static_argnums=1)(params, inner) for inner in ("bound", "variance"))
-    second_moment = jax.jit(jax.grad(squares))(params)
-    np.testing.assert_allclose(mean(params, "bound"), mean(params, "variance"), rtol=1e-6)
-    np.testing.assert_allclose(variance["weight"], bound["weight"], rtol=1e-6)
-    for inner in ("variance", "fixed"):
-        found = jax.jit(jax.grad(mean), static_argnums=1)(params, inner)
+    bound, found = (jax.jit(jax.grad(mean), static_argnums=1)(params, inner) for inner in ("bound", "second_moment"))
+    of_squares = jax.jit(jax.grad(squares))(params)
+    np.testing.assert_allclose(mean(params, "bound"), mean(params, "second_moment"), rtol=1e-6)
+    np.testing.assert_allclose(found["weight"], bound["weight"], rtol=1e-6)
+    fixed = jax.jit(jax.grad(mean), static_argnums=1)(params, "fixed")
+    for gradient in (found, fixed):
         for name in ("gamma_1", "log_range"):
-            np.testing.assert_allclose(found["schedule"][name], bound["schedule"][name], rtol=1e-5)
-    assert not found["schedule"]["logits"].any() and found["weight"] == bound["weight"]
-    for name in ("gamma_1", "log_range"):
-        np.testing.assert_allclose(variance["schedule"][name], bound["schedule"][name], rtol=1e-5)
-    np.testing.assert_allclose(variance["schedule"]["logits"], second_moment["schedule"]["logits"], rtol=1e-4)
-    assert not np.allclose(bound["schedule"]["logits"], second_moment["schedule"]["logits"], rtol=0.1)
+            np.testing.assert_allclose(gradient["schedule"][name], bound["schedule"][name], rtol=1e-5)
+    assert not fixed["schedule"]["logits"].any() and fixed["weight"] == bound["weight"]
+    np.testing.assert_allclose(found["schedule"]["logits"], of_squares["schedule"]["logits"], rtol=1e-4)
+    assert not np.allclose(bound["schedule"]["logits"], of_squares["schedule"]["logits"], rtol=0.1)
+
+
+def test_the_second_moment_by_its_older_name():
+    assert learned_schedule.Learned(inner="variance") == learned_schedule.Learned(inner="second_moment")
 
 
 @pytest.mark.parametrize(

@@ -161,21 +161,3 @@ def test_a_measure_may_be_any_tree_and_keeps_its_place():
     np.testing.assert_array_equal(found["t"], [[1, 2, 3, 4]] * 2)
     drawn = [[jax.random.normal(jax.random.fold_in(key, t), (2, 2, 1))[0, 0, 0] for t in range(1, 5)] for key in keys]
     np.testing.assert_array_equal(found["eps"], drawn)
-
-
-def test_the_decoder_is_computed_only_in_batches_that_hold_t_1():
-    """It takes longer than the rest of a term; under vmap a choice for each example would compute it for all."""
-    schedule = schedules.cosine(10)
-    calls = []
-
-    def decoder_nats():
-        jax.debug.callback(lambda: calls.append(1))
-        return jnp.full(3, 7.0)
-
-    terms = jax.jit(jax.vmap(lambda t: likelihood.at_first_step(schedule[t], decoder_nats)))
-    later = terms(jnp.array([2, 3, 4, 10]))
-    jax.effects_barrier()
-    assert not calls and not later.any()
-    np.testing.assert_array_equal(terms(jnp.array([2, 1])), np.full((2, 3), 7.0))
-    jax.effects_barrier()
-    assert calls

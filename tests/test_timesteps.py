@@ -15,7 +15,8 @@ from diffusion.data.levels import to_unit
 from diffusion.runtime import devices, randomness
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.training import optimizer, parallel
-from diffusion.training.step import Training, initial_state, losses, train_step
+from diffusion.training import schedule as trained_schedule
+from diffusion.training.step import Examples, Training, initial_state, mean_loss, train_step
 
 T = 10
 LOSSES = np.array([9.0, 0.0, 0.5, 3.0, 1.0, 1.0, 0.2, 0.01, 4.0, 2.0], np.float32)  # of t = 1…T
@@ -157,8 +158,7 @@ class Steps:
             network=Scale(),
             objective=objectives.make("simple", p, 6, num_levels=17),
             timesteps=timesteps.loss_aware(),
-            schedule_of=lambda params: schedule,
-            inner_schedule=None,
+            schedule=trained_schedule.make(lambda params: schedule),
             optimizer=optimizer.make(optimizer.adam, optimizer.constant, 1e-2, num_steps=9),
             ema_decay=0.9,
             num_levels=17,
@@ -215,11 +215,11 @@ def test_the_step_learns_from_weighted_losses_and_remembers_unweighted_ones(step
     t, weight = loss_aware(before.timesteps, t_key, 32, 6)
     keys = randomness.per_item(examples_key, jnp.arange(32))
     x0 = to_unit(jnp.asarray(steps.images[steps.indices(8)]), 17)
-    loss, _ = losses(steps.training, before.params, t, keys, x0, dropout=True)
+    _, (_, losses) = mean_loss(steps.training, before.params, Examples(x0, None, t, weight, keys))
     assert np.ptp(weight) > 0.1
-    np.testing.assert_allclose(metrics["loss"], jnp.mean(weight * loss)[None], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], jnp.mean(weight * losses)[None], rtol=1e-5)
     np.testing.assert_allclose(metrics["mse"], metrics["loss"])
-    for one, other in zip(timesteps.record(before.timesteps, t, loss), after.timesteps, strict=True):
+    for one, other in zip(timesteps.record(before.timesteps, t, losses), after.timesteps, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 

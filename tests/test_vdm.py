@@ -24,7 +24,9 @@ from diffusion import (
     schedules,
     timesteps,
 )
-from diffusion.training.step import Training, losses
+from diffusion.training import schedule as trained_schedule
+from diffusion.training import step
+from diffusion.training.step import Examples, Training
 
 LEVELS, SHAPE, BATCH = 17, (4, 4, 2), 6
 OWN = {"gamma_1": jnp.float32(-7.0), "log_range": jnp.log(12.0), "logits": jnp.sin(jnp.arange(9.0))}
@@ -91,8 +93,7 @@ def training(times, inner):
         objective=objectives.make("vdm", p, num_steps, LEVELS),
         timesteps=timesteps.TIMES[times](timesteps.low_discrepancy()),
         times=times,
-        schedule_of=schedule_of,
-        inner_schedule=inner,
+        schedule=trained_schedule.make(schedule_of, inner, times, LEVELS),
         optimizer=optax.identity(),
         ema_decay=0.9,
         num_levels=LEVELS,
@@ -111,6 +112,10 @@ REAL_T = jnp.array([1.02, 2.5, 4.0, 6.3, 8.99, 9.7])
 WHOLE_T = jnp.array([2, 3, 5, 7, 9, 10])
 
 
+def examples(t):
+    return Examples(X0, None, t, jnp.ones(BATCH), KEYS)
+
+
 @pytest.mark.parametrize(("times", "t", "num_terms"), [("kl_terms", WHOLE_T, 9), ("continuous", REAL_T, 0)])
 def test_the_loss_is_vdm_s_and_so_are_the_gradients_of_the_learned_ends(times, t, num_terms):
     """Also through what the network is told of γ: finite differences of the formulas in float64."""
@@ -118,19 +123,18 @@ def test_the_loss_is_vdm_s_and_so_are_the_gradients_of_the_learned_ends(times, t
 
     @jax.jit
     def mean_loss(own):
-        loss, parts = losses(made, {learned_schedule.SUBTREE: own}, t, KEYS, X0, False)
-        return loss.mean(), (loss, parts)
+        return step.mean_loss(made, {learned_schedule.SUBTREE: own}, examples(t))
 
     def reference(own):
         images = [np.float64(a) for a in (X0, EPS, EPS_0)]
         return vdm_loss_bpd(own, *images, (np.float64(t) - 1) / 9, num_terms)
 
-    gradient, (loss, parts) = jax.jit(jax.grad(mean_loss, has_aux=True))(OWN)
+    gradient, (means, losses) = jax.jit(jax.grad(mean_loss, has_aux=True))(OWN)
     wanted = reference(OWN)
     for name, term in zip(("kl_bpd", "decoder_bpd", "prior_bpd"), wanted, strict=True):
         # sqrt(1 − ᾱ_1) and the prior's difference are known to float32 only.
-        np.testing.assert_allclose(parts[name], term, rtol=5e-6, atol=1e-7, err_msg=name)
-    np.testing.assert_allclose(loss, wanted.sum(axis=0), rtol=3e-6)
+        np.testing.assert_allclose(means[name], term.mean(), rtol=5e-6, atol=1e-7, err_msg=name)
+    np.testing.assert_allclose(losses, wanted.sum(axis=0), rtol=3e-6)
     for name in ("gamma_1", "log_range"):
         moved = [reference(OWN | {name: np.float64(OWN[name]) + h}).sum(axis=0).mean() for h in (1e-5, -1e-5)]
         np.testing.assert_allclose(gradient[name], (moved[0] - moved[1]) / 2e-5, rtol=2e-4, atol=1e-6, err_msg=name)
@@ -139,10 +143,10 @@ def test_the_loss_is_vdm_s_and_so_are_the_gradients_of_the_learned_ends(times, t
 
 def test_the_inner_schedule_minimises_the_estimator_s_second_moment():
     """The logits' gradient is that of E[(½ γ' ‖ε − ε̂‖²)²], of the diffusion loss alone, in float64."""
-    made = training("continuous", "variance")
+    made = training("continuous", "second_moment")
 
     def mean_loss(own):
-        return losses(made, {learned_schedule.SUBTREE: own}, REAL_T, KEYS, X0, False)[0].mean()
+        return step.mean_loss(made, {learned_schedule.SUBTREE: own}, examples(REAL_T))[0]
 
     def second_moment(logits):
         images = [np.float64(a) for a in (X0, EPS, EPS_0)]

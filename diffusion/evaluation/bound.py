@@ -14,7 +14,7 @@ from diffusion import likelihood
 from diffusion.data import Source
 from diffusion.data.levels import to_unit
 from diffusion.evaluation import estimators
-from diffusion.evaluation.pairs import Pairs, every_t
+from diffusion.evaluation.pairs import ImageTimePairs, every_t
 from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.runtime import files, processes, randomness
@@ -143,14 +143,14 @@ def estimated_bound(
     return bound
 
 
-def _terms(settings: Settings, stop: Callable[[], None] | None) -> Pairs:
+def _terms(settings: Settings, stop: Callable[[], None] | None) -> ImageTimePairs:
     """The bound's terms and the errors of x̂_0, clipped, with the protocol's decoder."""
     decoder = likelihood.PROTOCOLS[settings.protocol].decoder
 
     def measure_of(model: Model) -> Measure:
         return likelihood.term_and_x0_mse(model.p, model.num_levels, clip_x0=True, decoder=decoder)
 
-    return Pairs(measure_of, settings.seed, settings.batch_size, stop=stop)
+    return ImageTimePairs(measure_of, settings.seed, settings.batch_size, stop=stop)
 
 
 def _num_steps(model: Replicated) -> int:

@@ -20,7 +20,7 @@ Measured = Iterator[tuple[np.ndarray, PyTree]]
 PRECISION = "highest"
 
 
-class Pairs:
+class ImageTimePairs:
     """Measures (image, t) pairs of any images and any t, in batches, by one compiled program.
 
     A real t is an instant of continuous time. The ε of a pair depends only on the image's number in its split and on

@@ -24,6 +24,7 @@ from diffusion.reverse import Reverse
 from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
 from diffusion.training import loop, optimizer
+from diffusion.training import schedule as trained_schedule
 from diffusion.training.step import Training, TrainState, initial_state
 from diffusion.variances import X0Variance
 
@@ -51,7 +52,7 @@ class Experiment:
     @property
     def learns_schedule(self) -> bool:
         """Whether the schedule is trained with the network."""
-        return self.training.inner_schedule is not None
+        return names.parse(self.config.schedule.name).name == learned_schedule.NAME
 
     def model(self, params: PyTree, variance: str = "model", x0_variance: X0Variance | None = None) -> Model:
         """The model of these parameters, for evaluation, sampling and coding.
@@ -66,7 +67,7 @@ class Experiment:
             ValueError: the optimal variance is wanted, and nothing is known of it.
         """
         p = self.p if variance == "model" else dataclasses.replace(self.p, variance=variance)
-        schedule = self.training.schedule_of(params)
+        schedule = self.training.schedule.of_params(params)
         if variance == "optimal":
             if x0_variance is None:
                 raise ValueError(
@@ -151,8 +152,9 @@ def experiment(
         objective=_objective(config, p, num_levels),
         timesteps=timesteps.TIMES[times](_chosen(config, "objective.timesteps")()),
         times=times,
-        schedule_of=_schedule_of(config, schedule, learned),
-        inner_schedule=learned.inner if learned else None,
+        schedule=trained_schedule.make(
+            _schedule_of(config, schedule, learned), learned.inner if learned else None, times, num_levels
+        ),
         optimizer=_optimizer(config, learned),
         ema_decay=config.ema.decay,
         num_levels=num_levels,
@@ -179,7 +181,6 @@ def plan(config: ConfigDict) -> loop.Plan:
         seed=config.seed,
         num_steps=settings.num_steps,
         steps_per_call=1 if jax.default_backend() == "cpu" else steps_per_call,
-        log_every=settings.log_every,
         checkpoint_every=settings.checkpoint_every,
         sample_every=settings.sample_every,
         quality_every=config.quality.every,

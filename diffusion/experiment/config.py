@@ -1,6 +1,7 @@
 """Checks, completes, compares, reads and writes configs; which keys there are is said in `schema`."""
 
 import json
+import re
 from typing import Any
 
 from absl import flags
@@ -110,7 +111,7 @@ def differing(config: ConfigDict, saved: ConfigDict) -> list[str]:
     now, then = defaults | flatten(config), defaults | flatten(saved)
     changes = []
     for name, key in sorted(known.items()):
-        if key.free is True or now[name] == then[name]:
+        if key.free is True or _respelled(now[name]) == _respelled(then[name]):
             continue
         change = f"{name}: {then[name]} → {now[name]}"
         if not isinstance(key.free, Partly):
@@ -118,3 +119,10 @@ def differing(config: ConfigDict, saved: ConfigDict) -> list[str]:
         elif reason := key.free.why_not(config, then[name]):
             changes.append(f"{change}, {reason}")
     return changes
+
+
+def _respelled(value: Any) -> Any:
+    """A value of an older version as it is written now."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"\binner=(['\"])variance\1", "inner='second_moment'", value)

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from diffusion.experiment import build
 from diffusion.experiment.build import Experiment
 from diffusion.runtime import prefetch
-from diffusion.training.step import losses
+from diffusion.training.step import Examples, mean_loss
 
 KEPT_PART = 1 / 4  # of a device's free memory that training images may take
 FREE_WHERE_UNKNOWN = 16 * 2**30  # bytes of a device that does not say, as CPUs do not: 4 GiB of images are kept
@@ -53,18 +53,21 @@ def local_batch(experiment: Experiment) -> int:
 def residual_bytes(experiment: Experiment, num_images: int) -> int:
     """What JAX would keep of so many images for the backward pass if XLA fused nothing: an upper estimate."""
 
-    def backward(params, t, keys, x0, labels):
+    def backward(params, examples):
         def loss(params):
-            return losses(experiment.training, params, t, keys, x0, True, labels)[0].mean()
+            return mean_loss(experiment.training, params, examples)[0]
 
         return jax.vjp(loss, params)[1]  # a pytree whose leaves are the kept arrays
 
     params = experiment.abstract_state().params
-    x0 = jax.ShapeDtypeStruct((num_images, *experiment.image_shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((num_images,), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_images))
-    labels = t if experiment.training.conditional else None
-    return num_bytes(jax.eval_shape(backward, params, t, keys, x0, labels)) - num_bytes(params)
+    examples = Examples(
+        x0=jax.ShapeDtypeStruct((num_images, *experiment.image_shape), jnp.float32),
+        labels=jax.ShapeDtypeStruct((num_images,), jnp.int32) if experiment.training.conditional else None,
+        t=jax.ShapeDtypeStruct((num_images,), jnp.int32),
+        weight=jax.ShapeDtypeStruct((num_images,), jnp.float32),
+        keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_images)),
+    )
+    return num_bytes(jax.eval_shape(backward, params, examples)) - num_bytes(params)
 
 
 def num_bytes(tree: PyTree) -> int:

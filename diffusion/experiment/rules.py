@@ -104,14 +104,14 @@ RULES = (
         "schedule.name={c.schedule.name!r} needs objective.name='vlb', 'vdm' or 'vdm_continuous'",
     ),
     Rule(
-        lambda it: it.learned is not None and it.learned.inner == "variance" and it.is_loss_aware,
-        "schedule.name={c.schedule.name!r} minimises the variance over uniform t, which "
+        lambda it: it.learned is not None and it.learned.inner == "second_moment" and it.is_loss_aware,
+        "schedule.name={c.schedule.name!r} minimises the second moment over uniform t, which "
         "objective.timesteps={c.objective.timesteps!r} does not draw; use uniform or low_discrepancy, or inner='bound'",
     ),
     Rule(
         lambda it: it.is_continuous and it.learned is not None and it.learned.inner == "bound",
         "objective.name={c.objective.name!r} does not depend on the schedule between its ends, which "
-        "schedule.name={c.schedule.name!r} would train by it; use inner='variance' or 'fixed'",
+        "schedule.name={c.schedule.name!r} would train by it; use inner='second_moment' or 'fixed'",
     ),
     Rule(
         lambda it: it.is_continuous and it.is_loss_aware,

@@ -202,7 +202,7 @@ def _fill(sampler: Sampler, model: Model, folder: Path, num_images: int, stop: C
     """Draws the shards that are not there yet; the last one may be incomplete, and is then drawn again."""
     for begin in range(0, num_images, SHARD_IMAGES):
         end, path = min(begin + SHARD_IMAGES, num_images), shard(folder, begin // SHARD_IMAGES)
-        if processes.agreed(processes.is_first() and _holds(path, end - begin)):
+        if processes.bool_from_first(processes.is_first() and _holds(path, end - begin)):
             continue
         images = np.concatenate(list(sampler.batches(model, begin, end, num_images)))
         if processes.is_first():

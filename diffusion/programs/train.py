@@ -46,7 +46,7 @@ def run(config: ConfigDict, directory: Path, base: str = "") -> None:
         Preempted: a signal asked to stop.
     """
     experiment = prepare(config, directory)
-    if processes.agreed(processes.is_first() and workdir.is_finished(directory, config)):
+    if processes.bool_from_first(processes.is_first() and workdir.is_finished(directory, config)):
         if processes.is_first():
             print(f"{directory} holds this run, finished: see {directory / workdir.SUMMARY}")
         return
@@ -124,7 +124,7 @@ def train(
             show = _shower(experiment, directory, sampler, log)
             quality_of = _quality_of(experiment, sampler, scorer)
             training = experiment.training
-            on_devices = processes.agreed(memory.keeps_images(experiment, len(train_set)))
+            on_devices = processes.bool_from_first(memory.keeps_images(experiment, len(train_set)))
             return loop.train(
                 training, plan, state, train_set, on_devices, test_loss, show, quality_of, checkpoints, log, preemption
             )

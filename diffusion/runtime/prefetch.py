@@ -10,7 +10,7 @@ AHEAD = 2  # items that are made before they are asked for
 _END = object()
 
 
-def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
+def prefetched(items: Iterator[Item]) -> Generator[Item, None, None]:
     """The same items in the same order, `AHEAD` of them made in advance.
 
     What making an item raises is raised where that item is asked for. Closing the iterator waits for the items that

@@ -76,7 +76,7 @@ def from_first(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda sent, array: np.asarray(sent).view(array.dtype).reshape(array.shape), received, arrays)
 
 
-def agreed(value: bool) -> bool:
+def bool_from_first(value: bool) -> bool:
     """What process 0 says, on every process."""
     return bool(from_first(np.asarray(value)))
 

@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import NoReturn, SupportsFloat
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -24,21 +25,22 @@ from diffusion.runtime.nonfinite import LAST_GOOD
 from diffusion.runtime.preemption import Preempted, Preemption
 from diffusion.runtime.watchdog import Watchdog
 from diffusion.training import parallel
+from diffusion.training.bookkeeping import groups
 from diffusion.training.parallel import Batch
-from diffusion.training.step import Training, TrainState, groups, losses
+from diffusion.training.step import Examples, Training, TrainState, mean_loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How long training is, and what happens when between its steps; 0 is never. See the config group `train`.
 
+    Rows are logged every `Training.log_every` steps.
     `steps_per_call` is 1 where several steps in one compiled call are slow: see `build.plan`.
     """
 
     seed: int
     num_steps: int
     steps_per_call: int
-    log_every: int
     checkpoint_every: int
     sample_every: int
     quality_every: int
@@ -49,14 +51,14 @@ class Plan:
         """Whether what happens every so many steps happens after this one; at the last step all does."""
         return step == self.num_steps or bool(every) and step % every == 0
 
-    def call_length(self, step: int) -> int:
+    def call_length(self, step: int, log_every: int) -> int:
         """How many steps the compiled call after this step takes: as many as a call may have, or 1.
 
         Each length is a compilation, so there are two. No call goes beyond a step after which something happens: what
         is left before it is made of single steps.
         """
         every = (
-            *(self.log_every, self.checkpoint_every, self.sample_every, self.quality_every),
+            *(log_every, self.checkpoint_every, self.sample_every, self.quality_every),
             self.check_replicas_every,
         )
         intervals = [interval for interval in every if interval]
@@ -112,7 +114,7 @@ def train(
             progress.update(len(steps))
             clock.count(len(steps))
             step = steps[-1]
-            logs, saves = plan.is_due(step, plan.log_every), plan.is_due(step, plan.checkpoint_every)
+            logs, saves = plan.is_due(step, training.log_every), plan.is_due(step, plan.checkpoint_every)
             stops = preemption.is_due() and step < plan.num_steps
             if logs or saves or stops:
                 window = state.part(lambda state: state.window).host()
@@ -154,11 +156,13 @@ class Clock:
         return self._steps * self._batch_size / (time.monotonic() - self._started)
 
 
-def _calls(plan: Plan, begin: int, batch_size: int, num_examples: int) -> Iterator[tuple[range, np.ndarray]]:
+def _calls(
+    plan: Plan, log_every: int, begin: int, batch_size: int, num_examples: int
+) -> Iterator[tuple[range, np.ndarray]]:
     """The compiled calls still to make: the steps each one completes, and the examples it takes, [steps, B]."""
     step = begin
     while step < plan.num_steps:
-        before = range(step, step + plan.call_length(step))
+        before = range(step, step + plan.call_length(step, log_every))
         taken = [batch_indices(plan.seed, number, batch_size, num_examples) for number in before]
         step = before.stop
         yield range(before.start + 1, step + 1), np.stack(taken)
@@ -169,8 +173,8 @@ def _batches(
 ) -> Generator[tuple[range, Batch], None, None]:
     """The steps and the batch of each call still to make; a batch is made while the calls before it are computed."""
     place = (parallel.resident if on_devices else parallel.streamed)(train_set, training.conditional)
-    calls = _calls(plan, begin, training.batch_size, len(train_set))
-    return prefetch.ahead((steps, place(indices)) for steps, indices in calls)
+    calls = _calls(plan, training.log_every, begin, training.batch_size, len(train_set))
+    return prefetch.prefetched((steps, place(indices)) for steps, indices in calls)
 
 
 def _save(checkpoints: Checkpoints, step: int, state: Replicated, metrics: dict[str, float]) -> None:
@@ -242,8 +246,9 @@ def monitor(
 
     def one_batch(params, items):
         images, labels, t, position = items
-        keys = randomness.per_item(examples_key, position)
-        return losses(training, params, t, keys, to_unit(images, training.num_levels), False, labels)[0]
+        x0, keys = to_unit(images, training.num_levels), randomness.per_item(examples_key, position)
+        _, (_, losses) = mean_loss(training, params, Examples(x0, labels, t, jnp.ones(len(t)), keys), dropout=False)
+        return losses
 
     labels = test_set.labels(numbers) if training.conditional else None
     batches, items = devices.over_batches(one_batch), (test_set.images(numbers), labels, t, np.arange(len(numbers)))

@@ -11,7 +11,8 @@ from jaxtyping import Int, PyTree
 from diffusion.data import Source
 from diffusion.runtime.devices import AXIS, Replicated, local_rows, replicate, sharding
 from diffusion.runtime.digests import named_leaves
-from diffusion.training.step import Training, group_norms, train_step
+from diffusion.training.bookkeeping import group_norms
+from diffusion.training.step import Training, train_step
 
 
 def check_batch_size(batch_size: int, grad_accum: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from diffusion import likelihood
 from diffusion.data.levels import to_unit
-from diffusion.evaluation.pairs import Pairs, every_t
+from diffusion.evaluation.pairs import ImageTimePairs, every_t
 from diffusion.runtime import devices, randomness
 
 SEED, NUMBERS = 3, np.array([29, 4, 17, 0, 11])
@@ -25,7 +25,7 @@ def replicated(model):
 @pytest.fixture(scope="module")
 def table(replicated, source):
     """Every term of five images: leaves [5, 6], each of one batch."""
-    pairs = Pairs(terms_of, SEED, batch_size=64)
+    pairs = ImageTimePairs(terms_of, SEED, batch_size=64)
     return pairs.all(replicated, source, NUMBERS, every_t(len(NUMBERS), 6), "test")
 
 
@@ -45,7 +45,7 @@ def test_the_values_are_those_of_over_all_t_with_each_image_s_own_key(model, sou
 
 @pytest.mark.parametrize("batch_size", [1, 8, 13])
 def test_neither_batch_size_nor_order_changes_a_value(replicated, source, table, batch_size):
-    pairs = Pairs(terms_of, SEED, batch_size)
+    pairs = ImageTimePairs(terms_of, SEED, batch_size)
     rng = np.random.default_rng(batch_size)
     image = rng.permutation(len(NUMBERS))
     t = np.stack([rng.permutation(6) + 1 for _ in NUMBERS])
@@ -56,7 +56,7 @@ def test_neither_batch_size_nor_order_changes_a_value(replicated, source, table,
 
 def test_a_part_of_the_pairs_comes_once_each_and_with_its_numbers(replicated, source, table):
     wanted = np.array([28, 3, 9, 17, 22, 5, 0, 1, 2])
-    pairs = Pairs(terms_of, SEED, batch_size=8)
+    pairs = ImageTimePairs(terms_of, SEED, batch_size=8)
     done, terms = [], []
     for numbers, (term, _) in pairs.some(replicated, source, NUMBERS, every_t(5, 6), wanted, "test"):
         done.append(numbers)
@@ -73,7 +73,7 @@ def test_a_measure_may_be_any_tree_and_the_noise_belongs_to_seed_stream_split_im
         return lambda row, x0, x_t, eps, output: {"t": row.t, "eps": eps}
 
     def noise(source=source, seed=SEED, **settings):
-        pairs = Pairs(eps_of, seed, batch_size=8, **settings)
+        pairs = ImageTimePairs(eps_of, seed, batch_size=8, **settings)
         return pairs.all(replicated, source, np.array([2, 5]), np.array([[4, 1, 4], [1, 4, 6]]), "test")
 
     first = noise()

@@ -142,6 +142,8 @@ def test_only_what_shaped_the_run_may_not_differ():
         "check_replicas_every",
     )}  # fmt: skip
     assert config_lib.differing(changed(**free), saved) == []
+    now, older = (changed(schedule__name=f"learned(inner='{inner}')") for inner in ("second_moment", "variance"))
+    assert config_lib.differing(now, older) == config_lib.differing(older, now) == []
     assert config_lib.differing(changed(train__monitor_images=7), saved) == ["train.monitor_images: 256 → 7"]
     differing = config_lib.differing(changed(seed=1, unet__channel_mult=(1, 2)), saved)
     assert differing == ["seed: 0 → 1", "unet.channel_mult: (1, 2, 2, 2) → (1, 2)"]

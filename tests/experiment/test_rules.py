@@ -41,7 +41,7 @@ BREAKING = (
     {"schedule__name": "harmonic"},
     {"schedule__name": "learned(start='cosine')"},
     {
-        "schedule__name": "learned(inner='variance')",
+        "schedule__name": "learned(inner='second_moment')",
         "objective__name": "vlb",
         "objective__timesteps": "loss_aware(history_length=5)",
     },
@@ -146,10 +146,10 @@ def test_arguments_of_a_schedule_reach_it():
 
 
 def test_a_learned_schedule_starts_from_a_name_with_arguments():
-    text = "learned(start='warmup(fraction=0.5)', inner='variance', learning_rate=1)"
+    text = "learned(start='warmup(fraction=0.5)', inner='second_moment', learning_rate=1)"
     schedule, learned = rules.start_schedule(changed(schedule__name=text))
     np.testing.assert_array_equal(schedule.beta, schedules.warmup(1000, fraction=0.5).beta)
-    assert (learned.inner, learned.learning_rate) == ("variance", 1.0)
+    assert (learned.inner, learned.learning_rate) == ("second_moment", 1.0)
 
 
 @pytest.mark.parametrize("start", ["linaer", "learned", "linear(beta=3)", "linear(beta_end=f())", "cosine(offset='x')"])

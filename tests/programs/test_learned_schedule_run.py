@@ -13,7 +13,7 @@ from diffusion.experiment import build, workdir
 from diffusion.programs import evaluate, sample, train
 from diffusion.runtime import devices
 
-BY_VARIANCE = "learned(start='cosine', inner='variance')"
+BY_SECOND_MOMENT = "learned(start='cosine', inner='second_moment')"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def learning(tiny):
 @pytest.fixture(scope="module")
 def run(learning, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "run"
-    train.run(learning(schedule__name=BY_VARIANCE), directory)
+    train.run(learning(schedule__name=BY_SECOND_MOMENT), directory)
     return directory
 
 
@@ -55,7 +55,7 @@ def test_a_run_trains_its_schedule_and_the_checkpoint_holds_it(run):
 
 def test_scores_and_samples_are_those_of_the_checkpoint_s_schedule(run, learning, capsys):
     summary = json.loads((run / "summary.json").read_text())
-    few = learning(schedule__name=BY_VARIANCE, sample__num_steps=3, sample__num_images=2)
+    few = learning(schedule__name=BY_SECOND_MOMENT, sample__num_steps=3, sample__num_images=2)
     evaluate.run(few, run)
     np.testing.assert_allclose(json.loads(capsys.readouterr().out)["test_bpd"], summary["test_bpd"], rtol=1e-6)
     sample.run(few, run)
@@ -81,10 +81,10 @@ def test_scores_and_samples_are_those_of_the_checkpoint_s_schedule(run, learning
         ({"objective__name": "simple", "model__variance": "fixed_small"}, "objective.name='simple' is no bound"),
         ({"objective__name": "hybrid"}, "schedule.name=\"learned.start='cosine'.\" needs objective.name='vlb'"),
         (
-            {"schedule__name": BY_VARIANCE, "objective__timesteps": "loss_aware"},
+            {"schedule__name": BY_SECOND_MOMENT, "objective__timesteps": "loss_aware"},
             "minimises the variance over uniform t",
         ),
-        ({"schedule__name": "learned(inner='endpoints')"}, "inner of learned must be one of bound, variance"),
+        ({"schedule__name": "learned(inner='endpoints')"}, "inner of learned must be one of bound, second_moment"),
         ({"schedule__name": "learned(start='learned')"}, "start must be one of linear, cosine"),
         ({"schedule__name": "learned(start='harmonic')", "model__prediction": "v"}, "cannot start where log SNR_T"),
         ({"schedule__name": "learned(learning_rate=0.0)"}, "learning_rate=0.0 of learned must be in"),

@@ -16,9 +16,9 @@ def test_the_items_come_in_order_and_from_another_thread():
             makers.add(threading.current_thread())
             yield number
 
-    assert list(prefetch.ahead(items())) == list(range(50))
+    assert list(prefetch.prefetched(items())) == list(range(50))
     assert len(makers) == 1 and threading.current_thread() not in makers
-    assert list(prefetch.ahead(iter([]))) == []
+    assert list(prefetch.prefetched(iter([]))) == []
 
 
 def test_so_many_are_made_before_they_are_asked_for_and_no_more():
@@ -29,7 +29,7 @@ def test_so_many_are_made_before_they_are_asked_for_and_no_more():
             made.release()
             yield None
 
-    with closing(prefetch.ahead(items())) as ahead:
+    with closing(prefetch.prefetched(items())) as ahead:
         next(ahead)
         for _ in range(1 + prefetch.AHEAD):
             assert made.acquire(timeout=10)
@@ -42,14 +42,14 @@ def test_an_error_comes_where_its_item_would_have_come():
         yield 2
         raise OSError("no such batch")
 
-    ahead = prefetch.ahead(items())
+    ahead = prefetch.prefetched(items())
     assert (next(ahead), next(ahead)) == (1, 2)
     with pytest.raises(OSError, match="no such batch"):
         next(ahead)
 
 
 def test_closing_ends_the_thread():
-    ahead = prefetch.ahead(iter(range(10**9)))
+    ahead = prefetch.prefetched(iter(range(10**9)))
     next(ahead)
     running = [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
     ahead.close()

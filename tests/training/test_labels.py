@@ -13,6 +13,7 @@ from diffusion.data import Source
 from diffusion.guidance import NO_LABEL
 from diffusion.runtime import devices
 from diffusion.training import loop, optimizer, parallel
+from diffusion.training import schedule as trained_schedule
 from diffusion.training.step import Training, initial_state
 
 BATCH, SHAPE, NUM_IMAGES = 16, (4, 4, 1), 40
@@ -45,7 +46,7 @@ def training(**changes):
 
     fields = {
         "network": Label(), "objective": what_the_network_was_given, "timesteps": timesteps.uniform(),
-        "schedule_of": schedule_of, "inner_schedule": None, "ema_decay": 0.9, "num_levels": 41,
+        "schedule": trained_schedule.make(schedule_of), "ema_decay": 0.9, "num_levels": 41,
         "optimizer": optimizer.make(optimizer.adam, optimizer.constant, 1e-9, num_steps=100),
         "batch_size": BATCH, "flip": False, "log_every": 3, "conditional": True,
     }  # fmt: skip

@@ -22,7 +22,7 @@ from diffusion.training import loop, parallel
 
 pytestmark = pytest.mark.usefixtures("layer")
 
-EVERY = ("log_every", "checkpoint_every", "sample_every", "quality_every", "check_replicas_every")
+EVERY = ("checkpoint_every", "sample_every", "quality_every", "check_replicas_every")
 
 
 def plan(**changes):
@@ -30,48 +30,49 @@ def plan(**changes):
     return loop.Plan(**never | {"seed": 0, "num_steps": 1000, "steps_per_call": 10, "skip_nonfinite": 0} | changes)
 
 
-def calls(made, begin=0):
-    return list(loop._calls(made, begin, batch_size=4, num_examples=7))
+def calls(made, begin=0, log_every=0):
+    return list(loop._calls(made, log_every, begin, batch_size=4, num_examples=7))
 
 
-def lengths(made, begin=0):
-    return [len(steps) for steps, _ in calls(made, begin)]
+def lengths(made, begin=0, log_every=0):
+    return [len(steps) for steps, _ in calls(made, begin, log_every)]
 
 
 # --- which calls a run makes
 
 
 def test_what_is_left_before_something_happens_is_made_of_single_steps():
-    assert lengths(plan(num_steps=198, log_every=99)) == 2 * (9 * [10] + 9 * [1])
+    assert lengths(plan(num_steps=198), log_every=99) == 2 * (9 * [10] + 9 * [1])
 
 
 def test_a_call_is_no_longer_than_the_shortest_interval():
-    assert lengths(plan(num_steps=100, log_every=5, checkpoint_every=50)) == 20 * [5]
+    assert lengths(plan(num_steps=100, checkpoint_every=50), log_every=5) == 20 * [5]
     assert lengths(plan(num_steps=7)) == [7]
 
 
 def test_after_a_resume_at_an_odd_step_the_next_interval_has_full_calls():
-    assert lengths(plan(num_steps=200, log_every=100), begin=37) == 6 * [10] + 3 * [1] + 10 * [10]
-    assert lengths(plan(num_steps=30, log_every=10), begin=7) == 3 * [1] + 2 * [10]
+    assert lengths(plan(num_steps=200), begin=37, log_every=100) == 6 * [10] + 3 * [1] + 10 * [10]
+    assert lengths(plan(num_steps=30), begin=7, log_every=10) == 3 * [1] + 2 * [10]
 
 
 def test_calls_hold_every_step_once_and_cross_no_event():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        drawn = {name: int(rng.integers(0, 30)) for name in EVERY}
+        log_every, drawn = int(rng.integers(1, 30)), {name: int(rng.integers(0, 30)) for name in EVERY}
         made = plan(num_steps=int(rng.integers(1, 120)), steps_per_call=int(rng.integers(1, 20)), **drawn)
         begin = int(rng.integers(made.num_steps))
-        found = calls(made, begin)
+        found = calls(made, begin, log_every)
         assert [step for steps, _ in found for step in steps] == list(range(begin + 1, made.num_steps + 1))
-        longest = min(made.steps_per_call, made.num_steps, *filter(None, drawn.values()))
+        intervals = [log_every, *filter(None, drawn.values())]
+        longest = min(made.steps_per_call, made.num_steps, *intervals)
         assert {len(steps) for steps, _ in found} <= {1, longest}
         for steps, indices in found:
-            assert not any(step % every == 0 for step in steps[:-1] for every in drawn.values() if every)
+            assert not any(step % every == 0 for step in steps[:-1] for every in intervals)
             wanted = [data.batch_indices(made.seed, step - 1, 4, 7) for step in steps]
             np.testing.assert_array_equal(indices, wanted)
         # A run that was stopped after a call makes the others as if it had not been.
         stopped_at = found[len(found) // 2][0][-1]
-        assert lengths(made, stopped_at) == [len(steps) for steps, _ in found if steps[0] > stopped_at]
+        assert lengths(made, stopped_at, log_every) == [len(steps) for steps, _ in found if steps[0] > stopped_at]
 
 
 @pytest.mark.parametrize(("backend", "steps_per_call"), [("cpu", 1), ("gpu", 7), ("tpu", 7)])
@@ -184,7 +185,7 @@ def test_a_bad_update_inside_a_call_is_left_out_alone(run, tmp_path, monkeypatch
 
 
 def test_a_learned_schedule_is_trained_inside_a_call(run, tmp_path):
-    keys = {"schedule__name": "learned(start='cosine', inner='variance')"}
+    keys = {"schedule__name": "learned(start='cosine', inner='second_moment')"}
     state = assert_calls_of_four_are_single_steps(run, tmp_path, **keys)
     assert {"schedule", "pixel", "time"} >= set(state.params) > {"pixel", "time"}
 

@@ -11,7 +11,8 @@ from diffusion.data import Source
 from diffusion.experiment import build
 from diffusion.runtime import devices
 from diffusion.training import parallel
-from diffusion.training.step import group_norms, train_step
+from diffusion.training.bookkeeping import group_norms
+from diffusion.training.step import train_step
 
 # Much dropout, because a block's output begins near zero: in a few steps little of it is seen.
 UNET = {"model__network": "unet", "unet__dropout": 0.7}

@@ -13,6 +13,7 @@ from diffusion import schedules, timesteps
 from diffusion.data import Source
 from diffusion.runtime import devices
 from diffusion.training import loop, optimizer
+from diffusion.training import schedule as trained_schedule
 from diffusion.training.step import Training, initial_state, train_step
 
 NUM_STEPS, BATCH, LEVELS, SHAPE = 5, 16, 17, (4, 6, 1)
@@ -54,9 +55,9 @@ def training(**changes):
         return schedules.cosine(NUM_STEPS)
 
     fields = {
-        "network": Number(), "objective": mean_output, "timesteps": timesteps.uniform(), "schedule_of": schedule_of,
-        "inner_schedule": None, "optimizer": adam(), "ema_decay": EMA_DECAY, "num_levels": LEVELS,
-        "batch_size": BATCH, "flip": False, "log_every": 3,
+        "network": Number(), "objective": mean_output, "timesteps": timesteps.uniform(),
+        "schedule": trained_schedule.make(schedule_of), "optimizer": adam(), "ema_decay": EMA_DECAY,
+        "num_levels": LEVELS, "batch_size": BATCH, "flip": False, "log_every": 3,
     }  # fmt: skip
     return Training(**fields | changes)
 
