@@ -102,7 +102,7 @@ def measure_of(model: Model) -> Measure:
     of_x0 = dataclasses.replace(model.p, prediction="x0")
 
     def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Array:
-        _, x0_hat = model.p(row, x_t, output)
+        x0_hat = model.p(row, x_t, output).x0_hat
         # As a distance of x̂_0, because the two means of a KL agree to more digits than float32 has where T is large.
         kl = likelihood.bits_per_dim(parameterizations.bound_weight(of_x0, row) * (x0 - x0_hat) ** 2)
         decoder = likelihood.bayes_decoder_bpd(row, x0, eps, model.num_levels)
