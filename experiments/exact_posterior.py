@@ -186,7 +186,7 @@ def sample(
 
     def draw(model, numbers):
         keys = randomness.per_item(seed_key, numbers)
-        x0, _ = samplers.ancestral(model.denoise, model.p, model.schedule, keys, shape)
+        x0, _ = samplers.sample(samplers.ancestral(), model.denoise, model.p, model.schedule, keys, shape)
         return to_levels(x0, model.num_levels)
 
     batches = devices.over_batches(draw)(devices.replicate(model), np.arange(num_samples), config.sample.batch_size)

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Int, Int32, UInt8
 from ml_collections import ConfigDict
 
-from diffusion import guidance, schedules
+from diffusion import guidance, samplers, schedules
 from diffusion.data.levels import to_levels
-from diffusion.experiment import build, memory, workdir
+from diffusion.experiment import build, memory, rules, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
 from diffusion.reporting import page, pictures
@@ -57,7 +57,7 @@ class Sampler:
 
     def __init__(self, experiment: Experiment):
         self._config, self._shape = experiment.config.sample, experiment.image_shape
-        self._method = build.sample_method(experiment.config)
+        self._step = rules.sample_step(experiment.config)
         self._num_steps = self._config.num_steps or experiment.config.schedule.num_steps
         self._classes = jnp.array(classes(experiment))
         self._guidance = self._config.guidance, self._config.guidance_interval
@@ -71,7 +71,9 @@ class Sampler:
         if model.takes_labels:
             labels = self._classes[numbers % len(self._classes)]
             denoise = guidance.classifier_free(denoise, labels, *self._guidance)
-        x0, frames = self._method(denoise, model.p, model.schedule, keys, shape=self._shape, num_frames=num_frames)
+        x0, frames = samplers.sample(
+            self._step, denoise, model.p, model.schedule, keys, self._shape, num_frames=num_frames
+        )
         frames = jnp.swapaxes(frames, 0, 1)  # the images first, as everywhere in a batch
         return to_levels(x0, model.num_levels), to_levels(frames, model.num_levels)
 
