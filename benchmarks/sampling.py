@@ -126,11 +126,11 @@ def sampler(experiment: Experiment, method: str) -> Callable[[Replicated, int], 
 
 def chain(experiment: Experiment, method: str) -> Callable[[Model, jax.Array], jax.Array]:
     """One device's program: (model, image numbers [n]) -> images [n, H, W, C] in [-1, 1]."""
-    seed_key = randomness.stream(experiment.config.seed, "sample")
+    step, seed_key = samplers.SAMPLERS[method](), randomness.stream(experiment.config.seed, "sample")
 
     def one_batch(model: Model, numbers: jax.Array) -> jax.Array:
         keys = randomness.per_item(seed_key, numbers)
-        return samplers.SAMPLERS[method](model.denoise, model.p, model.schedule, keys, experiment.image_shape)[0]
+        return samplers.sample(step, model.denoise, model.p, model.schedule, keys, experiment.image_shape)[0]
 
     return one_batch
 

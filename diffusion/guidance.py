@@ -80,8 +80,8 @@ def _guided(
     outputs = network(jnp.concatenate([x_t, x_t]), jnp.concatenate([network_t, network_t]), with_and_without)
     of_label, of_none = jnp.split(outputs, 2)
     channels = x_t.shape[-1]
-    mean = (1 + scale) * of_label[..., :channels] - scale * of_none[..., :channels]
-    return jnp.concatenate([mean, of_label[..., channels:]], axis=-1)
+    predicted = (1 + scale) * of_label[..., :channels] - scale * of_none[..., :channels]
+    return jnp.concatenate([predicted, of_label[..., channels:]], axis=-1)
 
 
 def _guided_within(

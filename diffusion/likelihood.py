@@ -66,7 +66,7 @@ def vlb_term_bpd(
         clip_x0: clip x̂_0 to [-1, 1]: on in evaluation, off in training (the clip has no gradient).
         decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats; None for that of `p`.
     """
-    p_prev, _ = p(row, x_t, output, clip_x0)
+    p_prev = p(row, x_t, output, clip_x0).p_prev
     log_mass = decoder or DECODERS[p.decoder]
     decoder_nats = if_any(row.t == 1, lambda: -log_mass(p_prev, x0, num_levels))
     kl_nats = gaussian.kl(process.q_posterior(row, x0, x_t), p_prev)
@@ -111,7 +111,7 @@ def term_and_x0_mse(
     """
 
     def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> tuple[Array, Array]:
-        _, x0_hat = p(row, x_t, output, clip_x0)
+        x0_hat = p(row, x_t, output, clip_x0).x0_hat
         term = vlb_term_bpd(p, row, x0, x_t, output, num_levels, clip_x0, decoder)
         return term, jnp.mean((x0 - x0_hat) ** 2)
 
@@ -214,7 +214,7 @@ def log_weights_nats(
         return x_t, log_ratio(x_t, gaussian.Gaussian(jnp.zeros_like(x0), jnp.zeros_like(x0)), marginal)
 
     def step(row: Schedule, x0: Array, x_t: Array, output: Array, eps: Array) -> tuple[Array, Array]:
-        p_prev, _ = p(row, x_t, output, clip_x0)
+        p_prev = p(row, x_t, output, clip_x0).p_prev
         posterior = process.q_posterior(row, x0, x_t)
         x_prev = posterior.sample(eps)
         decoded = jnp.sum((decoder or DECODERS[p.decoder])(p_prev, x0, num_levels))

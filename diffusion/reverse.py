@@ -106,6 +106,13 @@ DECODERS: dict[str, Callable[..., Array]] = {
 }
 
 
+class Denoised(NamedTuple):
+    """What the network makes of x_t."""
+
+    p_prev: Gaussian  # p_θ(x_{t−1} | x_t)
+    x0_hat: Array  # x̂_0
+
+
 @dataclasses.dataclass(frozen=True)
 class Reverse:
     """p_θ(x_{t−1} | x_t) as a function of a row, x_t and the network's output."""
@@ -147,7 +154,7 @@ class Reverse:
         x_t: Float[ArrayLike, "*shape c"],
         output: Float[ArrayLike, "*shape c_out"],
         clip_x0: bool = True,
-    ) -> tuple[Gaussian, Float[ArrayLike, "*shape c"]]:
+    ) -> Denoised:
         """p_θ(x_{t−1} | x_t) and x̂_0.
 
         The mean is μ̃_t(x_t, x̂_0), which for ε is eq. 11 of Ho et al. (2020); where the network predicts the
@@ -173,7 +180,8 @@ class Reverse:
         if clip_x0:
             x0_hat = jnp.clip(x0_hat, -1.0, 1.0)
         mean = predicted if self.prediction == "mean" else process.q_posterior(row, x0_hat, x_t).mean
-        return self.decoding(row, x_t, Gaussian(mean, VARIANCES[self.variance].log_var(row, raw))), x0_hat
+        p_prev = Gaussian(mean, VARIANCES[self.variance].log_var(row, raw))
+        return Denoised(self.decoding(row, x_t, p_prev), x0_hat)
 
     def decoding(self, row: Schedule, x_t: Float[ArrayLike, "*shape"], p_prev: Gaussian) -> Gaussian:
         """p_prev for t > 1. At t = 1 the Gaussian that the decoder reads: "bayes" has one of its own.

@@ -91,11 +91,11 @@ def x0_terms(p: Reverse, clip_x0: bool = True) -> Measure:
     """
 
     def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> X0Terms:
-        x0_hat = p(row, x_t, output, clip_x0=False)[1]
+        x0_hat = p(row, x_t, output, clip_x0=False).x0_hat
         eps_hat = (x_t - row.sqrt_alpha_bar * x0_hat) / row.sqrt_one_minus_alpha_bar
         # 1 is E ε², and with this ε² in its place most of the noise cancels for large t, where ε̂ follows ε.
         unexplained = jnp.mean((eps - eps_hat) * (eps + eps_hat))
-        mean_error = p(row, x_t, output, clip_x0)[0].mean - process.q_posterior(row, x0, x_t).mean
+        mean_error = p(row, x_t, output, clip_x0).p_prev.mean - process.q_posterior(row, x0, x_t).mean
         error = jnp.mean((mean_error / row.posterior_x0) ** 2)
         # Where nothing of x_0 is left (ᾱ_T = 0) its ε̂ says nothing either.
         analytic = jnp.where(row.alpha_bar > 0, jnp.exp(-row.log_snr) * unexplained, error)
@@ -122,7 +122,7 @@ def split_terms_bpd(
     """
 
     def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> dict[str, Split]:
-        mean = p(row, x_t, output, clip_x0)[0].mean
+        mean = p(row, x_t, output, clip_x0).p_prev.mean
         _, raw = p.split(output)
         posterior = process.q_posterior(row, x0, x_t)
 

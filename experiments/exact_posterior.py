@@ -28,15 +28,15 @@ from ml_collections import ConfigDict
 
 from diffusion import likelihood, reverse, samplers
 from diffusion.data import Source
-from diffusion.data.levels import to_levels
 from diffusion.evaluation.images import subset
 from diffusion.evaluation.pairs import ImageTimePairs, every_t
+from diffusion.evaluation.sampling import Sampler
 from diffusion.exact import empirical
 from diffusion.experiment import build, workdir
 from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reporting import summary
-from diffusion.runtime import devices, randomness
+from diffusion.runtime import devices
 from diffusion.schedules import Schedule
 from experiments import exact_posterior_plots as plots
 from experiments.commands import argument_parser, exit_with
@@ -182,15 +182,7 @@ def sample(
     config: ConfigDict, model: Model, shape: tuple[int, int, int], num_samples: int
 ) -> UInt8[np.ndarray, "n h w c"]:
     """Ancestral samples, as pixel values; of every model from the same noise."""
-    seed_key = randomness.stream(config.seed, "sample")
-
-    def draw(model, numbers):
-        keys = randomness.per_item(seed_key, numbers)
-        x0, _ = samplers.ancestral(model.denoise, model.p, model.schedule, keys, shape)
-        return to_levels(x0, model.num_levels)
-
-    batches = devices.over_batches(draw)(devices.replicate(model), np.arange(num_samples), config.sample.batch_size)
-    return np.concatenate([images for _, images in batches])
+    return Sampler(samplers.ancestral(), shape, config.seed, config.sample.batch_size).images(model, num_samples)
 
 
 def nearest(

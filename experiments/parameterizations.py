@@ -139,7 +139,7 @@ def check(schedule: Schedule) -> dict[str, dict[str, float]]:
 
         def one(row, x0, eps, output):
             x_t = process.q_sample(row, x0, eps)
-            kl = gaussian.kl(process.q_posterior(row, x0, x_t), p(row, x_t, output, clip_x0=False)[0])
+            kl = gaussian.kl(process.q_posterior(row, x0, x_t), p(row, x_t, output, clip_x0=False).p_prev)
             return parameterizations.weighted_error(p, row, x0, x_t, eps, output).sum(), kl.sum()
 
         rows = jax.tree.map(lambda table: table.astype(dtype), schedule[2:])

@@ -104,7 +104,7 @@ def test_a_sampler_draws_from_a_guided_network_and_labels_of_another_batch_do_no
     def draw(labels):
         traces.append(None)
         denoise = guidance.classifier_free(network, labels, 0.5, interval)
-        return samplers.ancestral(denoise, p, SCHEDULE, keys, SHAPE)[0]
+        return samplers.sample(samplers.ancestral(), denoise, p, SCHEDULE, keys, SHAPE)[0]
 
     first, second = draw(jnp.asarray(LABELS)), draw(jnp.asarray(LABELS[::-1].copy()))
     assert len(traces) == 1

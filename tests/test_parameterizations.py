@@ -50,7 +50,7 @@ def examples(table):
 
 
 def kl(p, row, x0, x_t, output):
-    return gaussian.kl(process.q_posterior(row, x0, x_t), p(row, x_t, output, clip_x0=False)[0])
+    return gaussian.kl(process.q_posterior(row, x0, x_t), p(row, x_t, output, clip_x0=False).p_prev)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

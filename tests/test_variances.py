@@ -71,7 +71,7 @@ def test_sigma_is_the_closed_form_in_every_respacing():
         conditional = marginal[:-1] - (1 - beta) * marginal[:-1] ** 2 / marginal[1:]
         p = reverse.make("eps", "optimal")
         x = jnp.zeros((1, 1, 1))
-        log_var = jax.jit(jax.vmap(lambda row, x=x, p=p: p(row, x, x)[0].log_var[0, 0, 0]))(s[2:])
+        log_var = jax.jit(jax.vmap(lambda row, x=x, p=p: p(row, x, x).p_prev.log_var[0, 0, 0]))(s[2:])
         np.testing.assert_allclose(np.exp(log_var), conditional[1:], rtol=2e-2 if s is full else 2e-3)
         assert p(s[1], x, x)[0].log_var[0, 0, 0] == s.log_beta_tilde[1]  # the decoder's width
 
@@ -158,13 +158,13 @@ def test_the_mismatch_of_fixed_large_is_0_48642_bits():
 
 def test_only_the_optimal_variance_samples_the_right_variance_in_few_steps():
     """Six steps with the exact reverse Gaussians end at Var(E[x_0 | x_1]), since the last step adds no noise."""
-    s = with_exact_variance(SHORT)
+    s, step = with_exact_variance(SHORT), samplers.ancestral()
     keys = jax.random.split(jax.random.key(3), 2)
 
     def end_variance(variance):
         p = reverse.make("eps", variance)
-        x, _ = jax.jit(lambda: samplers.ancestral(exact(s, p, m=0.0), p, s, keys, (128, 128, 1), clip_x0=False))()
-        return float(x.var())
+        draw = jax.jit(lambda: samplers.sample(step, exact(s, p, m=0.0), p, s, keys, (128, 128, 1), clip_x0=False)[0])
+        return float(draw().var())
 
     right = S2 - x0_variance(s)[1]
     stderr = right * (2 / (2 * 128 * 128)) ** 0.5

@@ -25,10 +25,10 @@ def frechet_distance(
     Raises:
         ValueError: a mean or a covariance holds NaN or Inf.
     """
-    return _distance(_gaussian(mean_1, cov_1), _gaussian(mean_2, cov_2))
+    return _distance(_factored(mean_1, cov_1), _factored(mean_2, cov_2))
 
 
-class Gaussian(NamedTuple):
+class FactoredGaussian(NamedTuple):
     """A Gaussian by a factor F of its covariance, C = F Fᵀ."""
 
     mean: Float64[np.ndarray, " d"]
@@ -36,16 +36,16 @@ class Gaussian(NamedTuple):
     trace: float
 
 
-def _gaussian(mean: Float[np.ndarray, " d"], cov: Float[np.ndarray, "d d"]) -> Gaussian:
+def _factored(mean: Float[np.ndarray, " d"], cov: Float[np.ndarray, "d d"]) -> FactoredGaussian:
     mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError("the mean or the covariance of the features holds NaN or Inf")
     values, vectors = np.linalg.eigh((cov + cov.T) / 2)
     is_kept = values > len(cov) * np.finfo(np.float64).eps * values[-1]  # the others are rounding errors
-    return Gaussian(mean, vectors[:, is_kept] * np.sqrt(values[is_kept]), float(np.trace(cov)))
+    return FactoredGaussian(mean, vectors[:, is_kept] * np.sqrt(values[is_kept]), float(np.trace(cov)))
 
 
-def _distance(one: Gaussian, two: Gaussian) -> float:
+def _distance(one: FactoredGaussian, two: FactoredGaussian) -> float:
     # The trace of the square root is the sum of the singular values of F_1ᵀ F_2. The eigenvalues of
     # C_1^{1/2} C_2 C_1^{1/2} are their squares: the root of a rounding error of 1e-16 would be 1e-8.
     overlap = np.linalg.svd(one.factor.T @ two.factor, compute_uv=False).sum()
@@ -53,7 +53,7 @@ def _distance(one: Gaussian, two: Gaussian) -> float:
     return max(float(distance), 0.0)  # below 0 by rounding, where the two are equal
 
 
-def _fast_distance(one: "Moments", two: Gaussian) -> float:
+def _fast_distance(one: "Moments", two: FactoredGaussian) -> float:
     """A fifth of the work: of Fᵀ C F the eigenvalues alone, whose roots are less accurate, up to 1e-8 each."""
     values = np.linalg.eigvalsh(two.factor.T @ one.cov @ two.factor)
     overlap = np.sqrt(np.maximum(values, 0)).sum()
@@ -128,7 +128,7 @@ def frechet_at_infinity(
     moments = [add_to_moments(no_moments(dimension), subset) for subset in subsets]
     if of_all is not None and of_all.count > num_samples:
         moments.append(of_all)
-    reference = _gaussian(mean, cov)
+    reference = _factored(mean, cov)
     sizes = np.array([float(one.count) for one in moments])
     distances = [_fast_distance(one, reference) for one in moments]
     (_, intercept), errors = np.polyfit(1 / sizes, distances, 1, w=np.sqrt(sizes), cov=True)

@@ -195,11 +195,6 @@ def bound_settings(config: ConfigDict) -> bound.Settings:
     return bound.Settings(config.seed, settings.batch_size, settings.protocol, settings.terms_per_image)
 
 
-def sample_method(config: ConfigDict) -> Callable:
-    """The sampler, its own arguments bound."""
-    return _chosen(config, "sample.method")
-
-
 def quality_features(config: ConfigDict, train_set: data.Source) -> Features:
     """What samples are compared by. Raises what the functions of `evaluation.features` do."""
     return _chosen(config, "quality.features")(train_set)

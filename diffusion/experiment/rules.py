@@ -6,21 +6,23 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import learned_schedule, objectives, samplers, timesteps
+from diffusion import learned_schedule, objectives, timesteps
 from diffusion.experiment import names
-from diffusion.experiment.schema import ALL_SCHEDULES, FIXED_SCHEDULES
+from diffusion.experiment.schema import ALL_SCHEDULES, FIXED_SCHEDULES, METHODS
 from diffusion.learned_schedule import Learned
 from diffusion.parameterizations import x0_per_output
 from diffusion.reverse import VARIANCES, Reverse
+from diffusion.samplers import Step
 from diffusion.schedules import Schedule
 
 
 class Combination(NamedTuple):
-    """A config's values, all together, and the schedule that follows from them."""
+    """A config's values, all together, and the schedule and the sampler that follow from them."""
 
     config: ConfigDict
     schedule: Schedule  # of a learned one, as it starts
     learned: Learned | None
+    step: Step  # of the sampler
 
     @property
     def objective(self) -> Callable:
@@ -56,10 +58,6 @@ class Combination(NamedTuple):
         """Whether at t = T the network's output says nothing of x_0: of ε, where ᾱ_T = 0."""
         p = Reverse(self.config.model.prediction, self.config.model.variance)
         return not np.isfinite(x0_per_output(p, self.schedule[self.schedule.num_steps]))
-
-    @property
-    def method(self) -> names.Call:
-        return names.parse(self.config.sample.method)
 
     @property
     def has_weighting(self) -> bool:
@@ -158,13 +156,9 @@ RULES = (
         "0 takes every term",
     ),
     Rule(
-        lambda it: it.method.name not in samplers.DRAW_FROM_VARIANCE and it.config.sample.variance != "model",
+        lambda it: not it.step.draws_from_variance and it.config.sample.variance != "model",
         "sample.variance={c.sample.variance!r} has no part in sample.method={c.sample.method!r}, which draws nothing "
         "from the model's variance",
-    ),
-    Rule(
-        lambda it: not 0 <= it.method.arguments.get("eta", 0) <= 1,
-        "sample.method={c.sample.method!r}: eta must be in [0, 1]",
     ),
     Rule(
         lambda it: it.config.model.label_dropout > 0 and not it.config.model.conditional,
@@ -193,7 +187,7 @@ RULES = (
 def check(config: ConfigDict) -> None:
     """Raises a ValueError with one line on the first rule that a config breaks; `config.check` comes before."""
     schedule, learned = start_schedule(config)
-    combination = Combination(config, schedule, learned)
+    combination = Combination(config, schedule, learned, sample_step(config))
     for rule in RULES:
         if rule.is_broken(combination):
             raise ValueError(rule.message.format(c=config))
@@ -212,3 +206,12 @@ def start_schedule(config: ConfigDict) -> tuple[Schedule, Learned | None]:
     if problem := FIXED_SCHEDULES.problem(learned.start):
         raise ValueError(f"schedule.name={text!r}: start {problem}")
     return FIXED_SCHEDULES.bind(learned.start)(num_steps), learned
+
+
+def sample_step(config: ConfigDict) -> Step:
+    """The step that samples are drawn with. Raises a ValueError where its arguments are out of range."""
+    text = config.sample.method
+    try:
+        return METHODS.bind(text)()
+    except ValueError as error:
+        raise ValueError(f"sample.method={text!r}: {error}") from error

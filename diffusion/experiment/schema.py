@@ -105,7 +105,7 @@ ALL_SCHEDULES = Choice(
 # The optimal variance follows from a trained mean, so nothing is trained with it.
 TRAINED_VARIANCES = Choice({name: v for name, v in reverse.VARIANCES.items() if name != "optimal"})
 OBJECTIVES = Choice(objectives.OBJECTIVES, given=("setting",))
-METHODS = Choice(samplers.SAMPLERS, given=("denoise", "p", "schedule", "keys", "shape", "num_frames"))
+METHODS = Choice(samplers.SAMPLERS)
 DECAYS = Choice(optimizer.DECAYS, given=("peak", "num_steps"))
 SIDE = integer(0, at_most=65_536)
 SHARE = number(0, 1 - 1e-12, "a number in [0, 1)")

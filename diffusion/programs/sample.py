@@ -1,30 +1,26 @@
 """--mode=sample: images from a trained model, as a grid, as a denoising trajectory, and as arrays."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int32, UInt8
+from jaxtyping import Int32, UInt8
 from ml_collections import ConfigDict
 
-from diffusion import guidance, schedules
-from diffusion.data.levels import to_levels
-from diffusion.experiment import build, memory, workdir
+from diffusion.evaluation.sampling import Sampler
+from diffusion.experiment import build, memory, rules, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.model import Model
 from diffusion.reporting import page, pictures
-from diffusion.reporting.progress import Progress
-from diffusion.runtime import devices, files, processes, randomness
+from diffusion.runtime import files, processes
 from diffusion.runtime.preemption import Preemption
 from diffusion.training.step import TrainState
 
 SAMPLES = "samples"  # in the workdir: a folder for each way of sampling, with its images in shards
 SHARD_IMAGES = 1000
-TRAJECTORY_FRAMES, TRAJECTORY_IMAGES = 12, 8
+TRAJECTORY_IMAGES = 8
 MAX_ARCHIVE_BYTES = 2**30  # more images than that stay in their shards
 ARCHIVE, GRID, TRAJECTORY = "samples.npz", "samples.png", "progressive.png"
 
@@ -49,53 +45,19 @@ def trained(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> 
     return experiment, state, experiment.model(state.ema_params, config.sample.variance, x0_variance)
 
 
-class Sampler:
-    """The config's sampler, compiled once. Image n is the same whatever the batch size and the number of devices.
-
-    A model that takes labels is given those of `labels`, and guided as the config says.
-    """
-
-    def __init__(self, experiment: Experiment):
-        self._config, self._shape = experiment.config.sample, experiment.image_shape
-        self._method = build.sample_method(experiment.config)
-        self._num_steps = self._config.num_steps or experiment.config.schedule.num_steps
-        self._classes = jnp.array(classes(experiment))
-        self._guidance = self._config.guidance, self._config.guidance_interval
-        self._seed_key = randomness.stream(experiment.config.seed, "sample")
-        self._images = devices.over_batches(lambda model, numbers: self._draw(model, numbers, num_frames=1)[0])
-        num_frames = min(TRAJECTORY_FRAMES, self._num_steps)
-        self._trajectories = devices.over_batches(lambda model, numbers: self._draw(model, numbers, num_frames)[1])
-
-    def _draw(self, model: Model, numbers: Int[Array, " n"], num_frames: int) -> tuple[Array, Array]:
-        keys, denoise = randomness.per_item(self._seed_key, numbers), model.denoise
-        if model.takes_labels:
-            labels = self._classes[numbers % len(self._classes)]
-            denoise = guidance.classifier_free(denoise, labels, *self._guidance)
-        x0, frames = self._method(denoise, model.p, model.schedule, keys, shape=self._shape, num_frames=num_frames)
-        frames = jnp.swapaxes(frames, 0, 1)  # the images first, as everywhere in a batch
-        return to_levels(x0, model.num_levels), to_levels(frames, model.num_levels)
-
-    def _ready(self, model: Model) -> devices.Replicated:
-        if self._config.num_steps:
-            model = dataclasses.replace(model, schedule=schedules.evenly_spaced(model.schedule, self._num_steps))
-        return devices.replicate(model)
-
-    def batches(self, model: Model, begin: int, end: int, total: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-        """The images begin…end − 1 of `total`, batch by batch, pixel values."""
-        numbers = np.arange(begin, end)
-        with Progress(total, initial=begin, desc="sample", unit="image") as progress:
-            for done, images in self._images(self._ready(model), numbers, self._config.batch_size):
-                yield images
-                progress.update(len(done))
-
-    def images(self, model: Model, num_images: int) -> UInt8[np.ndarray, "n h w c"]:
-        """The first images, pixel values."""
-        return np.concatenate(list(self.batches(model, 0, num_images, num_images)))
-
-    def trajectories(self, model: Model, num_images: int) -> UInt8[np.ndarray, "n f h w c"]:
-        """x̂_0 of the first images along the way from noise to data, pixel values."""
-        found = self._trajectories(self._ready(model), np.arange(num_images), self._config.batch_size)
-        return np.concatenate([frames for _, frames in found])
+def make_sampler(experiment: Experiment) -> Sampler:
+    """The config's sampler. A model that takes labels is given those of `classes`."""
+    config = experiment.config.sample
+    return Sampler(
+        rules.sample_step(experiment.config),
+        experiment.image_shape,
+        experiment.config.seed,
+        config.batch_size,
+        config.num_steps or None,
+        classes(experiment),
+        config.guidance,
+        config.guidance_interval,
+    )
 
 
 def save(
@@ -116,7 +78,7 @@ def save(
         stop: called after each shard; raises to stop.
         sampler: one that is compiled already.
     """
-    config, sampler = experiment.config.sample, sampler or Sampler(experiment)
+    config, sampler = experiment.config.sample, sampler or make_sampler(experiment)
     folder = directory / SAMPLES / name(experiment, model.p.variance, step)
     with workdir.locked(folder):
         _fill(sampler, model, folder, config.num_images, stop)
@@ -141,7 +103,7 @@ def fill(
     """Draws as many images as `num_images` into the folder of `save`, but for those that it has; returns the folder."""
     folder = directory / SAMPLES / name(experiment, model.p.variance, step)
     with workdir.locked(folder):
-        _fill(Sampler(experiment), model, folder, num_images, stop)
+        _fill(make_sampler(experiment), model, folder, num_images, stop)
     return folder
 
 

@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from diffusion import schedules
 from diffusion.data import Source
 from diffusion.evaluation import images
+from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.programs import evaluate, sample
 from diffusion.programs.quality import Scorer
-from diffusion.programs.sample import Sampler
 from diffusion.reporting import page, pictures, plots, summary
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
 from diffusion.reporting.summary import Stopwatch
@@ -51,7 +51,7 @@ def run(config: ConfigDict, directory: Path, base: str = "") -> None:
             print(f"{directory} holds this run, finished: see {directory / workdir.SUMMARY}")
         return
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
-    sampler = Sampler(experiment)
+    sampler = sample.make_sampler(experiment)
 
     with (
         Preemption() as preemption,

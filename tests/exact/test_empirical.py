@@ -178,7 +178,7 @@ def test_sampling_with_it_ends_on_training_images(prediction):
 
     @jax.jit
     def draw(data):
-        x0, _ = samplers.ancestral(empirical.denoiser(data, s, p), p, s, keys, (4, 4, 1))
+        x0, _ = samplers.sample(samplers.ancestral(), empirical.denoiser(data, s, p), p, s, keys, (4, 4, 1))
         return to_levels(x0, 17)
 
     samples = np.asarray(draw(empirical.in_blocks(images, 17, 8)))

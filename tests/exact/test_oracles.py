@@ -64,7 +64,7 @@ def test_every_prediction_gives_the_same_reverse_process(prediction):
     def of(name):
         p = reverse.make(name, "learned")
         output = GAUSSIAN.denoiser(p, s)(x_t, s.network_t[t])
-        return jax.vmap(lambda row, x, out: p(row, x, out, False)[0])(s[t], x_t, output)
+        return jax.vmap(lambda row, x, out: p(row, x, out, False).p_prev)(s[t], x_t, output)
 
     ours, x0s = of(prediction), of("x0")
     np.testing.assert_allclose(ours.mean, x0s.mean, rtol=1e-4, atol=1e-4)

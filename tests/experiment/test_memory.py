@@ -15,10 +15,10 @@ from flax import linen as nn
 from configs import cifar10
 from diffusion import data
 from diffusion.data import Source
+from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import build, memory, workdir
 from diffusion.networks import NETWORKS
-from diffusion.programs import describe, train
-from diffusion.programs.sample import Sampler
+from diffusion.programs import describe, sample, train
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.preemption import Preemption
 from diffusion.training import loop
@@ -105,7 +105,7 @@ def test_in_training_a_device_holds_the_state_once_and_the_images(wide, measured
         measured.clear()
         experiment = wide(train__num_steps=num_steps, optim__decay="constant")
         with Preemption() as preemption, workdir.owned(experiment.config, tmp_path) as directory:
-            train.train(experiment, directory, train_set, test_set, Sampler(experiment), preemption)
+            train.train(experiment, directory, train_set, test_set, sample.make_sampler(experiment), preemption)
         assert len(measured) == 3  # at steps 2 and 4, or 6 and 8, and a drawing before the last one
         for alive in measured:
             for size in alive.values():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import cifar10, digits
-from diffusion import objectives, process, reverse, schedules
+from diffusion import objectives, process, reverse, samplers, schedules
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import rules
 
@@ -23,7 +23,7 @@ def changed(**keys):
 
 
 def combination(config):
-    return rules.Combination(config, *rules.start_schedule(config))
+    return rules.Combination(config, *rules.start_schedule(config), rules.sample_step(config))
 
 
 def refusal(**keys):
@@ -62,7 +62,6 @@ BREAKING = (
     },
     {"eval__terms_per_image": 11, "schedule__num_steps": 11, "model__prediction": "x0", "schedule__name": "cosine"},
     {"sample__method": "heun", "sample__variance": "optimal"},
-    {"sample__method": "ddim(eta=1.5)"},
     {"model__label_dropout": 0.1},
     {"sample__labels": (3, 5)},
     {"sample__guidance": 1.5, "model__conditional": True},
@@ -137,6 +136,14 @@ def test_the_loss_of_eps_is_bounded_exactly_where_it_is_allowed(num_steps, is_bo
 
 
 # --- the schedule that a config means
+
+
+def test_arguments_of_a_sampler_reach_its_step():
+    assert rules.sample_step(changed(sample__method="ddim(eta=1)")) == samplers.ddim(eta=1.0)
+
+
+def test_an_argument_that_a_sampler_refuses_is_refused_by_key():
+    assert refusal(sample__method="ddim(eta=1.5)") == "sample.method='ddim(eta=1.5)': eta must be in [0, 1], not 1.5"
 
 
 def test_arguments_of_a_schedule_reach_it():

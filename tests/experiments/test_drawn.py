@@ -10,6 +10,7 @@ import pytest
 from diffusion import data
 from diffusion.evaluation import features, quality
 from diffusion.evaluation.features import Batch, Features
+from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import workdir
 from diffusion.programs import sample
 from experiments import drawn, guidance, steps
@@ -48,7 +49,7 @@ def test_guidance_scores_every_weight_and_a_second_call_draws_nothing(labelled_r
     assert float(rows[0]["frechet_distance"]) == pytest.approx(np.mean(distances), rel=1e-6)
     assert float(rows[0]["frechet_distance_spread"]) == pytest.approx(np.std(distances, ddof=1), rel=1e-4)
 
-    monkeypatch.setattr(sample.Sampler, "batches", None)
+    monkeypatch.setattr(Sampler, "batches", None)
     guidance.run(study, [0.0, 60.0])
     assert rows_of(run / "guidance.csv") == rows
 

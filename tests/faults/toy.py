@@ -108,7 +108,7 @@ def describe(*_) -> Description:
 
 def run(experiment: build.Experiment, directory: Path) -> TrainState:
     """Trains to the end, or on from where `directory` is; returns the last state."""
-    draw = sample.Sampler(experiment)
+    draw = sample.make_sampler(experiment)
     with Preemption() as preemption, workdir.owned(experiment.config, directory) as directory:
         return train.train(experiment, directory, source("train"), source("test"), draw, preemption)
 

@@ -82,7 +82,7 @@ def test_guided_samples_are_those_of_the_guided_network(run, conditional, interv
     network, model = network_of(run)
     denoise = guidance.classifier_free(network, drawn["labels"], 80.0, interval)
     keys = randomness.per_item(randomness.stream(0, "sample"), jnp.arange(15))
-    x0, _ = samplers.ancestral(denoise, model.p, model.schedule, keys, (8, 8, 1))
+    x0, _ = samplers.sample(samplers.ancestral(), denoise, model.p, model.schedule, keys, (8, 8, 1))
     wanted = np.asarray(to_levels(x0, 17))
     # A pixel value may round the other way where the batch is another one.
     assert np.mean(drawn["images"] != wanted) < 0.01

@@ -67,7 +67,7 @@ def test_a_run_is_compared_with_the_training_split(run, straight, tiny, sources,
     assert json.loads(capsys.readouterr().out) == scores and scores.keys() >= PROMISED
 
     experiment, state, model = sample.trained(config, run)
-    images = sample.Sampler(experiment).images(model, 30)
+    images = sample.make_sampler(experiment).images(model, 30)
     found = score(config, images, *sources)
     assert {key: scores[key] for key in found} == found
     assert 0 < scores["fid_test_split"] < scores["fid"] == scores["frechet_distance"]
@@ -242,7 +242,7 @@ def test_during_training_the_ema_is_scored_into_the_rows_of_the_metrics(tmp_path
     state = toy.run(experiment, tmp_path)
     rows = {row["step"]: row for row in read_metrics(tmp_path)}
     assert {step for step, row in rows.items() if "fid" in row} == {4, 6} and "loss" not in rows[4]
-    images = sample.Sampler(experiment).images(experiment.model(state.ema_params), 12)
+    images = sample.make_sampler(experiment).images(experiment.model(state.ema_params), 12)
     found = score(experiment.config, images, toy.source("train"), toy.source("test"))
     for name in ("fid", "kid", "precision", "recall"):
         assert rows[6][name] == pytest.approx(found[name], rel=1e-3)

@@ -94,10 +94,13 @@ def test_without_a_checkpoint_there_is_nothing_to_sample_from(tiny, tmp_path):
 # --- which images these are, by hand
 
 
-def samples_by_hand(model, num_images, num_steps=3, method=samplers.ancestral, clip_x0=True):
+ANCESTRAL = samplers.ancestral()
+
+
+def samples_by_hand(model, num_images, num_steps=3, step=ANCESTRAL, clip_x0=True):
     keys = randomness.per_item(randomness.stream(0, "sample"), jnp.arange(num_images))
     schedule = schedules.evenly_spaced(model.schedule, num_steps)
-    x, _ = method(model.denoise, model.p, schedule, keys, toy.SHAPE, clip_x0)
+    x, _ = samplers.sample(step, model.denoise, model.p, schedule, keys, toy.SHAPE, clip_x0)
     return np.round((np.asarray(x, np.float64).clip(-1, 1) + 1) * 8)
 
 
@@ -122,8 +125,8 @@ def test_a_run_s_own_samples_are_drawn_from_its_last_ema(toy_run):
 def test_fewer_steps_are_those_of_the_respaced_schedule(toy_run):
     sample.run(toy_run.config(sample__num_steps=2, sample__method="ddim"), toy_run.directory)
     found, model = saved_images(toy_run.directory), toy_run.model(6)
-    assert_images_are(found, samples_by_hand(model, 9, num_steps=2, method=samplers.ddim))
-    assert np.mean(found != samples_by_hand(model, 9, method=samplers.ddim)) > 0.05
+    assert_images_are(found, samples_by_hand(model, 9, num_steps=2, step=samplers.ddim()))
+    assert np.mean(found != samples_by_hand(model, 9, step=samplers.ddim())) > 0.05
 
 
 def test_sampling_locks_the_folder_of_its_results(toy_run, monkeypatch):

@@ -159,7 +159,7 @@ def test_how_many_images_are_scored_does_not_change_which_are_followed(tiny, tmp
         experiment = build.experiment(config, (8, 8, 1), 17)
         sets = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
         with pytest.raises(Seen) as raised:
-            train.train(experiment, tmp_path, *sets, sample.Sampler(experiment), Preemption())
+            train.train(experiment, tmp_path, *sets, sample.make_sampler(experiment), Preemption())
         seen.append(raised.value.args[0])
     np.testing.assert_array_equal(*seen)
     assert len(set(seen[0])) == followed
@@ -199,7 +199,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_names_step_and_term(tiny, tmp_path
         checkpoints.save(0, poisoned, {})
     sets = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
     with pytest.raises(FloatingPointError, match=r"step 1: .*loss = nan.*vlb_bpd = nan"):
-        train.train(experiment, tmp_path, *sets, sample.Sampler(experiment), Preemption())
+        train.train(experiment, tmp_path, *sets, sample.make_sampler(experiment), Preemption())
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == 0
 

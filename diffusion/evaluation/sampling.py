@@ -1,0 +1,89 @@
+"""Images of a model: image n is a function of the seed and n, and of nothing else that a program chooses."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, UInt8
+
+from diffusion import guidance, samplers, schedules
+from diffusion.data.levels import to_levels
+from diffusion.model import Model
+from diffusion.reporting.progress import Progress
+from diffusion.runtime import devices, randomness
+from diffusion.samplers import Step
+
+TRAJECTORY_FRAMES = 12
+
+
+class Sampler:
+    """Draws pixel values from any model of one kind, with one compiled program.
+
+    Image n is the same whatever the batch size and the number of devices.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        image_shape: tuple[int, int, int],
+        seed: int,
+        batch_size: int,
+        num_steps: int | None = None,
+        labels: tuple[int, ...] = (),
+        guidance_scale: float | int = 0.0,
+        guidance_interval: tuple[float | int, ...] = (),
+    ):
+        """Nothing is compiled before the first image.
+
+        Args:
+            step: how x_{t−1} follows from x_t.
+            image_shape: (H, W, C).
+            seed: of all noise.
+            batch_size: how many images are drawn at once, on all devices together.
+            num_steps: evenly spaced ones of the model's schedule; None takes all of them.
+            labels: those that images are drawn with, in turn, if the model takes labels.
+            guidance_scale: w of `guidance.classifier_free`.
+            guidance_interval: the t that are guided, as there.
+        """
+        self._step, self._shape = step, image_shape
+        self._seed_key, self._batch_size, self._num_steps = randomness.stream(seed, "sample"), batch_size, num_steps
+        self._labels, self._guidance = jnp.array(labels), (guidance_scale, guidance_interval)
+        self._images = devices.over_batches(self._draw_images)
+        self._trajectories = devices.over_batches(self._draw_trajectories)
+
+    def batches(self, model: Model, begin: int, end: int, total: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+        """The images begin…end − 1 of `total`, batch by batch, pixel values."""
+        numbers = np.arange(begin, end)
+        with Progress(total, initial=begin, desc="sample", unit="image") as progress:
+            for done, images in self._images(self._replicated(model), numbers, self._batch_size):
+                yield images
+                progress.update(len(done))
+
+    def images(self, model: Model, num_images: int) -> UInt8[np.ndarray, "n h w c"]:
+        """The first images, pixel values."""
+        return np.concatenate(list(self.batches(model, 0, num_images, num_images)))
+
+    def trajectories(self, model: Model, num_images: int) -> UInt8[np.ndarray, "n f h w c"]:
+        """x̂_0 of the first images along the way from noise to data, pixel values."""
+        found = self._trajectories(self._replicated(model), np.arange(num_images), self._batch_size)
+        return np.concatenate([frames for _, frames in found])
+
+    def _replicated(self, model: Model) -> devices.Replicated:
+        if self._num_steps is not None:
+            model = dataclasses.replace(model, schedule=schedules.evenly_spaced(model.schedule, self._num_steps))
+        return devices.replicate(model)
+
+    def _draw_images(self, model: Model, numbers: Int[Array, " n"]) -> UInt8[Array, "n h w c"]:
+        return to_levels(self._draw(model, numbers, num_frames=1)[0], model.num_levels)
+
+    def _draw_trajectories(self, model: Model, numbers: Int[Array, " n"]) -> UInt8[Array, "n f h w c"]:
+        _, frames = self._draw(model, numbers, min(TRAJECTORY_FRAMES, model.schedule.num_steps))
+        return to_levels(jnp.swapaxes(frames, 0, 1), model.num_levels)  # the images first, as everywhere in a batch
+
+    def _draw(self, model: Model, numbers: Int[Array, " n"], num_frames: int) -> tuple[Array, Array]:
+        keys, denoise = randomness.per_item(self._seed_key, numbers), model.denoise
+        if model.takes_labels:
+            labels = self._labels[numbers % len(self._labels)]
+            denoise = guidance.classifier_free(denoise, labels, *self._guidance)
+        return samplers.sample(self._step, denoise, model.p, model.schedule, keys, self._shape, num_frames=num_frames)

@@ -1,0 +1,48 @@
+"""Images of a model: each is its own number's, in whatever batch, with its label, and its trajectory ends on it."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import reverse, samplers, schedules
+from diffusion.evaluation.sampling import Sampler
+from diffusion.model import Model
+
+SHAPE = (4, 4, 1)
+MODEL = Model(lambda x, t: 0.3 * x, reverse.make("v", "fixed_small"), schedules.cosine(8), num_levels=17)
+
+
+def sampler(batch_size=16, **chosen):
+    return Sampler(samplers.ancestral(), SHAPE, 0, batch_size, **chosen)
+
+
+def test_an_image_depends_on_its_number_and_not_on_the_batch():
+    few, many = sampler(batch_size=3).images(MODEL, 5), sampler().images(MODEL, 20)
+    np.testing.assert_array_equal(few, many[:5])
+    assert len({image.tobytes() for image in many}) == 20
+
+
+def test_a_part_of_the_images_is_drawn_as_if_with_the_others():
+    drawn = sampler()
+    part = np.concatenate(list(drawn.batches(MODEL, 7, 20, 20)))
+    np.testing.assert_array_equal(part, drawn.images(MODEL, 20)[7:])
+
+
+@pytest.mark.parametrize(("num_steps", "frames"), [(None, 8), (3, 3)])
+def test_a_trajectory_has_a_frame_of_each_step_and_ends_on_its_image(num_steps, frames):
+    drawn = sampler(num_steps=num_steps)
+    trajectories = drawn.trajectories(MODEL, 3)
+    assert trajectories.shape == (3, frames, *SHAPE)
+    np.testing.assert_array_equal(trajectories[:, -1], drawn.images(MODEL, 3))
+
+
+@pytest.mark.parametrize(("scale", "levels"), [(0.0, [3, 7, 3, 7, 3]), (1.0, [7, 15, 7, 15, 7])])
+def test_labels_come_in_turn_and_are_guided(scale, levels):
+    """With a network that says its label ℓ, which is −1 for none: (1 + w) ℓ + w."""
+
+    def denoise(x, t, labels):
+        return jnp.zeros_like(x) + labels[:, None, None, None].astype(jnp.float32) / 8 - 1
+
+    model = Model(denoise, reverse.make("x0", "fixed_small"), schedules.cosine(2), num_levels=17, takes_labels=True)
+    images = sampler(labels=(3, 7), guidance_scale=scale).images(model, 5)
+    np.testing.assert_array_equal(images[:, 0, 0, 0], levels)
