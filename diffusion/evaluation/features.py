@@ -77,13 +77,14 @@ def _pixels(images: UInt8[np.ndarray, "n h w c"], num_levels: int) -> Batch:
     return Batch(unit)
 
 
-def inception(train_set: Source, path: str = "") -> Features:
+def inception(train_set: Source, path: str = "", batch_size: int = 8) -> Features:
     """FID's Inception: its 2,048 features and its logits.
 
     Grey images are repeated to three channels. Pixel values 0…L − 1 become 0…255, rounded.
 
     Args:
         path: weights of its layout; "": the published ones, downloaded once.
+        batch_size: images that go through the network at a time.
 
     Raises:
         FileNotFoundError, ConnectionError: there are no weights.
@@ -94,7 +95,7 @@ def inception(train_set: Source, path: str = "") -> Features:
     params = inception_network.load(file, check_digest=not path)
 
     def extract(images: UInt8[np.ndarray, "n h w c"]) -> Batch:
-        found = inception_network.features(params, rgb(images, train_set.num_levels))
+        found = inception_network.features(params, rgb(images, train_set.num_levels), batch_size)
         return Batch(found["2048"], found["logits_unbiased"])
 
     return Features(extract, inception_network.digest(file))
@@ -138,5 +139,5 @@ def classifier(train_set: Source, path: str = "") -> Features:
     return Features(extract, trained.sha256(), about)
 
 
-# name -> (the training split, arguments of its own) -> Features
+# name -> (the training split, arguments of its own) -> Features; `batch_size` is the program's, not the config's
 FEATURES = {"pixels": pixels, "inception": inception, "classifier": classifier}
