@@ -124,8 +124,8 @@ def classifier(train_set: Source, path: str = "") -> Features:
             "command trains with --mode=classifier"
         )
     trained = classifiers.load(file)
-    facts = trained.facts
-    takes, given = (facts.image_shape, facts.num_levels), (train_set.image_shape, train_set.num_levels)
+    about = trained.provenance
+    takes, given = (about.image_shape, about.num_levels), (train_set.image_shape, train_set.num_levels)
     if takes != given:
         raise ValueError(
             f"quality.features: the classifier {file} takes images {list(takes[0])} of {takes[1]} pixel values, "
@@ -135,8 +135,8 @@ def classifier(train_set: Source, path: str = "") -> Features:
     def extract(images: UInt8[np.ndarray, "n h w c"]) -> Batch:
         return Batch(*trained.outputs(images))
 
-    about = {"classifier_data": facts.data, "classifier_test_accuracy": facts.test_accuracy}
-    return Features(extract, trained.sha256(), about)
+    named = {"classifier_data": about.data, "classifier_test_accuracy": about.test_accuracy}
+    return Features(extract, trained.sha256(), named)
 
 
 # name -> (the training split, arguments of its own) -> Features; `batch_size` is the program's, not the config's

@@ -1,4 +1,4 @@
-"""From a config to objects: the only place where names become functions."""
+"""From a config to objects: where the names in it become functions."""
 
 import dataclasses
 import inspect

@@ -87,7 +87,7 @@ def facts(images, **changes):
         "data": images.name, "data_sha256": images.sha256(), "image_shape": images.image_shape,
         "num_levels": images.num_levels, "num_classes": 3, "num_steps": 0, "test_accuracy": 0.25,
     }  # fmt: skip
-    return classifier.Facts(**found | changes)
+    return classifier.Provenance(**found | changes)
 
 
 @pytest.fixture
