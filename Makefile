@@ -13,9 +13,8 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test faults lint
 
-# On so small a network malloc is faster when it is left alone: docs/reliability.md.
 demo: $(VENV)/.installed
-	DIFFUSION_KEEP_FREED_MEMORY=0 $(VENV)/bin/python main.py --config=configs/digits.py --workdir=runs/digits
+	$(VENV)/bin/python main.py --config=configs/digits.py --workdir=runs/digits
 
 # A worker that crashes is not replaced: the new one may wait for ever (pytest-xdist issue 1327).
 test: $(VENV)/.installed-dev

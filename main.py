@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
-
-from diffusion.runtime import allocator
+from ml_collections import ConfigDict, config_flags
 
 _MODES = {
     "train": "train",
@@ -63,6 +61,7 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"unexpected argument {argv[1]!r}; every argument is a --flag=value")
         if _CONFIG.value is None:
             raise ValueError("no --config is given; for example --config=configs/digits.py")
+        _keep_freed_memory(_CONFIG.value)
         # Imported here because JAX takes seconds that --help should not cost.
         from diffusion.experiment import build, config, workdir
         from diffusion.runtime import compiled_programs, orbax_noise, preemption, processes
@@ -95,6 +94,21 @@ def main(argv: list[str]) -> None:
         if not isinstance(error, OSError) and raised_in not in ours:
             raise
         _stop(_error_line(error), 2)
+
+
+def _keep_freed_memory(config: ConfigDict) -> None:
+    """Has malloc keep freed memory where the network's maps are large; it must be told before JAX is imported."""
+    from diffusion import data
+    from diffusion.runtime import allocator
+
+    try:
+        described = data.describe(config.data.name, config.data.data_dir, config.data.image_size, config.data.pad_to)
+        height, width, _ = described.image_shape
+        num_bytes = 4 * config.train.batch_size * height * width * config.unet.channels
+    except (AttributeError, ValueError, TypeError, OSError):  # what is wrong is said by what reads the config in full
+        return
+    if num_bytes >= allocator.LARGE_MAP:
+        allocator.keep_freed_memory()
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -147,5 +161,4 @@ def _stop(reason: str, code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    allocator.keep_freed_memory()  # before a config or a mode imports JAX
     app.run(main, flags_parser=_parse)
