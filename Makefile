@@ -17,9 +17,8 @@ PYTEST := $(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile --max
 
 .PHONY: demo check test faults lint
 
-# On so small a network malloc is faster when it is left alone: docs/reliability.md.
 demo: $(VENV)/.installed
-	DIFFUSION_KEEP_FREED_MEMORY=0 $(VENV)/bin/python main.py --config=configs/digits.py --workdir=runs/digits
+	$(VENV)/bin/python main.py --config=configs/digits.py --workdir=runs/digits
 
 # The paper's modules and what they are built on. Whoever trains, samples or starts processes has a folder of its own.
 check: $(VENV)/.installed-dev

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
-
-from diffusion.runtime import allocator
+from ml_collections import ConfigDict, config_flags
 
 _MODES = {
     "train": "train",
@@ -44,7 +42,7 @@ _OUTPUT = flags.DEFINE_string(
     "output", None, "Of compress: the file to write; of decompress: where the images go, an .npz file."
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "Multi-process: HOST:PORT of process 0, or auto; not needed under srun or on TPU slices."
+    "coordinator", "", "Multi-process: HOST:PORT of process 0; not needed under srun or on TPU slices."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
@@ -57,19 +55,22 @@ def main(argv: list[str]) -> None:
 
     A run that was stopped by a signal ends with exit code 75 (EX_TEMPFAIL): the same command continues it.
     """
-    logging.set_verbosity(logging.WARNING)  # TFDS, JAX and Orbax report each of their steps
+    logging.set_verbosity(logging.WARNING)  # TFDS and JAX report each of their steps
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; every argument is a --flag=value")
         if _CONFIG.value is None:
             raise ValueError("no --config is given; for example --config=configs/digits.py")
+        _keep_freed_memory(_CONFIG.value)
         # Imported here because JAX takes seconds that --help should not cost.
-        from diffusion.experiment import config, workdir
-        from diffusion.runtime import compiled_programs, preemption, processes
+        from diffusion.experiment import build, config, workdir
+        from diffusion.runtime import compiled_programs, orbax_noise, preemption, processes
 
+        orbax_noise.silence()
         resolved = config.completed(_CONFIG.value)
         config.check(resolved)
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        compiled_programs.keep(on_cpu=build.runs_on_cpu())
         base = config_flags.get_config_filename(flags.FLAGS["config"])
         mode = importlib.import_module(f"diffusion.programs.{_MODES[_MODE.value]}")
         if _CHECKPOINT.value != "latest" and _MODE.value not in _READ_A_CHECKPOINT:
@@ -83,8 +84,7 @@ def main(argv: list[str]) -> None:
                 raise ValueError(f"--mode={_MODE.value} needs --{name}")
             which |= {name: value} if _MODE.value in _CODE else {}
         try:
-            with compiled_programs.kept():
-                mode.run(resolved, workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}"), **which)
+            mode.run(resolved, workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}"), **which)
         except preemption.Preempted as stop:
             _stop(stop.reason, stop.code)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
@@ -94,6 +94,21 @@ def main(argv: list[str]) -> None:
         if not isinstance(error, OSError) and raised_in not in ours:
             raise
         _stop(_error_line(error), 2)
+
+
+def _keep_freed_memory(config: ConfigDict) -> None:
+    """Has malloc keep freed memory where the network's maps are large; it must be told before JAX is imported."""
+    from diffusion import data
+    from diffusion.runtime import allocator
+
+    try:
+        described = data.describe(config.data.name, config.data.data_dir, config.data.image_size, config.data.pad_to)
+        height, width, _ = described.image_shape
+        num_bytes = 4 * config.train.batch_size * height * width * config.unet.channels
+    except (AttributeError, ValueError, TypeError, OSError):  # what is wrong is said by what reads the config in full
+        return
+    if num_bytes >= allocator.LARGE_MAP:
+        allocator.keep_freed_memory()
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -146,5 +161,4 @@ def _stop(reason: str, code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    allocator.keep_freed_memory()  # before a config or a mode imports JAX
     app.run(main, flags_parser=_parse)

@@ -16,7 +16,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -101,13 +100,11 @@ def main() -> None:
 def row(program: Program, target: str) -> dict[str, Any]:
     """The figures of one program, for each of its devices and each of its steps."""
     targets = topology(target, program.devices)
-    # The network is written another way for CPUs; it asks JAX where it is.
-    with mock.patch.object(jax, "default_backend", return_value=targets[0].platform):
-        config = networks.config_of("full", dtype="bfloat16", remat=program.remat)
-        config.train.batch_size = program.batch
-        experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
-        lower = lower_training if program.name == "train step" else lower_sampling
-        compiled = lower(experiment, program.batch // program.devices, targets).compile()
+    config = networks.config_of("full", dtype="bfloat16", remat=program.remat)
+    config.train.batch_size = program.batch
+    experiment = build.experiment(config, networks.IMAGE_SHAPE, 256, on_cpu=False)
+    lower = lower_training if program.name == "train step" else lower_sampling
+    compiled = lower(experiment, program.batch // program.devices, targets).compile()
     passes = 1 if program.name != "train step" else 4 if program.remat else 3
     flops = passes * program.batch / program.devices * describe.forward_flops(experiment)
     held = compiled.memory_analysis()
@@ -140,12 +137,11 @@ def limits(compiled: jax.stages.Compiled, steps: int, flops: float, target: str)
 def config_row(name: str, target: str) -> dict[str, Any]:
     """One config's train step; the images are those of one call, as if they came from disk."""
     targets = topology(target, 1)
-    with mock.patch.object(jax, "default_backend", return_value=targets[0].platform):
-        config = importlib.import_module(f"configs.{name}").get_config()
-        experiment = build.experiment(config, SHAPES[name], 256)
-        steps, batch = config.train.steps_per_call, config.train.batch_size
-        compiled = lower_training(experiment, batch, targets, steps, steps * batch).compile()
-        kept = memory.residual_bytes(experiment, batch // config.train.grad_accum)
+    config = importlib.import_module(f"configs.{name}").get_config()
+    experiment = build.experiment(config, SHAPES[name], 256, on_cpu=False)
+    steps, batch = config.train.steps_per_call, config.train.batch_size
+    compiled = lower_training(experiment, batch, targets, steps, steps * batch).compile()
+    kept = memory.residual_bytes(experiment, batch // config.train.grad_accum)
     held = compiled.memory_analysis()
     flops = (4 if config.unet.remat else 3) * batch * describe.forward_flops(experiment)
     return {

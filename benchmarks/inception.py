@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -34,7 +35,7 @@ def main() -> None:
     parser = sides.arguments(__doc__, "inception")
     parser.add_argument("--num-images", type=int, default=64, help="in a timed call")
     parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=64, help="of PyTorch; ours chooses its own")
+    parser.add_argument("--batch-size", type=int, default=64, help="of PyTorch, and of ours on an accelerator")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
     args = parser.parse_args()
 
@@ -52,7 +53,8 @@ def main() -> None:
 
 def our_arms(args) -> Arms:
     images = random_images(args.num_images, args.image_size)
-    return {"ours": Arm(partial(inception.features, our_params(random_tensors(seed=0)), images))}
+    batch_size = 8 if jax.default_backend() == "cpu" else args.batch_size
+    return {"ours": Arm(partial(inception.features, our_params(random_tensors(seed=0)), images, batch_size))}
 
 
 def our_params(tensors: dict[str, np.ndarray]) -> Any:

@@ -5,8 +5,8 @@ Bit-Swap (Kingma, Abbeel & Ho 2019, algorithm 1) on the latents of Ho et al. (20
     pop x_t ~ q(x_t | x_{t−1}),  push x_{t−1} under p_θ(x_{t−1} | x_t);  then push x_T under N(0, I)
 
 What was pushed minus what was popped is log q(x_{1:T} | x_0) − log p_θ(x_{0:T}), whose mean is the bound of eq. 3.
-Decoding runs the same steps backwards. Pushing as soon as possible keeps few bits on loan: those that x_t has given x_0
-less what was paid for it, and not those of all latents at once. They come from the images before it, and at first
+Decoding runs the same steps backwards. Pushing as soon as possible keeps few bits borrowed: those that x_t has given
+x_0 less what was paid for it, and not those of all latents at once. They come from the images before it, and at first
 from random bits.
 
 **The grid.** Code needs numbers out of a list, so x_t is k·δ_t with an integer k, and δ_t = 2^−precision times the
@@ -33,14 +33,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from diffusion.ans import RESERVE_WORDS, Stack
+from diffusion.codec_groups import Groups
 from diffusion.gaussian import Gaussian
 from diffusion.model import Model
 from diffusion.schedules import Schedule
 
 WINDOW_STDS = 6  # beyond it a Gaussian has less than the 2⁻²⁴ that the coder keeps for every integer
-FIRST_GROUP = 2  # how many images' latents are drawn from random bits
-CAUTION = 0.95  # of the bits that are there, how many the next group may need
-GROWTH = (1, 1.2, 1.5, 2)  # the next group may be so much larger than the one before
 WORD_BITS = 32
 STD_STEPS = (1e-6, 1e6)  # a learned standard deviation is kept between these, in steps of what is coded
 
@@ -133,9 +131,6 @@ class Codec:
     ) -> Message:
         """The images as bits.
 
-        They are coded in groups: a few at first, because their latents are drawn from random bits that become part of
-        the message, and then as many as the bits so far suffice for.
-
         Args:
             images: pixel values.
             seed: of the random bits.
@@ -147,19 +142,15 @@ class Codec:
         supply = self._supply()
         # Without 0, which may not be the last word.
         stack = Stack(np.random.default_rng(seed).integers(1, 2**WORD_BITS, supply, np.uint32))
-        begin, size, growth, bottom, loan = 0, self._first_size, [], supply, 0.0
+        groups, begin = Groups(self._batch_size, supply), 0
         while begin < len(images):
-            group, before = images[begin : begin + size], stack.num_words
+            group, before = images[begin : begin + groups.size], stack.num_words
             self._push_images(stack, group)
-            lowest, begin = stack.take_lowest(), begin + len(group)
-            bottom, loan = min(bottom, lowest), max(loan, (before - lowest) / len(group))
-            affordable = CAUTION * (stack.num_words - bottom) / loan
-            growth.append(max(n for n in range(len(GROWTH)) if n == 0 or self._grown(size, n) <= affordable))
-            size = self._grown(size, growth[-1])
+            groups.grow(len(group), before, stack.take_lowest(), stack.num_words)
+            begin += len(group)
             tick(len(group))
-        for n in growth[-2::-1]:  # after the last group no other comes
-            stack.push_number(n, len(GROWTH))
-        unused = bottom - RESERVE_WORDS
+        groups.push(stack)
+        unused = groups.lowest - RESERVE_WORDS
         return Message(stack.words()[unused:], supply - unused)
 
     def decode(
@@ -170,18 +161,14 @@ class Codec:
         Raises:
             ArithmeticError: these are not the bits of so many images under this model, as far as that can be seen.
         """
-        stack, size, sizes = Stack(message.words), self._first_size, []
-        while missing := num_images - sum(sizes):
-            sizes.append(min(size, missing))
-            if missing > size:
-                size = self._grown(size, stack.pop_number(len(GROWTH)))
-        groups = [np.zeros((0, *self._shape), np.uint8)]
-        for size in reversed(sizes):
-            groups.append(self._pop_images(stack, size))
+        stack = Stack(message.words)
+        decoded = [np.zeros((0, *self._shape), np.uint8)]
+        for size in reversed(Groups(self._batch_size).pop(stack, num_images)):
+            decoded.append(self._pop_images(stack, size))
             tick(size)
         if stack.num_words != message.initial_words:
             raise ArithmeticError(f"these are not the bits of {num_images} images")
-        return np.concatenate(groups[::-1])
+        return np.concatenate(decoded[::-1])
 
     def fingerprint(self) -> bytes:
         """A digest, bit by bit, of what the network says of a fixed input, and of the grid."""
@@ -194,19 +181,11 @@ class Codec:
                 digest.update(np.asarray(part))
         return digest.digest()
 
-    @property
-    def _first_size(self) -> int:
-        return min(FIRST_GROUP, self._batch_size)
-
-    def _grown(self, size: int, n: int) -> int:
-        """How many images come after a group of `size`."""
-        return min(math.ceil(size * GROWTH[n]), self._batch_size)
-
     def _supply(self) -> int:
         """Words of random bits that suffice for any group; the message has only those that were used.
 
         When x_t is popped, x_{t−1} is not pushed yet: the entropies of x_{t−1} given x_0 and of x_t given x_{t−1} are
-        on loan, whatever of it was paid for.
+        borrowed, whatever of it was paid for.
         """
         spacing = self._grid.spacing[1:]
         of_step = _entropy_bits(self._grid.sqrt_beta[1:] / spacing)

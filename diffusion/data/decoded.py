@@ -26,7 +26,7 @@ Decoded = tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"] | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
+class Resizing:
     """The size that pictures get; without any, all of a set must have one.
 
     Attributes:
@@ -69,7 +69,7 @@ class Fit:
         return size + pad
 
 
-def image_shape(name: str, builder: tfds.core.DatasetBuilder, fit: Fit) -> tuple[int, int, int]:
+def image_shape(name: str, builder: tfds.core.DatasetBuilder, resizing: Resizing) -> tuple[int, int, int]:
     """(H, W, C) of every picture; of the first one where the set promises no size.
 
     Raises:
@@ -78,7 +78,7 @@ def image_shape(name: str, builder: tfds.core.DatasetBuilder, fit: Fit) -> tuple
     height, width, channels = prepared.image_shape(name, builder)
     if height is None or width is None:
         height, width = _first_size(name, builder)
-    return fit.shape(name, (height, width, channels))
+    return resizing.shape(name, (height, width, channels))
 
 
 def _first_size(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int, int]:
@@ -89,7 +89,7 @@ def _first_size(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int, int]
         return picture.height, picture.width
 
 
-def load(name: str, builder: tfds.core.DatasetBuilder, split: str, fit: Fit) -> Decoded:
+def load(name: str, builder: tfds.core.DatasetBuilder, split: str, resizing: Resizing) -> Decoded:
     """The pixel values and the classes of a split, from files if there are some that fit the prepared data.
 
     Raises:
@@ -97,8 +97,8 @@ def load(name: str, builder: tfds.core.DatasetBuilder, split: str, fit: Fit) -> 
         OSError: no disk has room for the decoded pictures.
     """
     _, numbers = prepared.records(name, builder, split)
-    shape = (len(numbers), *image_shape(name, builder, fit))
-    return _Split(name, builder, split, fit, shape).load()
+    shape = (len(numbers), *image_shape(name, builder, resizing))
+    return _Split(name, builder, split, resizing, shape).load()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Split:
     name: str
     builder: tfds.core.DatasetBuilder
     split: str
-    fit: Fit
+    resizing: Resizing
     shape: tuple[int, ...]
 
     @property
@@ -118,7 +118,7 @@ class _Split:
     def load(self) -> Decoded:
         """From the files beside the set, which are made if need be."""
         stored, _ = prepared.records(self.name, self.builder, self.split)
-        of_split = f"{self.split}{self.fit}-{_fingerprint(self.builder, stored)}.npy"
+        of_split = f"{self.split}{self.resizing}-{_fingerprint(self.builder, stored)}.npy"
         pixels, classes = (Path(self.builder.data_dir) / f"{what}-{of_split}" for what in ("decoded", "classes"))
         return self._kept(pixels, classes) or self._made(pixels, classes)
 
@@ -177,7 +177,7 @@ class _Split:
 
     def _pixels(self, encoded: list[bytes]) -> UInt8[np.ndarray, "n h w c"]:
         try:
-            pictures = [self.fit.pixels(one, self.shape[-1]) for one in encoded]
+            pictures = [self.resizing.pixels(one, self.shape[-1]) for one in encoded]
         except Exception as error:  # Pillow raises different types for garbage
             raise self._damaged(error) from error
         for picture in pictures:

@@ -113,7 +113,7 @@ def load(name: str, split: str, data_dir: str | None = None, image_size: int = 0
         name: "name", "name/config" or "name:version", as TFDS writes them; without a version, the newest one.
         split: "train" or "test"; see `tfds.records` for sets that have other splits.
         data_dir: root of the TFDS directories; None or "" for TFDS's default.
-        image_size, pad_to: see `decoded.Fit`.
+        image_size, pad_to: see `decoded.Resizing`.
 
     Raises:
         FileNotFoundError: the set or one of its files is missing.
@@ -127,7 +127,7 @@ def load(name: str, split: str, data_dir: str | None = None, image_size: int = 0
     root = tfds.resolve_data_dir(data_dir)
     directory = tfds.find(name, root) or tfds.prepare(name, root)
     builder = tfds.open_directory(name, directory)
-    pixels, classes = decoded.load(name, builder, split, decoded.Fit(image_size, pad_to))
+    pixels, classes = decoded.load(name, builder, split, decoded.Resizing(image_size, pad_to))
     return Source(name, split, pixels, tfds.num_levels(builder), classes, tfds.num_classes(builder))
 
 
@@ -135,7 +135,7 @@ def describe(name: str, data_dir: str | None = None, image_size: int = 0, pad_to
     """What `name` holds, without preparing or downloading it. Takes and raises what `load` does."""
     from diffusion.data import decoded, tfds
 
-    root, fit = tfds.resolve_data_dir(data_dir), decoded.Fit(image_size, pad_to)
+    root, resizing = tfds.resolve_data_dir(data_dir), decoded.Resizing(image_size, pad_to)
     directory = tfds.find(name, root)
     if directory is None:
         builder = tfds.own_builder(name, root)
@@ -145,5 +145,5 @@ def describe(name: str, data_dir: str | None = None, image_size: int = 0, pad_to
     else:
         builder = tfds.open_directory(name, directory)
         counts = [len(tfds.records(name, builder, split)[1]) for split in SPLITS]
-    shape = decoded.image_shape(name, builder, fit)
+    shape = decoded.image_shape(name, builder, resizing)
     return Description(name, *counts, shape, tfds.num_levels(builder), tfds.num_classes(builder))

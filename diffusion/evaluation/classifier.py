@@ -29,8 +29,8 @@ LEARNING_RATE, WEIGHT_DECAY = 2e-3, 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
-    """What is known of a classifier: its data, its training, and the part of the test split that it gets right."""
+class Provenance:
+    """The data and the training of a classifier, and the part of the test split that it gets right."""
 
     data: str
     data_sha256: str  # of the training split
@@ -42,21 +42,21 @@ class Facts:
 
 
 class Trained(NamedTuple):
-    """The parameters of networks.classifier.Classifier, and what is known of them."""
+    """The parameters of networks.classifier.Classifier, and where they come from."""
 
     params: PyTree
-    facts: Facts
+    provenance: Provenance
 
     def sha256(self) -> str:
         """A digest of both."""
-        facts = json.dumps(dataclasses.asdict(self.facts), sort_keys=True)
+        facts = json.dumps(dataclasses.asdict(self.provenance), sort_keys=True)
         return hashlib.sha256(f"{tree_sha256(self.params)} {facts}".encode()).hexdigest()
 
     def outputs(
         self, images: UInt8[np.ndarray, "n h w c"]
     ) -> tuple[Float32[np.ndarray, "n d"], Float32[np.ndarray, "n classes"]]:
         """Features and logits of images."""
-        return _outputs(self.params, images, self.facts.num_levels, self.facts.num_classes)
+        return _outputs(self.params, images, self.provenance.num_levels, self.provenance.num_classes)
 
 
 def train(train_set: Source, test_set: Source, seed: int) -> Trained:
@@ -96,7 +96,7 @@ def train(train_set: Source, test_set: Source, seed: int) -> Trained:
     accuracy = float(np.mean(logits.argmax(axis=1) == test_set.labels()))
     return Trained(
         params,
-        Facts(
+        Provenance(
             data=train_set.name,
             data_sha256=train_set.sha256(),
             image_shape=train_set.image_shape,
@@ -129,9 +129,9 @@ def path_of(data_sha256: str) -> Path:
 
 
 def save(trained: Trained, path: Path) -> None:
-    """Writes the parameters as safetensors, and as metadata what is known of them and the digest of both."""
+    """Writes the parameters as safetensors, and as metadata where they come from and the digest of both."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"facts": json.dumps(dataclasses.asdict(trained.facts)), "sha256": trained.sha256()}
+    metadata = {"facts": json.dumps(dataclasses.asdict(trained.provenance)), "sha256": trained.sha256()}
     leaves = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(trained.params, sep="/").items()}
     with files.replacing(path) as file:
         file.write(to_safetensors(leaves, metadata))
@@ -152,7 +152,7 @@ def load(path: Path) -> Trained:
             leaves = {name: file.get_tensor(name) for name in file.keys()}
         facts = json.loads(metadata["facts"])
         facts["image_shape"] = tuple(facts["image_shape"])
-        trained = Trained(unflatten_dict(leaves, sep="/"), Facts(**facts))
+        trained = Trained(unflatten_dict(leaves, sep="/"), Provenance(**facts))
         is_whole = trained.sha256() == metadata["sha256"]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

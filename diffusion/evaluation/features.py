@@ -77,13 +77,14 @@ def _pixels(images: UInt8[np.ndarray, "n h w c"], num_levels: int) -> Batch:
     return Batch(unit)
 
 
-def inception(train_set: Source, path: str = "") -> Features:
+def inception(train_set: Source, path: str = "", batch_size: int = 8) -> Features:
     """FID's Inception: its 2,048 features and its logits.
 
     Grey images are repeated to three channels. Pixel values 0…L − 1 become 0…255, rounded.
 
     Args:
         path: weights of its layout; "": the published ones, downloaded once.
+        batch_size: images that go through the network at a time.
 
     Raises:
         FileNotFoundError, ConnectionError: there are no weights.
@@ -94,7 +95,7 @@ def inception(train_set: Source, path: str = "") -> Features:
     params = inception_network.load(file, check_digest=not path)
 
     def extract(images: UInt8[np.ndarray, "n h w c"]) -> Batch:
-        found = inception_network.features(params, rgb(images, train_set.num_levels))
+        found = inception_network.features(params, rgb(images, train_set.num_levels), batch_size)
         return Batch(found["2048"], found["logits_unbiased"])
 
     return Features(extract, inception_network.digest(file))
@@ -123,8 +124,8 @@ def classifier(train_set: Source, path: str = "") -> Features:
             "command trains with --mode=classifier"
         )
     trained = classifiers.load(file)
-    facts = trained.facts
-    takes, given = (facts.image_shape, facts.num_levels), (train_set.image_shape, train_set.num_levels)
+    about = trained.provenance
+    takes, given = (about.image_shape, about.num_levels), (train_set.image_shape, train_set.num_levels)
     if takes != given:
         raise ValueError(
             f"quality.features: the classifier {file} takes images {list(takes[0])} of {takes[1]} pixel values, "
@@ -134,9 +135,9 @@ def classifier(train_set: Source, path: str = "") -> Features:
     def extract(images: UInt8[np.ndarray, "n h w c"]) -> Batch:
         return Batch(*trained.outputs(images))
 
-    about = {"classifier_data": facts.data, "classifier_test_accuracy": facts.test_accuracy}
-    return Features(extract, trained.sha256(), about)
+    named = {"classifier_data": about.data, "classifier_test_accuracy": about.test_accuracy}
+    return Features(extract, trained.sha256(), named)
 
 
-# name -> (the training split, arguments of its own) -> Features
+# name -> (the training split, arguments of its own) -> Features; `batch_size` is the program's, not the config's
 FEATURES = {"pixels": pixels, "inception": inception, "classifier": classifier}

@@ -1,6 +1,7 @@
-"""From a config to objects: the only place where names become functions."""
+"""From a config to objects: where the names in it become functions."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -27,6 +28,8 @@ from diffusion.training import loop, optimizer
 from diffusion.training import schedule as trained_schedule
 from diffusion.training.step import Training, TrainState, initial_state
 from diffusion.variances import X0Variance
+
+ACCELERATOR_INCEPTION_BATCH = 64  # images that go through Inception at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Experiment:
         if self.published is not None:
             return self._state(lambda *_: {"params": self.published})
         # It runs once, so on the CPU, where random numbers are slow to compile, it is not optimized.
-        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        options = {"xla_backend_optimization_level": 0} if runs_on_cpu() else None
         return self._state(jax.jit(self.training.network.init, compiler_options=options))
 
     def abstract_state(self) -> TrainState:
@@ -116,6 +119,11 @@ class Network:
         return self.module.apply({"params": params}, x_t, network_t, **given)[..., : self.channels]
 
 
+def runs_on_cpu() -> bool:
+    """Whether JAX's default device is a CPU: what is computed in another way there asks here, and nowhere else."""
+    return jax.default_backend() == "cpu"
+
+
 def describe_data(config: ConfigDict) -> data.Description:
     """What the config's data set holds. Raises what `data.describe` does."""
     return data.describe(config.data.name, config.data.data_dir, config.data.image_size, config.data.pad_to)
@@ -127,12 +135,17 @@ def load_data(config: ConfigDict, split: str) -> data.Source:
 
 
 def experiment(
-    config: ConfigDict, image_shape: tuple[int, int, int], num_levels: int, num_classes: int = 0
+    config: ConfigDict,
+    image_shape: tuple[int, int, int],
+    num_levels: int,
+    num_classes: int = 0,
+    on_cpu: bool | None = None,
 ) -> Experiment:
     """The experiment that `config` describes, for images [H, W, C] of `num_levels` pixel values.
 
     Args:
         num_classes: of the images' labels; 0 for images without labels.
+        on_cpu: whether it is compiled for a CPU; None: for JAX's default device.
 
     Raises:
         ValueError: anything that does not fit, in one line that names the config key.
@@ -145,7 +158,8 @@ def experiment(
         learned_schedule.init(schedule)  # or its refusal would come with the first state
     p = reverse.make(config.model.prediction, config.model.variance, config.model.decoder)
     times = objectives.TIMES.get(names.parse(config.objective.name).name, "every_term")
-    network = _network(config, image_shape, p.output_channels(image_shape[-1]), num_classes)
+    on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
+    network = _network(config, image_shape, p.output_channels(image_shape[-1]), num_classes, on_cpu)
     published = _published(config, network, image_shape) if config.init_from else None
     training = Training(
         network=network,
@@ -165,7 +179,7 @@ def experiment(
         log_every=config.train.log_every,
         skip_nonfinite=config.train.skip_nonfinite > 0,
         grad_accum=config.train.grad_accum,
-        unroll=jax.default_backend() == "cpu",
+        unroll=on_cpu,
     )
     return Experiment(config, image_shape, p, schedule, training, published)
 
@@ -180,7 +194,7 @@ def plan(config: ConfigDict) -> loop.Plan:
     return loop.Plan(
         seed=config.seed,
         num_steps=settings.num_steps,
-        steps_per_call=1 if jax.default_backend() == "cpu" else steps_per_call,
+        steps_per_call=1 if runs_on_cpu() else steps_per_call,
         checkpoint_every=settings.checkpoint_every,
         sample_every=settings.sample_every,
         quality_every=config.quality.every,
@@ -197,7 +211,10 @@ def bound_settings(config: ConfigDict) -> bound.Settings:
 
 def quality_features(config: ConfigDict, train_set: data.Source) -> Features:
     """What samples are compared by. Raises what the functions of `evaluation.features` do."""
-    return _chosen(config, "quality.features")(train_set)
+    make = _chosen(config, "quality.features")
+    if "batch_size" in inspect.signature(make).parameters and not runs_on_cpu():
+        return make(train_set, batch_size=ACCELERATOR_INCEPTION_BATCH)
+    return make(train_set)
 
 
 def _chosen(config: ConfigDict, key: str):
@@ -218,13 +235,19 @@ def _check_labels(config: ConfigDict, num_classes: int) -> None:
 
 
 def _network(
-    config: ConfigDict, image_shape: tuple[int, int, int], out_channels: int, num_classes: int
+    config: ConfigDict, image_shape: tuple[int, int, int], out_channels: int, num_classes: int, on_cpu: bool
 ) -> nn.Module:
-    """The module: its fields from the config group of its name, over them the arguments of model.network."""
+    """The module: its fields from the config group of its name, over them the arguments of model.network.
+
+    Where the config does not say what computes its convolutions, it is Winograd's algorithm on CPUs, if it has that.
+    """
     name, arguments = names.parse(config.model.network)
+    takes = {field.name for field in dataclasses.fields(NETWORKS[name])}
     fields = dict(config.get(name, {})) | arguments
+    if "convolution" in takes and fields.get("convolution", "auto") == "auto":
+        fields["convolution"] = "winograd" if on_cpu else "xla"
     if config.model.conditional:
-        if "num_classes" not in (field.name for field in dataclasses.fields(NETWORKS[name])):
+        if "num_classes" not in takes:
             raise ValueError(f"model.network={config.model.network!r} takes no labels; model.conditional must be False")
         fields |= {"num_classes": num_classes}
     network = NETWORKS[name](**fields, out_channels=out_channels)
@@ -275,7 +298,7 @@ def _published(config: ConfigDict, network: nn.Module, image_shape: tuple[int, i
     """The parameters in config.init_from, if they are those of the config's network."""
     theirs, params = interop.load_diffusers(config.init_from)
     prefix = f"init_from={config.init_from!r} holds another network than the config's"
-    weightless = {"dropout", "dtype", "remat", "parent", "name"}
+    weightless = {"dropout", "convolution", "dtype", "remat", "parent", "name"}
     fields = [field.name for field in dataclasses.fields(theirs) if field.name not in weightless]
     differing = [
         f"unet.{field}: {getattr(theirs, field)!r} there, {getattr(network, field, None)!r} here"

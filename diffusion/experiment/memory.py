@@ -76,7 +76,9 @@ def num_bytes(tree: PyTree) -> int:
 
 
 @contextlib.contextmanager
-def explained(experiment: Experiment, batch_key: str = "train.batch_size", num_train: int = 0) -> Iterator[None]:
+def shortage_explained(
+    experiment: Experiment, batch_key: str = "train.batch_size", num_train: int = 0
+) -> Iterator[None]:
     """Turns a device's lack of memory into a one-line error.
 
     Args:

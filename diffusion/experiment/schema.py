@@ -199,7 +199,7 @@ KEYS: dict[str, Key] = {
     "quality.num_images": Key(10_000, integer(2), "samples that are scored; published distances take 50,000", FREE),
     "quality.features": Key(
         "pixels",
-        Choice(quality.FEATURES, given=("train_set",)),
+        Choice(quality.FEATURES, given=("train_set", "batch_size")),
         "what images are compared by; inception gives FID, classifier takes the data's own labels",
         FREE,
     ),
@@ -224,6 +224,8 @@ def network_keys() -> dict[str, Key]:
                 name = f"{network}.{field.name}"
                 text = helps.get(field.name, "")
                 keys[name] = Key(field.default, of_type(field.type), text, name in FREE_FIELDS)
+    by_backend = one_of("auto", "xla", "winograd")
+    keys["unet.convolution"] = Key("auto", by_backend, "of 3×3 kernels; auto: winograd on CPUs, else xla", FREE)
     return keys
 
 

@@ -1,4 +1,4 @@
-"""The 3×3 convolution on CPUs, by Winograd's F(2×2, 3×3): 4 multiplications for an output in place of 9.
+"""The 3×3 convolution by Winograd's F(2×2, 3×3), for CPUs: 4 multiplications for an output in place of 9.
 
 Lavin & Gray (2016, arXiv 1509.09308), section 4.1. The map is cut into tiles d of 4×4 pixels, two pixels apart. Each
 tile of one channel and the kernel g give four outputs,
@@ -34,8 +34,8 @@ G = np.float32([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 A = np.float32([[1, 0], [1, 1], [1, -1], [0, -1]])
 
 
-def conv_general_dilated(lhs, rhs, window_strides, padding, **settings):
-    """`lax.conv_general_dilated`; `nn.Conv` calls it. On CPUs, "SAME" 3×3 convolutions in float32 are `conv_3x3`."""
+def winograd(lhs, rhs, window_strides, padding, **settings):
+    """`lax.conv_general_dilated`, as `nn.Conv` calls it; dense "SAME" 3×3 convolutions in float32 are `conv_3x3`."""
     is_3x3 = window_strides == (1, 1) and padding == "SAME" and rhs.shape[:2] == (3, 3)
     dilations = [settings.get(name) or (1, 1) for name in ("lhs_dilation", "rhs_dilation")]
     is_dense = rhs.shape[2] == lhs.shape[3] and all(tuple(dilation) == (1, 1) for dilation in dilations)
@@ -44,7 +44,7 @@ def conv_general_dilated(lhs, rhs, window_strides, padding, **settings):
     is_batch = lhs.shape[0] > 1
     is_tiled = lhs.shape[1] % 2 == lhs.shape[2] % 2 == 0
     is_wide = min(rhs.shape[2:]) >= MIN_CHANNELS_OF_GRADIENT
-    if jax.default_backend() == "cpu" and is_3x3 and is_dense and is_float32 and is_batch and is_tiled and is_wide:
+    if is_3x3 and is_dense and is_float32 and is_batch and is_tiled and is_wide:
         return conv_3x3(lhs, rhs)
     return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **settings)
 

@@ -24,8 +24,6 @@ __all__ = ["DIMENSIONS", "digest", "features", "load", "published_weights"]
 # name -> length of the vector. All but the logits are means over a map of that many channels.
 DIMENSIONS = {"64": 64, "192": 192, "768": 768, "2048": 2048, "logits_unbiased": 1008}
 SIZE = 299  # pixels; every picture is resized to this square
-# Images at a time. More are no faster on a CPU, and the missing ones of the last batch are computed for nothing.
-CPU_BATCH_SIZE, ACCELERATOR_BATCH_SIZE = 8, 64
 NHWC = ("NHWC", "HWIO", "NHWC")
 # Accelerators multiply float32 in bfloat16 or TF32 unless they are told not to.
 PRECISION = "highest"
@@ -35,7 +33,7 @@ Layer = dict[str, Array]  # kernel [h, w, inputs, outputs], bias [outputs]
 Block = dict[str, Layer]
 
 
-def features(params: PyTree, images: np.ndarray | Array) -> dict[str, Float[np.ndarray, "n d"]]:
+def features(params: PyTree, images: np.ndarray | Array, batch_size: int = 8) -> dict[str, Float[np.ndarray, "n d"]]:
     """The features of pictures, float32, by the names in DIMENSIONS, at any size of picture and in bounded memory.
 
     FID, KID, precision and recall are computed from "2048", the Inception score from "logits_unbiased": the logits
@@ -44,6 +42,8 @@ def features(params: PyTree, images: np.ndarray | Array) -> dict[str, Float[np.n
     Args:
         params: what `load` returns.
         images: uint8 [n, h, w, 3], RGB.
+        batch_size: images at a time. More than eight are no faster on a CPU, and the missing ones of the last batch
+            are computed for nothing.
 
     Raises:
         ValueError: the images are not uint8, or not of that shape.
@@ -51,7 +51,6 @@ def features(params: PyTree, images: np.ndarray | Array) -> dict[str, Float[np.n
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
         raise ValueError(f"Inception takes uint8 images [n, h, w, 3], not {images.dtype} {list(images.shape)}")
-    batch_size = CPU_BATCH_SIZE if jax.default_backend() == "cpu" else ACCELERATOR_BATCH_SIZE
     found = {name: np.empty((len(images), length), np.float32) for name, length in DIMENSIONS.items()}
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]

@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Real
 
-from diffusion.networks.convolution import conv_general_dilated
+from diffusion.networks.convolution import winograd
 
 # Accelerators multiply float32 in bfloat16 or TF32 unless they are told not to.
 EXACT = {"precision": "highest"}
@@ -133,4 +133,6 @@ def product_of_pixels(
 
 
 Dense = partial(nn.Dense, kernel_init=fan_avg, dot_general=product_of_pixels)
-Conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=fan_avg, conv_general_dilated=conv_general_dilated)
+Conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=fan_avg)
+# A network's field `convolution` -> its 3×3 convolutions.
+CONVOLUTIONS = {"xla": Conv, "winograd": partial(Conv, conv_general_dilated=winograd)}

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int, Key, Real
 
 from diffusion.networks.dropout import dropout
 from diffusion.networks.layers import (
+    CONVOLUTIONS,
     EXACT,
     Attention,
-    Conv,
     Dense,
     GroupNorm,
     LabelEmbedding,
@@ -44,12 +44,14 @@ class ResidualBlock(nn.Module):
     num_groups: int
     dropout: float
     scale_shift_norm: bool
+    convolution: str
     dtype: str
 
     @nn.compact
     def __call__(
         self, h: Float[Array, "b h w c"], embedding: Float[Array, "b e"], dropout_keys: Key[Array, " b"] | None
     ) -> Float[Array, "b h w {self.features}"]:
+        conv = CONVOLUTIONS[self.convolution]
         shortcut = h
         if h.shape[-1] != self.features:
             shortcut = Dense(self.features, dtype=self.dtype, name="shortcut")(h)
@@ -57,7 +59,7 @@ class ResidualBlock(nn.Module):
         time = Dense(time_features, dtype=self.dtype, name="time")(nn.swish(embedding))[:, None, None, :]
 
         h = nn.swish(GroupNorm(self.num_groups, name="norm_1")(h))
-        h = Conv(self.features, dtype=self.dtype, name="conv_1")(h)
+        h = conv(self.features, dtype=self.dtype, name="conv_1")(h)
         if not self.scale_shift_norm:
             h = h + time
         h = GroupNorm(self.num_groups, name="norm_2")(h)
@@ -68,7 +70,7 @@ class ResidualBlock(nn.Module):
         if dropout_keys is not None:
             own = zlib.crc32(self.name.encode())
             h = dropout(h, self.dropout, jax.vmap(lambda key: jax.random.fold_in(key, own))(dropout_keys))
-        h = Conv(self.features, kernel_init=near_zero, dtype=self.dtype, name="conv_2")(h)
+        h = conv(self.features, kernel_init=near_zero, dtype=self.dtype, name="conv_2")(h)
         return shortcut + h
 
 
@@ -92,6 +94,8 @@ class UNet(nn.Module):
       num_classes: of the labels that the network is given, each with a learned vector that is added to the time
         embedding; 0 for a network that is given none.
       out_channels: channels of the output.
+      convolution: what computes the 3×3 convolutions: XLA, or Winograd's algorithm (networks/convolution.py), which
+        is faster on CPUs.
       dtype: what the maps and matrix products are computed in. Parameters, norms, softmax, time embedding and the
         first and last convolution are float32. (On accelerators "float32" multiplies the rest at the default
         precision of JAX, which may be TF32; see jax_default_matmul_precision.)
@@ -111,6 +115,7 @@ class UNet(nn.Module):
     fourier_features: tuple[int, ...] = ()
     num_classes: int = 0
     out_channels: int = 3
+    convolution: Literal["xla", "winograd"] = "xla"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
@@ -148,6 +153,10 @@ class UNet(nn.Module):
                 f"{height}×{width} image's levels, {heights}"
             )
 
+    @property
+    def _conv(self) -> Callable[..., nn.Module]:
+        return CONVOLUTIONS[self.convolution]
+
     @nn.compact
     def __call__(
         self,
@@ -169,16 +178,17 @@ class UNet(nn.Module):
         residual_block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
 
         def block(h: Array, features: int, name: str) -> Array:
-            fields = (features, self.num_groups, self.dropout, self.scale_shift_norm, self.dtype)
+            fields = (features, self.num_groups, self.dropout, self.scale_shift_norm, self.convolution, self.dtype)
             return residual_block(*fields, name=name)(h, embedding, dropout_keys if self.dropout else None)
 
         # In float32, as the last convolution: bfloat16 would blur the pixel values of an almost clean image.
-        h = Conv(self.channels, **EXACT, name="conv_in")(fourier_features(x, self.fourier_features)).astype(self.dtype)
+        x = fourier_features(x, self.fourier_features)
+        h = self._conv(self.channels, **EXACT, name="conv_in")(x).astype(self.dtype)
         skips = self._down(h, block)
         h = self._middle(skips[-1], block)
         h = self._up(h, skips, block)
         h = nn.swish(GroupNorm(self.num_groups, name="norm_out")(h))
-        return Conv(self.out_channels, kernel_init=near_zero, **EXACT, name="conv_out")(h)
+        return self._conv(self.out_channels, kernel_init=near_zero, **EXACT, name="conv_out")(h)
 
     @nn.nowrap
     def _label_embedding(self, labels: Array | None, batch_size: int) -> Array:
@@ -200,7 +210,7 @@ class UNet(nn.Module):
                 # TensorFlow's SAME: an even map is padded at its bottom and right only.
                 padding = ((0, 1), (0, 1))
                 name = f"down_{level}_downsample"
-                h = Conv(h.shape[-1], strides=2, padding=padding, dtype=self.dtype, name=name)(h)
+                h = self._conv(h.shape[-1], strides=2, padding=padding, dtype=self.dtype, name=name)(h)
                 skips.append(h)
         return skips
 
@@ -220,7 +230,7 @@ class UNet(nn.Module):
                 h = self._attention(h, f"up_{level}_attention_{i}")
             if level > 0:
                 h = h.repeat(2, axis=1).repeat(2, axis=2)
-                h = Conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(h)
+                h = self._conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(h)
         return h
 
     @nn.nowrap

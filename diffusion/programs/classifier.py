@@ -19,8 +19,9 @@ def run(config: ConfigDict, _directory: Path) -> None:
     def train() -> None:
         with Preemption():
             trained = classifier.train(train_set, test_set, config.seed)
-        path = classifier.path_of(trained.facts.data_sha256)
+        path = classifier.path_of(trained.provenance.data_sha256)
         classifier.save(trained, path)
-        print(json.dumps({"path": str(path), "sha256": trained.sha256()} | dataclasses.asdict(trained.facts), indent=2))
+        named = {"path": str(path), "sha256": trained.sha256()} | dataclasses.asdict(trained.provenance)
+        print(json.dumps(named, indent=2))
 
     processes.on_first(train)

@@ -62,7 +62,7 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
         # Before the file, so that a run that is stopped leaves none and the same command can begin again.
         bound = _bound(config, model, source, preemption)
         with (
-            memory.explained(experiment, "compress.batch_size"),
+            memory.shortage_explained(experiment, "compress.batch_size"),
             Progress(len(images), desc="compress", unit="image") as progress,
         ):
             message = codec.encode(images, config.seed, progress.update)

@@ -45,7 +45,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     is_optimal = config.eval.variance == "optimal"
     x0_variance = workdir.load_x0_variance(directory, int(state.step)) if is_optimal else None
     out = directory / EVALUATIONS / name(experiment, int(state.step), num_images)
-    with Preemption() as preemption, workdir.locked(out), memory.explained(experiment, "eval.batch_size"):
+    with Preemption() as preemption, workdir.locked(out), memory.shortage_explained(experiment, "eval.batch_size"):
         scores = score(experiment, out, state, train_set, test_set, x0_variance, preemption.check)
         if processes.is_first():
             summary.write_json(out / "eval.json", scores)

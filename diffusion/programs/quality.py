@@ -38,7 +38,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     scorer = processes.on_first(lambda: Scorer(config, train_set, test_set, unfinished))
     num_images = config.quality.num_images
     with Preemption() as preemption:
-        with memory.explained(experiment, "sample.batch_size"):
+        with memory.shortage_explained(experiment, "sample.batch_size"):
             folder = sample.fill(experiment, directory, model, int(state.step), num_images, preemption.check)
 
         def write() -> None:

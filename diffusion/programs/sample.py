@@ -28,7 +28,7 @@ ARCHIVE, GRID, TRAJECTORY = "samples.npz", "samples.png", "progressive.png"
 def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
     """Draws from a checkpoint of `directory`, or goes on where an earlier call was stopped."""
     experiment, state, model = trained(config, directory, checkpoint)
-    with Preemption() as preemption, memory.explained(experiment, "sample.batch_size"):
+    with Preemption() as preemption, memory.shortage_explained(experiment, "sample.batch_size"):
         folder = save(experiment, directory, model, int(state.step), preemption.check)
     if processes.is_first():
         page.refresh(directory)

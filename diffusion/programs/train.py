@@ -65,15 +65,15 @@ def run(config: ConfigDict, directory: Path, base: str = "") -> None:
             stopwatch.tick()
             preemption.check()
 
-        with memory.explained(experiment, num_train=len(train_set)):
+        with memory.shortage_explained(experiment, num_train=len(train_set)):
             state = train(experiment, directory, train_set, test_set, sampler, preemption, stopwatch.tick)
         plots.plot_loss(read_metrics(directory), directory / "loss.png")
         model = experiment.model(state.ema_params, config.sample.variance)
-        with memory.explained(experiment, "sample.batch_size"):
+        with memory.shortage_explained(experiment, "sample.batch_size"):
             sample.save(experiment, directory, model, int(state.step), between_batches, sampler)
         if experiment.learns_schedule:
             _plot_schedule(experiment, directory, state)
-        with memory.explained(experiment, "eval.batch_size"):
+        with memory.shortage_explained(experiment, "eval.batch_size"):
             scores = evaluate.score(experiment, directory, state, train_set, test_set, stop=between_batches)
         scores |= {
             "seconds": stopwatch.seconds(),
@@ -148,7 +148,7 @@ def _shower(
 
     def show(step: int, ema_params: Replicated) -> None:
         model = experiment.model(ema_params.host(), experiment.config.sample.variance)
-        with memory.explained(experiment, "sample.batch_size"):
+        with memory.shortage_explained(experiment, "sample.batch_size"):
             grid = sample.grid(experiment, sampler.images(model, num_previews))
         pictures.save_png(directory / f"samples_{step}.png", grid)
         log.images(step, "samples", grid)
@@ -167,7 +167,7 @@ def _quality_of(
 
     def quality_of(ema_params: Replicated) -> dict[str, float]:
         model = experiment.model(ema_params.host(), experiment.config.sample.variance)
-        with memory.explained(experiment, "sample.batch_size"):
+        with memory.shortage_explained(experiment, "sample.batch_size"):
             images = sampler.images(model, num_images)
         numbers = processes.on_first(lambda: scorer.numbers([images], num_images)) or {}
         return {name: value for name, value in numbers.items() if value is not None}

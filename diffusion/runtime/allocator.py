@@ -5,6 +5,8 @@ import os
 import platform
 
 SWITCH = "DIFFUSION_KEEP_FREED_MEMORY"  # 0 leaves the allocator as it is
+# Bytes of a batch's map, from which on `main.py` keeps freed memory: docs/reliability.md has the times.
+LARGE_MAP = 512 * 1024
 # glibc's malloc.h; see mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the only file that names Orbax.
+"""Checkpoints, which Orbax writes and reads.
 
 A checkpoint is a nested dict of host arrays, named as the leaves of the training state are
 (`params/conv_in/kernel`), so it can be read without this project's classes, and the SHA-256 digest of every leaf:
@@ -8,9 +8,8 @@ Orbax silently restores a file with a flipped bit.
 import contextlib
 import logging
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -24,28 +23,6 @@ from orbax.checkpoint import checkpoint_managers
 from diffusion.runtime import verification
 from diffusion.runtime.digests import leaf_sha256, named_leaves
 from diffusion.runtime.verification import DamagedCheckpoint
-
-# Orbax reports every phase of every save through absl's logger, and where a save fails, asyncio's reports each of its
-# writes that failed too. The failure reaches the caller as an exception.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
-
-
-def _without_late_writes(show: Callable[[Any], None]) -> Callable[[Any], None]:
-    """`show`, a sys.unraisablehook, for all but the writes that end after another one of their save has failed.
-
-    Orbax closes its event loop at the first failure. Each write that is still going on then finds it closed: hundreds
-    of tracebacks, in which the error that the caller gets would be lost.
-    """
-
-    def hook(unraisable: Any) -> None:
-        if not (unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"):
-            show(unraisable)
-
-    return hook
-
-
-sys.unraisablehook = _without_late_writes(sys.unraisablehook)
 
 DAMAGED = "damaged"  # where `resume` moves what cannot be used; nothing is ever deleted from it
 

@@ -1,20 +1,14 @@
-"""Compiled programs that the next process finds, so that it does not compile them again.
+"""Where JAX keeps compiled programs, so that the next process does not compile them again.
 
-JAX writes its cache's files in place: a process that is killed meanwhile leaves a broken one, which stays. And a
-program for one CPU may not run on the next that reads the same home directory. So on CPUs every process has a folder
-of its own, of links to the common one's programs, and adds what is new to the common folder when it ends. There is a
-common folder for each model of CPU and each jaxlib.
+A program for one CPU may not run on another that reads the same home directory, and JAX does not tell CPUs apart: there
+is a folder for each model of CPU. The rest is JAX's own cache. A file that a killed process left half written costs a
+warning, and its program is compiled again.
 """
 
-import contextlib
 import hashlib
-import logging
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jaxlib
 
 from diffusion.runtime import files
 
@@ -23,20 +17,17 @@ CPU_INFO = Path("/proc/cpuinfo")
 UNSAFE = "avx512f"
 
 
-@contextlib.contextmanager
-def kept() -> Iterator[None]:
-    """While it lasts, JAX finds and keeps compiled programs in `files.cache_directory()`.
+def keep(on_cpu: bool) -> None:
+    """Has JAX keep compiled programs in `files.cache_directory()`, unless JAX_COMPILATION_CACHE_DIR names a folder.
 
-    JAX_COMPILATION_CACHE_DIR goes before it. Nothing is kept for CPUs that are UNSAFE or that Linux does not describe.
+    None are kept for CPUs that are UNSAFE or that Linux does not describe.
+
+    Args:
+        on_cpu: whether the programs are for a CPU.
     """
-    folder = files.cache_directory() / "compiled"
-    with contextlib.ExitStack() as stack:
-        if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
-            jax.config.update("jax_compilation_cache_dir", str(folder))
-        elif not jax.config.jax_compilation_cache_dir and (cpu := _cpu()):
-            with contextlib.suppress(OSError):  # there is no room for a folder: then nothing is kept
-                stack.enter_context(_of_this_process(folder / cpu))
-        yield
+    cpu = _cpu() if on_cpu else ""
+    if cpu is not None and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_directory() / "compiled" / cpu))
 
 
 def _cpu() -> str | None:
@@ -47,30 +38,4 @@ def _cpu() -> str | None:
     facts = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
     if not facts or any(UNSAFE in line.split() for line in facts):
         return None
-    return hashlib.sha256("\n".join([*facts, jaxlib.__version__]).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _of_this_process(common: Path) -> Iterator[None]:
-    """JAX's cache in a folder that starts with the common one's programs and leaves its new ones there."""
-    with tempfile.TemporaryDirectory(prefix="diffusion-compiled-", ignore_cleanup_errors=True) as name:
-        for program in common.glob("*-cache"):
-            (Path(name) / program.name).symlink_to(program)
-        jax.config.update("jax_compilation_cache_dir", name)
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # its folder would be part of the key
-        try:
-            yield
-        finally:
-            jax.config.update("jax_compilation_cache_dir", None)
-            try:
-                _publish(Path(name), common)
-            except OSError as error:  # a home directory that is full or cannot be written
-                logging.getLogger(__name__).warning("compiled programs are not kept: %s", error)
-
-
-def _publish(own: Path, common: Path) -> None:
-    for program in own.glob("*-cache"):
-        if not program.is_symlink():
-            common.mkdir(parents=True, exist_ok=True)
-            with files.replacing(common / program.name) as file:
-                file.write(program.read_bytes())
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src.clusters import ClusterEnv  # JAX has no public way to ask what it would detect
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
@@ -17,30 +16,35 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None) ->
     """Makes this process part of a multi-process run; does nothing where it is the only one.
 
     Args:
-        coordinator: "host:port" of process 0; "auto" to let JAX detect the cluster; "" to do so where JAX knows the
-            cluster (Slurm, Cloud TPU VMs, MPI, Kubernetes) and it has more than one process.
+        coordinator: "host:port" of process 0; "" to let JAX detect the cluster (Slurm, Cloud TPU VMs, MPI,
+            Kubernetes), which is joined if it has more than one process.
         num_processes, process_id: of a coordinator that is given; None where JAX finds them.
 
     Raises:
         ValueError: the flags do not fit together, or the devices belong to more processes than were joined.
     """
-    if (num_processes is None) != (process_id is None) or num_processes is not None and coordinator in ("", "auto"):
+    given = [coordinator != "", num_processes is not None, process_id is not None]
+    if any(given) and not all(given):
         raise ValueError("--coordinator=HOST:PORT, --num_processes and --process_id are given together or not at all")
-    if num_processes is not None:
+    if all(given):
         if not 0 <= process_id < num_processes:
             raise ValueError(f"--process_id={process_id} must be in 0…{num_processes - 1}")
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    elif coordinator not in ("", "auto"):
-        raise ValueError(f"--coordinator={coordinator} needs --num_processes and --process_id")
-    elif coordinator == "auto" or detected_processes() > 1:
+    elif detected_processes() > 1:
         jax.distributed.initialize()
     check_joined()
 
 
 def detected_processes() -> int:
-    """How many processes the cluster has that JAX would detect; 1 where it detects none."""
-    clusters = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
+    """How many processes the cluster has that JAX would detect; 1 where it detects none.
+
+    `jax.distributed.initialize` does not say: alone it raises what a cluster that does not answer may raise too, and in
+    a cluster of one process it opens a port, which a second program in the same job would find taken.
+    """
     try:
+        from jax._src.clusters import ClusterEnv  # JAX has no public way to ask what it would detect
+
+        clusters = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
         cluster = next((env for env in clusters if env.is_env_present()), None)
         return 1 if cluster is None else cluster.get_process_count()
     except Exception as error:  # a cluster's own service that does not answer, for example in a plain Kubernetes pod
@@ -56,7 +60,7 @@ def check_joined() -> None:
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise ValueError(
             f"the devices belong to {jax.process_count()} processes that are not joined; "
-            "add --coordinator=auto, or --coordinator=HOST:PORT --num_processes=N --process_id=I"
+            "add --coordinator=HOST:PORT --num_processes=N --process_id=I"
         )
 
 

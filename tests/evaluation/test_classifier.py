@@ -8,7 +8,7 @@ import pytest
 from diffusion import data
 from diffusion.data import Source
 from diffusion.evaluation import classifier
-from diffusion.evaluation.classifier import Facts, Trained
+from diffusion.evaluation.classifier import Provenance, Trained
 from diffusion.runtime.digests import tree_sha256
 
 
@@ -30,11 +30,11 @@ def trained():
 
 
 def test_it_learns_and_says_how_well(trained):
-    facts = trained[0].facts
-    assert facts.test_accuracy > 0.95
-    assert facts == Facts("bars", bars("train").sha256(), (8, 8, 1), 256, 2, 40, facts.test_accuracy)
+    provenance = trained[0].provenance
+    assert provenance.test_accuracy > 0.95
+    assert provenance == Provenance("bars", bars("train").sha256(), (8, 8, 1), 256, 2, 40, provenance.test_accuracy)
     _, logits = trained[0].outputs(bars("test").images())
-    assert np.mean(logits.argmax(axis=1) == bars("test").labels()) == facts.test_accuracy
+    assert np.mean(logits.argmax(axis=1) == bars("test").labels()) == provenance.test_accuracy
 
 
 def test_it_is_a_function_of_the_data_and_the_seed(trained):
@@ -55,7 +55,7 @@ def test_what_is_saved_comes_back(trained, tmp_path):
     path = tmp_path / "classifiers" / "bars.safetensors"
     classifier.save(trained[0], path)
     again = classifier.load(path)
-    assert again.facts == trained[0].facts and again.sha256() == trained[0].sha256()
+    assert again.provenance == trained[0].provenance and again.sha256() == trained[0].sha256()
     assert tree_sha256(again.params) == tree_sha256(trained[0].params)
 
 
@@ -71,7 +71,7 @@ def test_a_damaged_file_is_refused(trained, tmp_path, change):
 
 
 def test_what_is_known_of_it_belongs_to_its_digest(trained):
-    better = dataclasses.replace(trained[0].facts, test_accuracy=1.0001)
+    better = dataclasses.replace(trained[0].provenance, test_accuracy=1.0001)
     assert Trained(trained[0].params, better).sha256() != trained[0].sha256()
 
 
@@ -86,4 +86,4 @@ def test_without_two_classes_there_is_nothing_to_learn():
 @pytest.mark.slow
 def test_it_recognises_digits(tiny_data_dir):
     train_set, test_set = (data.load("digits", split, tiny_data_dir) for split in ("train", "test"))
-    assert classifier.train(train_set, test_set, 0).facts.test_accuracy > 0.95
+    assert classifier.train(train_set, test_set, 0).provenance.test_accuracy > 0.95

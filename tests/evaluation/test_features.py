@@ -87,7 +87,7 @@ def facts(images, **changes):
         "data": images.name, "data_sha256": images.sha256(), "image_shape": images.image_shape,
         "num_levels": images.num_levels, "num_classes": 3, "num_steps": 0, "test_accuracy": 0.25,
     }  # fmt: skip
-    return classifier.Facts(**found | changes)
+    return classifier.Provenance(**found | changes)
 
 
 @pytest.fixture
@@ -149,15 +149,15 @@ def test_what_a_network_made_of_a_batch_is_kept(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_the_published_layout_goes_all_the_way(tmp_path, monkeypatch):
+def test_the_published_layout_goes_all_the_way(tmp_path):
     """Random weights: the features are those of the network itself."""
-    monkeypatch.setattr(inception, "CPU_BATCH_SIZE", 2)
     path = tmp_path / "random.safetensors"
     save_file(inception_benchmark.random_tensors(seed=0), path)
     digits = source()
-    found = features.inception(digits, str(path))
+    found = features.inception(digits, str(path), batch_size=2)
     batch = found.extract(digits.images(slice(2)))
-    direct = inception.features(inception.load(path, check_digest=False), features.rgb(digits.images(slice(2)), 17))
+    rgb = features.rgb(digits.images(slice(2)), 17)
+    direct = inception.features(inception.load(path, check_digest=False), rgb, batch_size=2)
     np.testing.assert_array_equal(batch.features, direct["2048"])
     np.testing.assert_array_equal(batch.logits, direct["logits_unbiased"])
     assert found.sha256 == inception.digest(path)

@@ -9,6 +9,8 @@ import pytest
 
 from configs import digits_fixed
 from diffusion import learned_schedule, objectives, process, reverse, schedules
+from diffusion.evaluation import quality
+from diffusion.evaluation.features import Features
 from diffusion.experiment import build
 from diffusion.training import optimizer
 from diffusion.variances import X0Variance
@@ -49,6 +51,35 @@ def test_arguments_of_the_network_go_before_its_group_and_both_before_its_defaul
         del config.unet
     network = build.experiment(config, SHAPE, NUM_LEVELS).training.network
     assert (network.channels, network.num_groups, network.num_res_blocks) == (16, 4, 2)
+
+
+@pytest.mark.parametrize(("on_cpu", "chosen"), [(True, "winograd"), (False, "xla")])
+def test_the_convolution_follows_the_backend_where_the_config_does_not_say(on_cpu, chosen):
+    def convolution(**keys):
+        experiment = build.experiment(tiny(**keys), SHAPE, NUM_LEVELS, on_cpu=on_cpu)
+        return experiment.training.network.convolution
+
+    assert convolution() == chosen
+    assert convolution(unet__convolution="xla") == "xla"
+    assert convolution(model__network="unet(convolution='winograd')") == "winograd"
+    older = tiny()  # a run made before the key existed
+    with older.unlocked():
+        del older.unet.convolution
+    assert build.experiment(older, SHAPE, NUM_LEVELS, on_cpu=on_cpu).training.network.convolution == chosen
+
+
+@pytest.mark.parametrize(("on_cpu", "given"), [(True, 8), (False, 64)])
+def test_inception_takes_larger_batches_on_accelerators(on_cpu, given, monkeypatch):
+    def inception(train_set, path: str = "", batch_size: int = 8):
+        return Features(len, path, {"batch_size": batch_size})
+
+    monkeypatch.setattr(build, "runs_on_cpu", lambda: on_cpu)
+    monkeypatch.setitem(quality.FEATURES, "inception", inception)
+    config = tiny(quality__features="inception(path='file')")
+    train_set = build.load_data(config, "train")
+    found = build.quality_features(config, train_set)
+    assert found.sha256 == "file" and found.facts == {"batch_size": given}
+    assert build.quality_features(tiny(), train_set).facts == {}
 
 
 def test_what_a_network_refuses_is_refused_here():

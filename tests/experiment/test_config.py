@@ -137,6 +137,7 @@ def test_only_what_shaped_the_run_may_not_differ():
     saved = changed()
     assert config_lib.differing(changed(), saved) == []
     free = {"eval__num_images": 3, "sample__method": "ddim(eta=0.5)", "data__data_dir": "x", "unet__remat": True}
+    free |= {"unet__convolution": "xla"}
     free |= {f"train__{name}": 7 for name in (
         "grad_accum", "steps_per_call", "log_every", "checkpoint_every", "keep_checkpoints", "sample_every",
         "check_replicas_every",

@@ -177,7 +177,7 @@ def test_from_disk_the_images_of_the_calls_under_way_are_counted(wide):
 
 def test_the_error_about_memory_counts_the_training_images(wide):
     with pytest.raises(MemoryError, match="optimizer and gradients and 1.00 GiB of training images; set"):
-        with memory.explained(wide(), num_train=2**24):
+        with memory.shortage_explained(wide(), num_train=2**24):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
 

@@ -127,12 +127,12 @@ def test_what_an_error_about_memory_advises_the_run_may_do():
     small = config(unet__channels=8, train__batch_size=32)
     experiment = build.experiment(small, (8, 8, 1), 17)
     with pytest.raises(MemoryError, match="set unet.remat=True, or train.grad_accum higher, or train.batch_size"):
-        with memory.explained(experiment):
+        with memory.shortage_explained(experiment):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
     assert config_lib.differing(config(unet__channels=8, unet__remat=True, train__grad_accum=2), small) == []
     for key in ("eval.batch_size", "sample.batch_size"):
         with pytest.raises(MemoryError, match=f"{key}=256 is 32 images per device at a time; set {key} lower$"):
-            with memory.explained(experiment, key):
+            with memory.shortage_explained(experiment, key):
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
 

@@ -179,8 +179,8 @@ def test_too_little_memory_is_a_one_line_error_that_names_the_keys(network, advi
         rf"set {advice}.grad_accum higher, or train.batch_size lower"
     )
     with pytest.raises(MemoryError, match=words):
-        with memory.explained(experiment):
+        with memory.shortage_explained(experiment):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        with memory.explained(experiment):
+        with memory.shortage_explained(experiment):
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")

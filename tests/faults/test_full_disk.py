@@ -10,7 +10,7 @@ import pytest
 import toy
 
 from diffusion.reporting.metrics_log import read_metrics
-from diffusion.runtime import checkpoint
+from diffusion.runtime import orbax_noise
 from diffusion.training import loop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SAVE_WITHOUT_ROOM = """
 import resource, sys
 import numpy as np
+from diffusion.runtime import orbax_noise
 from diffusion.runtime.checkpoint import Checkpoints
 
+orbax_noise.silence()
 state = {f"leaf_{i}": np.random.default_rng(i).normal(size=400) for i in range(300)}
 with Checkpoints(sys.argv[1]) as checkpoints:
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -41,9 +43,20 @@ def test_a_failed_save_prints_nothing_of_its_own(tmp_path):
     assert all("could not be written" in line for line in errors)
 
 
+def test_importing_the_package_changes_no_logger_and_no_hook():
+    ask = (
+        "import logging, sys\n"
+        "from diffusion.programs import train, evaluate\n"
+        "filters = [logging.getLogger(name).filters for name in ('absl', 'asyncio')]\n"
+        "print(sys.unraisablehook is sys.__unraisablehook__, *filters)"
+    )
+    result = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "True [] []\n", result.stderr
+
+
 def test_only_writes_that_outlive_their_save_are_kept_silent():
     shown = []
-    hook = checkpoint._without_late_writes(shown.append)
+    hook = orbax_noise._without_late_writes(shown.append)
     closed = asyncio.new_event_loop()
     closed.close()
     with pytest.raises(RuntimeError) as late:  # what TensorStore does for each of them

@@ -1,4 +1,4 @@
-"""The convolution with a gradient of its own is the convolution: value, both modes of differentiation, vmap."""
+"""Winograd's convolution is the convolution: value, both modes of differentiation, vmap; where networks use it."""
 
 import re
 
@@ -10,7 +10,8 @@ from flax import linen as nn
 from jax import lax
 
 from diffusion.networks import convolution
-from diffusion.networks.layers import Conv
+from diffusion.networks.layers import CONVOLUTIONS
+from diffusion.networks.unet import UNet
 
 SAME = ((1, 1), "SAME")
 DIMENSIONS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
@@ -113,21 +114,46 @@ def test_other_convolutions_are_left_to_xla(shape, strides, padding, kernel_size
 @pytest.mark.parametrize("settings", [{"kernel_dilation": 2}, {"feature_group_count": 2}])
 def test_dilated_and_grouped_convolutions_are_what_flax_makes_of_them(settings):
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 64))
-    found, params = Conv(64, **settings).init_with_output(jax.random.key(1), x)
+    found, params = CONVOLUTIONS["winograd"](64, **settings).init_with_output(jax.random.key(1), x)
     close(found, nn.Conv(64, (3, 3), **settings).apply(params, x))
 
 
-def test_only_float32_on_cpus_is_done_by_winograd(monkeypatch):
+def test_only_float32_is_done_by_winograd():
     x, kernel = jnp.zeros((2, 16, 16, 64)), jnp.zeros((3, 3, 64, 64))
     assert primitives(x, kernel, *SAME) == ["conv_3x3"]
     assert primitives(jnp.zeros((3, 16, 16, 64)), kernel, *SAME) == ["conv_3x3"]
     assert primitives(x.astype("bfloat16"), kernel.astype("bfloat16"), *SAME) == ["conv_general_dilated"]
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert primitives(x, kernel, *SAME) == ["conv_general_dilated"]
+
+
+@pytest.mark.parametrize(("convolution", "by_winograd"), [("xla", 0), ("winograd", 10)])
+def test_a_network_s_field_says_what_computes_its_convolutions(convolution, by_winograd):
+    """Of 2 + 2·4 + 3·4 + 4 only those that are wide and not strided, on maps of 4×4 and 2×2 pixels."""
+    unet = UNet(channels=16, channel_mult=(1, 2), num_groups=4, attention_resolutions=(), convolution=convolution)
+    x, t = jnp.zeros((2, 4, 4, 3)), jnp.zeros(2)
+    params = jax.eval_shape(unet.init, jax.random.key(0), x, t)
+    made = str(jax.make_jaxpr(unet.apply)(params, x, t))
+    assert made.count("conv_3x3[") == by_winograd
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_both_convolutions_are_one_network(gradient):
+    unet = UNet(channels=16, channel_mult=(1, 2), num_groups=4, attention_resolutions=(), num_res_blocks=1)
+    x, t = jax.random.normal(jax.random.key(0), (2, 4, 4, 3)), jnp.arange(2)
+    params = jax.tree.map(jnp.ones_like, jax.eval_shape(unet.init, jax.random.key(1), x, t))
+    params = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape) / 10, params)
+
+    def output(unet):
+        def scalar(params):
+            return jnp.sum(jnp.sin(unet.apply(params, x, t)))
+
+        return jax.jit(jax.grad(scalar) if gradient else scalar)(params)
+
+    for a, b in zip(*(jax.tree.leaves(output(unet.copy(convolution=name))) for name in CONVOLUTIONS), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def primitives(x, kernel, *settings):
-    made = jax.make_jaxpr(lambda x: convolution.conv_general_dilated(x, kernel, *settings, **DIMENSIONS))(x)
+    made = jax.make_jaxpr(lambda x: convolution.winograd(x, kernel, *settings, **DIMENSIONS))(x)
     return [equation.primitive.name for equation in made.eqns]
 
 

@@ -15,20 +15,17 @@ SIZES = sorted({name.split("/")[0] for name in GOLDEN})
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_batches():
-    """Two at a time, of which one is missing where a test has one image: the network takes a second for eight."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception, "CPU_BATCH_SIZE", 2)
-        yield
-
-
 @pytest.fixture(scope="module")
 def params(made_once):
     def write(directory):
         save_file(benchmark.random_tensors(seed=0), directory / "random.safetensors")
 
     return inception.load(made_once("inception", write) / "random.safetensors", check_digest=False)
+
+
+def features(params, images):
+    """Two at a time, of which one is missing where a test has one image: the network takes a second for eight."""
+    return inception.features(params, images, batch_size=2)
 
 
 def relative_error(found, wanted):
@@ -38,7 +35,7 @@ def relative_error(found, wanted):
 @pytest.mark.parametrize("size", SIZES)
 def test_features_equal_those_of_torch_fidelity(params, size):
     """Its own in float64, from tests/golden/inception.py."""
-    found = inception.features(params, benchmark.random_images(1, *map(int, size.split("x"))))
+    found = features(params, benchmark.random_images(1, *map(int, size.split("x"))))
     assert list(found) == list(inception.DIMENSIONS)
     for name, values in found.items():
         assert values.dtype == np.float32 and values.shape == (1, inception.DIMENSIONS[name])
@@ -47,14 +44,14 @@ def test_features_equal_those_of_torch_fidelity(params, size):
 
 def test_features_of_an_image_do_not_depend_on_the_batch(params):
     images = benchmark.random_images(3, 16)
-    together = inception.features(params, images)
-    for name, values in inception.features(params, images[2:]).items():
+    together = features(params, images)
+    for name, values in features(params, images[2:]).items():
         np.testing.assert_array_equal(values[0], together[name][2])
         assert relative_error(together[name][0], together[name][1]) > 10 * TOLERANCE
 
 
 def test_no_images_have_no_features(params):
-    found = inception.features(params, np.zeros((0, 8, 8, 3), np.uint8))
+    found = features(params, np.zeros((0, 8, 8, 3), np.uint8))
     assert {name: values.shape[1] for name, values in found.items()} == inception.DIMENSIONS
     assert not any(len(values) for values in found.values())
 
@@ -72,7 +69,7 @@ def test_no_images_have_no_features(params):
 )
 def test_other_images_are_refused(params, images):
     with pytest.raises(ValueError, match=rf"uint8 images \[n, h, w, 3\], not {images.dtype} \["):
-        inception.features(params, images)
+        features(params, images)
 
 
 def test_other_weights_give_what_torch_fidelity_gives(tmp_path):
@@ -84,6 +81,6 @@ def test_other_weights_give_what_torch_fidelity_gives(tmp_path):
     params = inception.load(tmp_path / "random.pth", check_digest=False)
     for height, width in ((8, 8), (33, 64), (299, 299)):
         images = np.random.default_rng().integers(0, 256, (2, height, width, 3), np.uint8)
-        found, wanted = inception.features(params, images), benchmark.peer_features(module, images)
+        found, wanted = features(params, images), benchmark.peer_features(module, images)
         for name in inception.DIMENSIONS:
             assert relative_error(found[name], wanted[name]) < TOLERANCE

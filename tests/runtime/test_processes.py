@@ -112,8 +112,7 @@ def test_a_tpu_vm_whose_metadata_name_no_worker_is_one_process(monkeypatch):
 def test_a_given_coordinator_is_used_as_given(joined, monkeypatch):
     monkeypatch.setattr(ClusterEnv, "_cluster_types", [cluster(4)])
     processes.join("host:1234", 2, 1)
-    processes.join("auto", None, None)
-    assert joined == [("host:1234", 2, 1), ()]
+    assert joined == [("host:1234", 2, 1)]
 
 
 @pytest.mark.parametrize(
@@ -122,8 +121,7 @@ def test_a_given_coordinator_is_used_as_given(joined, monkeypatch):
         (("host:1", 2, None), "given together"),
         (("host:1", None, 1), "given together"),
         (("", 2, 0), "given together"),
-        (("auto", 2, 0), "given together"),
-        (("host:1", None, None), "needs --num_processes and --process_id"),
+        (("host:1", None, None), "given together"),
         (("host:1", 2, 2), "--process_id=2 must be in 0…1"),
         (("host:1", 2, -1), "--process_id=-1 must be in 0…1"),
     ],
@@ -137,7 +135,7 @@ def test_flags_that_do_not_fit_together_are_refused(arguments, words, joined):
 def test_one_of_several_processes_that_are_not_joined_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
-    with pytest.raises(ValueError, match="4 processes that are not joined; add --coordinator=auto, or"):
+    with pytest.raises(ValueError, match="4 processes that are not joined; add --coordinator=HOST:PORT --num"):
         processes.join("", None, None)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     processes.join("", None, None)

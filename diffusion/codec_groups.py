@@ -1,0 +1,58 @@
+"""How many images the codec codes together: a few at first, then as many as the bits so far suffice for.
+
+A group's latents are drawn from bits that lie on the stack already, and that coding the group gives back. For the first
+group they are random and become part of the message, so it is small. The sizes are written on top of the stack.
+"""
+
+import math
+
+from diffusion.ans import Stack
+
+FIRST = 2  # images, whose latents are drawn from random bits
+CAUTION = 0.95  # the part of the bits on the stack that the next group may borrow
+GROWTH = (1, 1.2, 1.5, 2)  # the next group may be so much larger than the one before
+
+
+class Groups:
+    """The sizes of the groups in the order of coding.
+
+    Args:
+        largest: how many images a group can have.
+        num_words: how many words of random bits lie on the stack.
+
+    Attributes:
+        size: how many images the next group has, if there are so many.
+        lowest: the fewest words that have lain on the stack; below them are random bits that were not used.
+    """
+
+    def __init__(self, largest: int, num_words: int = 0):
+        self.size, self.lowest = min(FIRST, largest), num_words
+        self._largest = largest
+        self._borrowed = 0.0  # words for an image, the most in any group
+        self._growth: list[int] = []
+
+    def grow(self, num_images: int, before: int, lowest: int, after: int) -> None:
+        """Chooses the size of the next group from the words on the stack before, while and after one was coded."""
+        self.lowest = min(self.lowest, lowest)
+        self._borrowed = max(self._borrowed, (before - lowest) / num_images)
+        affordable = CAUTION * (after - self.lowest) / self._borrowed
+        chosen = max(n for n in range(len(GROWTH)) if n == 0 or self._grown(n) <= affordable)
+        self._growth.append(chosen)
+        self.size = self._grown(chosen)
+
+    def push(self, stack: Stack) -> None:
+        """Writes how the groups grew; after the last one no other comes."""
+        for n in self._growth[-2::-1]:
+            stack.push_number(n, len(GROWTH))
+
+    def pop(self, stack: Stack, num_images: int) -> list[int]:
+        """Reads the sizes of all groups of so many images from what `push` wrote."""
+        sizes: list[int] = []
+        while missing := num_images - sum(sizes):
+            sizes.append(min(self.size, missing))
+            if missing > self.size:
+                self.size = self._grown(stack.pop_number(len(GROWTH)))
+        return sizes
+
+    def _grown(self, n: int) -> int:
+        return min(math.ceil(self.size * GROWTH[n]), self._largest)
