@@ -1,0 +1,33 @@
+"""What Orbax prints of saves that go well, and of those that fail, whose error reaches the caller as an exception."""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+@functools.cache
+def silence() -> None:
+    """Hides it, for the rest of the process.
+
+    Orbax reports every phase of every save through absl's logger, and where a save fails, asyncio's reports each of
+    its writes that failed too.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+    sys.unraisablehook = _without_late_writes(sys.unraisablehook)
+
+
+def _without_late_writes(show: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`show`, a sys.unraisablehook, for all but the writes that end after another one of their save has failed.
+
+    Orbax closes its event loop at the first failure. Each write that is still going on then finds it closed: hundreds
+    of tracebacks, in which the error that the caller gets would be lost.
+    """
+
+    def hook(unraisable: Any) -> None:
+        if not (unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"):
+            show(unraisable)
+
+    return hook
