@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from diffusion.data import Source
-from diffusion.data.source import SPLITS
+from diffusion.data.source import SPLITS, digests
 from diffusion.evaluation import quality, reference
 from diffusion.evaluation.features import Batch
 from diffusion.evaluation.reference import Numbers, Reference
@@ -22,7 +22,6 @@ from diffusion.programs import sample
 from diffusion.reporting import page, summary
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import processes
-from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
 
 NAME = "quality.json"
@@ -39,13 +38,14 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     num_images = config.quality.num_images
     with Preemption() as preemption:
         with memory.explained(experiment, "sample.batch_size"):
-            folder = sample.fill(experiment, directory, model, int(state.step), num_images, preemption.check)
+            folder = sample.fill(experiment, directory, model, state, num_images, preemption.check)
 
         def write() -> None:
             scores = scorer.scores(sample.shards(folder, num_images), num_images) | {
                 "sampler": sample.described(config, model.p.variance),
                 "step": int(state.step),
-                "ema_sha256": tree_sha256(state.ema_params),
+                "ema_sha256": state.sha256,
+                "data_sha256": digests(train_set, test_set),
                 "device": summary.device_name(),
                 "versions": summary.versions(),
             }
@@ -58,12 +58,15 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """What quality.json holds, if it is of the weights that summary.json is of; else {}."""
+    """What quality.json holds, if it is of the weights and the data that summary.json is of; else {}."""
     try:
         scores, bound = (json.loads((directory / name).read_text()) for name in (NAME, workdir.SUMMARY))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    return scores if scores.get("ema_sha256") == bound.get("ema_sha256") else {}
+    weights, data = ([of.get(name) for of in (scores, bound)] for name in ("ema_sha256", "data_sha256"))
+    # Files of earlier versions do not say which data they are of.
+    is_same_data = None in data or data[0] == data[1]
+    return scores if weights[0] == weights[1] and is_same_data else {}
 
 
 def is_measured(config: ConfigDict, directory: Path) -> bool:
@@ -149,8 +152,7 @@ class Scorer:
             "weights": self._features.sha256,
             "reference": self._reference_name,
         }
-        digests = {split: source.sha256() for split, source in self._sets.items()}
-        return reference.cached(facts | digests, self._dimension, self._made)
+        return reference.cached(facts | digests(*self._sets.values()), self._dimension, self._made)
 
     def _made(self) -> Reference:
         """The reference's states; for scale the other split against it, and two halves of the training set."""

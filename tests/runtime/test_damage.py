@@ -200,6 +200,7 @@ def test_what_is_read_of_a_damaged_file_is_what_was_saved_or_an_error(tmp_path):
     state = {name: {"w": rng.normal(size=200_000).astype(np.float32)} for name in ("ema_params", "opt_state")}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
+        checkpoints.wait()
         outcomes = set()
         for path in data_files(tmp_path / "1"):
             whole = path.read_bytes()
