@@ -79,8 +79,14 @@ def is_measured(config: ConfigDict, directory: Path) -> bool:
         "sampler": sample.described(config, variance),
     }
     is_split = wanted.reference in SPLITS
-    reference_name = f", {wanted.reference} split, " if is_split else f"{Path(wanted.reference).expanduser()}, "
+    reference_name = f", {wanted.reference} split, " if is_split else _file_name(Path(wanted.reference).expanduser())
     return all(scores.get(key) == value for key, value in asked.items()) and reference_name in scores["reference"]
+
+
+def _file_name(path: Path) -> str:
+    """The name of a reference in a file: where it lies and, as long as it does, which one it is."""
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return f"{path}, SHA-256 {sha256}"
 
 
 class Scorer:
@@ -141,7 +147,7 @@ class Scorer:
     @functools.cached_property
     def _reference_name(self) -> str:
         if self._published is not None:
-            return f"{self._path}, SHA-256 {hashlib.sha256(self._path.read_bytes()).hexdigest()}"
+            return _file_name(self._path)
         split = self._sets[self._config.quality.reference]
         return f"{split.name}, {split.split} split, {len(split)} images"
 
