@@ -41,6 +41,9 @@ _INPUT = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Of compress: the file to write; of decompress: where the images go, an .npz file."
 )
+_OTHER_DATA = flags.DEFINE_bool(
+    "allow_other_data", False, "Of train: resume even if the data set is not the one that the run was trained with."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Multi-process: HOST:PORT of process 0; not needed under srun or on TPU slices."
 )
@@ -76,7 +79,9 @@ def main(argv: list[str]) -> None:
         if _CHECKPOINT.value != "latest" and _MODE.value not in _READ_A_CHECKPOINT:
             raise ValueError(f"--checkpoint={_CHECKPOINT.value} has no part in --mode={_MODE.value}")
         which = {"checkpoint": _CHECKPOINT.value} if _MODE.value in _READ_A_CHECKPOINT else {}
-        which |= {"base": base} if _MODE.value == "train" else {}
+        if _OTHER_DATA.value and _MODE.value != "train":
+            raise ValueError(f"--allow_other_data has no part in --mode={_MODE.value}")
+        which |= {"base": base, "allow_other_data": _OTHER_DATA.value} if _MODE.value == "train" else {}
         for name, value in (("input", _INPUT.value), ("output", _OUTPUT.value)):
             if value is not None and _MODE.value not in _CODE:
                 raise ValueError(f"--{name}={value} has no part in --mode={_MODE.value}")

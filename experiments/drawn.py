@@ -54,7 +54,7 @@ class Study(NamedTuple):
         experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
         model = experiment.model(state.ema_params, config.sample.variance, x0_variance)
         total = self.num_images * self.num_sets
-        folder = sample.fill(experiment, self.directory / self.name, model, int(state.step), total)
+        folder = sample.fill(experiment, self.directory / self.name, model, state, total)
         jax.clear_caches()  # each way of drawing is a program of its own
         images = sample.read(folder, total)
         return images.reshape(self.num_sets, self.num_images, *images.shape[1:])

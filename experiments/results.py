@@ -16,6 +16,7 @@ from diffusion.experiment import config as config_lib
 from diffusion.experiment import schema, workdir
 from diffusion.programs import quality
 from diffusion.reporting.page import numbers
+from diffusion.runtime.digests import short_sha256
 from experiments import tables
 
 # The axes of a grid, and the config keys behind them.
@@ -183,23 +184,32 @@ def read(directory: Path) -> tuple[list[FinishedRun], dict[str, str]]:
 def rows(runs: list[FinishedRun]) -> tuple[list[Row], dict[str, str]]:
     """The runs grouped over seeds, and the recipes by letter.
 
-    A row's columns are the axes but the seed and, if other keys differ between the runs, the letter of a recipe:
-    the values of those keys.
+    A row's columns are the axes but the seed and, if other keys or the data differ between the runs, the letter of a
+    recipe: the values of those keys, and the data's digest.
     """
+    settings = _settings(runs)
     columns = {axis: key for axis, key in AXES.items() if axis != "seed"}
-    others = sorted({key for run in runs for key in run.config} - set(AXES.values()))
+    others = sorted({key for values in settings for key in values} - set(AXES.values()))
     others = [key for key in others if key not in WITHIN_A_ROW]
-    others = [key for key in others if len({str(run.config.get(key)) for run in runs}) > 1]
+    others = [key for key in others if len({str(values.get(key)) for values in settings}) > 1]
     letters: dict[str, str] = {}
     groups = collections.defaultdict(list)
-    for run in runs:
+    for run, values in zip(runs, settings, strict=True):
         setting = {column: str(run.config[key]) for column, key in columns.items()}
         if others:
-            recipe = ", ".join(f"{key}={run.config.get(key)}" for key in others)
+            recipe = ", ".join(f"{key}={values.get(key)}" for key in others)
             setting["recipe"] = letters.setdefault(recipe, chr(ord("a") + len(letters)))
         groups[tuple(setting.items())].append(run)
     table = [Row(dict(key), sorted(group, key=lambda run: run.config["seed"])) for key, group in groups.items()]
     return table, {letter: recipe for recipe, letter in letters.items()}
+
+
+def _settings(runs: list[FinishedRun]) -> list[dict[str, Any]]:
+    """Each run's config keys, and a digest of its data if those of the runs differ; older runs do not know theirs."""
+    known = [run.summary.get("data_sha256") for run in runs]
+    if len({str(digests) for digests in known if digests}) < 2:
+        return [run.config for run in runs]
+    return [run.config | {"data": short_sha256(digests)} for run, digests in zip(runs, known, strict=True)]
 
 
 def differences(table: list[Row]) -> list[Difference]:

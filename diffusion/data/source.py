@@ -3,9 +3,14 @@
 import dataclasses
 import hashlib
 import mmap
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
+from tqdm import tqdm
+
+from diffusion.runtime.digests import kept_sha256
 
 SPLITS = ("train", "test")
 IMAGES_PER_READ = 1000
@@ -22,6 +27,7 @@ class Source:
         classes: int32 [N], 0…num_classes − 1; None for a set without labels.
         num_levels: how many values a channel of a pixel can have.
         num_classes: 0 for a set without labels.
+        file: what `pixels` is mapped from, whole; None for pixels in memory or in a file that goes with this process.
     """
 
     name: str
@@ -30,6 +36,7 @@ class Source:
     num_levels: int = 256
     classes: Int32[np.ndarray, " n"] | None = None
     num_classes: int = 0
+    file: Path | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -66,13 +73,37 @@ class Source:
         return self.classes[indices]
 
     def sha256(self) -> str:
-        """A digest of what the split holds: pixel values, levels and labels."""
-        digest = hashlib.sha256(f"{self.pixels.shape} {self.num_levels} {self.num_classes}\n".encode())
-        for begin in range(0, len(self), IMAGES_PER_READ):
-            digest.update(np.ascontiguousarray(self.images(slice(begin, begin + IMAGES_PER_READ))))
-        if self.classes is not None:
-            digest.update(np.ascontiguousarray(self.classes, np.int32))
-        return digest.hexdigest()
+        """A digest of what the split holds: pixel values, levels and labels.
+
+        Where the pixels lie in a file, it is computed once and kept beside the file, until the file or a label changes.
+        """
+        about = f"{self.pixels.shape} {self.num_levels} {self.num_classes}\n"
+        classes = b"" if self.classes is None else np.ascontiguousarray(self.classes, np.int32).tobytes()
+
+        def compute() -> str:
+            digest = hashlib.sha256(about.encode())
+            for part in self._parts():
+                digest.update(part)
+            digest.update(classes)
+            return digest.hexdigest()
+
+        if self.file is None:
+            return compute()
+        return kept_sha256(self.file, f"{about}{hashlib.sha256(classes).hexdigest()}", compute)
+
+    def _parts(self) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
+        """All images in order, some at a time; what was read of a mapped file does not stay in memory."""
+        mapping = self.pixels.base
+        words = f"digest of {self.name} {self.split}"
+        for begin in tqdm(range(0, len(self), IMAGES_PER_READ), desc=words, leave=False, delay=5):
+            yield np.ascontiguousarray(self.pixels[begin : begin + IMAGES_PER_READ])
+            if isinstance(mapping, mmap.mmap):
+                mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def digests(*sources: Source) -> dict[str, str]:
+    """The digest of each split by its name, as checkpoints and results hold them."""
+    return {source.split: source.sha256() for source in sources}
 
 
 def _announce(pixels: np.ndarray, indices: np.ndarray) -> None:
@@ -128,7 +159,9 @@ def load(name: str, split: str, data_dir: str | None = None, image_size: int = 0
     directory = tfds.find(name, root) or tfds.prepare(name, root)
     builder = tfds.open_directory(name, directory)
     pixels, classes = decoded.load(name, builder, split, decoded.Resizing(image_size, pad_to))
-    return Source(name, split, pixels, tfds.num_levels(builder), classes, tfds.num_classes(builder))
+    file = Path(pixels.filename)
+    kept = file if file.exists() else None  # a temporary one is gone by now
+    return Source(name, split, pixels, tfds.num_levels(builder), classes, tfds.num_classes(builder), kept)
 
 
 def describe(name: str, data_dir: str | None = None, image_size: int = 0, pad_to: int = 0) -> Description:

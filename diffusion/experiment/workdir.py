@@ -1,15 +1,18 @@
 """The working directory of a run: which run it belongs to, whether that is finished, and its last checkpoint."""
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax
 import numpy as np
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion.experiment import build
@@ -18,6 +21,7 @@ from diffusion.experiment.build import Experiment
 from diffusion.model import Model
 from diffusion.runtime import files, processes
 from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.digests import tree_sha256
 from diffusion.training.step import TrainState
 from diffusion.variances import X0Variance
 
@@ -144,8 +148,25 @@ def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:
     return config is None or config.train.num_steps == read_config(directory).train.num_steps
 
 
-def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest") -> TrainState:
-    """The state in a checkpoint, for evaluation or sampling; without any, the weights of config.init_from.
+@flax.struct.dataclass
+class EmaState:
+    """What evaluation, sampling and coding need of a training state, and all that they read of a checkpoint."""
+
+    step: Any  # int32 []: optimizer steps taken
+    ema_params: PyTree
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The digest of the parameters, by which results are found."""
+        return tree_sha256(self.ema_params)
+
+
+def ema_of(state: TrainState) -> EmaState:
+    return EmaState(state.step, state.ema_params)
+
+
+def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest") -> EmaState:
+    """The EMA in a checkpoint, for evaluation or sampling; without any, the weights of config.init_from.
 
     Args:
         checkpoint: "latest"; "best", the one with the lowest test_loss of those that are kept; or a step.
@@ -159,24 +180,24 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest")
         raise ValueError(f"--checkpoint={checkpoint} must be latest, best or the step of a checkpoint")
     check(experiment.config, directory)
 
-    def read() -> TrainState:
+    def read() -> EmaState:
         with Checkpoints(directory / "checkpoints") as checkpoints:
             if experiment.config.init_from and checkpoints.latest_step() is None:
                 claim(experiment.config, directory)
-                return experiment.initial_state()
+                return ema_of(experiment.initial_state())
             step = int(checkpoint) if checkpoint.isdecimal() else None
             if checkpoint == "best":
                 step = checkpoints.best_step()
-            return checkpoints.restore(step, like=experiment.abstract_state())
+            return checkpoints.restore(step, like=ema_of(experiment.abstract_state()))
 
-    return processes.from_first(processes.on_first(read) or experiment.initial_state())
+    return processes.from_first(processes.on_first(read) or ema_of(experiment.initial_state()))
 
 
 class LoadedRun(NamedTuple):
-    """A trained run: its config as objects, and its last state."""
+    """A trained run: its config as objects, and the EMA of a checkpoint."""
 
     experiment: Experiment
-    state: TrainState
+    state: EmaState
 
     @property
     def config(self) -> ConfigDict:
@@ -209,8 +230,8 @@ def load(directory: str | Path, checkpoint: str = "latest") -> LoadedRun:
     return LoadedRun(experiment, restore(experiment, Path(directory), checkpoint))
 
 
-def save_x0_variance(directory: Path, analytic: X0Variance, error: X0Variance, step: int) -> None:
-    """Writes x0_variance.npz: float32 [T + 1] tables of both estimates, and the checkpoint's step they belong to."""
+def save_x0_variance(directory: Path, analytic: X0Variance, error: X0Variance, state: EmaState) -> None:
+    """Writes x0_variance.npz: float32 [T + 1] tables of both estimates, and which weights they belong to."""
     with files.replacing(directory / X0_VARIANCE) as file:
         np.savez(
             file,
@@ -218,16 +239,17 @@ def save_x0_variance(directory: Path, analytic: X0Variance, error: X0Variance, s
             analytic_stderr=analytic.stderr,
             error=error.mean,
             error_stderr=error.stderr,
-            step=step,
+            step=state.step,
+            ema_sha256=state.sha256,
         )
 
 
-def load_x0_variance(directory: Path, step: int) -> X0Variance:
-    """The analytic estimate of the checkpoint of `step`.
+def load_x0_variance(directory: Path, state: EmaState) -> X0Variance:
+    """The analytic estimate of these weights. A file without their digest is an old one, which is found by the step.
 
     Raises:
         FileNotFoundError: nothing was estimated yet.
-        ValueError: what was estimated belongs to another checkpoint.
+        ValueError: what was estimated belongs to other weights.
     """
     path = directory / X0_VARIANCE
     if not path.exists():
@@ -236,6 +258,9 @@ def load_x0_variance(directory: Path, step: int) -> X0Variance:
             f"--workdir={directory} writes"
         )
     with np.load(path) as saved:
-        if saved["step"] != step:
-            raise ValueError(f"{path} was estimated at step {saved['step']}, but the checkpoint is of step {step}")
+        if saved["step"] != state.step or "ema_sha256" in saved and saved["ema_sha256"] != state.sha256:
+            raise ValueError(
+                f"{path} was estimated of the weights of step {saved['step']}, which are not those of this checkpoint, "
+                f"of step {state.step}; python -m experiments.variance_accounting --workdir={directory} writes it again"
+            )
         return X0Variance(saved["analytic"], saved["analytic_stderr"])

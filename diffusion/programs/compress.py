@@ -111,7 +111,7 @@ def coding_model(config: ConfigDict, directory: Path, checkpoint: str) -> tuple[
     experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
     state = workdir.restore(experiment, directory, checkpoint)
     is_optimal = config.eval.variance == "optimal"
-    x0_variance = workdir.load_x0_variance(directory, int(state.step)) if is_optimal else None
+    x0_variance = workdir.load_x0_variance(directory, state) if is_optimal else None
     model = experiment.model(state.ema_params, config.eval.variance, x0_variance)
     if model.takes_labels:
         if not config.model.label_dropout:

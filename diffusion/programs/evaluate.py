@@ -15,17 +15,18 @@ from ml_collections import ConfigDict
 
 from diffusion import guidance, likelihood
 from diffusion.data import Source
+from diffusion.data.source import digests
 from diffusion.evaluation import images
 from diffusion.evaluation.bound import Bound, estimated_bound, full_bound
 from diffusion.evaluation.pairs import PRECISION
 from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
+from diffusion.experiment.workdir import EmaState
 from diffusion.model import Model
 from diffusion.reporting import page, plots, summary
 from diffusion.runtime import devices, files, processes
-from diffusion.runtime.digests import tree_sha256
+from diffusion.runtime.digests import short_sha256, tree_sha256
 from diffusion.runtime.preemption import Preemption
-from diffusion.training.step import TrainState
 from diffusion.variances import X0Variance
 
 EVALUATIONS = "evaluations"  # in the workdir: a folder for each evaluation that --mode=eval made
@@ -43,8 +44,10 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     state = workdir.restore(experiment, directory, checkpoint)
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     is_optimal = config.eval.variance == "optimal"
-    x0_variance = workdir.load_x0_variance(directory, int(state.step)) if is_optimal else None
-    out = directory / EVALUATIONS / name(experiment, int(state.step), num_images)
+    x0_variance = workdir.load_x0_variance(directory, state) if is_optimal else None
+    data_sha256 = processes.on_first(lambda: digests(train_set, test_set))
+    measured = short_sha256([state.sha256, data_sha256, tree_sha256(x0_variance)])
+    out = directory / EVALUATIONS / f"{name(experiment, int(state.step), num_images)}-{measured}"
     with Preemption() as preemption, workdir.locked(out), memory.shortage_explained(experiment, "eval.batch_size"):
         scores = score(experiment, out, state, train_set, test_set, x0_variance, preemption.check)
         if processes.is_first():
@@ -55,7 +58,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
 
 
 def name(experiment: Experiment, step: int, num_images: int) -> str:
-    """What tells one evaluation from another: checkpoint, protocol, variance, estimator and images."""
+    """What a reader tells evaluations apart by: checkpoint, protocol, variance, estimator and images."""
     settings = experiment.config.eval
     variance = experiment.p.variance if settings.variance == "model" else settings.variance
     terms = f"{settings.terms_per_image}terms" if settings.terms_per_image else "all"
@@ -65,7 +68,7 @@ def name(experiment: Experiment, step: int, num_images: int) -> str:
 def score(
     experiment: Experiment,
     directory: Path,
-    state: TrainState,
+    state: EmaState,
     train_set: Source,
     test_set: Source,
     x0_variance: X0Variance | None = None,
@@ -98,8 +101,9 @@ def score(
         "test": np.arange(num_images) if is_whole else images.subset(len(test_set), num_images),
         "train": images.subset(len(train_set), min(num_images, len(train_set))),
     }
-    ema_sha256, sources = tree_sha256(state.ema_params), {"test": test_set, "train": train_set}
-    kept = directory / UNFINISHED / _key(config, model, ema_sha256, numbers)
+    sources = {"test": test_set, "train": train_set}
+    data_sha256 = processes.on_first(lambda: digests(train_set, test_set))
+    kept = directory / UNFINISHED / _key(config, model, [state.sha256, data_sha256], numbers)
     bounds = _bounds(config, model, sources, numbers, kept, stop)
     if not processes.is_first():
         return {}
@@ -113,14 +117,14 @@ def score(
         _forget(kept)
     return {
         "step": int(state.step),
-        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.ema_params)),
         "protocol": protocol,
         **bounds["test"].summary("test"),
         **bounds["train"].summary("train"),
         **_by_label(bounds, test_set, numbers["test"]),
         "prior_bpd": bounds["test"].prior_bpd.mean(),
-        "params_sha256": tree_sha256(state.params),
-        "ema_sha256": ema_sha256,
+        "ema_sha256": state.sha256,
+        "data_sha256": data_sha256,
     }
 
 
@@ -169,11 +173,11 @@ def _by_label(bounds: dict[str, Bound], test_set: Source, numbers: np.ndarray) -
     return scores
 
 
-def _key(config: ConfigDict, model: Model, ema_sha256: str, numbers: dict[str, np.ndarray]) -> str:
+def _key(config: ConfigDict, model: Model, digests: list[Any], numbers: dict[str, np.ndarray]) -> str:
     """A name for where finished terms are kept, made of all that a term depends on: nothing else finds them."""
     variance = model.p.variance, tree_sha256(model.schedule.x0_variance)
     scored = [chosen.tolist() for chosen in numbers.values()]
-    key = json.dumps([ema_sha256, config.seed, config.eval.protocol, variance, *scored])
+    key = json.dumps([*digests, config.seed, config.eval.protocol, variance, *scored])
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 

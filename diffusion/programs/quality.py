@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from diffusion.data import Source
-from diffusion.data.source import SPLITS
+from diffusion.data.source import SPLITS, digests
 from diffusion.evaluation import quality, reference
 from diffusion.evaluation.features import Batch
 from diffusion.evaluation.reference import Numbers, Reference
@@ -22,7 +22,6 @@ from diffusion.programs import sample
 from diffusion.reporting import page, summary
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import processes
-from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
 
 NAME = "quality.json"
@@ -39,13 +38,14 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     num_images = config.quality.num_images
     with Preemption() as preemption:
         with memory.shortage_explained(experiment, "sample.batch_size"):
-            folder = sample.fill(experiment, directory, model, int(state.step), num_images, preemption.check)
+            folder = sample.fill(experiment, directory, model, state, num_images, preemption.check)
 
         def write() -> None:
             scores = scorer.scores(sample.shards(folder, num_images), num_images) | {
                 "sampler": sample.described(config, model.p.variance),
                 "step": int(state.step),
-                "ema_sha256": tree_sha256(state.ema_params),
+                "ema_sha256": state.sha256,
+                "data_sha256": digests(train_set, test_set),
                 "device": summary.device_name(),
                 "versions": summary.versions(),
             }
@@ -58,12 +58,15 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """What quality.json holds, if it is of the weights that summary.json is of; else {}."""
+    """What quality.json holds, if it is of the weights and the data that summary.json is of; else {}."""
     try:
         scores, bound = (json.loads((directory / name).read_text()) for name in (NAME, workdir.SUMMARY))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    return scores if scores.get("ema_sha256") == bound.get("ema_sha256") else {}
+    weights, data = ([of.get(name) for of in (scores, bound)] for name in ("ema_sha256", "data_sha256"))
+    # Files of earlier versions do not say which data they are of.
+    is_same_data = None in data or data[0] == data[1]
+    return scores if weights[0] == weights[1] and is_same_data else {}
 
 
 def is_measured(config: ConfigDict, directory: Path) -> bool:
@@ -76,8 +79,14 @@ def is_measured(config: ConfigDict, directory: Path) -> bool:
         "sampler": sample.described(config, variance),
     }
     is_split = wanted.reference in SPLITS
-    reference_name = f", {wanted.reference} split, " if is_split else f"{Path(wanted.reference).expanduser()}, "
+    reference_name = f", {wanted.reference} split, " if is_split else _file_name(Path(wanted.reference).expanduser())
     return all(scores.get(key) == value for key, value in asked.items()) and reference_name in scores["reference"]
+
+
+def _file_name(path: Path) -> str:
+    """The name of a reference in a file: where it lies and, as long as it does, which one it is."""
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return f"{path}, SHA-256 {sha256}"
 
 
 class Scorer:
@@ -138,7 +147,7 @@ class Scorer:
     @functools.cached_property
     def _reference_name(self) -> str:
         if self._published is not None:
-            return f"{self._path}, SHA-256 {hashlib.sha256(self._path.read_bytes()).hexdigest()}"
+            return _file_name(self._path)
         split = self._sets[self._config.quality.reference]
         return f"{split.name}, {split.split} split, {len(split)} images"
 
@@ -149,8 +158,7 @@ class Scorer:
             "weights": self._features.sha256,
             "reference": self._reference_name,
         }
-        digests = {split: source.sha256() for split, source in self._sets.items()}
-        return reference.cached(facts | digests, self._dimension, self._made)
+        return reference.cached(facts | digests(*self._sets.values()), self._dimension, self._made)
 
     def _made(self) -> Reference:
         """The reference's states; for scale the other split against it, and two halves of the training set."""

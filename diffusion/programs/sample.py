@@ -1,5 +1,6 @@
 """--mode=sample: images from a trained model, as a grid, as a denoising trajectory, and as arrays."""
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,16 +13,19 @@ from ml_collections import ConfigDict
 from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import build, memory, rules, workdir
 from diffusion.experiment.build import Experiment
+from diffusion.experiment.workdir import EmaState
 from diffusion.model import Model
-from diffusion.reporting import page, pictures
+from diffusion.reporting import page, pictures, summary
 from diffusion.runtime import files, processes
+from diffusion.runtime.digests import short_sha256, tree_sha256
 from diffusion.runtime.preemption import Preemption
-from diffusion.training.step import TrainState
 
 SAMPLES = "samples"  # in the workdir: a folder for each way of sampling, with its images in shards
 SHARD_IMAGES = 1000
 TRAJECTORY_IMAGES = 8
 MAX_ARCHIVE_BYTES = 2**30  # more images than that stay in their shards
+ABOUT = "about.json"  # in such a folder: whose samples these are, and how they were drawn
+MAX_NAME = 80  # letters of a folder's name, without its digest
 ARCHIVE, GRID, TRAJECTORY = "samples.npz", "samples.png", "progressive.png"
 
 
@@ -29,19 +33,19 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     """Draws from a checkpoint of `directory`, or goes on where an earlier call was stopped."""
     experiment, state, model = trained(config, directory, checkpoint)
     with Preemption() as preemption, memory.shortage_explained(experiment, "sample.batch_size"):
-        folder = save(experiment, directory, model, int(state.step), preemption.check)
+        folder = save(experiment, directory, model, state, preemption.check)
     if processes.is_first():
         page.refresh(directory)
         print(f"{config.sample.num_images} samples: {folder}; the last ones also as {directory / GRID}")
 
 
-def trained(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> tuple[Experiment, TrainState, Model]:
+def trained(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> tuple[Experiment, EmaState, Model]:
     """A checkpoint of `directory`, and the model that the config samples from: the EMA's."""
     described = build.describe_data(config)
     experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
     state = workdir.restore(experiment, directory, checkpoint)
     is_optimal = config.sample.variance == "optimal"
-    x0_variance = workdir.load_x0_variance(directory, int(state.step)) if is_optimal else None
+    x0_variance = workdir.load_x0_variance(directory, state) if is_optimal else None
     return experiment, state, experiment.model(state.ema_params, config.sample.variance, x0_variance)
 
 
@@ -64,23 +68,23 @@ def save(
     experiment: Experiment,
     directory: Path,
     model: Model,
-    step: int,
+    state: EmaState,
     stop: Callable[[], None] | None = None,
     sampler: Sampler | None = None,
 ) -> Path:
-    """Draws sample.num_images images into a folder of samples/ that is named by how they were drawn.
+    """Draws sample.num_images images into a folder of samples/ that is named by the weights and how they were drawn.
 
     They are written in shards, so a call that was stopped goes on where it was, and a call for more images draws the
     others. Beside them a grid of the first sample.num_previews, their denoising trajectories, and all images in one
     file (uint8 [N, H, W, C]) if that is not too large; what was drawn last lies in `directory` itself, too.
 
     Args:
+        model: of the parameters of `state`.
         stop: called after each shard; raises to stop.
         sampler: one that is compiled already.
     """
     config, sampler = experiment.config.sample, sampler or make_sampler(experiment)
-    folder = directory / SAMPLES / name(experiment, model.p.variance, step)
-    with workdir.locked(folder):
+    with _folder(experiment, directory, model, state) as folder:
         _fill(sampler, model, folder, config.num_images, stop)
         trajectories = sampler.trajectories(model, min(TRAJECTORY_IMAGES, config.num_images))
         if processes.is_first():
@@ -96,28 +100,37 @@ def fill(
     experiment: Experiment,
     directory: Path,
     model: Model,
-    step: int,
+    state: EmaState,
     num_images: int,
     stop: Callable[[], None] | None = None,
 ) -> Path:
     """Draws as many images as `num_images` into the folder of `save`, but for those that it has; returns the folder."""
-    folder = directory / SAMPLES / name(experiment, model.p.variance, step)
-    with workdir.locked(folder):
+    with _folder(experiment, directory, model, state) as folder:
         _fill(make_sampler(experiment), model, folder, num_images, stop)
     return folder
 
 
-def name(experiment: Experiment, variance: str, step: int) -> str:
-    """What tells one set of samples from another: checkpoint, method, number of steps, variance, labels, guidance."""
-    config = experiment.config.sample
-    num_steps = config.num_steps or experiment.config.schedule.num_steps
-    parts = [f"step{step}", config.method, f"{num_steps}steps", variance]
-    if config.labels:
-        parts += [f"labels{'.'.join(map(str, config.labels))}"]
-    if config.guidance:
-        within = "to".join(f"{t:g}" for t in config.guidance_interval)
-        parts += [f"guidance{config.guidance:g}" + (f"within{within}" if within else "")]
-    return re.sub(r"[^\w.=+-]+", "_", "-".join(parts))
+@contextlib.contextmanager
+def _folder(experiment: Experiment, directory: Path, model: Model, state: EmaState) -> Iterator[Path]:
+    """The folder of the samples that these weights give, locked; what tells it from others is in its about.json."""
+    about = described(experiment.config, model.p.variance)
+    about |= {"step": int(state.step), "ema_sha256": state.sha256}
+    if model.p.variance == "optimal":
+        about["x0_variance_sha256"] = tree_sha256(model.schedule.x0_variance)
+    folder = directory / SAMPLES / name(about)
+    with workdir.locked(folder):
+        if processes.is_first():
+            summary.write_json(folder / ABOUT, about)
+        yield folder
+
+
+def name(about: dict[str, Any]) -> str:
+    """A folder's name: what a reader looks for, and a digest of all that tells one set of samples from another."""
+    words = f"step{about['step']}-{about['method']}-{about['num_steps']}steps-{about['variance']}"
+    if about.get("guidance"):
+        words += f"-guidance{about['guidance']:g}"
+    readable = re.sub(r"[^\w.=+-]+", "_", words)[:MAX_NAME]
+    return f"{readable}-{short_sha256(about)}"
 
 
 def described(config: ConfigDict, variance: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from diffusion import schedules
 from diffusion.data import Source
+from diffusion.data.source import digests
 from diffusion.evaluation import images
 from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import build, memory, workdir
@@ -24,18 +25,20 @@ from diffusion.reporting.summary import Stopwatch
 from diffusion.runtime import processes
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.devices import Replicated
+from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
 from diffusion.training import loop, parallel
 from diffusion.training.step import TrainState
 
 
-def run(config: ConfigDict, directory: Path, base: str = "") -> None:
+def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: bool = False) -> None:
     """Trains to config.train.num_steps, resuming if `directory` holds a part of this run; then samples and scores.
 
     A run that is finished goes on if num_steps is larger now: see `config.differing` for what may change.
 
     Args:
         base: the config file that the config came from, which base.json then keeps.
+        allow_other_data: resume even where the data set is not the one that the run was trained on.
 
     Raises:
         ValueError, OSError: what does not fit or is missing, in one line and before any compilation; or what
@@ -66,16 +69,20 @@ def run(config: ConfigDict, directory: Path, base: str = "") -> None:
             preemption.check()
 
         with memory.shortage_explained(experiment, num_train=len(train_set)):
-            state = train(experiment, directory, train_set, test_set, sampler, preemption, stopwatch.tick)
+            state = train(
+                experiment, directory, train_set, test_set, sampler, preemption, stopwatch.tick, allow_other_data
+            )
+        trained = workdir.ema_of(state)
         plots.plot_loss(read_metrics(directory), directory / "loss.png")
         model = experiment.model(state.ema_params, config.sample.variance)
         with memory.shortage_explained(experiment, "sample.batch_size"):
-            sample.save(experiment, directory, model, int(state.step), between_batches, sampler)
+            sample.save(experiment, directory, model, trained, between_batches, sampler)
         if experiment.learns_schedule:
             _plot_schedule(experiment, directory, state)
         with memory.shortage_explained(experiment, "eval.batch_size"):
-            scores = evaluate.score(experiment, directory, state, train_set, test_set, stop=between_batches)
+            scores = evaluate.score(experiment, directory, trained, train_set, test_set, stop=between_batches)
         scores |= {
+            "params_sha256": tree_sha256(state.params),
             "seconds": stopwatch.seconds(),
             "device": summary.device_name(),
             "versions": summary.versions(),
@@ -110,14 +117,16 @@ def train(
     sampler: Sampler,
     preemption: Preemption,
     after_row: Callable[[], None] | None = None,
+    allow_other_data: bool = False,
 ) -> TrainState:
     """Trains to the end from the latest checkpoint in `directory`, or from the start; returns the last state."""
     config, plan = experiment.config, build.plan(experiment.config)
     scorer = processes.on_first(lambda: Scorer(config, train_set, test_set)) if config.quality.every else None
     numbers = images.subset(len(test_set), min(config.train.monitor_images, len(test_set)))
     test_loss = loop.monitor(experiment.training, config.seed, config.schedule.num_steps, test_set, numbers)
-    with Checkpoints(directory / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints:
-        state = resume(experiment, checkpoints)
+    data_sha256, keep = processes.on_first(lambda: digests(train_set, test_set)), config.train.keep_checkpoints
+    with Checkpoints(directory / "checkpoints", keep=keep, data_sha256=data_sha256) as checkpoints:
+        state = resume(experiment, checkpoints, {} if allow_other_data else data_sha256)
         if state.step == plan.num_steps:
             return state
         with MetricsLog(directory, int(state.step), after_row) as log:
@@ -130,14 +139,38 @@ def train(
             )
 
 
-def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
+def resume(experiment: Experiment, checkpoints: Checkpoints, data_sha256: dict[str, str]) -> TrainState:
     """The state to go on from, or the initial one: what process 0 reads, on every process.
 
     It is on the host: on a device it would stay there beside the state that is trained.
+
+    Args:
+        data_sha256: the digest of each split that must be the one that the run was trained on.
+
+    Raises:
+        ValueError: a split is another one.
     """
     like = experiment.abstract_state()
-    resumed = processes.on_first(lambda: checkpoints.resume(like))
+
+    def read() -> TrainState | None:
+        state = checkpoints.resume(like)
+        if state is not None:
+            _check_data(experiment.config, data_sha256, checkpoints.data_sha256(int(state.step)))
+        return state
+
+    resumed = processes.on_first(read)
     return processes.from_first(jax.device_get(experiment.initial_state()) if resumed is None else resumed)
+
+
+def _check_data(config: ConfigDict, now: dict[str, str], then: dict[str, str]) -> None:
+    """Raises a ValueError if a split is not the one of the last checkpoint, which may not say which one that was."""
+    for split, digest in now.items():
+        if digest != then.get(split, digest):
+            raise ValueError(
+                f"the {split} split of data.name={config.data.name!r} in data.data_dir={config.data.data_dir!r} is not "
+                f"the one that this run was trained with (SHA-256 {then[split][:12]} then, {digest[:12]} now); set "
+                "data.data_dir to where the run's data lies, or add --allow_other_data to go on with the new data"
+            )
 
 
 def _shower(

@@ -20,7 +20,7 @@ from flax import traverse_util
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-from diffusion.runtime import verification
+from diffusion.runtime import orbax_noise, verification
 from diffusion.runtime.digests import leaf_sha256, named_leaves
 from diffusion.runtime.verification import DamagedCheckpoint
 
@@ -36,13 +36,21 @@ class Checkpoints:
         directory: holds one directory per saved step.
         keep: how many of the latest checkpoints to keep; the one with the lowest `metric` is kept as well.
         metric: the entry of `save`'s metrics that ranks checkpoints.
+        data_sha256: the digests of what is trained on, by their names; every checkpoint that is saved holds them.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 3, metric: str = "test_loss"):
+    def __init__(
+        self,
+        directory: str | Path,
+        keep: int = 3,
+        metric: str = "test_loss",
+        data_sha256: dict[str, str] | None = None,
+    ):
+        orbax_noise.silence()
         if keep < 1:
             raise ValueError(f"cannot keep the last {keep} checkpoints: at least 1 is needed to resume")
         self.directory = Path(directory).absolute()
-        self._metric = metric
+        self._metric, self._data_sha256 = metric, data_sha256 or {}
         self._unfinished: int | None = None  # the step whose save is not known to be on disk
         # Orbax keeps what sorts last in descending order; a checkpoint that was not scored comes first.
         best = checkpoint_managers.BestN(get_metric_fn=self._score, reverse=True, n=1)
@@ -77,9 +85,9 @@ class Checkpoints:
         # Orbax copies NumPy arrays before it goes asynchronous; the next step may reuse the state's buffers.
         host = {tuple(path.split("/")): np.asarray(leaf) for path, leaf in named_leaves(state)}
         scores = {name: float(value) for name, value in metrics.items()}
-        digests = {"step": step, "metrics": scores, "sha256": leaf_sha256(state)}
+        digests = {"step": step, "metrics": scores, "sha256": leaf_sha256(state), "data_sha256": self._data_sha256}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(traverse_util.unflatten_dict(host)), digests=ocp.args.JsonSave(digests)
+            state=ocp.args.PyTreeSave(traverse_util.unflatten_dict(host)), digests=ocp.args.JsonSave(digests)
         )
         self.wait()
         self._unfinished = step
@@ -97,6 +105,10 @@ class Checkpoints:
         metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
         scores = {step: row[self._metric] for step, row in metrics.items() if self._metric in row}
         return min(scores, key=lambda step: (scores[step], -step), default=None)
+
+    def data_sha256(self, step: int) -> dict[str, str]:
+        """The digests of what the checkpoint of a step was trained on; {} of one that was saved without them."""
+        return self._digests(step).get("data_sha256", {})
 
     def resume(self, like: PyTree) -> PyTree | None:
         """The newest sound checkpoint as `restore` returns it; None if nothing was ever saved.
@@ -127,12 +139,12 @@ class Checkpoints:
         return state
 
     def restore(self, step: int | None, like: PyTree) -> PyTree:
-        """Reads one checkpoint and verifies it.
+        """Reads one checkpoint, or some of the entries at its top, and verifies what it reads.
 
         Args:
             step: which one; None is the newest sound one, after a warning about each damaged one passed over.
             like: a tree of the wanted structure whose leaves have a shape and a dtype (arrays or the structs
-                of `jax.eval_shape`).
+                of `jax.eval_shape`). Entries of the checkpoint that it does not have at its top are not read.
 
         Returns:
             A tree of the structure of `like` with NumPy arrays, bit-identical to what was saved.
@@ -150,21 +162,23 @@ class Checkpoints:
                 raise FileNotFoundError(
                     f"there is no checkpoint of step {step} in {self.directory} (sound ones: {steps or 'none'})"
                 )
-            return self._read_as(step, like)
-        state, damaged = self._newest(like)
+            return self._read_as(step, like, _entries_of(like))
+        state, damaged = self._newest(like, _entries_of(like))
         for error in damaged.values():
             logging.warning("%s; passed over", error)
         if state is None:
             raise FileNotFoundError(f"there is no checkpoint in {self.directory} (sound ones: none)")
         return state
 
-    def _newest(self, like: PyTree) -> tuple[PyTree | None, dict[Path, DamagedCheckpoint]]:
-        """The newest sound checkpoint, and the damaged ones that are newer."""
+    def _newest(
+        self, like: PyTree, entries: set[str] | None = None
+    ) -> tuple[PyTree | None, dict[Path, DamagedCheckpoint]]:
+        """The newest checkpoint of which all, or these entries, are sound, and the damaged ones that are newer."""
         damaged: dict[Path, DamagedCheckpoint] = {}
         steps = [path for path in self._entries() if path.name.isdecimal()]
         for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
             try:
-                return self._read_as(int(path.name), like), damaged
+                return self._read_as(int(path.name), like, entries), damaged
             except DamagedCheckpoint as error:
                 damaged[path] = error
         return None, damaged
@@ -172,25 +186,25 @@ class Checkpoints:
     def _entries(self) -> list[Path]:
         return sorted(self.directory.iterdir()) if self.directory.exists() else []
 
-    def _read_as(self, step: int, like: PyTree) -> PyTree:
-        saved = self._read(step)
+    def _read_as(self, step: int, like: PyTree, entries: set[str] | None) -> PyTree:
+        saved = self._read(step, entries)
         verification.check_fit(saved, like, self.directory / str(step))
         leaves = [saved[path] for path, _ in named_leaves(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
-    def _read(self, step: int) -> dict[str, np.ndarray]:
-        """The leaves of one checkpoint by their paths, if they are what was saved."""
+    def _read(self, step: int, entries: set[str] | None) -> dict[str, np.ndarray]:
+        """The leaves of one checkpoint, or of these entries of it, by their paths, if they are what was saved."""
         path = self.directory / str(step)
         if not verification.is_complete(path):
             raise DamagedCheckpoint(f"the checkpoint {path} is incomplete")
         try:
-            saved, found, stored = self._read_items(step)
+            saved, found, stored = self._read_items(step, entries)
         except MemoryError:
             raise
         except Exception:  # Orbax and TensorStore raise many types, for garbage and for a disk that does not answer
             verification.check_readable(path)
             try:  # what failed may have passed
-                saved, found, stored = self._read_items(step)
+                saved, found, stored = self._read_items(step, entries)
             except Exception as error:
                 verification.check_readable(path)
                 raise DamagedCheckpoint(
@@ -200,13 +214,22 @@ class Checkpoints:
             raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {differing} is not what was saved")
         return saved
 
-    def _read_items(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any], Any]:
+    def _read_items(
+        self, step: int, entries: set[str] | None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
         """The leaves by their paths, what their digests are, and what the digests were."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(), digests=ocp.args.JsonRestore())
-        read = self._manager.restore(step, args=items)
+        stored, how = self._digests(step), ocp.args.PyTreeRestore()
+        if entries is not None:
+            sha256 = {name: digest for name, digest in stored["sha256"].items() if name.partition("/")[0] in entries}
+            item = traverse_util.unflatten_dict({tuple(name.split("/")): 0 for name in sha256})
+            stored, how = stored | {"sha256": sha256}, ocp.args.PyTreeRestore(item=item, partial_restore=True)
+        read = self._manager.restore(step, args=ocp.args.Composite(state=how))
         saved = {"/".join(names): leaf for names, leaf in traverse_util.flatten_dict(read.state).items()}
         found = {"step": step, "metrics": self._manager.metrics(step), "sha256": leaf_sha256(saved)}
-        return saved, found, read.digests
+        return saved, found, stored
+
+    def _digests(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(digests=ocp.args.JsonRestore())).digests
 
     def wait(self) -> None:
         """Blocks until the save in progress is on disk, and raises what went wrong in it."""
@@ -247,6 +270,10 @@ class Checkpoints:
         aside = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=self.directory / DAMAGED)) / path.name
         os.replace(path, aside)
         return aside
+
+
+def _entries_of(like: PyTree) -> set[str]:
+    return {name.partition("/")[0] for name, _ in named_leaves(like)}
 
 
 class _CompleteSteps:

@@ -1,12 +1,18 @@
-"""SHA-256 digests of states: equal exactly if two trees hold the same numbers, bit by bit, under the same names."""
+"""SHA-256 digests of states, files and descriptions: what is cached, resumed or reused is found by them."""
 
+import contextlib
 import hashlib
+import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
+
+from diffusion.runtime import files
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
@@ -37,3 +43,27 @@ def tree_sha256(tree: PyTree) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def short_sha256(description: Any) -> str:
+    """Twelve hex digits, for a folder's name, of a description that JSON can hold."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def kept_sha256(file: Path, about: str, compute: Callable[[], str]) -> str:
+    """The digest that `compute` makes of a file, computed once: it is kept beside the file, where that can be written.
+
+    Args:
+        file: a change of its size, of its times or of its place on the disk makes what was kept invalid.
+        about: what else the digest depends on.
+    """
+    stat, path = file.stat(), file.with_name(f"{file.name}.sha256")
+    now = [about, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged
+        kept = json.loads(path.read_text())
+        if kept["of"] == now:
+            return kept["sha256"]
+    sha256 = compute()
+    with contextlib.suppress(OSError):
+        files.write_text(path, json.dumps({"sha256": sha256, "of": now}) + "\n")
+    return sha256

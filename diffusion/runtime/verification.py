@@ -22,7 +22,8 @@ def is_complete(path: Path) -> bool:
     """
     try:
         json.loads((path / "metrics" / "metrics").read_bytes())  # Orbax reads the scores of all steps at once
-        return all(any((path / item).iterdir()) for item in ("state", "digests"))
+        has_names = (path / "state" / "_METADATA").exists()  # Orbax can guess them where they are missing
+        return has_names and all(any((path / item).iterdir()) for item in ("state", "digests"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return False
     except OSError as error:
@@ -46,10 +47,8 @@ def check_readable(path: Path) -> None:
         ) from error
 
 
-def differing(found: dict[str, Any], stored: Any) -> str:
+def differing(found: dict[str, Any], stored: dict[str, Any]) -> str:
     """The name of the first entry that is not what was stored; "" if all are."""
-    if not isinstance(stored, dict) or not isinstance(stored.get("sha256"), dict):
-        return "the list of digests"
     for name in sorted(found["sha256"].keys() | stored["sha256"].keys()):
         if found["sha256"].get(name) != stored["sha256"].get(name):
             return name

@@ -1,5 +1,8 @@
 """What a data set is: the bundled digits with their labels, sets of other builders, and the decoded copies."""
 
+import dataclasses
+import hashlib
+import json
 import os
 
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from sklearn import datasets
 
 from diffusion import data
-from diffusion.data import decoded
+from diffusion.data import Source, decoded
 
 HELD_OUT = np.arange(1797) % 6 == 5
 
@@ -100,12 +103,58 @@ def test_a_damaged_copy_is_decoded_anew(digits_copy, which, damage):
         np.testing.assert_array_equal(np.load(kept), array)
 
 
+def digest_of(source):
+    """By the definition: all pixel values and labels in one piece."""
+    about = f"{source.pixels.shape} {source.num_levels} {source.num_classes}\n".encode()
+    return hashlib.sha256(about + source.images().tobytes() + source.labels().tobytes()).hexdigest()
+
+
+def test_the_digest_is_computed_once_and_again_where_the_copy_changes(digits_copy, monkeypatch):
+    monkeypatch.setattr("diffusion.data.source.IMAGES_PER_READ", 7)
+    first = load("test", digits_copy)
+    sha256 = first.sha256()
+    assert sha256 == digest_of(first) != load("train", digits_copy).sha256()
+    assert dataclasses.replace(first, file=None).sha256() == sha256
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "_parts", None)  # computing it again fails
+        assert load("test", digits_copy).sha256() == sha256
+        relabelled = dataclasses.replace(first, classes=first.classes[::-1])
+        with pytest.raises(TypeError):
+            relabelled.sha256()
+    assert relabelled.sha256() == digest_of(relabelled) != sha256
+    # Another picture: the same name, length and time.
+    path, _ = copies(digits_copy)
+    content, stat = bytearray(path.read_bytes()), path.stat()
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    changed = load("test", digits_copy)
+    assert changed.sha256() == digest_of(changed) != sha256
+
+
+def test_a_damaged_or_unwritable_digest_is_computed_again(digits_copy, monkeypatch):
+    first = load("test", digits_copy)
+    (kept,) = [first.file.with_name(f"{first.file.name}.sha256")]
+    for content in ("", "{}", "[1]", '{"of": 1, "sha256": "ab"}'):
+        kept.write_text(content)
+        assert first.sha256() == digest_of(first)
+    assert json.loads(kept.read_text())["sha256"] == digest_of(first)
+    kept.unlink()
+
+    def refuse(*args):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(decoded.files.os, "replace", refuse)
+    assert first.sha256() == digest_of(first) and not kept.exists()
+
+
 def test_a_read_only_directory_is_decoded_elsewhere(digits_copy, monkeypatch):
     def refuse(*args):
         raise PermissionError("read-only")
 
     monkeypatch.setattr(decoded.files.os, "replace", refuse)
-    assert len(load("test", digits_copy)) == 299
+    source = load("test", digits_copy)
+    assert len(source) == 299 and source.file is None and source.sha256() == digest_of(source)
     assert not [*digits_copy.rglob("decoded-*"), *digits_copy.rglob("classes-*")]
 
 

@@ -204,6 +204,21 @@ def test_a_run_whose_samples_were_not_measured_keeps_its_bound(measured, tmp_pat
     assert f"- {name} has no Fréchet distance: error: no memory" in text
 
 
+def test_runs_on_other_data_share_no_row(finished, tmp_path):
+    """The same config with a data set that was exchanged meanwhile; runs of earlier versions do not know theirs."""
+    paths = sorted(tmp_path.glob("*/summary.json"))
+
+    def rows_where(*digests):
+        for path, digest in zip(paths, digests, strict=True):
+            known = {"data_sha256": {"train": digest, "test": "ab"}} if digest else {}
+            numbers = {k: v for k, v in json.loads(path.read_text()).items() if k != "data_sha256"}
+            path.write_text(json.dumps(numbers | known))
+        return results.rows(results.read(tmp_path)[0])[0]
+
+    assert [len(row.runs) for row in rows_where("aa", "aa", "aa", "")] == [2, 2]
+    assert [len(row.runs) for row in rows_where("aa", "bb", "aa", "aa")] == [1, 1, 2]
+
+
 def test_a_sweep_without_samples_has_no_such_column(finished, tmp_path):
     assert "has no Fréchet distance" not in sweep_report.write(tmp_path, variance.target_by_config)
     assert not [head for head in columns(tmp_path) if "Fréchet" in head]

@@ -58,8 +58,9 @@ def test_two_processes_train_sample_and_score_as_one_does(alone, tmp_path):
     assert abs(one["test_bpd"] - two["test_bpd"]) < 1e-4 * one["test_bpd"]
     images, again = (np.load(run / "samples.npz")["images"] for run in (alone, tmp_path / "run"))
     assert images.shape == again.shape and np.mean(images != again) < 0.01
-    files = {path.relative_to(alone) for path in alone.rglob("*.npz")}
-    assert files == {path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*.npz")}
+    # The folder of the samples ends with a digest of the weights.
+    files, again = ({path.name for path in run.rglob("*.npz")} for run in (alone, tmp_path / "run"))
+    assert files == again
 
 
 def test_scoring_that_a_signal_stopped_goes_on_with_two_processes(alone, tmp_path):

@@ -25,7 +25,13 @@ def run(straight, tmp_path):
 
 
 def evaluation(run, name):
-    return json.loads((run / evaluate.EVALUATIONS / name / "eval.json").read_text())
+    return json.loads((folder(run, name) / "eval.json").read_text())
+
+
+def folder(run, name):
+    """The folder of an evaluation; its name ends with a digest of what was scored."""
+    (found,) = (run / evaluate.EVALUATIONS).glob(f"{name}-*")
+    return found
 
 
 def test_the_scores_of_a_checkpoint_are_those_of_the_run(run, straight, tiny, capsys):
@@ -59,7 +65,7 @@ def test_each_evaluation_is_named_by_what_was_measured(run, tiny, capsys):
     }
     for name, changes in variants.items():
         evaluate.run(tiny(**changes), run, checkpoint=name[4])
-    assert {path.name for path in (run / evaluate.EVALUATIONS).iterdir()} == variants.keys()
+    assert {path.name.rpartition("-")[0] for path in (run / evaluate.EVALUATIONS).iterdir()} == variants.keys()
     scores = {name: evaluation(run, name) for name in variants}
     assert [found["step"] for found in scores.values()] == [6, 6, 3]
     assert len({found["test_bpd"] for found in scores.values()}) == 3
@@ -92,11 +98,11 @@ def test_an_evaluation_that_was_stopped_goes_on_and_others_keep_their_terms(run,
         if len(calls) == 3:
             raise Preempted("stopped by a signal")
 
-    out = run / evaluate.EVALUATIONS / "step6-exact-learned_range-all-20images"
     with monkeypatch.context() as patch:
         patch.setattr(preemption.Preemption, "check", stop_at_the_third)
         with pytest.raises(Preempted):
             evaluate.run(tiny(), run)
+        out = folder(run, "step6-exact-learned_range-all-20images")
         (kept,) = (out / evaluate.UNFINISHED).glob("*/test.npy")
         done = ~np.isnan(np.load(kept)[0])
         assert 0 < done.sum() < done.size and not (out / "eval.json").exists()
@@ -108,7 +114,9 @@ def test_an_evaluation_that_was_stopped_goes_on_and_others_keep_their_terms(run,
 
 
 def test_two_evaluations_of_the_same_things_do_not_clash_and_two_of_others_do_not_wait(run, tiny):
-    out = run / evaluate.EVALUATIONS / "step6-exact-learned_range-all-20images"
+    evaluate.run(tiny(), run)
+    out = folder(run, "step6-exact-learned_range-all-20images")
+    (out / "eval.json").unlink()
     with workdir.locked(out):
         with pytest.raises(ValueError, match="is in use by process"):
             evaluate.run(tiny(), run)

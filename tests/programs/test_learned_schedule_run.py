@@ -12,6 +12,7 @@ from diffusion.evaluation.bound import full_bound
 from diffusion.experiment import build, workdir
 from diffusion.programs import evaluate, sample, train
 from diffusion.runtime import devices
+from diffusion.runtime.checkpoint import Checkpoints
 
 BY_SECOND_MOMENT = "learned(start='cosine', inner='second_moment')"
 
@@ -43,10 +44,12 @@ def test_a_run_trains_its_schedule_and_the_checkpoint_holds_it(run):
     loaded = workdir.load(run)
     assert loaded.experiment.learns_schedule
     start = learned_schedule.init(loaded.experiment.start_schedule)
-    for params in (loaded.state.params, loaded.state.ema_params):
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        state = checkpoints.resume(loaded.experiment.abstract_state())
+    for params in (state.params, state.ema_params):
         for name, before in start.items():
             assert np.all(params[learned_schedule.SUBTREE][name] != before), name
-    log_snr = np.asarray(loaded.experiment.model(loaded.state.params).schedule.log_snr)[1:]
+    log_snr = np.asarray(loaded.experiment.model(state.params).schedule.log_snr)[1:]
     assert (np.diff(log_snr) < 0).all()
     assert not np.allclose(log_snr, loaded.experiment.start_schedule.log_snr[1:], atol=1e-3)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -43,6 +43,7 @@ def test_help_comes_before_a_config_which_takes_seconds_to_read(tmp_path):
         (["--config=configs/digits.py", "extra"], "unexpected argument 'extra'"),
         (["--config=configs/digits.py", "--mode=sample", "--workdir=nothing"], "no checkpoint"),
         (["--config=configs/digits.py", "--mode=sample", "--output=a"], "--output=a has no part in --mode=sample"),
+        (["--config=configs/digits.py", "--mode=eval", "--allow_other_data"], "--allow_other_data has no part in"),
         (["--config=configs/digits.py", "--mode=compress", "--input=test"], "--mode=compress needs --output"),
     ],
 )

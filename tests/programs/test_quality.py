@@ -1,5 +1,6 @@
 """--mode=quality: samples against a reference, with real images for scale."""
 
+import hashlib
 import json
 import shutil
 
@@ -96,6 +97,29 @@ def test_samples_are_measured_if_they_are_of_the_last_weights_and_as_asked_for(s
     summary = json.loads(path.read_text())
     path.write_text(json.dumps(summary | {"ema_sha256": "of a longer run"}))
     assert not program.is_measured(tiny(**asked), tmp_path / "run") and program.read(tmp_path / "run") == {}
+
+
+def test_another_reference_or_other_data_of_the_same_name_are_not_what_was_measured(tiny, tmp_path):
+    path, data_sha256 = tmp_path / "stats.npz", {"train": "aa", "test": "bb"}
+    path.write_bytes(b"some statistics")
+    config = tiny(quality__reference=str(path))
+    sampler = sample.described(config, config.model.variance)
+    asked = {"num_samples": config.quality.num_images, "features": config.quality.features, "sampler": sampler}
+    reference = {"reference": f"{path}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"}
+    known = {"ema_sha256": "cc", "data_sha256": data_sha256}
+    (tmp_path / "quality.json").write_text(json.dumps(asked | reference | known))
+
+    def is_measured(**summary):
+        (tmp_path / "summary.json").write_text(json.dumps({"ema_sha256": "cc"} | summary))
+        return program.is_measured(config, tmp_path)
+
+    assert is_measured(data_sha256=data_sha256)
+    assert is_measured()  # a run of an earlier version
+    assert not is_measured(data_sha256=data_sha256 | {"train": "dd"})
+    path.write_bytes(b"other statistics")
+    assert not is_measured(data_sha256=data_sha256)
+    path.unlink()
+    assert is_measured(data_sha256=data_sha256)
 
 
 def test_samples_that_exist_are_taken_and_those_of_a_killed_call_too(run, tiny, sources, monkeypatch):

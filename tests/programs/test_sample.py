@@ -1,8 +1,10 @@
 """Sampling from a checkpoint: in shards that an interrupted call keeps, named by how they were drawn."""
 
+import json
 import shutil
 from fnmatch import fnmatch
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,15 +43,14 @@ def test_another_method_with_fewer_steps_and_images_keeps_the_others(run, tiny):
     assert few.shape == (2, 8, 8, 1) and few.dtype == np.uint8 and few.max() <= 16
     # A row of pictures for each image, a column for each of the three steps; 48 pixels and a margin of 2 each.
     assert Image.open(run / "progressive.png").size == (3 * 50 + 2, 2 * 50 + 2)
-    folders = {path.name for path in (run / sample.SAMPLES).iterdir()}
-    assert folders == {"step6-ancestral-6steps-learned_range", "step6-ddim_eta=0.5_-3steps-learned_range"}
-    assert len(saved_images(run / sample.SAMPLES / "step6-ancestral-6steps-learned_range")) == 9
+    folders = {path.name.rpartition("-")[0]: path for path in (run / sample.SAMPLES).iterdir()}
+    assert folders.keys() == {"step6-ancestral-6steps-learned_range", "step6-ddim_eta=0.5_-3steps-learned_range"}
+    assert len(saved_images(folders["step6-ancestral-6steps-learned_range"])) == 9
 
 
 def test_an_interrupted_call_keeps_its_shards_and_more_images_are_drawn_beside_them(run, tiny, monkeypatch):
     monkeypatch.setattr(sample, "SHARD_IMAGES", 4)
     shutil.rmtree(run / sample.SAMPLES)
-    folder = run / sample.SAMPLES / "step6-ancestral-6steps-learned_range"
 
     def stop(self):
         raise Preempted("stopped by a signal")
@@ -58,6 +59,7 @@ def test_an_interrupted_call_keeps_its_shards_and_more_images_are_drawn_beside_t
         patch.setattr(preemption.Preemption, "check", stop)
         with pytest.raises(Preempted):
             sample.run(tiny(), run)
+    (folder,) = (run / sample.SAMPLES).iterdir()
     (first,) = folder.glob("shard_*.npy")
     marked = np.full_like(np.load(first), 3)
     np.save(first, marked)
@@ -67,6 +69,30 @@ def test_an_interrupted_call_keeps_its_shards_and_more_images_are_drawn_beside_t
     sample.run(tiny(sample__num_images=11), run)
     assert [len(np.load(path)) for path in sorted(folder.glob("shard_*.npy"))] == [4, 4, 3]
     assert len(saved_images(run)) == 11
+
+
+def test_samples_of_other_weights_of_the_same_step_are_not_taken(toy_run):
+    """A run begun again in the same directory, or a checkpoint that was exchanged, has the old one's step."""
+    old = toy_run.directory / sample.SAMPLES / "step6-ancestral-3steps-learned_range"  # as earlier versions named it
+    old.mkdir(parents=True)
+    np.save(sample.shard(old, 0), np.zeros((9, *toy.SHAPE), np.uint8))
+    experiment, state, model = sample.trained(toy_run.config(), toy_run.directory)
+    first = sample.fill(experiment, toy_run.directory, model, state, 9)
+    assert first == sample.fill(experiment, toy_run.directory, model, state, 9) != old
+    changed = state.replace(ema_params=jax.tree.map(lambda leaf: leaf + np.float32(0.5), state.ema_params))
+    second = sample.fill(experiment, toy_run.directory, experiment.model(changed.ema_params), changed, 9)
+    assert first != second and first.name.rpartition("-")[0] == second.name.rpartition("-")[0] == old.name
+    assert np.any(sample.read(first, 9) != sample.read(second, 9)) and sample.read(first, 9).any()
+    about = json.loads((second / sample.ABOUT).read_text())
+    assert about["ema_sha256"] == changed.sha256 and about["step"] == 6 and about["seed"] == 0
+
+
+def test_the_name_of_a_folder_is_short_and_another_one_for_every_difference():
+    about = {"step": 6, "method": "ddim", "num_steps": 9, "variance": "model", "ema_sha256": "ab"}
+    others = [about | {"labels": list(range(110))}, about | {"ema_sha256": "ac"}, about | {"method": "ddim(" * 99}]
+    others += [about | {"labels": [1, 23]}, about | {"labels": [12, 3]}, about | {"guidance": 1.5}]
+    names = {sample.name(one) for one in (about, *others)}
+    assert len(names) == 7 and max(map(len, names)) <= sample.MAX_NAME + 13
 
 
 def test_the_grid_shows_the_previews_and_many_images_stay_in_their_shards(run, tiny, monkeypatch):

@@ -94,10 +94,10 @@ def leg(tmp_path, monkeypatch, layer):
     monkeypatch.setattr(data, "load", lambda name, split, *_: toy.source(split))
     monkeypatch.setattr(data, "describe", lambda *_: data.Description("toy", 64, 64, toy.SHAPE, toy.LEVELS, 0))
 
-    def run(name, **changes):
+    def run(name, allow_other_data=False, **changes):
         small = {"optim__decay": "constant", "schedule__num_steps": 3, "eval__num_images": 2, "sample__num_images": 2}
         config = toy.config(**small | changes)
-        train.run(config, tmp_path / name)
+        train.run(config, tmp_path / name, allow_other_data=allow_other_data)
         return json.loads((tmp_path / name / "summary.json").read_text()), config
 
     return run
@@ -124,6 +124,51 @@ def test_a_run_that_goes_on_with_other_means_is_the_run_that_had_them_all_along(
 
     # The window of step 5 goes on: it began at a multiple of the old log_every.
     assert_rows_are_means(tmp_path, "legs", {2: (1, 2), 4: (3, 4), 5: (5,), 6: (5, 6), 8: (7, 8)})
+
+
+def darker(split):
+    """The toy's data with one pixel of the split changed: names and sizes are equal."""
+    source = toy.source(split)
+    source.pixels[7, 3, 2] ^= 1
+    return source
+
+
+def test_a_run_does_not_go_on_with_other_data_unless_it_is_told_to(leg, tmp_path, monkeypatch):
+    first, _ = leg("run", train__num_steps=3)
+    then, now = ({split: of(split).sha256() for split in ("train", "test")} for of in (toy.source, darker))
+    assert first["data_sha256"] == then
+    monkeypatch.setattr(data, "load", lambda name, split, *_: darker(split))
+    with pytest.raises(ValueError, match="the train split of data.name='digits'"):
+        leg("run", train__num_steps=5)
+    assert saved_data(tmp_path / "run", 3) == then
+    second, _ = leg("run", train__num_steps=5, allow_other_data=True)
+    assert second["step"] == 5 and second["data_sha256"] == now == saved_data(tmp_path / "run", 5)
+
+
+def test_which_data_a_checkpoint_goes_on_with(layer, tmp_path):
+    experiment = toy.experiment()
+    state, then, now = jax.device_get(experiment.initial_state()), {"train": "a" * 64}, {"train": "b" * 64}
+    with Checkpoints(tmp_path, data_sha256=then) as checkpoints:
+        checkpoints.save(0, state, {})
+        checkpoints.wait()
+        for allowed in ({}, then):
+            assert train.resume(experiment, checkpoints, allowed).step == 0
+        with pytest.raises(ValueError) as error:
+            train.resume(experiment, checkpoints, now)
+    assert str(error.value) == (
+        "the train split of data.name='digits' in data.data_dir='' is not the one that this run was trained with "
+        "(SHA-256 aaaaaaaaaaaa then, bbbbbbbbbbbb now); set data.data_dir to where the run's data lies, or add "
+        "--allow_other_data to go on with the new data"
+    )
+    path = tmp_path / "0" / "digests" / "metadata"  # earlier versions did not write it
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "data_sha256"}))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert train.resume(experiment, checkpoints, now).step == 0
+
+
+def saved_data(directory, step):
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        return checkpoints.data_sha256(step)
 
 
 def assert_rows_are_means(directory, name, means):

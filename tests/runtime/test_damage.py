@@ -173,3 +173,64 @@ def test_another_architecture_is_no_damage(run):
             checkpoints.resume(make_state(channels=2))
         assert not isinstance(raised.value, DamagedCheckpoint)
     assert not (run / "damaged").exists()
+
+
+# --- a part of a checkpoint
+
+
+def test_entries_that_are_not_wanted_are_neither_returned_nor_in_the_way(run):
+    """What is wrong with the parameters does not hinder reading their average; what is wrong with that does."""
+    average = {name: make_state(3)[name] for name in ("step", "ema_params")}
+    with Checkpoints(run) as checkpoints:
+        assert_identical(checkpoints.restore(3, average), average)
+        edit(run / "3" / "digests" / "metadata", '"params/conv_in/kernel": "', '"params/conv_in/kernel": "0')
+        assert_identical(checkpoints.restore(3, average), average)
+        assert_identical(checkpoints.restore(None, average), average)
+        with pytest.raises(DamagedCheckpoint, match="3 is damaged: params/conv_in/kernel is not what was saved"):
+            checkpoints.restore(3, make_state())
+        edit(run / "3" / "digests" / "metadata", '"ema_params/conv_in/kernel": "', '"ema_params/conv_in/kernel": "0')
+        with pytest.raises(DamagedCheckpoint, match="3 is damaged: ema_params/conv_in/kernel is not what was saved"):
+            checkpoints.restore(3, average)
+        assert checkpoints.restore(None, average)["step"] == 2
+
+
+def test_what_is_read_of_a_damaged_file_is_what_was_saved_or_an_error(tmp_path):
+    """Wherever a byte of the arrays changes, one of the two halves of the state can still be read."""
+    rng = np.random.default_rng(0)
+    state = {name: {"w": rng.normal(size=200_000).astype(np.float32)} for name in ("ema_params", "opt_state")}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        outcomes = set()
+        for path in data_files(tmp_path / "1"):
+            whole = path.read_bytes()
+            for at in np.linspace(0.05, 0.95, 4) if len(whole) > 100_000 else ():
+                path.write_bytes(flip(whole, at))
+                readable = []
+                for name in state:
+                    try:
+                        assert_identical(checkpoints.restore(1, {name: state[name]}), {name: state[name]})
+                        readable.append(name)
+                    except DamagedCheckpoint:
+                        pass
+                outcomes.add(tuple(readable))
+                path.write_bytes(whole)
+    assert outcomes == {("ema_params",), ("opt_state",)}
+
+
+def test_an_entry_that_the_config_wants_must_be_there_as_it_wants_it(run):
+    wider = {"ema_params": make_state(channels=4)["ema_params"]}
+    more = {"ema_params": make_state()["ema_params"] | {"conv_out": np.zeros(1)}}
+    with Checkpoints(run) as checkpoints:
+        with pytest.raises(ValueError, match="ema_params/conv_in/bias has shape"):
+            checkpoints.restore(3, wider)
+        with pytest.raises(ValueError, match="ema_params/conv_out, which the config wants, is not in"):
+            checkpoints.restore(3, more)
+
+
+def test_every_checkpoint_knows_what_it_was_trained_on(run):
+    with Checkpoints(run, data_sha256={"train": "ab", "test": "cd"}) as checkpoints:
+        checkpoints.save(4, make_state(4), {})
+        checkpoints.wait()
+        assert checkpoints.data_sha256(4) == {"train": "ab", "test": "cd"}
+        assert checkpoints.data_sha256(3) == {}

@@ -62,6 +62,12 @@ def _is_fid(scores: dict[str, Any]) -> bool:
     return text_of(scores.get("features", "")).startswith("inception")
 
 
+def is_of_other_weights(quality: dict[str, Any], scores: dict[str, Any]) -> bool:
+    """Whether both files say which weights they are of, and these differ."""
+    known = [of["ema_sha256"] for of in (quality, scores) if of.get("ema_sha256")]
+    return len(known) == 2 and known[0] != known[1]
+
+
 def bound(scores: dict[str, Any]) -> list[str]:
     """Bits/dim of both splits with their parts, by class, and the protocol behind them."""
     made = []

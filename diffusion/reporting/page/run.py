@@ -36,6 +36,8 @@ def page(contents: Contents) -> str:
     found = {name: contents.json(name) for name in (SUMMARY, EVALUATION, QUALITY, CONFIG, BASE)}
     summary, quality, config = found[SUMMARY], found[QUALITY], flat(found[CONFIG])
     rows, scores = contents.metrics(), summary or found[EVALUATION]
+    if numbers.is_of_other_weights(quality, scores):
+        contents.problems.append(f"{QUALITY} is of other weights than the bits/dim")
     missing = [parts.element("p", f"{name}: {words}.") for name, words in MISSING.items() if not contents.has(name)]
     plots = [parts.figure(contents, name, words, words, MAX_PLOT_BYTES, is_plot=True) for name, words in PLOTS.items()]
     sections = [

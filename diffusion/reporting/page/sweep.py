@@ -35,8 +35,9 @@ def page(contents: Contents, run_page: str) -> str:
     """The HTML of a sweep's page; `run_page` is the name of its runs' pages, which it links to."""
     runs = []
     for name in names(contents):
-        config, *results = (contents.json(f"{name}/{file}") for file in (CONFIG, SUMMARY, QUALITY))
-        runs.append(RunFiles(name, flat(config), *results))
+        config, summary, quality = (contents.json(f"{name}/{file}") for file in (CONFIG, SUMMARY, QUALITY))
+        is_of_others = numbers.is_of_other_weights(quality, summary)
+        runs.append(RunFiles(name, flat(config), summary, {} if is_of_others else quality))
     finished = [run for run in runs if run.summary]
     data = sorted({text_of(run.config.get("data.name")) for run in runs})
     plots = [

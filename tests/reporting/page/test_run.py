@@ -78,6 +78,14 @@ def test_every_number_of_every_file_is_there(run_directory, read_page):
     assert [image["alt"] for image in found.all("img") if image["class"] == "plot"] == list(PLOTS.values())
 
 
+def test_the_quality_of_other_weights_is_called_so(run_directory, read_page):
+    path, words = run_directory / "quality.json", "quality.json is of other weights than the bits/dim"
+    quality = json.loads(path.read_text())
+    for ema_sha256, is_other in (("ef" * 32, True), ("cd" * 32, False)):
+        path.write_text(json.dumps(quality | {"ema_sha256": ema_sha256}))
+        assert notes(read_page(run_directory)) == [words] * is_other
+
+
 def test_the_same_files_make_the_same_page(run_directory):
     before = page.write(run_directory).read_bytes()
     assert page.write(run_directory).read_bytes() == before

@@ -49,6 +49,13 @@ def test_distances_of_different_features_are_not_put_in_one_column(sweep, read_p
     assert not [name for name in found.of("dt") if "distance" in name or "FID" in name], "nothing is the lowest"
 
 
+def test_the_distance_of_other_weights_is_left_out(sweep, read_page):
+    path = sweep / "vlb-seed0" / "quality.json"
+    quality = {"fid": 3.17, "features": "2048", "num_samples": 50_000, "ema_sha256": "of an earlier step"}
+    path.write_text(json.dumps(quality))
+    assert "FID (2048)" not in read_page(sweep).of("th")
+
+
 @pytest.mark.parametrize(
     ("features", "title"), [("pixels", "Fréchet distance (pixels)"), ("inception", "FID (inception)")]
 )
