@@ -8,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from diffusion import data, interop, learned_schedule, objectives, reverse, schedules, timesteps
+from diffusion import data, learned_schedule, objectives, reverse, schedules, timesteps
 from diffusion.evaluation import bound
 from diffusion.evaluation.features import Features
 from diffusion.experiment import config as config_lib
-from diffusion.experiment import names, rules
+from diffusion.experiment import init_from, names, rules
 from diffusion.experiment.schema import KEYS
 from diffusion.learned_schedule import Learned
 from diffusion.model import Model
@@ -160,7 +159,7 @@ def experiment(
     times = objectives.TIMES.get(names.parse(config.objective.name).name, "every_term")
     on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
     network = _network(config, image_shape, p.output_channels(image_shape[-1]), num_classes, on_cpu)
-    published = _published(config, network, image_shape) if config.init_from else None
+    published = init_from.params(config.init_from, network, image_shape) if config.init_from else None
     training = Training(
         network=network,
         objective=_objective(config, p, num_levels),
@@ -292,26 +291,3 @@ def _optimizer(config: ConfigDict, learned: Learned | None) -> optax.GradientTra
     # Adam even where the network has AdamW, whose decay would pull γ towards 0.
     schedule = make(optimizer.adam, learned.learning_rate, config.train.num_steps // 2, grad_clip=0.0)
     return optax.partition({"network": network, "schedule": schedule}, group_of)
-
-
-def _published(config: ConfigDict, network: nn.Module, image_shape: tuple[int, int, int]) -> PyTree:
-    """The parameters in config.init_from, if they are those of the config's network."""
-    theirs, params = interop.load_diffusers(config.init_from)
-    prefix = f"init_from={config.init_from!r} holds another network than the config's"
-    weightless = {"dropout", "convolution", "dtype", "remat", "parent", "name"}
-    fields = [field.name for field in dataclasses.fields(theirs) if field.name not in weightless]
-    differing = [
-        f"unet.{field}: {getattr(theirs, field)!r} there, {getattr(network, field, None)!r} here"
-        for field in fields
-        if getattr(theirs, field) != getattr(network, field, None)
-    ]
-    if differing:
-        raise ValueError(f"{prefix}: {'; '.join(differing)}")
-    # Equal fields still mean another network where the images have another size or other channels.
-    like = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1))["params"]
-    found, wanted = (
-        {"/".join(path): leaf.shape for path, leaf in flatten_dict(tree).items()} for tree in (params, like)
-    )
-    if differ := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
-        raise ValueError(f"{prefix}, whose images are {image_shape}: {', '.join(differ)} differ")
-    return jax.device_get(params)  # on a device they would stay beside the state that is trained
