@@ -111,7 +111,7 @@ def differing(config: ConfigDict, saved: ConfigDict) -> list[str]:
     now, then = defaults | flatten(config), defaults | flatten(saved)
     changes = []
     for name, key in sorted(known.items()):
-        if key.free is True or _respelled(now[name]) == _respelled(then[name]):
+        if key.free is True or first_spelling(now[name]) == first_spelling(then[name]):
             continue
         change = f"{name}: {then[name]} → {now[name]}"
         if not isinstance(key.free, Partly):
@@ -121,8 +121,8 @@ def differing(config: ConfigDict, saved: ConfigDict) -> list[str]:
     return changes
 
 
-def _respelled(value: Any) -> Any:
-    """A value of an older version as it is written now."""
+def first_spelling(value: Any) -> Any:
+    """A config value as the first version wrote it: then as now, but for one argument of a learned schedule."""
     if not isinstance(value, str):
         return value
-    return re.sub(r"\binner=(['\"])variance\1", "inner='second_moment'", value)
+    return re.sub(r"\binner=(['\"])second_moment\1", r"inner=\1variance\1", value)

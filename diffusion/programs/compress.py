@@ -21,7 +21,7 @@ from diffusion.evaluation import image_formats
 from diffusion.evaluation.bound import Bound, estimated_bound, full_bound
 from diffusion.experiment import build, memory, schema, workdir
 from diffusion.experiment.build import Experiment
-from diffusion.experiment.config import flatten
+from diffusion.experiment.config import first_spelling, flatten
 from diffusion.model import Model
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import coded_file, devices
@@ -138,10 +138,10 @@ def identity(experiment: Experiment, model: Model) -> dict[str, Any]:
 
 
 def _shaping_keys(config: ConfigDict) -> list[tuple[str, Any]]:
-    """The keys that say what the weights mean, and their values."""
+    """The keys that say what the weights mean, and their values as the first version spelled them."""
     known, network = schema.all_keys(), f"{config.model.network.partition('(')[0]}."
     return sorted(
-        (name, value)
+        (name, first_spelling(value))
         for name, value in flatten(config).items()
         if name.startswith(("schedule.", "model.", network))
         and not known[name].free
