@@ -20,7 +20,7 @@ from flax import traverse_util
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-from diffusion.runtime import orbax_noise, verification
+from diffusion.runtime import verification
 from diffusion.runtime.digests import leaf_sha256, named_leaves
 from diffusion.runtime.verification import DamagedCheckpoint
 
@@ -46,7 +46,6 @@ class Checkpoints:
         metric: str = "test_loss",
         data_sha256: dict[str, str] | None = None,
     ):
-        orbax_noise.silence()
         if keep < 1:
             raise ValueError(f"cannot keep the last {keep} checkpoints: at least 1 is needed to resume")
         self.directory = Path(directory).absolute()
