@@ -64,7 +64,6 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"unexpected argument {argv[1]!r}; every argument is a --flag=value")
         if _CONFIG.value is None:
             raise ValueError("no --config is given; for example --config=configs/digits.py")
-        _keep_freed_memory(_CONFIG.value)
         # Imported here because JAX takes seconds that --help should not cost.
         from diffusion.experiment import build, config, workdir
         from diffusion.runtime import compiled_programs, orbax_noise, preemption, processes
@@ -72,6 +71,7 @@ def main(argv: list[str]) -> None:
         orbax_noise.silence()
         resolved = config.completed(_CONFIG.value)
         config.check(resolved)
+        _keep_freed_memory(resolved)
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         compiled_programs.keep(on_cpu=build.runs_on_cpu())
         base = config_flags.get_config_filename(flags.FLAGS["config"])
@@ -102,17 +102,16 @@ def main(argv: list[str]) -> None:
 
 
 def _keep_freed_memory(config: ConfigDict) -> None:
-    """Has malloc keep freed memory where the network's maps are large; it must be told before JAX is imported."""
-    from diffusion import data
+    """Has malloc keep freed memory where a batch's maps are large; it must be told before JAX starts its devices."""
+    from diffusion.experiment import build
     from diffusion.runtime import allocator
 
     try:
-        described = data.describe(config.data.name, config.data.data_dir, config.data.image_size, config.data.pad_to)
-        height, width, _ = described.image_shape
-        num_bytes = 4 * config.train.batch_size * height * width * config.unet.channels
-    except (AttributeError, ValueError, TypeError, OSError):  # what is wrong is said by what reads the config in full
+        height, width, _ = build.describe_data(config).image_shape
+    except (ValueError, OSError):  # the mode says so, if it needs the data
         return
-    if num_bytes >= allocator.LARGE_MAP:
+    channels = config.get("unet", {}).get("channels", 0)
+    if 4 * config.train.batch_size * height * width * channels >= allocator.LARGE_MAP:
         allocator.keep_freed_memory()
 
 

@@ -44,8 +44,8 @@ class ResidualBlock(nn.Module):
     num_groups: int
     dropout: float
     scale_shift_norm: bool
-    convolution: str
     dtype: str
+    convolution: str = "xla"
 
     @nn.compact
     def __call__(
@@ -178,7 +178,7 @@ class UNet(nn.Module):
         residual_block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
 
         def block(h: Array, features: int, name: str) -> Array:
-            fields = (features, self.num_groups, self.dropout, self.scale_shift_norm, self.convolution, self.dtype)
+            fields = (features, self.num_groups, self.dropout, self.scale_shift_norm, self.dtype, self.convolution)
             return residual_block(*fields, name=name)(h, embedding, dropout_keys if self.dropout else None)
 
         # In float32, as the last convolution: bfloat16 would blur the pixel values of an almost clean image.

@@ -5,14 +5,14 @@ import os
 import platform
 
 SWITCH = "DIFFUSION_KEEP_FREED_MEMORY"  # 0 leaves the allocator as it is
-# Bytes of a batch's map, from which on `main.py` keeps freed memory: docs/reliability.md has the times.
+# Bytes of the first map of a batch, from which on `main.py` keeps freed memory: docs/reliability.md has the times.
 LARGE_MAP = 512 * 1024
 # glibc's malloc.h; see mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc's malloc to keep what is freed; to be called before JAX is imported.
+    """Tells glibc's malloc to keep what is freed; to be called before JAX starts its devices.
 
     On a CPU XLA allocates the temporaries of a compiled program at every call and frees them at its end. By default
     glibc returns large ones to the system, which must then clear and map every page anew. Here large allocations come

@@ -44,7 +44,7 @@ def test_inception_takes_these_and_says_which_weights_it_has(tmp_path, monkeypat
     given, path = [], tmp_path / "weights.safetensors"
     path.write_bytes(b"random")
 
-    def fake(params, images):
+    def fake(params, images, batch_size):
         given.append((params, images))
         return {"2048": np.ones((len(images), 2048), np.float32), "logits_unbiased": np.zeros((len(images), 1008))}
 
