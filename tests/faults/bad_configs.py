@@ -7,15 +7,14 @@ with them, and prints how many ended as promised: exit code 2, a one-line error,
 """
 
 import os
-import signal
 import sys
 import tempfile
 from pathlib import Path
 
-LIMIT_SECONDS = 120
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import forked  # noqa: E402
 from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
@@ -82,37 +81,11 @@ BAD = st.one_of(
 ).map(lambda pair: dict([pair]))
 
 
-def run_main(arguments: list[str], output: Path) -> int:
-    """main.py with `arguments` in a forked process; its stdout and stderr in `output`."""
-    process = os.fork()
-    if process:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    try:
-        signal.alarm(LIMIT_SECONDS)  # a config that is still not refused counts as accepted
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.argv = ["main.py", *arguments]
-        import main
-
-        main.app.run(main.main, flags_parser=main._parse)
-    except SystemExit as stop:
-        sys.stderr.flush()
-        os._exit(stop.code if isinstance(stop.code, int) else 1)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    os._exit(0)
-
-
 def broken_promise(overrides: dict[str, str], folder: Path) -> str:
     """ "" if the bad config ended as promised, else what happened."""
     workdir, output = folder / "run", folder / "output"
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
-    code = run_main(["--config=configs/digits.py", f"--workdir={workdir}", *flags], output)
+    code = forked.start(["--config=configs/digits.py", f"--workdir={workdir}", *flags], output)
     text = output.read_text()
     last = text.strip().splitlines()[-1] if text.strip() else ""
     if code != 2 or "Traceback" in text or not last.startswith("error: ") or len(last) < 20 or workdir.exists():
@@ -123,10 +96,7 @@ def broken_promise(overrides: dict[str, str], folder: Path) -> str:
 def main(number: int) -> list[str]:
     """Tries `number` bad configs; returns what went otherwise than promised."""
     os.chdir(ROOT)
-    import tensorflow_datasets  # noqa: F401  (imported once, for all children)
-
-    from diffusion.programs import train  # noqa: F401
-
+    forked.import_all()
     broken, tried = [], set()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TFDS_DATA_DIR"] = folder

@@ -12,6 +12,7 @@ import pytest
 
 from diffusion import interop
 from diffusion.data import tfds
+from diffusion.interop import diffusers, files
 from diffusion.networks.unet import UNet
 
 BAD_CONFIGS = Path(__file__).parent / "bad_configs.py"
@@ -35,7 +36,7 @@ def published(tmp_path_factory):
     """A small network in the published layout."""
     directory = tmp_path_factory.mktemp("published")
     unet = UNet(channels=4, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=2, out_channels=1)
-    shapes = interop._param_shapes(unet, (8, 8, 1))
+    shapes = diffusers._param_shapes(unet, (8, 8, 1))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
     interop.save_diffusers(directory, unet, params, sample_size=8)
     return directory
@@ -77,9 +78,9 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_safetensors_file_with_a_lying_header_is_refused_by_name(lie, published, tmp_path):
-    (tmp_path / interop.CONFIG_FILE).write_bytes((published / interop.CONFIG_FILE).read_bytes())
-    honest = (published / interop.WEIGHTS_FILE).read_bytes()
-    (tmp_path / interop.WEIGHTS_FILE).write_bytes(LIES[lie](honest))
-    with pytest.raises(ValueError, match=str(tmp_path / interop.WEIGHTS_FILE)) as raised:
+    (tmp_path / files.CONFIG_FILE).write_bytes((published / files.CONFIG_FILE).read_bytes())
+    honest = (published / files.WEIGHTS_FILE).read_bytes()
+    (tmp_path / files.WEIGHTS_FILE).write_bytes(LIES[lie](honest))
+    with pytest.raises(ValueError, match=str(tmp_path / files.WEIGHTS_FILE)) as raised:
         interop.load_diffusers(tmp_path)
     assert "\n" not in str(raised.value)

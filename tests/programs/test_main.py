@@ -6,9 +6,15 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
+from configs import cifar10
+from diffusion.experiment import build
+from diffusion.programs import describe
+
 ROOT = Path(__file__).resolve().parents[2]
+DIGITS = f"--config={ROOT / 'configs' / 'digits.py'}"
 
 
 def main(*arguments, cwd=ROOT, env=None):
@@ -30,28 +36,54 @@ def test_help_comes_before_a_config_which_takes_seconds_to_read(tmp_path):
     assert "--workdir" in result.stdout and not (tmp_path / "was_read").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "no --config is given"),
-        (["--config=configs/none.py"], "configs/none.py"),
-        (["--config=configs/digits.py", "--mode=trian"], "trian"),
-        (["--config=configs/digits.py", "--config.unet.chanels=3"], "did you mean unet.channels?"),
-        (["--config=configs/digits.py", "--config.unet.channels=many"], "unet.channels"),
-        (["--config=configs/digits.py", "--config.optim.name=adam(beta=1)"], "adam has no argument beta"),
-        (["--config=configs/digits.py", "--config.data.name=nowhere"], "data.name='nowhere'"),
-        (["--config=configs/digits.py", "extra"], "unexpected argument 'extra'"),
-        (["--config=configs/digits.py", "--mode=sample", "--workdir=nothing"], "no checkpoint"),
-        (["--config=configs/digits.py", "--mode=sample", "--output=a"], "--output=a has no part in --mode=sample"),
-        (["--config=configs/digits.py", "--mode=eval", "--allow_other_data"], "--allow_other_data has no part in"),
-        (["--config=configs/digits.py", "--mode=compress", "--input=test"], "--mode=compress needs --output"),
-    ],
-)
-def test_a_mistake_is_a_one_line_error_and_exit_code_2(arguments, words, tmp_path):
-    result = main(*arguments)
-    assert result.returncode == 2, result.stderr
-    assert words in result.stderr and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+MISTAKES = [
+    ((), "no --config is given"),
+    (("--config=configs/none.py",), "configs/none.py"),
+    ((DIGITS, "--mode=trian"), "trian"),
+    ((DIGITS, "--config.unet.chanels=3"), "did you mean unet.channels?"),
+    ((DIGITS, "--config.unet.channels=many"), "unet.channels"),
+    ((DIGITS, "--config.optim.name=adam(beta=1)"), "adam has no argument beta"),
+    ((DIGITS, "--config.data.name=nowhere"), "data.name='nowhere'"),
+    ((DIGITS, "extra"), "unexpected argument 'extra'"),
+    ((DIGITS, "--mode=sample", "--workdir=nothing"), "no checkpoint"),
+    ((DIGITS, "--mode=sample", "--output=a"), "--output=a has no part in --mode=sample"),
+    ((DIGITS, "--mode=eval", "--allow_other_data"), "--allow_other_data has no part in"),
+    ((DIGITS, "--mode=compress", "--input=test"), "--mode=compress needs --output"),
+    ((DIGITS, "--workdir=gs://a/b"), "error: --workdir=gs://a/b is not a local directory; mount the bucket and"),
+    ((DIGITS, "--config.data.data_dir=gs://a/b"), "error: data.data_dir=gs://a/b is not a local directory; mount the"),
+]
+LAYER = f"--config={ROOT / 'tests' / 'faults' / 'digits_layer.py'}"
+DESCRIBE = (LAYER, "--mode=describe", "--workdir=described", "--config.eval.num_images=9")
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """How main.py ended with each of the mistakes and with DESCRIBE; and what they wrote."""
+    empty = tmp_path_factory.mktemp("empty")
+    arguments = [*(mistake for mistake, _ in MISTAKES), DESCRIBE]
+    found = forked.starts([list(given) for given in arguments], empty)
+    return dict(zip(arguments, found, strict=True)), list(empty.iterdir())
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES)
+def test_a_mistake_is_a_one_line_error_and_exit_code_2(arguments, words, ends):
+    code, output = ends[0][arguments]
+    assert code == 2, output
+    assert words in output and "Traceback" not in output
+    assert output.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_describe_prints_its_figures(ends):
+    code, output = ends[0][DESCRIBE]
+    assert code == 0, output
+    assert "1,498 training and 299 test images" in output and "GFLOP per image" in output
+    keys = {line.split()[0]: line for line in output.splitlines() if line}
+    assert keys["eval.num_images"].split()[1:5] == ["9", "0", "yes", "of"]  # value, default, may change, help
+    assert keys["train.num_steps"].split()[1:5] == ["1600", "800000", "only", "up"]
+
+
+def test_nothing_is_written_by_a_mistake_or_a_description(ends):
+    assert ends[1] == []
 
 
 def test_an_error_of_a_library_keeps_its_traceback(tmp_path):
@@ -102,14 +134,7 @@ def test_a_signal_while_xla_compiles_ends_with_the_code_to_requeue_on(tmp_path):
     assert "stopped by SIGTERM; the same command goes on" in result.stderr
 
 
-def test_describe_knows_ho_et_al(tmp_path):
-    flags = ["--mode=describe", "--config.eval.num_images=9", f"--workdir={tmp_path / 'run'}"]
-    result = main("--config=configs/cifar10.py", *flags)
-    assert result.returncode == 0, result.stderr
-    assert "35,746,307" in result.stdout
-    assert "11.6" in result.stdout  # GFLOP per image and forward pass
-    assert "0.48642 bits/dim" in result.stdout
-    keys = {line.split()[0]: line for line in result.stdout.splitlines() if line}
-    assert keys["eval.num_images"].split()[1:5] == ["9", "0", "yes", "of"]  # value, default, may change, help
-    assert keys["train.num_steps"].split()[1:5] == ["800000", "800000", "only", "up"]
-    assert not (tmp_path / "run").exists()
+def test_describe_knows_ho_et_al():
+    """Parameters and work are those of test_configs.py and benchmarks' test of the same network."""
+    experiment = build.experiment(cifar10.get_config(), (32, 32, 3), 256)
+    assert describe.schedule_figures(experiment)["  KL penalty of fixed_large"].startswith("0.48642 bits/dim")
