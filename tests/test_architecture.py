@@ -234,3 +234,11 @@ def test_no_lambda_is_assigned_to_a_name():
         for line in named_lambdas(path.read_text())
     ]
     assert not found, f"write a def: {', '.join(found)}"
+
+
+@pytest.mark.parametrize("package", ["diffusion", "experiments", "benchmarks", "configs"])
+def test_what_is_about_to_go_is_an_error_in_our_own_modules_alone(package):
+    use = "import warnings; warnings.warn('about to go', DeprecationWarning)"
+    exec(use, {"__name__": "numpy.planted"})
+    with pytest.raises(DeprecationWarning, match="about to go"):
+        exec(use, {"__name__": f"{package}.planted"})
