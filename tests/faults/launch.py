@@ -63,11 +63,12 @@ def start(
     devices: int = 1,
     flags: tuple = (),
     toy: bool = False,
+    config: str = "configs/digits.py",
     variables: dict[str, str] | None = None,
     **overrides,
 ) -> Run:
     """main.py on `devices` CPU devices, or toy.py; the output is appended to `log(workdir)`."""
-    program = ["tests/faults/toy.py", str(workdir)] if toy else ["main.py", "--config=configs/digits.py"]
+    program = ["tests/faults/toy.py", str(workdir)] if toy else ["main.py", f"--config={config}"]
     if toy:
         keys = [f"--{key}={value}" for key, value in overrides.items()]
     else:

@@ -6,10 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import launch
+import numpy as np
 import pytest
 
+from diffusion.experiment import build, workdir
+from diffusion.experiment import config as config_lib
+from diffusion.runtime.checkpoint import Checkpoints
+
 SOURCE = Path(__file__).parent / "eio.c"
+CONFIG = str(Path(__file__).parent / "digits_layer.py")
 STEPS = {"train.num_steps": 12}
 STOPPED_AT = 8
 OF_EVERY_START = ("lock", "seconds.json")  # who is at work, and how long
@@ -27,14 +34,17 @@ def library(tmp_path_factory) -> Path:
     return built
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> Path:
-    """A run that was killed after it had saved a checkpoint."""
-    directory = tmp_path_factory.mktemp("runs") / "killed"
-    running = launch.start(directory, **STEPS)
-    launch.until_saved(directory, STOPPED_AT)
-    running.kill()
-    running.wait()
+@pytest.fixture
+def stopped(tmp_path, tiny_data_dir) -> Path:
+    """A run of main.py that was stopped after a checkpoint. The network was not trained, which no reader asks."""
+    directory = tmp_path / "run"
+    keys = launch.TINY | STEPS | {"data.data_dir": tiny_data_dir}
+    config = config_lib.from_file(CONFIG, {key: str(value) for key, value in keys.items()})
+    workdir.claim(config, directory)
+    workdir.save_base(directory, CONFIG)
+    state = jax.device_get(build.experiment(config, (8, 8, 1), 17).initial_state())
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(STOPPED_AT, state.replace(step=np.int32(STOPPED_AT)), {"test_loss": 1.0})
     return directory
 
 
@@ -52,18 +62,15 @@ def test_the_library_breaks_the_named_files_only(library, tmp_path):
         assert (result.stdout == name) == (result.returncode == 0) == (name == "sound"), result.stderr
 
 
-@pytest.mark.timeout(900)  # three runs of main.py
-def test_a_disk_that_cannot_be_read_stops_the_run_and_costs_nothing(library, killed, tmp_path):
-    run = tmp_path / "run"
-    launch.cut(killed, run, STOPPED_AT)
-    before = contents(run)
+def test_a_disk_that_cannot_be_read_stops_the_run_and_costs_nothing(library, stopped, tiny_data_dir):
+    before, keys = contents(stopped), STEPS | {"data.data_dir": tiny_data_dir}
     # Every file of the checkpoints; then the arrays alone, which only Orbax reads.
-    for part in ("checkpoints/", f"checkpoints/{STOPPED_AT}/state/ocdbt.process_0/"):
-        printed_before = len(launch.log(run).read_text()) if launch.log(run).exists() else 0
-        broken = {"LD_PRELOAD": str(library), "EIO_PATH": str(run / part)}
-        launch.wait(launch.start(run, variables=broken, **STEPS), code=2)
-        printed = launch.log(run).read_text()[printed_before:]
+    for part in ("checkpoints/", f"checkpoints/{STOPPED_AT}/state/"):
+        printed_before = len(launch.log(stopped).read_text()) if launch.log(stopped).exists() else 0
+        broken = {"LD_PRELOAD": str(library), "EIO_PATH": str(stopped / part)}
+        launch.wait(launch.start(stopped, config=CONFIG, variables=broken, **keys), code=2)
+        printed = launch.log(stopped).read_text()[printed_before:]
         lines = [line for line in printed.splitlines() if line.strip()]
-        named = f"error: the checkpoint {run / 'checkpoints' / str(STOPPED_AT)} cannot be read (Input/output error"
+        named = f"error: the checkpoint {stopped / 'checkpoints' / str(STOPPED_AT)} cannot be read (Input/output error"
         assert lines[-1].startswith(named) and "Traceback" not in printed, printed
-        assert contents(run) == before, part
+        assert contents(stopped) == before, part
