@@ -85,7 +85,7 @@ def test_scores_and_samples_are_those_of_the_checkpoint_s_schedule(run, learning
         ({"objective__name": "hybrid"}, "schedule.name=\"learned.start='cosine'.\" needs objective.name='vlb'"),
         (
             {"schedule__name": BY_SECOND_MOMENT, "objective__timesteps": "loss_aware"},
-            "minimises the variance over uniform t",
+            "minimises the second moment over uniform t",
         ),
         ({"schedule__name": "learned(inner='endpoints')"}, "inner of learned must be one of bound, second_moment"),
         ({"schedule__name": "learned(start='learned')"}, "start must be one of linear, cosine"),
