@@ -4,6 +4,7 @@ Tolerances: means and variances agree to 2e-4 relative. Those programs subtract 
 leaves an absolute noise of about 2e-7 bits/dim in their KL terms; `test_likelihood` compares ours with float64.
 """
 
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -65,6 +66,20 @@ PAIRS = [
 ]  # fmt: skip
 
 
+@cache
+def reverse_and_bounds(prediction, variance, clip_x0):
+    """A compiled function of a batch: the reverse process, the bound's term, and the one with the published decoder."""
+    p, decoder = reverse.make(prediction, variance), likelihood.PROTOCOLS["ho2020"].decoder
+
+    def of_example(row, x0, x_t, output):
+        example = p, row, x0, x_t, output
+        ours = likelihood.vlb_term_bpd(*example, clip_x0=clip_x0)
+        as_published = likelihood.vlb_term_bpd(*example, clip_x0=clip_x0, decoder=decoder)
+        return p(row, x_t, output, clip_x0), ours, as_published
+
+    return jax.jit(jax.vmap(of_example))
+
+
 @pytest.mark.parametrize("clip", ["clip", "noclip"])
 @pytest.mark.parametrize(("prediction", "variance"), PAIRS)
 def test_reverse_process_and_bound(case, prediction, variance, clip):
@@ -73,9 +88,8 @@ def test_reverse_process_and_bound(case, prediction, variance, clip):
     def want(key):
         return golden[f"{prediction}/{variance}/{clip}/{key}"]
 
-    p, output = reverse.make(prediction, variance), output_of(golden, prediction, variance)
-    clip_x0 = clip == "clip"
-    p_prev, x0_hat = jax.vmap(lambda r, x, out: p(r, x, out, clip_x0))(row, golden["x_t"], output)
+    examples = (row, golden["x0"], golden["x_t"], output_of(golden, prediction, variance))
+    (p_prev, x0_hat), bpd, as_published = reverse_and_bounds(prediction, variance, clip == "clip")(*examples)
     np.testing.assert_allclose(p_prev.mean, want("mean"), rtol=2e-4, atol=1e-6)
     np.testing.assert_allclose(p_prev.log_var, want("log_variance"), rtol=1e-6)
     # x̂_0 is a difference of float32 numbers of size 1, divided by √ᾱ_t (or by the coefficient of x_0 in the
@@ -84,15 +98,11 @@ def test_reverse_process_and_bound(case, prediction, variance, clip):
     error = np.abs(x0_hat - want("x0")).max(axis=(1, 2, 3))
     assert (error <= 4 * 1.2e-7 * np.maximum(1.0, np.abs(want("x0")).max()) / divisor).all()
 
-    examples = (row, golden["x0"], golden["x_t"], output)
-    bpd = jax.vmap(lambda *example: likelihood.vlb_term_bpd(p, *example, clip_x0=clip_x0))(*examples)
     is_kl = golden["t"] > 1
     np.testing.assert_allclose(bpd[is_kl], want("vlb_bpd")[is_kl], rtol=2e-4, atol=KL_NOISE_BPD)
     if prediction == "eps":
         # The references' decoder approximates the normal CDF by a tanh; ours is exact.
         np.testing.assert_allclose(bpd[~is_kl], want("vlb_bpd")[~is_kl], rtol=2e-3)
-    decoder = likelihood.PROTOCOLS["ho2020"].decoder
-    as_published = jax.vmap(lambda *example: likelihood.vlb_term_bpd(p, *example, 256, clip_x0, decoder))(*examples)
     np.testing.assert_allclose(as_published, want("vlb_bpd"), rtol=2e-4, atol=KL_NOISE_BPD)
 
 

@@ -19,12 +19,15 @@ def model_log_prob(x0):
     """log p_θ(x_0) of the chain of exact means and variances β, by quadrature over x_T, …, x_1 in float64."""
     x = np.linspace(-6, 6, 3001)
     density = np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
-    denoise = LINE.denoiser(P, S)
+    denoise, x_t = LINE.denoiser(P, S), jnp.asarray(x, jnp.float32).reshape(-1, 1, 1, 1)
+
+    @jax.jit
+    def reverse_process(row):
+        output = denoise(x_t, jnp.full(len(x), row.network_t))
+        return jax.vmap(lambda x, out: P(row, x, out, False)[0])(x_t, output)
+
     for t in range(S.num_steps, 0, -1):
-        x_t = jnp.asarray(x, jnp.float32).reshape(-1, 1, 1, 1)
-        g, _ = jax.vmap(lambda x, out, row=S[t]: P(row, x, out, False))(
-            x_t, denoise(x_t, jnp.full(len(x), S.network_t[t]))
-        )
+        g = reverse_process(S[t])
         mean, var = np.asarray(g.mean, np.float64).ravel(), np.exp(np.asarray(g.log_var, np.float64)).ravel()
         to = x if t > 1 else np.asarray(x0, np.float64).ravel()
         kernel = np.exp(-((to[:, None] - mean[None]) ** 2) / (2 * var)) / np.sqrt(2 * np.pi * var)
