@@ -54,6 +54,8 @@ def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: b
             print(f"{directory} holds this run, finished: see {directory / workdir.SUMMARY}")
         return
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
+    if not allow_other_data:
+        processes.on_first(lambda: check_data(config, directory, digests(train_set, test_set)))
     sampler = sample.make_sampler(experiment)
 
     with (
@@ -69,9 +71,7 @@ def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: b
             preemption.check()
 
         with memory.shortage_explained(experiment, num_train=len(train_set)):
-            state = train(
-                experiment, directory, train_set, test_set, sampler, preemption, stopwatch.tick, allow_other_data
-            )
+            state = train(experiment, directory, train_set, test_set, sampler, preemption, stopwatch.tick)
         trained = workdir.ema_of(state)
         plots.plot_loss(read_metrics(directory), directory / "loss.png")
         model = experiment.model(state.ema_params, config.sample.variance)
@@ -117,7 +117,6 @@ def train(
     sampler: Sampler,
     preemption: Preemption,
     after_row: Callable[[], None] | None = None,
-    allow_other_data: bool = False,
 ) -> TrainState:
     """Trains to the end from the latest checkpoint in `directory`, or from the start; returns the last state."""
     config, plan = experiment.config, build.plan(experiment.config)
@@ -126,7 +125,7 @@ def train(
     test_loss = loop.monitor(experiment.training, config.seed, config.schedule.num_steps, test_set, numbers)
     data_sha256, keep = processes.on_first(lambda: digests(train_set, test_set)), config.train.keep_checkpoints
     with Checkpoints(directory / "checkpoints", keep=keep, data_sha256=data_sha256) as checkpoints:
-        state = resume(experiment, checkpoints, {} if allow_other_data else data_sha256)
+        state = resume(experiment, checkpoints)
         if state.step == plan.num_steps:
             return state
         with MetricsLog(directory, int(state.step), after_row) as log:
@@ -139,31 +138,24 @@ def train(
             )
 
 
-def resume(experiment: Experiment, checkpoints: Checkpoints, data_sha256: dict[str, str]) -> TrainState:
+def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
     """The state to go on from, or the initial one: what process 0 reads, on every process.
 
     It is on the host: on a device it would stay there beside the state that is trained.
-
-    Args:
-        data_sha256: the digest of each split that must be the one that the run was trained on.
-
-    Raises:
-        ValueError: a split is another one.
     """
     like = experiment.abstract_state()
-
-    def read() -> TrainState | None:
-        state = checkpoints.resume(like)
-        if state is not None:
-            _check_data(experiment.config, data_sha256, checkpoints.data_sha256(int(state.step)))
-        return state
-
-    resumed = processes.on_first(read)
+    resumed = processes.on_first(lambda: checkpoints.resume(like))
     return processes.from_first(jax.device_get(experiment.initial_state()) if resumed is None else resumed)
 
 
-def _check_data(config: ConfigDict, now: dict[str, str], then: dict[str, str]) -> None:
-    """Raises a ValueError if a split is not the one of the last checkpoint, which may not say which one that was."""
+def check_data(config: ConfigDict, directory: Path, now: dict[str, str]) -> None:
+    """Raises a ValueError if the run in `directory` was trained with other data; nothing is written.
+
+    Args:
+        now: the digest of each split. Checkpoints of version 0.1 do not say which data they were trained with.
+    """
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        then = checkpoints.trained_on()
     for split, digest in now.items():
         if digest != then.get(split, digest):
             raise ValueError(

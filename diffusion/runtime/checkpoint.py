@@ -105,9 +105,12 @@ class Checkpoints:
         scores = {step: row[self._metric] for step, row in metrics.items() if self._metric in row}
         return min(scores, key=lambda step: (scores[step], -step), default=None)
 
-    def data_sha256(self, step: int) -> dict[str, str]:
-        """The digests of what the checkpoint of a step was trained on; {} of one that was saved without them."""
-        return self._digests(step).get("data_sha256", {})
+    def trained_on(self) -> dict[str, str]:
+        """The digests of what the newest checkpoint was trained on; {} if none says so."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            with contextlib.suppress(ValueError):  # damaged JSON, which `resume` finds, too
+                return self._digests(step).get("data_sha256", {})
+        return {}
 
     def resume(self, like: PyTree) -> PyTree | None:
         """The newest sound checkpoint as `restore` returns it; None if nothing was ever saved.

@@ -137,10 +137,10 @@ def test_images_stay_on_the_devices_if_they_take_a_quarter_of_the_free_memory(
 def test_what_a_run_goes_on_from_is_on_the_host(wide, tmp_path):
     experiment = wide()
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        start = train.resume(experiment, checkpoints, {})
+        start = train.resume(experiment, checkpoints)
         checkpoints.save(2, start.replace(step=np.int32(2)), {})
         checkpoints.wait()
-        resumed = train.resume(experiment, checkpoints, {})
+        resumed = train.resume(experiment, checkpoints)
     assert (start.step, resumed.step) == (0, 2)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((start, resumed)))
     jax.tree.map(np.testing.assert_array_equal, start.params, experiment.initial_state().params)

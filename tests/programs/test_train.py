@@ -138,37 +138,39 @@ def test_a_run_does_not_go_on_with_other_data_unless_it_is_told_to(leg, tmp_path
     then, now = ({split: of(split).sha256() for split in ("train", "test")} for of in (toy.source, darker))
     assert first["data_sha256"] == then
     monkeypatch.setattr(data, "load", lambda name, split, *_: darker(split))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="the train split of data.name='digits'"):
         leg("run", train__num_steps=5)
-    assert saved_data(tmp_path / "run", 3) == then
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     second, _ = leg("run", train__num_steps=5, allow_other_data=True)
     assert second["step"] == 5 and second["data_sha256"] == now == saved_data(tmp_path / "run", 5)
 
 
-def test_which_data_a_checkpoint_goes_on_with(layer, tmp_path):
-    experiment = toy.experiment()
-    state, then, now = jax.device_get(experiment.initial_state()), {"train": "a" * 64}, {"train": "b" * 64}
-    with Checkpoints(tmp_path, data_sha256=then) as checkpoints:
-        checkpoints.save(0, state, {})
-        checkpoints.wait()
-        for allowed in ({}, then):
-            assert train.resume(experiment, checkpoints, allowed).step == 0
-        with pytest.raises(ValueError) as error:
-            train.resume(experiment, checkpoints, now)
+def test_which_data_a_checkpoint_goes_on_with(tmp_path):
+    config, then, now = toy.config(), {"train": "a" * 64}, {"train": "b" * 64}
+    train.check_data(config, tmp_path, now)  # there is no checkpoint yet
+    with Checkpoints(tmp_path / "checkpoints", data_sha256=then) as checkpoints:
+        checkpoints.save(1, {"params": np.zeros(3)}, {})
+    train.check_data(config, tmp_path, then)
+    with pytest.raises(ValueError) as error:
+        train.check_data(config, tmp_path, now)
     assert str(error.value) == (
         "the train split of data.name='digits' in data.data_dir='' is not the one that this run was trained with "
         "(SHA-256 aaaaaaaaaaaa then, bbbbbbbbbbbb now); set data.data_dir to where the run's data lies, or add "
         "--allow_other_data to go on with the new data"
     )
-    path = tmp_path / "0" / "digests" / "metadata"  # earlier versions did not write it
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "data_sha256"}))
-    with Checkpoints(tmp_path) as checkpoints:
-        assert train.resume(experiment, checkpoints, now).step == 0
+    path = tmp_path / "checkpoints" / "1" / "digests" / "metadata"  # earlier versions did not write it
+    without = {k: v for k, v in json.loads(path.read_text()).items() if k != "data_sha256"}
+    for text in (json.dumps(without), "{"):  # and a damaged file is what `resume` speaks of
+        path.write_text(text)
+        train.check_data(config, tmp_path, now)
 
 
 def saved_data(directory, step):
+    """Which data the newest checkpoint, that of `step`, was trained on."""
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        return checkpoints.data_sha256(step)
+        assert checkpoints.latest_step() == step
+        return checkpoints.trained_on()
 
 
 def assert_rows_are_means(directory, name, means):
