@@ -93,14 +93,17 @@ def test_a_ratio_compares_the_best_of_each_side_round_by_round():
 
 
 def test_the_work_of_ho_et_al_on_paper():
-    """35.7M parameters, 11.67 GFLOP per image forward; with remat and two devices each does 4/3 of half."""
+    """35.7M parameters, 11.67 GFLOP per image forward."""
     one = scaling.row("devices", 32, 128, 128, devices=1, remat=False)
-    remat = scaling.row("remat", 32, 128, 128, devices=2, remat=True)
     np.testing.assert_allclose(one["parameters, million"], 35.746307)
     np.testing.assert_allclose(one["TFLOP per step and device"], 3 * 128 * 11.67e-3, rtol=0.01)
-    np.testing.assert_allclose(remat["TFLOP per step and device"], one["TFLOP per step and device"] * 4 / 3 / 2)
     # Parameters, EMA and Adam's two moments, and little else.
     np.testing.assert_allclose(one["checkpoint, GiB"], 4 * 35.746307e6 * 4 / 2**30, rtol=1e-3)
+
+
+def test_with_remat_and_two_devices_each_does_four_thirds_of_half_and_keeps_less():
+    one, remat = (scaling.row("remat", 16, 32, 512, devices, devices == 2) for devices in (1, 2))
+    np.testing.assert_allclose(remat["TFLOP per step and device"], one["TFLOP per step and device"] * 4 / 3 / 2)
     state = one["checkpoint, GiB"] * 5 / 4  # and the gradient
     assert 0 < remat["memory, GiB, at most"] - state < 0.5 * (one["memory, GiB, at most"] - state) / 2
 

@@ -37,7 +37,7 @@ def latents(s, images, num_levels, t, seed=0):
     """x_t [len(t), H, W, C] of randomly drawn images."""
     rng = np.random.default_rng(seed)
     x0 = unit(images, num_levels).astype(np.float32)[rng.integers(0, len(images), len(t))]
-    return jax.vmap(process.q_sample)(s[t], x0, rng.standard_normal(x0.shape).astype(np.float32))
+    return jax.jit(jax.vmap(process.q_sample))(s[t], x0, rng.standard_normal(x0.shape).astype(np.float32))
 
 
 def brute_force(images, num_levels, row, x_t):
@@ -89,11 +89,12 @@ def test_block_size_does_not_matter():
     s, images = schedules.linear(100), twins(256, (4, 4, 3))
     t = np.array([1, 2, 5, 20, 60, 100])
     x_t = latents(s, images, 256, t)
-    one_block = empirical.posterior(empirical.in_blocks(images, 256, 100), s[t], x_t)
+    posterior = jax.jit(empirical.posterior)
+    one_block = posterior(empirical.in_blocks(images, 256, 100), s[t], x_t)
     for size in (1, 7, 300):
         data = empirical.in_blocks(images, 256, size)
         assert data.is_real.size % size == 0 and data.is_real.sum() == 100
-        other = empirical.posterior(data, s[t], x_t)
+        other = posterior(data, s[t], x_t)
         np.testing.assert_allclose(other.x0_mean, one_block.x0_mean, rtol=0, atol=1e-6)
         np.testing.assert_allclose(other.entropy_nats, one_block.entropy_nats, rtol=0, atol=2e-6)
 

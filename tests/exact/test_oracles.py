@@ -74,7 +74,7 @@ def test_every_prediction_gives_the_same_reverse_process(prediction):
 def bound_gap_nats(variance, schedule, num_images, data=GAUSSIAN):
     """bound − (−log p(x_0)) of draws of the data, in nats, from one ε per image and t, and the mean's error."""
     p = reverse.make("x0", variance)
-    x0 = jax.vmap(data.sample)(jax.random.split(jax.random.key(1), num_images))
+    x0 = jax.jit(jax.vmap(data.sample))(jax.random.split(jax.random.key(1), num_images))
     keys = jax.random.split(jax.random.key(2), num_images)
 
     @jax.jit
@@ -90,6 +90,7 @@ def bound_gap_nats(variance, schedule, num_images, data=GAUSSIAN):
     return gaps.mean(), gaps.std(ddof=1) / num_images**0.5
 
 
+closed_form = jax.jit(oracles.gaussian_gap_nats, static_argnames="variance")
 SCHEDULES = {
     "cosine": schedules.cosine,
     "harmonic": schedules.harmonic,
@@ -110,7 +111,7 @@ def test_with_exact_mean_and_variance_only_the_prior_is_missing(name, num_steps)
     assert stderr < 0.1  # nats, for both dimensions together
     # Each of T float32 terms has an error of some 1e-6.
     assert abs(gap - prior) < 3 * stderr + 1e-6 * num_steps, (gap, prior, stderr)
-    closed = oracles.gaussian_gap_nats(GAUSSIAN, "learned", s)
+    closed = closed_form(GAUSSIAN, "learned", s)
     np.testing.assert_allclose(closed.prior, prior, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(closed.mismatch, 0.0)
 
@@ -134,7 +135,7 @@ def test_fixed_variances_cost_the_closed_form(variance, name):
     chosen = (beta if variance == "fixed_large" else beta_tilde) + np.zeros_like(exact)
     chosen[:, 0] = beta_tilde[1]  # the decoder's width
     penalty = 0.5 * (np.log(chosen / exact) + exact / chosen - 1)
-    closed = oracles.gaussian_gap_nats(GAUSSIAN, variance, s)
+    closed = closed_form(GAUSSIAN, variance, s)
     np.testing.assert_allclose(closed.mismatch.sum(), penalty.sum(), atol=1e-4)
     assert penalty[:, 1:].sum() > 0.01
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +16,22 @@ from diffusion.programs import evaluate, sample
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import tree_sha256
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+# Attention at height 8: of images of 16 × 16 the second level, of larger ones the third.
+FIELDS = {"channels": 8, "channel_mult": (1, 1, 1), "num_res_blocks": 1, "attention_resolutions": (8,), "num_groups": 4}
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """A directory with the tiny network under the published names."""
+def network():
+    """A small U-Net and its parameters."""
+    unet = UNet(**FIELDS, dropout=0.0)
+    return unet, jax.jit(unet.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros(1))["params"]
+
+
+@pytest.fixture(scope="module")
+def published(network, tmp_path_factory):
+    """A directory with it under the published names."""
     directory = tmp_path_factory.mktemp("published")
-    shutil.copyfile(GOLDEN / "unet_tiny.json", directory / "config.json")
-    shutil.copyfile(GOLDEN / "unet_tiny.safetensors", directory / "diffusion_pytorch_model.safetensors")
+    interop.save_diffusers(directory, *network, sample_size=16)
     return directory
 
 
@@ -35,10 +41,8 @@ def tiny(published):
 
     def config_with(**keys):
         config = cifar10.get_config()
-        same = {
-            "init_from": str(published), "unet.channels": 8, "unet.attention_resolutions": (8,), "unet.num_groups": 4,
-            "schedule.num_steps": 25, "eval.num_images": 9, "sample.num_images": 8,
-        }  # fmt: skip
+        same = {"init_from": str(published), "schedule.num_steps": 25, "eval.num_images": 9, "sample.num_images": 8}
+        same |= {f"unet.{field}": value for field, value in FIELDS.items()}
         with config.unlocked():
             config.update_from_flattened_dict(same | {key.replace("__", "."): value for key, value in keys.items()})
         return config
@@ -54,33 +58,28 @@ def pictures(monkeypatch):
     monkeypatch.setattr(data, "describe", lambda name, *_: data.Description(name, 12, 12, (16, 16, 3), 256, 0))
 
 
-def test_the_start_is_the_published_network_and_its_ema(tiny):
+def test_the_start_is_the_published_network_and_its_ema(tiny, network):
     experiment = build.experiment(tiny(), (16, 16, 3), 256)
-    state = experiment.initial_state()
-    reference = np.load(GOLDEN / "unet_tiny_io.npz")
-    x, network_t = jnp.asarray(reference["x"]), jnp.asarray(reference["network_t"])
+    state, (unet, params) = experiment.initial_state(), network
+    x, network_t = jax.random.normal(jax.random.key(1), (2, 16, 16, 3)), jnp.array([3.0, 20.0])
+    wanted = jax.jit(unet.apply)({"params": params}, x, network_t)
     output = jax.jit(lambda model: model.denoise(x, network_t))(experiment.model(state.ema_params))
-    assert np.linalg.norm(output - reference["y"]) < 1e-4 * np.linalg.norm(reference["y"])
+    assert np.linalg.norm(output - wanted) < 1e-4 * np.linalg.norm(wanted)
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
     same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, experiment.abstract_state())
     assert jax.tree.all(same)
 
 
-def test_weights_are_scored_and_sampled_without_a_checkpoint(tiny, pictures, tmp_path, capsys):
-    fields = {"channels": 4, "channel_mult": (1,), "num_res_blocks": 1, "num_groups": 2, "attention_resolutions": ()}
-    unet = UNet(**fields)
-    params = jax.jit(unet.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros(1))["params"]
-    interop.save_diffusers(tmp_path / "weights", unet, params, sample_size=16)
-    keys = {f"unet__{field}": value for field, value in fields.items()}
-    config = tiny(init_from=str(tmp_path / "weights"), **keys)
+def test_weights_are_scored_and_sampled_without_a_checkpoint(tiny, network, published, pictures, tmp_path, capsys):
+    config = tiny()
     evaluate.run(config, tmp_path / "run")
     printed = json.loads(capsys.readouterr().out)
-    assert printed["ema_sha256"] == tree_sha256(params) and printed["test_images"] == 9 and printed["step"] == 0
+    assert printed["ema_sha256"] == tree_sha256(network[1]) and printed["test_images"] == 9 and printed["step"] == 0
     assert list((tmp_path / "run" / "evaluations").glob("*/bpd.npz")) and not workdir.is_finished(tmp_path / "run")
     sample.run(config, tmp_path / "run")
     assert np.load(tmp_path / "run" / "samples.npz")["images"].shape == (8, 16, 16, 3)
-    with pytest.raises(ValueError, match=r"another config \(init_from: .*weights → .*published"):
-        evaluate.run(tiny(), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another config \(init_from: .*published.* → .*other"):
+        evaluate.run(tiny(init_from=str(shutil.copytree(published, tmp_path / "other"))), tmp_path / "run")
 
 
 def test_a_checkpoint_that_was_trained_from_them_comes_first(tiny, tmp_path):
@@ -97,12 +96,11 @@ def test_a_checkpoint_that_was_trained_from_them_comes_first(tiny, tmp_path):
     [
         ({"unet__channels": 16}, (16, 16, 3), "unet.channels: 8 there, 16 here$"),
         (
-            {"unet__num_heads": 2, "unet__num_res_blocks": 1},
+            {"unet__num_heads": 2, "unet__num_res_blocks": 2},
             (16, 16, 3),
-            "unet.num_res_blocks: 2 there, 1 here; unet.num_heads: 1 there, 2 here$",
+            "unet.num_res_blocks: 1 there, 2 here; unet.num_heads: 1 there, 2 here$",
         ),
         ({"model__variance": "learned", "objective__name": "vlb"}, (16, 16, 3), "unet.out_channels: 3 there, 6 here$"),
-        # Attention at height 8 is another level there.
         ({}, (32, 32, 3), r"images are \(32, 32, 3\): down_1_attention_0/key/bias, .*down_2_attention_0/key/bias"),
         ({}, (16, 16, 1), "images are .*conv_in/kernel, conv_out/bias, conv_out/kernel differ|unet.out_channels"),
     ],

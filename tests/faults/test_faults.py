@@ -21,7 +21,7 @@ from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preempted
 from diffusion.training import loop, parallel
 
-pytestmark = pytest.mark.usefixtures("layer")
+pytestmark = pytest.mark.usefixtures("steps_compiled_once")
 
 POISONED = "layer(poison=7.0)"  # network_t = 7 is t = 8
 POISONED_T = 8
@@ -32,7 +32,7 @@ def rows_without_time(directory):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(steps_compiled_once, tmp_path_factory):
     directory = tmp_path_factory.mktemp("straight")
     return directory, toy.run(toy.experiment(), directory)
 

@@ -13,6 +13,10 @@ from pathlib import Path
 import launch
 import numpy as np
 import pytest
+import toy
+
+from diffusion import data
+from diffusion.programs import train
 
 HERE = Path(__file__).parent
 KEYS = ("--train.num_steps=10", "--train.checkpoint_every=10", "--sample.num_images=24", "--sample.batch_size=16")
@@ -39,10 +43,14 @@ def finish(*running: subprocess.Popen, code: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A run of one process: trained, sampled and scored."""
+def alone(layer, tmp_path_factory):
+    """A run of one process, this one: trained, sampled and scored."""
     directory = tmp_path_factory.mktemp("alone") / "run"
-    finish(start("train", directory))
+    keys = {flag.lstrip("-").split("=")[0].replace(".", "__"): int(flag.split("=")[1]) for flag in KEYS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", toy.load)
+        patch.setattr(data, "describe", toy.describe)
+        train.run(toy.config(**keys), directory)
     return directory
 
 
@@ -54,7 +62,7 @@ def test_two_processes_train_sample_and_score_as_one_does(alone, tmp_path):
     """The two read their shares of the images from disk; the one keeps all images on its devices."""
     finish(*start_two("train", tmp_path / "run", "--data.placement='disk'"))
     one, two = read(alone / "summary.json"), read(tmp_path / "run" / "summary.json")
-    # The sums over four devices are added in another order than those over two.
+    # The sums over four devices are added in another order than those over eight.
     assert abs(one["test_bpd"] - two["test_bpd"]) < 1e-4 * one["test_bpd"]
     images, again = (np.load(run / "samples.npz")["images"] for run in (alone, tmp_path / "run"))
     assert images.shape == again.shape and np.mean(images != again) < 0.01
@@ -63,26 +71,21 @@ def test_two_processes_train_sample_and_score_as_one_does(alone, tmp_path):
     assert files == again
 
 
-def test_scoring_that_a_signal_stopped_goes_on_with_two_processes(alone, tmp_path):
+def test_a_finished_run_is_finished_for_both_and_scoring_that_a_signal_stopped_goes_on(alone, tmp_path):
     run = Path(shutil.copytree(alone, tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     few_at_a_time = "--eval.batch_size=4"  # 400 batches, so that the signal comes between two of them
-    both = start_two("evaluate", run, few_at_a_time)
+    both = start_two("train,evaluate", run, few_at_a_time)
     deadline = time.monotonic() + 120
     while not list(run.glob("evaluations/*/unfinished_eval/*/test.npy")):
         assert time.monotonic() < deadline and both[0].poll() is None
         time.sleep(0.01)
     both[1].send_signal(signal.SIGTERM)
     finish(*both, code=75)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
     (kept,) = run.glob("evaluations/*/unfinished_eval/*/test.npy")
     assert np.isnan(np.load(kept)).any() and not (run / "eval.json").exists()
     finish(*start_two("evaluate", run, few_at_a_time))
     scored, summary = read(run / "eval.json"), read(run / "summary.json")
     assert abs(scored["test_bpd"] - summary["test_bpd"]) < 1e-5 * summary["test_bpd"]
     assert not list(run.glob("evaluations/*/unfinished_eval"))
-
-
-def test_a_finished_run_is_finished_for_both(alone, tmp_path):
-    run = Path(shutil.copytree(alone, tmp_path / "run"))
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    finish(*start_two("train", run))
-    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}

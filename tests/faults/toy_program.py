@@ -1,6 +1,6 @@
 """One of diffusion/programs with the toy network and the toy's data, also as one of several processes.
 
-    python tests/faults/toy_program.py MODE WORKDIR [--KEY=VALUE ...]
+    python tests/faults/toy_program.py MODE[,MODE...] WORKDIR [--KEY=VALUE ...]
         [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 """
 
@@ -12,20 +12,19 @@ from pathlib import Path
 import toy
 
 from diffusion import data
-from diffusion.data import Description
 from diffusion.runtime import preemption, processes
 
 
-def main(mode: str, directory: Path, flags: list[str]) -> None:
+def main(modes: str, directory: Path, flags: list[str]) -> None:
     given = dict(flag.lstrip("-").split("=", 1) for flag in flags)
     numbers = [int(given.pop(name)) if name in given else None for name in ("num_processes", "process_id")]
     processes.join(given.pop("coordinator", ""), *numbers)
     toy.register()
-    data.load = lambda name, split, *_: toy.source(split)
-    data.describe = lambda name, *_: Description("toy", 64, 64, toy.SHAPE, toy.LEVELS, 0)
+    data.load, data.describe = toy.load, toy.describe
     keys = {key.replace(".", "__"): ast.literal_eval(value) for key, value in given.items()}
     try:
-        importlib.import_module(f"diffusion.programs.{mode}").run(toy.config(**keys), directory)
+        for mode in modes.split(","):
+            importlib.import_module(f"diffusion.programs.{mode}").run(toy.config(**keys), directory)
     except preemption.Preempted as stop:
         print(stop.reason)
         sys.exit(stop.code)

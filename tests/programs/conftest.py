@@ -50,8 +50,8 @@ def config(**changes) -> ConfigDict:
 @pytest.fixture
 def toy_run(tmp_path, monkeypatch):
     monkeypatch.setitem(NETWORKS, "layer", toy.Layer)
-    monkeypatch.setattr(data, "load", lambda name, split, *_: toy.source(split))
-    monkeypatch.setattr(data, "describe", lambda *_: data.Description("toy", 64, 64, toy.SHAPE, toy.LEVELS, 0))
+    monkeypatch.setattr(data, "load", toy.load)
+    monkeypatch.setattr(data, "describe", toy.describe)
     start = jax.device_get(build.experiment(config(), toy.SHAPE, toy.LEVELS).initial_state())
     rng, ema_params = np.random.default_rng(0), {}
 

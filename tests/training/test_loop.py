@@ -20,7 +20,7 @@ from diffusion.runtime.digests import named_leaves, tree_sha256
 from diffusion.runtime.preemption import Preempted, Preemption
 from diffusion.training import loop, parallel
 
-pytestmark = pytest.mark.usefixtures("layer")
+pytestmark = pytest.mark.usefixtures("steps_compiled_once")
 
 EVERY = ("checkpoint_every", "sample_every", "quality_every", "check_replicas_every")
 
@@ -90,36 +90,46 @@ def taken():
     return []
 
 
+def with_calls_of(steps_per_call, directory, taken, **keys):
+    """The toy with so many steps per call, though on a CPU: its last state. `taken` gets the lengths of its calls."""
+    plan_of, train_steps = build.plan, parallel.train_steps
+
+    def plan(config):
+        return dataclasses.replace(plan_of(config), steps_per_call=steps_per_call)
+
+    def watched(training, seed):
+        compiled = train_steps(training, seed)
+
+        def call(state, batch):
+            taken.append(batch.indices.shape[1])
+            return compiled(state, batch)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "plan", plan)
+        patch.setattr(parallel, "train_steps", watched)
+        small = {"train__num_steps": 20, "train__log_every": 5, "train__checkpoint_every": 10}
+        return toy.run(toy.experiment(**small | keys), directory)
+
+
 @pytest.fixture
-def run(taken, monkeypatch):
-    """A function: the toy with so many steps per call, though on a CPU; its last state and the lengths of its calls."""
-    plan_of = build.plan
+def run(taken):
+    """A function: the last state of `with_calls_of`, and the lengths of the calls."""
 
-    def with_calls_of(steps_per_call, directory, **keys):
+    def run(steps_per_call, directory, **keys):
         taken.clear()
-
-        def plan(config):
-            return dataclasses.replace(plan_of(config), steps_per_call=steps_per_call)
-
-        train_steps = parallel.train_steps
-
-        def watched(training, seed):
-            compiled = train_steps(training, seed)
-
-            def call(state, batch):
-                taken.append(batch.indices.shape[1])
-                return compiled(state, batch)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            patch.setattr(build, "plan", plan)
-            patch.setattr(parallel, "train_steps", watched)
-            small = {"train__num_steps": 20, "train__log_every": 5, "train__checkpoint_every": 10}
-            state = toy.run(toy.experiment(**small | keys), directory)
+        state = with_calls_of(steps_per_call, directory, taken, **keys)
         return state, list(taken)
 
-    return with_calls_of
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(steps_compiled_once, tmp_path_factory):
+    """The directory of a run with calls of 4 steps that was never stopped, and its last state."""
+    directory = tmp_path_factory.mktemp("straight")
+    return directory, with_calls_of(4, directory, [])
 
 
 def stop():
@@ -190,27 +200,25 @@ def test_a_learned_schedule_is_trained_inside_a_call(run, tmp_path):
     assert {"schedule", "pixel", "time"} >= set(state.params) > {"pixel", "time"}
 
 
-def test_a_signal_stops_at_a_call_s_end_and_the_run_goes_on_as_if_it_had_not_come(run, tmp_path, monkeypatch):
-    straight, _ = run(4, tmp_path / "straight")
+def test_a_signal_stops_at_a_call_s_end_and_the_run_goes_on_as_if_it_had_not_come(run, straight, tmp_path, monkeypatch):
     toy.interrupt(monkeypatch, (6,), stop)  # in the call of the steps 6 to 9
     with pytest.raises(Preempted) as stopped:
         run(4, tmp_path / "stopped")
     assert "at step 9, which is saved" in stopped.value.reason
     state, taken = run(4, tmp_path / "stopped")
     assert taken == [1, 4, 1, 4, 1]
-    assert tree_sha256(state) == tree_sha256(straight)
-    assert_same_rows(tmp_path / "stopped", tmp_path / "straight")
+    assert tree_sha256(state) == tree_sha256(straight[1])
+    assert_same_rows(tmp_path / "stopped", straight[0])
 
 
-def test_a_run_from_disk_is_the_run_from_the_devices_also_after_a_signal(run, tmp_path, monkeypatch):
-    straight, _ = run(4, tmp_path / "straight", data__placement="devices")
+def test_a_run_from_disk_is_the_run_from_the_devices_also_after_a_signal(run, straight, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "resident", None)
     toy.interrupt(monkeypatch, (6,), stop)
     with pytest.raises(Preempted):
         run(4, tmp_path / "disk", data__placement="disk")
     state, _ = run(4, tmp_path / "disk", data__placement="disk")
-    assert tree_sha256(state) == tree_sha256(straight)
-    assert_same_rows(tmp_path / "disk", tmp_path / "straight")
+    assert tree_sha256(state) == tree_sha256(straight[1])
+    assert_same_rows(tmp_path / "disk", straight[0])
 
 
 def test_a_batch_that_cannot_be_read_ends_the_run_with_the_disk_s_own_words(run, tmp_path, monkeypatch):
@@ -223,15 +231,14 @@ def test_a_batch_that_cannot_be_read_ends_the_run_with_the_disk_s_own_words(run,
         run(4, tmp_path, data__placement="disk")
 
 
-def test_a_run_from_a_cpu_that_goes_on_in_the_middle_of_a_call(run, tmp_path, monkeypatch):
-    straight, _ = run(4, tmp_path / "straight")
+def test_a_run_from_a_cpu_that_goes_on_in_the_middle_of_a_call(run, straight, tmp_path, monkeypatch):
     toy.interrupt(monkeypatch, (6,), stop)
     with pytest.raises(Preempted):
         run(1, tmp_path / "stopped")
     state, taken = run(4, tmp_path / "stopped")
     assert taken == [1, 1, 1, 4, 1, 4, 1]
-    assert_same_run(straight, state)
-    assert_same_rows(tmp_path / "straight", tmp_path / "stopped")
+    assert_same_run(straight[1], state)
+    assert_same_rows(straight[0], tmp_path / "stopped")
 
 
 def test_calls_of_unlike_lengths_are_not_timed_as_one_kind(run, taken, tmp_path, monkeypatch):
