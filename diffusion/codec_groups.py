@@ -34,7 +34,8 @@ class Groups:
     def grow(self, num_images: int, before: int, lowest: int, after: int) -> None:
         """Chooses the size of the next group from the words on the stack before, while and after one was coded."""
         self.lowest = min(self.lowest, lowest)
-        self._borrowed = max(self._borrowed, (before - lowest) / num_images)
+        # A few images of a few numbers borrow less than a whole word.
+        self._borrowed = max(self._borrowed, max(before - lowest, 1) / num_images)
         affordable = CAUTION * (after - self.lowest) / self._borrowed
         chosen = max(n for n in range(len(GROWTH)) if n == 0 or self._grown(n) <= affordable)
         self._growth.append(chosen)

@@ -99,6 +99,14 @@ def test_few_steps_few_images_and_no_noise_left(num_steps, num_images):
     np.testing.assert_array_equal(codec.decode(message, num_images), normal_images(7)[:num_images])
 
 
+def test_images_of_one_number_borrow_less_than_a_word():
+    p, schedule = reverse.make("x0", "learned"), schedules.cosine(3)
+    data = oracles.normal(jnp.zeros((1, 1, 1)), jnp.full((1, 1, 1), 0.5))
+    codec = Codec(Model(data.denoiser(p, schedule), p, schedule, 17), (1, 1, 1), 16, precision=4)
+    images = np.full((40, 1, 1, 1), 5, np.uint8)
+    np.testing.assert_array_equal(codec.decode(codec.encode(images), 40), images)
+
+
 def test_random_bits_are_few_and_do_not_matter():
     """What is on loan is H(x_t | x_0) of two images, and the stack itself has three words."""
     images, model = normal_images(40), exact_model(20)
