@@ -1,0 +1,153 @@
+"""Is it a bound? Sums 2^−bits over every image of spaces small enough to enumerate: docs/audit.md.
+
+    python -m experiments.audit [--workdir=experiments/results/audit]
+
+A bound on discrete data is the length of a code, so Σ 2^−bound ≤ 1, and its mean under the data is at least their
+entropy. Checked for every variance, decoder, schedule and protocol, in discrete and continuous time, for exact, random
+and trained networks; for importance weights, the ODE's density (needs the extra `ode`) and the codec's files; and for
+constructions that look like bounds and are none, which must fail. Exit code 1 if anything is not as it should be.
+Leaves table.md and table.csv in the working directory, if one is given.
+"""
+
+import datetime
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Array
+
+from diffusion import reverse, schedules
+from diffusion.reporting import summary
+from experiments import audit_bounds, audit_controls, audit_samples, audit_spaces, commands, tables
+from experiments.audit_bounds import Row
+from experiments.audit_quadrature import Variant, bound_bits
+from experiments.audit_spaces import SPACES, Moments, Space
+
+__all__ = ["Space", "bound_bits", "excess", "rows"]
+
+NUM_STEPS = 8
+NUM_TRAJECTORIES = 4096
+COPIES = 256
+
+
+def excess(bound_of: Callable[[Array], Array], space: Space) -> float:
+    """Σ 2^−bits over all images, less 1: above 0, beyond the error of the bits, these are not lengths of a code.
+
+    Args:
+        bound_of: (images [n, 1, 1, d] in [-1, 1]) -> the bits [n] that it claims for each image, all d numbers
+            together, in expectation over any noise. (Of an estimate the sum is too large on average: Jensen.)
+        space: which images there are.
+    """
+    bits = np.asarray(bound_of(space.images), np.float64)
+    if bits.shape != (len(space.images),):
+        raise ValueError(f"bound_of returned an array {bits.shape}, not the bits of {len(space.images)} images")
+    return float(np.exp2(-bits).sum() - 1)
+
+
+def main() -> int:
+    """The command; the exit code."""
+    parser = commands.argument_parser(__doc__)
+    parser.add_argument("--workdir", type=Path, help="where table.md and table.csv go")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    found = list(rows())
+    text = report(found, time.monotonic() - start)
+    print(text)
+    if arguments.workdir is not None:
+        arguments.workdir.mkdir(parents=True, exist_ok=True)
+        (arguments.workdir / "table.md").write_text(text)
+        tables.save_csv(arguments.workdir / "table.csv", [row.as_printed() for row in found])
+    return 0 if all(row.is_as_expected for row in found) else 1
+
+
+def rows() -> Iterator[Row]:
+    """The whole audit."""
+    with ThreadPoolExecutor(2) as pool:  # what takes time is the compiler, of which two can run
+        for found in pool.map(list, [of_space(space) for space in SPACES]):
+            yield from found
+    yield from sharp(Space(1, 17))
+    yield from audit_bounds.labels(Space(2, 8))
+    yield from audit_controls.photographs()
+
+
+def of_space(space: Space) -> Iterator[Row]:
+    """Everything that is checked on every space; on the largest, time is integrated along two curves alone."""
+    networks = networks_of(space)
+    some = ("cosine", "learned") if space.num_pixels == 3 else ()
+    yield from audit_bounds.discrete(space, networks, NUM_STEPS, audit_bounds.variants())
+    yield from audit_bounds.continuous(space, networks, only=some)
+    yield from sampled(space, networks)
+    yield from audit_controls.rows(space)
+
+
+def networks_of(space: Space) -> dict[str, Moments]:
+    """An exact, a random and a trained network."""
+    return {
+        "exact": space.exact(),
+        "random": audit_spaces.random_network(space.num_pixels),
+        "trained": audit_spaces.trained_network(space),
+    }
+
+
+def sampled(space: Space, networks: dict[str, Moments]) -> Iterator[Row]:
+    """What takes samples or a solver."""
+    schedule = schedules.cosine(NUM_STEPS)
+    for network, decoder in (("exact", "network"), ("trained", "bayes")):
+        p = reverse.make("x0", "learned", decoder)
+        yield from audit_samples.importance(space, network, networks[network], p, schedule, NUM_TRAJECTORIES)
+    for network in ("exact", "trained"):
+        yield from audit_samples.dequantized(space, network, networks[network])
+    yield audit_samples.codec(space, "exact", networks["exact"], "network", COPIES)
+    if space.num_pixels == 1:
+        yield audit_samples.codec(space, "trained", networks["trained"], "network", COPIES)
+        yield audit_samples.codec(space, "exact", networks["exact"], "bayes", COPIES)
+
+
+def sharp(space: Space) -> Iterator[Row]:
+    """Bounds that are nearly tight, where an excess of a percent would show; and those of one and two steps."""
+    exact = {"exact": space.exact()}
+    tight = {"x0, learned, bayes": Variant(reverse.make("x0", "learned", "bayes"))}
+    yield from audit_bounds.discrete(space, exact, 400, tight, only=("cosine",))
+    of_eps = audit_bounds.variants(("eps",))
+    for num_steps in (1, 2):
+        yield from audit_bounds.discrete(space, exact, num_steps, of_eps, only=("cosine",))
+
+
+HEAD = ("", "construction", "space", "network", "checked", "greatest sum − 1", "its error", "least mean − H", "a code?")
+
+
+def report(found: list[Row], seconds: float) -> str:
+    """Bounds of one construction, space and network in one line, with the greatest sum of them; so for controls."""
+    lines = []
+    for group, members in itertools.groupby(sorted(found, key=_group), key=_group):
+        chosen = list(members)
+        worst = max(chosen, key=lambda row: (not row.is_as_expected, row.total - row.error))
+        above = [row.mean_bits - row.entropy_bits for row in chosen if row.mean_bits is not None]
+        least = _signed(min(above)) if above else "–"
+        numbers = (str(len(chosen)), _signed(worst.total - 1), f"{worst.error:.1g}", least, _verdict(chosen))
+        lines.append((*group, *numbers))
+    wrong = sum(not row.is_as_expected for row in found)
+    controls = sum(row.kind == "control" for row in found)
+    counts = f"{len(found) - controls} bounds and {controls} controls, {wrong} of them not as they should be"
+    where = f"{summary.device_name()}, {datetime.date.today()}, {seconds:.0f} s"
+    return f"`python -m experiments.audit`: {counts}. {where}.\n\n{tables.markdown(HEAD, lines)}"
+
+
+def _group(row: Row) -> tuple[str, str, str, str]:
+    return row[:4]
+
+
+def _signed(number: float) -> str:
+    return f"{number:+.4f}" if abs(number) >= 1e-4 else f"{number:+.1e}"
+
+
+def _verdict(chosen: list[Row]) -> str:
+    word = "no" if not all(row.is_code for row in chosen) else "yes"
+    return word if all(row.is_as_expected for row in chosen) else f"**{word}**"
+
+
+if __name__ == "__main__":
+    commands.exit_with(main)
