@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from diffusion import schedules
@@ -171,10 +172,14 @@ def _shower(
     """Shows samples of EMA parameters as samples_STEP.png and in TensorBoard."""
     num_previews = min(experiment.config.sample.num_previews, experiment.config.sample.num_images)
 
-    def show(step: int, ema_params: Replicated) -> None:
+    def drawn(ema_params: Replicated) -> UInt8[np.ndarray, "grid_h grid_w c"]:
+        # A function of its own: a plotting library may keep the frames that called it, and with them the model's arrays.
         model = experiment.model(ema_params.host(), experiment.config.sample.variance)
         with memory.shortage_explained(experiment, "sample.batch_size"):
-            grid = sample.grid(experiment, sampler.images(model, num_previews))
+            return sample.grid(experiment, sampler.images(model, num_previews))
+
+    def show(step: int, ema_params: Replicated) -> None:
+        grid = drawn(ema_params)
         pictures.save_png(directory / f"samples_{step}.png", grid)
         log.images(step, "samples", grid)
         if processes.is_first():
