@@ -173,7 +173,7 @@ def _shower(
     num_previews = min(experiment.config.sample.num_previews, experiment.config.sample.num_images)
 
     def drawn(ema_params: Replicated) -> UInt8[np.ndarray, "grid_h grid_w c"]:
-        # A function of its own: a plotting library may keep the frames that called it, and with them the model's arrays.
+        # A function of its own: a plotting library may keep its callers' frames, and with them the model's arrays.
         model = experiment.model(ema_params.host(), experiment.config.sample.variance)
         with memory.shortage_explained(experiment, "sample.batch_size"):
             return sample.grid(experiment, sampler.images(model, num_previews))
