@@ -26,7 +26,7 @@ from diffusion.schedules import Schedule
 
 # Points and spacing of the grid of ε in every dimension, by the number of dimensions.
 GRIDS = {1: (129, 0.1), 2: (21, 0.6), 3: (9, 1.25)}
-GAUSS_LEGENDRE = 4  # instants in every step of a schedule
+INTERVALS, GAUSS_LEGENDRE = 10, 4  # of the way from γ_1 to γ_T, and instants in each of them
 FLOAT32_BITS = 2e-5  # what float32 may have cost the sum of all terms
 
 
@@ -152,7 +152,9 @@ def _expectation(denoise: Denoise, row: Schedule, x0: Array, rule: Rule, measure
 def continuous_bits(
     model: Model, x0: Float[Array, "n 1 1 d"], measure: Callable[..., Array], at_end: Callable[..., Array]
 ) -> Bits:
-    """Bounds for T → ∞: integrals over the instants of a schedule (`continuous_time.at`), Gauss–Legendre in every step.
+    """Bounds for T → ∞: integrals over the instants of a schedule (`continuous_time.at`).
+
+    By Gauss–Legendre in γ, of which the loss per unit of γ is a smooth function, whatever the schedule is.
 
     Args:
         model: `denoise` takes any network_t between those of two steps.
@@ -160,14 +162,18 @@ def continuous_bits(
         measure: (model, row of an instant, x0, x_t, eps, output) -> several losses per unit of t, in bits/dim.
         at_end: the same at t = 1 -> the other terms of each.
     """
-    pieces = np.arange(1, model.schedule.num_steps)[:, None]
+    gamma = -np.asarray(model.schedule.log_snr, np.float64)[1:]
+    ends = np.linspace(gamma[0], gamma[-1], INTERVALS + 1)
     found = []
     for count in (GAUSS_LEGENDRE, GAUSS_LEGENDRE - 1):
         where, weight = np.polynomial.legendre.leggauss(count)
         spare = GAUSS_LEGENDRE - count  # points of no weight, so that both rules are one program
         where, weight = np.pad(where, (0, spare)), np.pad(weight, (0, spare))
-        t = jnp.asarray((pieces + (where + 1) / 2).ravel(), jnp.float32)
-        weights = jnp.asarray(np.tile(weight / 2, len(pieces)), jnp.float32)
+        points = (ends[:-1, None] + (where + 1) / 2 * np.diff(ends)[:, None]).ravel()
+        t = np.interp(points, gamma, np.arange(1, len(gamma) + 1))
+        slope = np.diff(gamma)[np.ceil(t).astype(int).clip(2, len(gamma)) - 2]
+        weights = np.tile(weight / 2, INTERVALS) * (ends[1] - ends[0]) / slope
+        t, weights = jnp.asarray(t, jnp.float32), jnp.asarray(weights, jnp.float32)
         for rule in rules(x0.shape[-1])[: count - GAUSS_LEGENDRE + 2]:
             bits = _continuous(model, x0, rule, t, weights, measure, at_end)
             found.append(np.asarray(bits, np.float64).sum(axis=0).T)

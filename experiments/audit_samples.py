@@ -159,8 +159,9 @@ def codec(space: Space, network: str, moments: Moments, decoder: str, copies: in
     )
     lengths = lengths / copies
     bits = lengths.mean(axis=0)
-    stderr = np.sqrt(np.mean((lengths[0] - lengths[1]) ** 2) / 4) + 2 * WORD_BITS / copies / STDERRS
-    error = STDERRS * math.log(2) * float(np.sqrt((np.exp2(-2 * bits)).sum())) * stderr
+    # Chance, and that words are whole: half the difference of two files, which are independent.
+    each = np.exp2(-bits) * math.log(2) * (lengths[0] - lengths[1]) / 2
+    error = STDERRS * float(np.sqrt((each**2).sum()))
     drawn = np.random.RandomState(0).choice(len(bits), size=8 * copies, p=space.probs)
     counts = np.bincount(drawn, minlength=len(bits)) / len(drawn)
     entropy = float(-(counts[counts > 0] * np.log2(counts[counts > 0])).sum())  # of these images, whatever the law

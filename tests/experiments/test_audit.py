@@ -1,4 +1,9 @@
-"""The auditor: its sums against known ones, and every control fails."""
+"""The auditor: its sums against known ones, every control fails, and its page's program runs as printed."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +14,7 @@ from diffusion import likelihood, reverse, schedules
 from experiments import audit, audit_bounds, audit_controls, audit_quadrature, audit_samples, audit_spaces
 from experiments.audit_spaces import Space
 
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "audit.md").read_text()
 PLANE, LINE = Space(2, 4), Space(1, 5)
 
 
@@ -83,4 +89,13 @@ def test_the_report_names_what_is_wrong():
     row = audit_bounds.Row("bound", "a bound", "2 × 3", "exact", "name", 1.5, 1e-4, 3.0, 1e-4, 3.1)
     text = audit.report([row, row._replace(total=0.9, mean_bits=3.2)], seconds=1.0)
     assert "2 bounds and 0 controls, 1 of them not as they should be" in text
-    assert "| bound | a bound | 2 × 3 | exact | 2 | +0.5000 | 0.0001 | -0.1000 | **no** |" in text
+    assert "| bound | a bound | 2 | +0.5000 ± 1e-04 | -0.1000 | **no** |" in text
+
+
+def test_the_page_s_program_prints_what_the_page_says():
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "docs/audit.md", "exec"), {})
+    said = [float(number) for number in re.findall(r"# prints ([+-][\d.]+)", code)]
+    assert len(said) == 2 and said[0] < 0 < said[1]
+    np.testing.assert_allclose([float(line) for line in printed.getvalue().split()], said, atol=5e-3)
