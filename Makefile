@@ -1,5 +1,5 @@
 # make demo     train, sample and score a small diffusion model on the bundled digits
-# make check    the fast half of the tests, for work in progress: no whole runs, no processes
+# make check    the fast half of the tests, for work in progress
 # make test     the whole test suite
 # make faults   runs that are killed, fill the disk or take several processes (docs/reliability.md)
 # make lint     the linter
@@ -20,7 +20,7 @@ PYTEST := $(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile --max
 demo: $(VENV)/.installed
 	$(VENV)/bin/python main.py --config=configs/digits.py --workdir=runs/digits
 
-# The paper's modules and what they are built on. Whoever trains, samples or starts processes has a folder of its own.
+# The paper's modules, data, metrics, published weights and the runtime; `make test` runs the other folders, too.
 check: $(VENV)/.installed-dev
 	$(PYTEST) tests/test_*.py tests/data tests/evaluation tests/interop tests/runtime
 
