@@ -39,7 +39,7 @@ def allowed(of: Constraint | Choice) -> str:
 INTRODUCTION = """# Config keys
 
 Set a key as `--config.GROUP.KEY=VALUE`, or in a config file. This page is made from `diffusion/experiment/schema.py`;
-`--mode=describe` prints it with a config's values. "May change" is between the legs of a run: see
+`--mode=describe` prints the keys with a config's values. "May change" is between the legs of a run: see
 [cifar10.md](cifar10.md#what-a-run-may-change). What a name can be, and its arguments: an unknown one prints them all.
 
 """
