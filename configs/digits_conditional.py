@@ -1,6 +1,6 @@
 """Digits with labels: drawn by their number, with classifier-free guidance.
 
-python main.py --config=configs/digits_conditional.py --workdir=runs/digits_conditional
+    python main.py --config=configs/digits_conditional.py --workdir=runs/digits_conditional
 
 Data     scikit-learn's, prepared on first use
 Cost     704,642 parameters; 1,000 steps of 32 images; the test images scored once more without labels

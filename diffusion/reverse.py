@@ -1,7 +1,7 @@
 """The reverse process p_θ(x_{t−1} | x_t): what the network predicts × where the variance comes from.
 
-`make` picks one entry of each of the two tables below; both are pairs of small functions, so a new idea is
-a new entry. Everything is for one example and one row of the schedule.
+`make` picks one entry of each of the tables below, PREDICTIONS, VARIANCES and DECODERS, so a new idea is a new
+entry. Everything is for one example and one row of the schedule.
 """
 
 import dataclasses

@@ -2,4 +2,4 @@
 
 from diffusion.runtime import allocator
 
-allocator.keep_freed_memory()  # as in main.py, and before any of the modules here imports JAX
+allocator.keep_freed_memory()  # for a network of any size, and before JAX starts its devices

@@ -1,1 +1,1 @@
-"""Evaluation: the bound of every image, in full or estimated from a few terms."""
+"""Evaluation: the bound of every image, in full or from a few terms, and samples with their quality."""

@@ -1,1 +1,1 @@
-"""Training: the pure step, the optimizer, the devices, the loop."""
+"""Training: the pure step, the optimizer, data parallelism, the loop."""
