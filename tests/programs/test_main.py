@@ -110,7 +110,7 @@ def many(x):
         x = jnp.sin(x @ x) + i
     return x.sum()
 
-def run(config, directory, base):
+def run(config, directory, base, allow_other_data):
     x = jnp.ones((600, 600))
     with Preemption():
         threading.Thread(target=lambda: jax.jit(jax.grad(many)).lower(x).compile(), daemon=True).start()
