@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from diffusion import guidance
 from diffusion.reverse import Reverse
 from diffusion.schedules import Schedule
 
@@ -35,3 +36,7 @@ class Model:
     def __post_init__(self):
         if callable(self.denoise) and not isinstance(self.denoise, jax.tree_util.Partial):
             object.__setattr__(self, "denoise", jax.tree_util.Partial(self.denoise))
+
+    def without_labels(self) -> "Model":
+        """The model with a denoiser that takes no labels; its network was trained with label dropout."""
+        return dataclasses.replace(self, denoise=guidance.unconditional(self.denoise), takes_labels=False)

@@ -58,9 +58,8 @@ def check(config: ConfigDict, directory: Path) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"--workdir={directory} is not a directory; take another --workdir")
-    path = directory / "config.json"
-    if path.exists():
-        differing = config_lib.differing(config, _saved(path))
+    if (directory / "config.json").exists():
+        differing = config_lib.differing(config, read_config(directory))
         if differing:
             raise ValueError(
                 f"{directory} holds a run with another config ({'; '.join(differing)}); "
@@ -121,24 +120,20 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _saved(path: Path) -> ConfigDict:
-    """The config in config.json."""
-    try:
-        return config_lib.from_json(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
-
-
 def read_config(directory: Path) -> ConfigDict:
     """The resolved config of the run in `directory`.
 
     Raises:
         FileNotFoundError: there is no run in it.
+        ValueError: its config.json is damaged, or was written by a version with other keys.
     """
     path = directory / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{directory} holds no run (no config.json)")
-    return _saved(path)
+    try:
+        return config_lib.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
 
 
 def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:
@@ -183,7 +178,8 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest")
     def read() -> EmaState:
         with Checkpoints(directory / "checkpoints") as checkpoints:
             if experiment.config.init_from and checkpoints.latest_step() is None:
-                claim(experiment.config, directory)
+                if not (directory / "config.json").exists():
+                    claim(experiment.config, directory)
                 return ema_of(experiment.initial_state())
             step = int(checkpoint) if checkpoint.isdecimal() else None
             if checkpoint == "best":
@@ -194,10 +190,11 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest")
 
 
 class LoadedRun(NamedTuple):
-    """A trained run: its config as objects, and the EMA of a checkpoint."""
+    """A trained run: its config as objects, the EMA of a checkpoint, and where it lies."""
 
     experiment: Experiment
     state: EmaState
+    directory: Path
 
     @property
     def config(self) -> ConfigDict:
@@ -213,21 +210,28 @@ class LoadedRun(NamedTuple):
         """The model of the EMA parameters, with the variance that it was trained with."""
         return self.experiment.model(self.state.ema_params)
 
+    def model_with(self, variance: str) -> Model:
+        """The model under another variance, as `Experiment.model` takes it. Raises what `load_x0_variance` does."""
+        x0_variance = load_x0_variance(self.directory, self.state) if variance == "optimal" else None
+        return self.experiment.model(self.state.ema_params, variance, x0_variance)
 
-def load(directory: str | Path, checkpoint: str = "latest") -> LoadedRun:
-    """The run in `directory`, to sample from it, score it or study it; nothing is written.
+
+def load(directory: str | Path, checkpoint: str = "latest", config: ConfigDict | None = None) -> LoadedRun:
+    """The run in `directory`, to sample from it, score it or study it.
 
     Args:
         checkpoint: which one; see `restore`.
+        config: one that differs from the run's in what may change; None for the run's own.
 
     Raises:
         FileNotFoundError: there is no run in it, or no checkpoint, or its data set is missing.
         ValueError: the config or the checkpoint is damaged.
     """
-    config = read_config(Path(directory))
+    directory = Path(directory)
+    config = read_config(directory) if config is None else config
     described = build.describe_data(config)
     experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
-    return LoadedRun(experiment, restore(experiment, Path(directory), checkpoint))
+    return LoadedRun(experiment, restore(experiment, directory, checkpoint), directory)
 
 
 def save_x0_variance(directory: Path, analytic: X0Variance, error: X0Variance, state: EmaState) -> None:

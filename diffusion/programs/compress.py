@@ -1,6 +1,5 @@
 """--mode=compress: images as a file of about the model's bound, from which --mode=decompress gets them back."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -13,7 +12,6 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from diffusion import guidance
 from diffusion.codec import Codec
 from diffusion.data import Source, pixel_files
 from diffusion.data.source import SPLITS
@@ -107,21 +105,17 @@ def coding_model(config: ConfigDict, directory: Path, checkpoint: str) -> tuple[
     Raises:
         ValueError: the network always needs labels.
     """
-    described = build.describe_data(config)
-    experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
-    state = workdir.restore(experiment, directory, checkpoint)
-    is_optimal = config.eval.variance == "optimal"
-    x0_variance = workdir.load_x0_variance(directory, state) if is_optimal else None
-    model = experiment.model(state.ema_params, config.eval.variance, x0_variance)
+    loaded = workdir.load(directory, checkpoint, config)
+    model = loaded.model_with(config.eval.variance)
     if model.takes_labels:
         if not config.model.label_dropout:
             raise ValueError("the file has no labels, which this network needs (it was trained with label_dropout=0)")
-        model = dataclasses.replace(model, denoise=guidance.unconditional(model.denoise), takes_labels=False)
-    return experiment, model
+        model = model.without_labels()
+    return loaded.experiment, model
 
 
 def identity(experiment: Experiment, model: Model) -> dict[str, Any]:
-    """The header's fields that must be equal where the file is decoded, but for its `fingerprint`."""
+    """The header's fields that must be equal where the file is decoded, except its `fingerprint`."""
     dtype = jnp.dtype(getattr(experiment.training.network, "dtype", jnp.float32)).name
     height, width, channels = experiment.image_shape
     return {

@@ -61,7 +61,7 @@ def network(experiment: Experiment, num_train: int) -> dict[str, str]:
 
 
 def forward_flops(experiment: Experiment) -> float:
-    """Of one image through the network, as XLA counts them; `networks/convolution.py` leaves one image to XLA."""
+    """FLOPs of one image through the network, as XLA counts them; `networks/convolution.py` leaves one image to XLA."""
     network = build.Network(experiment.training.network, experiment.p.output_channels(experiment.image_shape[-1]))
     image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
     params, number = experiment.abstract_state().params, jax.ShapeDtypeStruct((1,), jnp.float32)

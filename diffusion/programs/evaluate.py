@@ -1,8 +1,6 @@
 """--mode=eval: which images are scored, by which protocol, and the numbers and curves of a trained model."""
 
 import contextlib
-import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import guidance, likelihood
+from diffusion import likelihood
 from diffusion.data import Source
 from diffusion.data.source import digests
 from diffusion.evaluation import images
@@ -27,7 +25,6 @@ from diffusion.reporting import page, plots, summary
 from diffusion.runtime import devices, files, processes
 from diffusion.runtime.digests import short_sha256, tree_sha256
 from diffusion.runtime.preemption import Preemption
-from diffusion.variances import X0Variance
 
 EVALUATIONS = "evaluations"  # in the workdir: a folder for each evaluation that --mode=eval made
 UNFINISHED = "unfinished_eval"  # beside the results: the terms that are done
@@ -38,18 +35,16 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
 
     The results go into a folder that is named by what was measured; eval.json is a copy of the last ones.
     """
-    described = build.describe_data(config)
-    experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
-    num_images = images.num_scored(config.eval.num_images, config.eval.protocol, described.num_test)
-    state = workdir.restore(experiment, directory, checkpoint)
+    num_test = build.describe_data(config).num_test
+    num_images = images.num_scored(config.eval.num_images, config.eval.protocol, num_test)
+    loaded = workdir.load(directory, checkpoint, config)
+    experiment, state, model = loaded.experiment, loaded.state, loaded.model_with(config.eval.variance)
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
-    is_optimal = config.eval.variance == "optimal"
-    x0_variance = workdir.load_x0_variance(directory, state) if is_optimal else None
     data_sha256 = processes.on_first(lambda: digests(train_set, test_set))
-    measured = short_sha256([state.sha256, data_sha256, tree_sha256(x0_variance)])
+    measured = short_sha256([state.sha256, data_sha256, tree_sha256(model.schedule.x0_variance)])
     out = directory / EVALUATIONS / f"{name(experiment, int(state.step), num_images)}-{measured}"
     with Preemption() as preemption, workdir.locked(out), memory.shortage_explained(experiment, "eval.batch_size"):
-        scores = score(experiment, out, state, train_set, test_set, x0_variance, preemption.check)
+        scores = score(experiment, out, model, state, train_set, test_set, preemption.check)
         if processes.is_first():
             summary.write_json(out / "eval.json", scores)
             summary.write_json(directory / "eval.json", scores)
@@ -68,10 +63,10 @@ def name(experiment: Experiment, step: int, num_images: int) -> str:
 def score(
     experiment: Experiment,
     directory: Path,
+    model: Model,
     state: EmaState,
     train_set: Source,
     test_set: Source,
-    x0_variance: X0Variance | None = None,
     stop: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Scores the EMA parameters on the test split and on as many training images, given their labels if it takes any.
@@ -84,16 +79,15 @@ def score(
     Args:
         experiment: says how it is scored.
         directory: where the curves go, and the terms that are done.
+        model: of the parameters of `state`, with the variance that is scored.
         state: on the host.
         train_set, test_set: what is scored.
-        x0_variance: what the optimal variance needs.
         stop: called between batches; raises to stop.
 
     Returns:
         The entries of summary.json that say what was scored, how, and how well; on process 0 alone, {} elsewhere.
     """
     config = experiment.config
-    model = experiment.model(state.ema_params, config.eval.variance, x0_variance)
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, len(test_set))
     # Where the whole split is scored, a protocol drops its last images.
     is_whole = config.eval.num_images == 0
@@ -138,21 +132,17 @@ def _bounds(
 ) -> dict[str, Bound]:
     """The bound by split: from a few terms of each image, or from every term, which are kept on disk meanwhile.
 
-    Of a network that also knows images without labels, under "unconditional" the test split's bound without them.
+    A network trained with label dropout also gets "unconditional", the test split's bound without labels.
     """
     settings, replicated = build.bound_settings(config), devices.replicate(model)
     scored = {split: (replicated, sources[split], numbers[split]) for split in sources}
     if config.model.label_dropout:
-        scored["unconditional"] = (replicated.part(_without_labels), sources["test"], numbers["test"])
+        scored["unconditional"] = (replicated.part(Model.without_labels), sources["test"], numbers["test"])
     if settings.terms_per_image:
         estimate = estimated_bound(settings, stop)
         return {name: estimate(*what) for name, what in scored.items()}
     bound = full_bound(settings, stop)
     return {name: bound(*what, kept / f"{name}.npy") for name, what in scored.items()}
-
-
-def _without_labels(model: Model) -> Model:
-    return dataclasses.replace(model, denoise=guidance.unconditional(model.denoise), takes_labels=False)
 
 
 def _by_label(bounds: dict[str, Bound], test_set: Source, numbers: np.ndarray) -> dict[str, Any]:
@@ -177,8 +167,7 @@ def _key(config: ConfigDict, model: Model, digests: list[Any], numbers: dict[str
     """A name for where finished terms are kept, made of all that a term depends on: nothing else finds them."""
     variance = model.p.variance, tree_sha256(model.schedule.x0_variance)
     scored = [chosen.tolist() for chosen in numbers.values()]
-    key = json.dumps([*digests, config.seed, config.eval.protocol, variance, *scored])
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
+    return short_sha256([*digests, config.seed, config.eval.protocol, variance, *scored])
 
 
 def _forget(kept: Path) -> None:
@@ -209,9 +198,7 @@ def protocol_of(experiment: Experiment, variance: str) -> dict[str, Any]:
     }
 
 
-def _save_curves(
-    directory: Path, bounds: dict[str, Bound], protocol: dict, title: str, num_levels: int
-) -> None:
+def _save_curves(directory: Path, bounds: dict[str, Bound], protocol: dict, title: str, num_levels: int) -> None:
     """Writes bpd.npz with every curve's numbers and how they were measured, bpd.png and rate_distortion.png."""
     test, train = bounds["test"], bounds["train"]
     test_terms, train_terms = (of.terms_bpd.mean(axis=0) for of in (test, train))

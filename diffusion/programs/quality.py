@@ -31,20 +31,21 @@ USUAL_IMAGES = 50_000  # of published Fréchet distances
 
 def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
     """Draws from a checkpoint of `directory` what is not in its samples/ yet, writes quality.json and prints it."""
-    experiment, state, model = sample.trained(config, directory, checkpoint)
+    loaded = workdir.load(directory, checkpoint, config)
+    model = loaded.model_with(config.sample.variance)
     train_set, test_set = (build.load_data(config, split) for split in SPLITS)
     unfinished = directory / UNFINISHED
     scorer = processes.on_first(lambda: Scorer(config, train_set, test_set, unfinished))
     num_images = config.quality.num_images
     with Preemption() as preemption:
-        with memory.shortage_explained(experiment, "sample.batch_size"):
-            folder = sample.fill(experiment, directory, model, state, num_images, preemption.check)
+        with memory.shortage_explained(loaded.experiment, "sample.batch_size"):
+            folder = sample.fill(loaded.experiment, directory, model, loaded.state, num_images, preemption.check)
 
         def write() -> None:
             scores = scorer.scores(sample.shards(folder, num_images), num_images) | {
                 "sampler": sample.described(config, model.p.variance),
-                "step": int(state.step),
-                "ema_sha256": state.sha256,
+                "step": int(loaded.state.step),
+                "ema_sha256": loaded.state.sha256,
                 "data_sha256": digests(train_set, test_set),
                 "device": summary.device_name(),
                 "versions": summary.versions(),

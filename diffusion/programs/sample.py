@@ -11,7 +11,7 @@ from jaxtyping import Int32, UInt8
 from ml_collections import ConfigDict
 
 from diffusion.evaluation.sampling import Sampler
-from diffusion.experiment import build, memory, rules, workdir
+from diffusion.experiment import memory, rules, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.workdir import EmaState
 from diffusion.model import Model
@@ -31,22 +31,13 @@ ARCHIVE, GRID, TRAJECTORY = "samples.npz", "samples.png", "progressive.png"
 
 def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
     """Draws from a checkpoint of `directory`, or goes on where an earlier call was stopped."""
-    experiment, state, model = trained(config, directory, checkpoint)
-    with Preemption() as preemption, memory.shortage_explained(experiment, "sample.batch_size"):
-        folder = save(experiment, directory, model, state, preemption.check)
+    loaded = workdir.load(directory, checkpoint, config)
+    model = loaded.model_with(config.sample.variance)
+    with Preemption() as preemption, memory.shortage_explained(loaded.experiment, "sample.batch_size"):
+        folder = save(loaded.experiment, directory, model, loaded.state, preemption.check)
     if processes.is_first():
         page.refresh(directory)
         print(f"{config.sample.num_images} samples: {folder}; the last ones also as {directory / GRID}")
-
-
-def trained(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> tuple[Experiment, EmaState, Model]:
-    """A checkpoint of `directory`, and the model that the config samples from: the EMA's."""
-    described = build.describe_data(config)
-    experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
-    state = workdir.restore(experiment, directory, checkpoint)
-    is_optimal = config.sample.variance == "optimal"
-    x0_variance = workdir.load_x0_variance(directory, state) if is_optimal else None
-    return experiment, state, experiment.model(state.ema_params, config.sample.variance, x0_variance)
 
 
 def make_sampler(experiment: Experiment) -> Sampler:
@@ -104,7 +95,7 @@ def fill(
     num_images: int,
     stop: Callable[[], None] | None = None,
 ) -> Path:
-    """Draws as many images as `num_images` into the folder of `save`, but for those that it has; returns the folder."""
+    """Draws as many images as `num_images` into the folder of `save`, except those that it has; returns the folder."""
     with _folder(experiment, directory, model, state) as folder:
         _fill(make_sampler(experiment), model, folder, num_images, stop)
     return folder

@@ -81,7 +81,8 @@ def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: b
         if experiment.learns_schedule:
             _plot_schedule(experiment, directory, state)
         with memory.shortage_explained(experiment, "eval.batch_size"):
-            scores = evaluate.score(experiment, directory, trained, train_set, test_set, stop=between_batches)
+            model = experiment.model(state.ema_params, config.eval.variance)
+            scores = evaluate.score(experiment, directory, model, trained, train_set, test_set, between_batches)
         scores |= {
             "params_sha256": tree_sha256(state.params),
             "seconds": stopwatch.seconds(),

@@ -23,7 +23,7 @@ def run(labelled_run, tmp_path):
 
 def network_of(directory):
     """(network of (x_t, network_t, labels), the model) of the run's EMA, the network put together by hand."""
-    experiment, state = workdir.load(directory)
+    experiment, state, _ = workdir.load(directory)
     module, params = experiment.training.network, state.ema_params
 
     def network(x_t, network_t, labels):

@@ -14,6 +14,7 @@ from diffusion.evaluation import classifier as classifiers
 from diffusion.evaluation import features, quality
 from diffusion.evaluation.features import Batch, Features
 from diffusion.evaluation.quality import Metric
+from diffusion.experiment import workdir
 from diffusion.networks import NETWORKS
 from diffusion.programs import classifier, sample
 from diffusion.programs import quality as program
@@ -67,15 +68,15 @@ def test_a_run_is_compared_with_the_training_split(run, straight, tiny, sources,
     scores = saved(run)
     assert json.loads(capsys.readouterr().out) == scores and scores.keys() >= PROMISED
 
-    experiment, state, model = sample.trained(config, run)
-    images = sample.make_sampler(experiment).images(model, 30)
+    loaded = workdir.load(run, config=config)
+    images = sample.make_sampler(loaded.experiment).images(loaded.model, 30)
     found = score(config, images, *sources)
     assert {key: scores[key] for key in found} == found
     assert 0 < scores["fid_test_split"] < scores["fid"] == scores["frechet_distance"]
     assert scores["num_samples"] == 30 and scores["features"] == "pixels" and scores["weights_sha256"] is None
     assert scores["reference"] == "digits, train split, 1498 images"
     assert scores["sampler"]["method"] == "ddim(eta=0.5)" and scores["sampler"]["num_steps"] == 3
-    assert scores["step"] == state.step == 6 and scores["device"] == "cpu ×8" and "jax" in scores["versions"]
+    assert scores["step"] == loaded.state.step == 6 and scores["device"] == "cpu ×8" and "jax" in scores["versions"]
     assert scores["ema_sha256"] == json.loads((straight / "summary.json").read_text())["ema_sha256"]
     assert "biased upwards" in scores["note"] and scores["inception_score"] is None
 

@@ -76,7 +76,8 @@ def test_samples_of_other_weights_of_the_same_step_are_not_taken(toy_run):
     old = toy_run.directory / sample.SAMPLES / "step6-ancestral-3steps-learned_range"  # as earlier versions named it
     old.mkdir(parents=True)
     np.save(sample.shard(old, 0), np.zeros((9, *toy.SHAPE), np.uint8))
-    experiment, state, model = sample.trained(toy_run.config(), toy_run.directory)
+    experiment, state, _ = loaded = workdir.load(toy_run.directory)
+    model = loaded.model
     first = sample.fill(experiment, toy_run.directory, model, state, 9)
     assert first == sample.fill(experiment, toy_run.directory, model, state, 9) != old
     changed = state.replace(ema_params=jax.tree.map(lambda leaf: leaf + np.float32(0.5), state.ema_params))
