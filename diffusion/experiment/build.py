@@ -164,9 +164,8 @@ def experiment(
         network=network,
         objective=_objective(config, p, num_levels),
         timesteps=timesteps.TIMES[times](_chosen(config, "objective.timesteps")()),
-        times=times,
         schedule=trained_schedule.make(
-            _schedule_of(config, schedule, learned), learned.inner if learned else None, times, num_levels
+            _schedule_of(config, schedule, learned), learned.inner if learned else None, times
         ),
         optimizer=_optimizer(config, learned),
         ema_decay=config.ema.decay,

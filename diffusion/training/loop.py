@@ -240,7 +240,7 @@ def monitor(
         num_steps: T.
     """
     t_key, examples_key = jax.random.split(randomness.stream(seed, "monitor"))
-    sampler = timesteps.TIMES[training.times](timesteps.low_discrepancy())
+    sampler = timesteps.TIMES[training.schedule.times](timesteps.low_discrepancy())
     t, _ = sampler.draw((), t_key, len(numbers), num_steps)
     t = np.random.RandomState(0).permutation(np.asarray(t))  # images sorted by class must not meet t in order
 

@@ -18,19 +18,19 @@ class TrainedSchedule(NamedTuple):
 
     of_params: params -> the schedule, which depends on them if it is learned.
     at_rows: (losses_at, params, t [B]) -> losses_at(params, the rows of t), with the gradient of a learned schedule.
-    extra_terms: (params, keys [B], x0 [B, H, W, C]) -> the bound's terms that depend on no drawn t, in bits/dim [B].
+    extra_terms: (params, keys [B], x0 [B, H, W, C], number of pixel values) -> the bound's terms that depend on no
+        drawn t, in bits/dim [B].
+    times: which t are drawn, one of `timesteps.TIMES`.
     """
 
     of_params: Callable[[PyTree], Schedule]
     at_rows: Callable[[Callable[[PyTree, Row], Losses], PyTree, Real[Array, " b"]], Losses]
-    extra_terms: Callable[[PyTree, Key[Array, " b"], Array], dict[str, Float[Array, " b"]]]
+    extra_terms: Callable[[PyTree, Key[Array, " b"], Array, int], dict[str, Float[Array, " b"]]]
+    times: str
 
 
 def make(
-    of_params: Callable[[PyTree], Schedule],
-    inner: Inner | None = None,
-    times: str = "every_term",
-    num_levels: int = 256,
+    of_params: Callable[[PyTree], Schedule], inner: Inner | None = None, times: str = "every_term"
 ) -> TrainedSchedule:
     """The schedule of a training.
 
@@ -39,9 +39,8 @@ def make(
     Args:
         of_params: params -> the schedule.
         inner: None for a fixed schedule; how a learned one is trained: see `learned_schedule.losses`.
-        times: which t are drawn, one of `timesteps.TIMES`. But for "every_term" the decoder's term is not among them,
-            and is computed for every example.
-        num_levels: how many pixel values the data have.
+        times: which t are drawn, one of `timesteps.TIMES`. Only "every_term" draws the decoder's term; with the others
+            it is computed for every example.
     """
 
     def at_rows(losses_at: Callable, params: PyTree, t: Real[Array, " b"]) -> Losses:
@@ -53,7 +52,7 @@ def make(
         return learned_schedule.losses(losses_at, params, rows_of, inner)
 
     def extra_terms(
-        params: PyTree, keys: Key[Array, " b"], x0: Float[Array, "b h w c"]
+        params: PyTree, keys: Key[Array, " b"], x0: Float[Array, "b h w c"], num_levels: int
     ) -> dict[str, Float[Array, " b"]]:
         schedule = of_params(params if inner is None else learned_schedule.with_fixed_inner(params))
         terms = {}
@@ -63,7 +62,7 @@ def make(
             terms["decoder_bpd"] = _decoder_bpd(schedule[1], keys, x0, num_levels)
         return terms
 
-    return TrainedSchedule(of_params, at_rows, extra_terms)
+    return TrainedSchedule(of_params, at_rows, extra_terms, times)
 
 
 def _decoder_bpd(

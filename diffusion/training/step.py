@@ -53,7 +53,6 @@ class Training:
         num_levels: how many pixel values the data have.
         batch_size: images per step, over all devices.
         flip: whether half of the images are mirrored.
-        times: which t `timesteps` draws, one of `timesteps.TIMES`.
         conditional: whether the network is given the images' labels.
         label_dropout: the part of the examples whose label the network is not given.
         log_every: after how many steps `state.window` starts again from zero.
@@ -72,7 +71,6 @@ class Training:
     batch_size: int
     flip: bool
     log_every: int
-    times: str = "every_term"
     conditional: bool = False
     label_dropout: float = 0.0
     skip_nonfinite: bool = False
@@ -110,7 +108,7 @@ def mean_loss(
         return jax.vmap(training.objective)(row, x0, x_t, eps, output)
 
     loss, parts = training.schedule.at_rows(losses_at, params, t)
-    extra = training.schedule.extra_terms(params, keys, x0)
+    extra = training.schedule.extra_terms(params, keys, x0, training.num_levels)
     loss = sum(extra.values(), loss)
     means = jax.tree.map(lambda values: (weight * values).mean(), {"loss": loss} | parts | extra)
     return means["loss"], (means, loss)
