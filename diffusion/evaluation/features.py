@@ -43,7 +43,7 @@ class Features(NamedTuple):
     facts: dict[str, Any] = {}
 
     def batches(self, images: UInt8[np.ndarray, "n h w c"], folder: Path | None = None) -> Iterator[Batch]:
-        """Of all images, BATCH_SIZE at a time.
+        """What the metrics see of all images, BATCH_SIZE at a time.
 
         Args:
             folder: keeps what a network made of a batch, so that work that was stopped can go on.

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float64
 
 from diffusion.evaluation import distances, frechet, quality
 from diffusion.evaluation.frechet import Moments
@@ -97,10 +96,6 @@ def published(path: Path, dimension: int) -> quality.States:
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(f"quality.reference={str(path)!r} holds NaN or Inf")
     states = {metric.update: metric.init(dimension) for metric in quality.METRICS.values()}
-    states[quality.see] = states[quality.see]._replace(moments=_moments(mean, cov))
+    # How many images there were is not known. Of two, the scatter is the covariance, which alone is asked for.
+    states[quality.see] = states[quality.see]._replace(moments=Moments(2, mean, cov))
     return states
-
-
-def _moments(mean: Float64[np.ndarray, " d"], cov: Float64[np.ndarray, "d d"]) -> Moments:
-    """Those of two images; how many there were is not known, and only the covariance is asked for."""
-    return Moments(2, mean, cov)

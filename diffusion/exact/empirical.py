@@ -62,16 +62,11 @@ class Posterior(NamedTuple):
     """What a batch of x_t says about x_0.
 
     x0_mean: E[x_0 | x_t], in [-1, 1].
-    entropy_nats: −Σ_i w_i log w_i.
+    entropy_nats: −Σ_i w_i log w_i: 0 if x_t tells which image it was, log N if it tells nothing.
     """
 
     x0_mean: Float[Array, "b h w c"]
     entropy_nats: Float[Array, " b"]
-
-    @property
-    def effective_images(self) -> Float[Array, " b"]:
-        """The exponential of the entropy: 1 if x_t tells which image it was, N if it tells nothing."""
-        return jnp.exp(self.entropy_nats)
 
 
 class _Query(NamedTuple):

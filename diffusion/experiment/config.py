@@ -24,7 +24,7 @@ def check(config: ConfigDict) -> None:
     flat, known = flatten(config), all_keys()
     for name in sorted(flat.keys() - known.keys()):
         raise ValueError(unknown(name))
-    for name in KEYS.keys() - flat.keys():
+    for name in sorted(KEYS.keys() - flat.keys()):
         raise ValueError(f"config key {name} is missing")
     for name, key in known.items():
         problem = key.allowed.problem(flat[name]) if name in flat else None
@@ -122,7 +122,7 @@ def differing(config: ConfigDict, saved: ConfigDict) -> list[str]:
 
 
 def first_spelling(value: Any) -> Any:
-    """A config value as the first version wrote it: then as now, but for one argument of a learned schedule."""
+    """A config value as the first version wrote it: as now, except one argument of a learned schedule."""
     if not isinstance(value, str):
         return value
     return re.sub(r"\binner=(['\"])second_moment\1", r"inner=\1variance\1", value)

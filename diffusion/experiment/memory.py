@@ -71,7 +71,7 @@ def residual_bytes(experiment: Experiment, num_images: int) -> int:
 
 
 def num_bytes(tree: PyTree) -> int:
-    """Of all leaves together."""
+    """The bytes of all leaves together."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

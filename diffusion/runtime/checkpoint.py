@@ -24,6 +24,7 @@ from diffusion.runtime import verification
 from diffusion.runtime.digests import leaf_sha256, named_leaves
 from diffusion.runtime.verification import DamagedCheckpoint
 
+RANKS = "test_loss"  # the metric by which checkpoints are ranked
 DAMAGED = "damaged"  # where `resume` moves what cannot be used; nothing is ever deleted from it
 
 
@@ -34,25 +35,18 @@ class Checkpoints:
 
     Args:
         directory: holds one directory per saved step.
-        keep: how many of the latest checkpoints to keep; the one with the lowest `metric` is kept as well.
-        metric: the entry of `save`'s metrics that ranks checkpoints.
+        keep: how many of the latest checkpoints to keep; the one with the lowest test_loss is kept as well.
         data_sha256: the digests of what is trained on, by their names; every checkpoint that is saved holds them.
     """
 
-    def __init__(
-        self,
-        directory: str | Path,
-        keep: int = 3,
-        metric: str = "test_loss",
-        data_sha256: dict[str, str] | None = None,
-    ):
+    def __init__(self, directory: str | Path, keep: int = 3, data_sha256: dict[str, str] | None = None):
         if keep < 1:
             raise ValueError(f"cannot keep the last {keep} checkpoints: at least 1 is needed to resume")
         self.directory = Path(directory).absolute()
-        self._metric, self._data_sha256 = metric, data_sha256 or {}
+        self._data_sha256 = data_sha256 or {}
         self._unfinished: int | None = None  # the step whose save is not known to be on disk
         # Orbax keeps what sorts last in descending order; a checkpoint that was not scored comes first.
-        best = checkpoint_managers.BestN(get_metric_fn=self._score, reverse=True, n=1)
+        best = checkpoint_managers.BestN(get_metric_fn=_score, reverse=True, n=1)
         last = checkpoint_managers.LatestN(keep)
         # The process that calls is the only one: what the others hold is the same, and none waits for them.
         me = jax.process_index()
@@ -65,7 +59,7 @@ class Checkpoints:
                 create=False,
                 step_name_format=_CompleteSteps(),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy([last, best]),
-                best_fn=self._score,
+                best_fn=_score,
                 best_mode="min",
                 multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
             ),
@@ -99,10 +93,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """The step of the sound checkpoint with the lowest metric, the later of equals; None if unscored."""
+        """The step of the sound checkpoint with the lowest test_loss, the later of equals; None if unscored."""
         self.wait()
         metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        scores = {step: row[self._metric] for step, row in metrics.items() if self._metric in row}
+        scores = {step: row[RANKS] for step, row in metrics.items() if RANKS in row}
         return min(scores, key=lambda step: (scores[step], -step), default=None)
 
     def trained_on(self) -> dict[str, str]:
@@ -116,7 +110,7 @@ class Checkpoints:
         """The newest sound checkpoint as `restore` returns it; None if nothing was ever saved.
 
         Every damaged checkpoint that is newer than it, and every interrupted save, is named in a warning and moved
-        into damaged/. So this is for the run that owns the directory; what only reads takes `restore`.
+        into damaged/. This is for the run that owns the directory. Use `restore` to read without moving anything.
 
         Raises:
             OSError: a checkpoint cannot be read; nothing is moved, for that is not damage.
@@ -263,15 +257,16 @@ class Checkpoints:
                 "those before it are untouched"
             ) from error
 
-    def _score(self, metrics: dict[str, float]) -> float:
-        return metrics.get(self._metric, float("inf"))
-
     def _move_aside(self, path: Path) -> Path:
         """Renames what is left of a checkpoint into a folder of its own in damaged/."""
         (self.directory / DAMAGED).mkdir(exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=self.directory / DAMAGED)) / path.name
         os.replace(path, aside)
         return aside
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics.get(RANKS, float("inf"))
 
 
 def _entries_of(like: PyTree) -> set[str]:

@@ -132,7 +132,7 @@ def test_from_one_image_to_all_of_them():
     t = np.array([1, 300, 700, 900, 1000])
     data = empirical.in_blocks(images, 256, 16)
     weight, posterior = posterior_of(data, s[t], latents(s, images, 256, t))
-    np.testing.assert_allclose(posterior.effective_images[np.array([0, 4])], [1, 60], rtol=1e-5)
+    np.testing.assert_allclose(np.exp(posterior.entropy_nats)[np.array([0, 4])], [1, 60], rtol=1e-5)
     np.testing.assert_allclose(weight[4, :60], 1 / 60, rtol=1e-5)
     np.testing.assert_allclose(posterior.x0_mean[4], unit(images, 256).mean(axis=0), atol=1e-6)
 

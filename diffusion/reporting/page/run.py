@@ -5,6 +5,7 @@ import re
 import shlex
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from markupsafe import Markup
 
 from diffusion.reporting.page import numbers, parts
@@ -62,13 +63,7 @@ def page(contents: Contents) -> str:
 
 def flat(groups: dict[str, Any]) -> dict[str, Any]:
     """{"unet": {"channels": 128}} -> {"unet.channels": 128}; without the version of the program."""
-    values: dict[str, Any] = {}
-    for name, value in groups.items():
-        if isinstance(value, dict):
-            values |= {f"{name}.{key}": item for key, item in flat(value).items()}
-        elif name != "version":
-            values[name] = value
-    return values
+    return {name: value for name, value in flatten_dict(groups, sep=".").items() if name != "version"}
 
 
 def _state(config: dict[str, Any], summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -83,7 +78,6 @@ def _lead(config: dict[str, Any], scores: dict[str, Any]) -> str:
     """The experiment in a sentence."""
     if not config:
         return ""
-
 
     def value(key: str) -> str:
         return text_of(config.get(key))
