@@ -188,11 +188,10 @@ def plan(config: ConfigDict) -> loop.Plan:
     On the CPU backend a call has one step, because gradients of convolutions are many times slower inside a loop.
     """
     settings = config.train
-    steps_per_call = settings.steps_per_call
     return loop.Plan(
         seed=config.seed,
         num_steps=settings.num_steps,
-        steps_per_call=1 if runs_on_cpu() else steps_per_call,
+        steps_per_call=1 if runs_on_cpu() else settings.steps_per_call,
         checkpoint_every=settings.checkpoint_every,
         sample_every=settings.sample_every,
         quality_every=config.quality.every,

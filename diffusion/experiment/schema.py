@@ -94,7 +94,6 @@ LONGER = Partly("only up", _why_not_longer)
 ABOVE_0 = Partly("above 0", _why_not_skipping)
 
 NETWORK_GIVEN = ("out_channels", "num_classes", "parent", "name")
-FREE_FIELDS = ("unet.remat",)
 # The variance that the network was trained with, or one that needs nothing more than its mean.
 FOR_A_TRAINED_MEAN = Choice({"model": None} | {k: v for k, v in reverse.VARIANCES.items() if not v.is_learned})
 # What a learned schedule starts from.
@@ -221,9 +220,8 @@ def network_keys() -> dict[str, Key]:
         helps = _helps(module)
         for field in dataclasses.fields(module):
             if field.name not in NETWORK_GIVEN:
-                name = f"{network}.{field.name}"
-                text = helps.get(field.name, "")
-                keys[name] = Key(field.default, of_type(field.type), text, name in FREE_FIELDS)
+                name, words = f"{network}.{field.name}", helps.get(field.name, "")
+                keys[name] = Key(field.default, of_type(field.type), words, free=name == "unet.remat")
     by_backend = one_of("auto", "xla", "winograd")
     keys["unet.convolution"] = Key("auto", by_backend, "of 3×3 kernels; auto: winograd on CPUs, else xla", FREE)
     return keys

@@ -57,10 +57,7 @@ class Plan:
         Each length is a compilation, so there are two. No call goes beyond a step after which something happens: what
         is left before it is made of single steps.
         """
-        every = (
-            *(log_every, self.checkpoint_every, self.sample_every, self.quality_every),
-            self.check_replicas_every,
-        )
+        every = [log_every, self.checkpoint_every, self.sample_every, self.quality_every, self.check_replicas_every]
         intervals = [interval for interval in every if interval]
         longest = min([self.steps_per_call, self.num_steps, *intervals])
         left = min([self.num_steps - step, *(interval - step % interval for interval in intervals)])

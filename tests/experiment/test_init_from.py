@@ -82,6 +82,16 @@ def test_weights_are_scored_and_sampled_without_a_checkpoint(tiny, network, publ
         evaluate.run(tiny(init_from=str(shutil.copytree(published, tmp_path / "other"))), tmp_path / "run")
 
 
+def test_reading_the_weights_of_a_run_that_is_there_writes_nothing(tiny, tmp_path):
+    experiment = build.experiment(tiny(), (16, 16, 3), 256)
+    workdir.claim(tiny(), tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").stat()
+    assert workdir.restore(experiment, tmp_path / "run").step == 0
+    after = (tmp_path / "run" / "config.json").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
 def test_a_checkpoint_that_was_trained_from_them_comes_first(tiny, tmp_path):
     experiment = build.experiment(tiny(), (16, 16, 3), 256)
     trained = jax.device_get(experiment.initial_state()).replace(step=np.int32(7))
