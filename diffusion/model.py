@@ -1,4 +1,4 @@
-"""A diffusion model as evaluation, sampling and coding take it: four things, whatever they came from."""
+"""A diffusion model as evaluation, sampling and coding take it: what it needs, whatever it came from."""
 
 import dataclasses
 from typing import Any

@@ -24,7 +24,7 @@ from diffusion.training.schedule import TrainedSchedule
 
 @flax.struct.dataclass
 class TrainState:
-    """One replica's state; a checkpoint is exactly this.
+    """One replica's state; a checkpoint holds it, with digests.
 
     Randomness and data order follow from (seed, step) and are not part of it. `window` sums the metrics since the
     last row of metrics.jsonl, so that a run that was stopped in between writes the same row as one that was not. Its
