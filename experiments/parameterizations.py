@@ -30,7 +30,7 @@ from diffusion.experiment import build, workdir
 from diffusion.reporting import page, summary
 from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
-from experiments import results, sweep
+from experiments import intervals, results, sweep
 from experiments.commands import exit_with
 from experiments.parameterization_report import OBJECTIVES, SYMBOLS, markdown, plot_shares, plot_training, plot_weights
 
@@ -246,7 +246,8 @@ def training(runs: list[results.FinishedRun]) -> list[dict[str, Any]]:
         less_v_bpd = None
         if v and len(v.runs) == len(row.runs):
             differences = [a.image_bpd - b.image_bpd for a, b in zip(row.runs, v.runs, strict=True)]
-            less_v_bpd = results.confidence_interval(np.mean(differences, axis=0))
+            less = intervals.of_mean(np.mean(differences, axis=0))
+            less_v_bpd = less.mean, less.low, less.high
         table.append(
             {
                 "prediction": prediction,

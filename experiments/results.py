@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import schema, workdir
 from diffusion.programs import quality
 from diffusion.reporting.page import numbers
 from diffusion.runtime.digests import short_sha256
-from experiments import tables
+from experiments import intervals, tables
 
 # The axes of a grid, and the config keys behind them.
 AXES = {
@@ -223,14 +222,8 @@ def differences(table: list[Row]) -> list[Difference]:
         both = [run for run in one.runs if run.config["seed"] in by_seed]
         if both:
             by_image = np.stack([run.image_bpd - by_seed[run.config["seed"]] for run in both])
-            interval = confidence_interval(by_image.mean(axis=0))
+            interval = intervals.of_mean(by_image.mean(axis=0))
             a, b = (row.setting["variance"] for row in (one, other))
-            found.append(Difference(rest, a, b, *interval, by_image.mean(axis=1).tolist()))
+            ends = interval.mean, interval.low, interval.high
+            found.append(Difference(rest, a, b, *ends, by_image.mean(axis=1).tolist()))
     return found
-
-
-def confidence_interval(samples: Float[np.ndarray, " n"]) -> tuple[float, float, float]:
-    """The mean of independent samples and the ends of Student's 95% confidence interval for it."""
-    mean, stderr = tables.mean_and_stderr(samples)
-    half = float(stats.t.ppf(0.975, len(samples) - 1)) * stderr
-    return mean, mean - half, mean + half

@@ -1,0 +1,74 @@
+"""The 95% interval of a mean of few values, such as one per seed, and the one way in which tables print it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+    """The mean of n values and the half-width of its interval: NaN for one value, which has none."""
+
+    mean: float
+    half_width: float
+    n: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half_width
+
+
+def of_mean(values: Iterable[float]) -> Interval:
+    """Student's t interval of the mean of independent values that vary like a normal distribution.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    values = np.array(list(values), np.float64)
+    n = len(values)
+    if not n:
+        raise ValueError("no values have a mean")
+    if n == 1:
+        return Interval(float(values[0]), np.nan, 1)
+    if np.ptp(values) == 0:  # the rounding of their mean is no spread
+        return Interval(float(values[0]), 0.0, n)
+    quantile = stats.t.ppf((1 + LEVEL) / 2, n - 1)
+    return Interval(float(values.mean()), float(quantile * stats.sem(values)), n)
+
+
+def paired(values: Mapping[Any, float], base: Mapping[Any, float]) -> dict[Any, float]:
+    """Each value less the base's of the same key, such as its seed; keys that only one of them has are left out."""
+    return {key: value - base[key] for key, value in values.items() if key in base}
+
+
+def text(interval: Interval, digits: int, signed: bool = False) -> str:
+    """The mean ± the half-width, with so many digits after the point; the table's caption is `caption`.
+
+    A half-width is never rounded to 0, and equal values are called so: neither says that nothing varies.
+    """
+    mean = f"{interval.mean:{'+' if signed else ''}.{digits}f}"
+    half = interval.half_width
+    if interval.n == 1:
+        return mean
+    if half == 0:
+        return f"{mean} (all {interval.n} equal)"
+    shown = f"{half:.{digits}f}"
+    return f"{mean} ± {shown if float(shown) else f'{half:.1g}'}"
+
+
+def caption(counts: Iterable[int], unit: str = "seed") -> str:
+    """What the numbers of `text` are, for values that are as many as `counts` says: one count for each row."""
+    counts = set(counts)
+    low, high = min(counts), max(counts)
+    if high == 1:
+        return f"one {unit}, no interval"
+    n = str(high) if low == high else f"{low} to {high}"
+    without = f"; one {unit} has no interval" if low == 1 else ""
+    return f"mean ± {LEVEL:.0%} interval (Student's t, n = {n} {unit}s{without})"
