@@ -17,8 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-# Of a network that is conditioned on γ: the range of network_t, whose embedding is made for 1000 steps.
-GAMMA_SCALE = 1000.0
 # float32 [T + 1], or [] in a row; an array of JAX or of NumPy, or its shape.
 Table = Any
 
@@ -32,7 +30,7 @@ class Schedule:
     """
 
     t: Table  # 0…T, int32
-    network_t: Table  # what the network is conditioned on: t − 1, or the unspaced original
+    network_t: Table  # what the network is conditioned on: t − 1, of the unspaced schedule; or see `conditioning`
     beta: Table  # β_t
     log_beta: Table
     log_alpha: Table
@@ -188,20 +186,6 @@ SCHEDULES = {
     "harmonic": harmonic,
     "linear_gamma": linear_gamma,
 }
-
-
-def conditioned_on_gamma(schedule: Schedule, low: ArrayLike, high: ArrayLike) -> Schedule:
-    """The schedule with network_t = 1000 (γ_t − low)/(high − low), so that a network is told how noisy x_t is.
-
-    It is then the same network for every T. A learned γ_t passes its gradient through the network, too. Kingma et al.
-    (2021, VDM), whose program rescales γ by its ends before training and multiplies by 1000.
-
-    Args:
-        schedule: whose γ_T is finite.
-        low, high: γ_1 and γ_T of the schedule before training.
-    """
-    scaled = GAMMA_SCALE * (-schedule.log_snr - low) / (high - low)
-    return dataclasses.replace(schedule, network_t=jnp.where(schedule.t > 0, scaled, -1.0))
 
 
 def respace(schedule: Schedule, keep: Sequence[int] | ArrayLike) -> Schedule:

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from scipy.special import log_softmax
 
-from diffusion import reverse, schedules
+from diffusion import conditioning, reverse, schedules
 from diffusion.codec import Codec, Message, grid
 from diffusion.exact import oracles
 from diffusion.model import Model
@@ -49,7 +49,7 @@ def test_with_the_decoder_by_bayes_rule_the_code_is_as_long_as_its_formula():
 
     def told_gamma(num_steps):
         schedule = schedules.linear_gamma(num_steps, gamma_min=-6.0)
-        return schedules.conditioned_on_gamma(schedule, -6.5, 5.5)  # ends that were learned are others than at first
+        return conditioning.on_gamma(schedule, -6.5, 5.5)  # ends that were learned are others than at first
 
     images, model = normal_images(100), exact_model(40, told_gamma, decoder="bayes")
     codec = Codec(model, SHAPE, 100, precision=3)

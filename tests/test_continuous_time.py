@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from diffusion import continuous_time, parameterizations, process, reverse, schedules
+from diffusion import conditioning, continuous_time, parameterizations, process, reverse, schedules
 from diffusion.exact import oracles
 
 
@@ -33,7 +33,7 @@ def test_an_instant_is_the_limit_of_the_steps_that_end_there():
 
 
 def test_resampling_keeps_the_curve_and_its_ends():
-    schedule = schedules.conditioned_on_gamma(schedules.cosine(20), -8.0, 6.0)
+    schedule = conditioning.on_gamma(schedules.cosine(20), -8.0, 6.0)
     same, fine = continuous_time.resampled(schedule, 20), continuous_time.resampled(schedule, 500)
     for name in ("log_snr", "network_t", "beta", "beta_tilde", "posterior_x0"):
         np.testing.assert_allclose(getattr(same, name), getattr(schedule, name), rtol=2e-5, atol=1e-6, err_msg=name)

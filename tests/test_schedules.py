@@ -145,14 +145,6 @@ def test_bad_input_is_refused_in_one_line(call, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_network_is_told_gamma_on_the_scale_of_1000_steps():
-    schedule = schedules.conditioned_on_gamma(schedules.linear_gamma(101), -13.3, 5.0)
-    np.testing.assert_allclose(schedule.network_t[1:], np.linspace(0, 1000, 101), atol=1e-2)
-    np.testing.assert_allclose(
-        schedules.respace(schedule, [1, 51, 101]).network_t, [-1, 0, 500, 1000], atol=1e-2
-    )
-
-
 def test_linear_gamma_in_float64():
     schedule = schedules.linear_gamma(1000)
     gamma = np.linspace(-13.3, 5.0, 1000)

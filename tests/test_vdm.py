@@ -15,6 +15,7 @@ from flax import linen as nn
 from scipy.special import log_softmax
 
 from diffusion import (
+    conditioning,
     gaussian,
     learned_schedule,
     likelihood,
@@ -86,7 +87,7 @@ def training(times, inner):
     num_steps = len(OWN["logits"]) + 1
 
     def schedule_of(params):
-        return schedules.conditioned_on_gamma(learned_schedule.of_params(params), LOW, HIGH)
+        return conditioning.on_gamma(learned_schedule.of_params(params), LOW, HIGH)
 
     return Training(
         network=Toy(),

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from diffusion import data, learned_schedule, objectives, reverse, schedules, timesteps
+from diffusion import conditioning, data, learned_schedule, objectives, reverse, timesteps
 from diffusion.evaluation import bound
 from diffusion.evaluation.features import Features
 from diffusion.experiment import config as config_lib
@@ -255,10 +255,12 @@ def _network(
 def _schedule_of(config: ConfigDict, start: Schedule, learned: Learned | None) -> Callable[[PyTree], Schedule]:
     """params -> the schedule, with what the network is conditioned on."""
     of_params = learned_schedule.of_params if learned else lambda params: start
-    if config.model.conditioning == "t":
-        return of_params
-    low, high = -start.log_snr[1], -start.log_snr[-1]
-    return lambda params: schedules.conditioned_on_gamma(of_params(params), low, high)
+    if config.model.conditioning == "gamma":
+        low, high = -start.log_snr[1], -start.log_snr[-1]
+        return lambda params: conditioning.on_gamma(of_params(params), low, high)
+    if config.model.rescale_t:
+        return lambda params: conditioning.on_rescaled_t(of_params(params))
+    return of_params
 
 
 def _objective(config: ConfigDict, p: Reverse, num_levels: int) -> objectives.Objective:

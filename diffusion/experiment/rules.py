@@ -151,6 +151,16 @@ RULES = (
         "model.conditioning={c.model.conditioning!r} is not told",
     ),
     Rule(
+        lambda it: it.config.model.rescale_t and it.config.model.conditioning != "t",
+        "model.rescale_t={c.model.rescale_t} rescales t, of which a network with "
+        "model.conditioning={c.model.conditioning!r} is not told",
+    ),
+    Rule(
+        lambda it: it.config.sample.guidance_interval and it.config.model.rescale_t,
+        "sample.guidance_interval={c.sample.guidance_interval} is in steps, of which a network with "
+        "model.rescale_t={c.model.rescale_t} is not told",
+    ),
+    Rule(
         lambda it: it.config.eval.terms_per_image >= it.config.schedule.num_steps,
         "eval.terms_per_image={c.eval.terms_per_image} must be below schedule.num_steps={c.schedule.num_steps}; "
         "0 takes every term",

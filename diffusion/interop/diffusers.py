@@ -36,7 +36,6 @@ FIXED_CONFIG = {
     "freq_shift": 1,  # the frequencies divide by width/2 - 1
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2D",
-    "norm_eps": 1e-6,
     "resnet_time_scale_shift": "default",  # the time embedding is added
     "time_embedding_dim": None,  # 4 * the first width
     "time_embedding_type": "positional",
@@ -55,7 +54,7 @@ SIZES = {"sample_size", "in_channels", "out_channels"}
 SIZES |= {"block_out_channels", "layers_per_block", "norm_num_groups"}
 BLOCK_TYPES = {"down_block_types", "up_block_types"}
 # ... and what may be absent; num_train_timesteps does not concern this kind of time embedding.
-OPTIONAL = {"dropout", "num_class_embeds", "num_train_timesteps"}
+OPTIONAL = {"dropout", "norm_eps", "num_class_embeds", "num_train_timesteps"}
 
 # Inside the modules of `UNet` -> inside the published ones.
 PART_NAMES = {
@@ -132,6 +131,7 @@ def save_diffusers(directory: str | Path, unet: UNet, params: PyTree, sample_siz
         "block_out_channels": [unet.channels * factor for factor in unet.channel_mult],
         "layers_per_block": unet.num_res_blocks,
         "norm_num_groups": unet.num_groups,
+        "norm_eps": unet.norm_eps,
         "dropout": unet.dropout,
         "num_class_embeds": unet.num_classes or None,
         **_block_types(attends),
@@ -157,6 +157,10 @@ def _unet_of(config: dict[str, Any]) -> tuple[UNet, tuple[int, int, int]]:
         if not all(type(size) is int and size > 0 for size in np.ravel(np.array(config[key], dtype=object))):
             raise ValueError(f"{key}={config[key]!r} must consist of positive integers.")
 
+    norm_eps = config.get("norm_eps", ABSENT_CONFIG["norm_eps"])
+    if type(norm_eps) is not float or not 0 < norm_eps < 1:
+        raise ValueError(f"norm_eps={norm_eps!r} must be a number in (0, 1).")
+
     height, width = np.broadcast_to(config["sample_size"], 2).tolist()
     widths = config["block_out_channels"]
     attends = [block_type == "AttnDownBlock2D" for block_type in config["down_block_types"]]
@@ -175,6 +179,7 @@ def _unet_of(config: dict[str, Any]) -> tuple[UNet, tuple[int, int, int]]:
         num_res_blocks=config["layers_per_block"],
         attention_resolutions=tuple(height >> level for level, attend in enumerate(attends) if attend),
         num_groups=config["norm_num_groups"],
+        norm_eps=norm_eps,
         dropout=config.get("dropout", 0.0),
         num_classes=config.get("num_class_embeds") or 0,
         out_channels=config["out_channels"],

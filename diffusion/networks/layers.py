@@ -55,12 +55,13 @@ class LabelEmbedding(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """scale * (h - mean) / sqrt(variance + 1e-6) + bias, with statistics over the map and a group's channels.
+    """scale * (h - mean) / sqrt(variance + eps) + bias, with statistics over the map and a group's channels.
 
     Wu & He (2018), in float32. The variance takes a second pass, because E[h^2] - E[h]^2 cancels.
     """
 
     num_groups: int
+    eps: float = 1e-6
 
     @nn.compact
     def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -69,7 +70,7 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (features,))
 
         centred, variance = centre(h.astype(jnp.float32), self.num_groups)
-        factor = lax.rsqrt(variance + 1e-6) * scale[None, None, None]
+        factor = lax.rsqrt(variance + self.eps) * scale[None, None, None]
         return centred * factor + bias[None, None, None]
 
 
@@ -94,11 +95,12 @@ class Attention(nn.Module):
     num_groups: int
     num_heads: int
     dtype: DTypeLike
+    norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         batch, height, width, channels = h.shape
-        normed = GroupNorm(self.num_groups, name="norm")(h)
+        normed = GroupNorm(self.num_groups, self.norm_eps, name="norm")(h)
         query, key, value = (
             Dense(channels, dtype=self.dtype, name=name)(normed).reshape(
                 batch, height * width, self.num_heads, channels // self.num_heads

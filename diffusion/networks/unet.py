@@ -46,6 +46,7 @@ class ResidualBlock(nn.Module):
     scale_shift_norm: bool
     dtype: str
     convolution: str = "xla"
+    norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(
@@ -58,11 +59,11 @@ class ResidualBlock(nn.Module):
         time_features = 2 * self.features if self.scale_shift_norm else self.features
         time = Dense(time_features, dtype=self.dtype, name="time")(nn.swish(embedding))[:, None, None, :]
 
-        h = nn.swish(GroupNorm(self.num_groups, name="norm_1")(h))
+        h = nn.swish(GroupNorm(self.num_groups, self.norm_eps, name="norm_1")(h))
         h = conv(self.features, dtype=self.dtype, name="conv_1")(h)
         if not self.scale_shift_norm:
             h = h + time
-        h = GroupNorm(self.num_groups, name="norm_2")(h)
+        h = GroupNorm(self.num_groups, self.norm_eps, name="norm_2")(h)
         if self.scale_shift_norm:
             scale, shift = jnp.split(time.astype(jnp.float32), 2, axis=-1)
             h = h * (1.0 + scale) + shift
@@ -87,6 +88,7 @@ class UNet(nn.Module):
         between the two blocks in the middle is `mid_attention`'s.
       mid_attention: whether there is attention between the two blocks in the middle.
       num_groups: groups of every group normalization.
+      norm_eps: what every group normalization adds to the variance. Ho et al.'s program adds 1e-6, PyTorch 1e-5.
       num_heads: heads of every attention; they share the channels out between them.
       dropout: probability with which an activation is dropped where dropout_keys are given.
       scale_shift_norm: the time embedding scales and shifts a block's second norm instead of being added before.
@@ -109,6 +111,7 @@ class UNet(nn.Module):
     attention_resolutions: tuple[int, ...] = (16,)
     mid_attention: bool = True
     num_groups: int = 32
+    norm_eps: float = 1e-6
     num_heads: int = 1
     dropout: float = 0.1
     scale_shift_norm: bool = False
@@ -134,6 +137,8 @@ class UNet(nn.Module):
             raise ValueError(f"unet.num_res_blocks={self.num_res_blocks} must be in 1…{MAX_BLOCKS}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"unet.dropout={self.dropout} must be in [0, 1)")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"unet.norm_eps={self.norm_eps} must be in (0, 1)")
         if not all(0 <= exponent <= MAX_EXPONENT for exponent in self.fourier_features):
             raise ValueError(f"unet.fourier_features={self.fourier_features} must be in 0…{MAX_EXPONENT}, or ()")
         if height % 2**halvings or width % 2**halvings:
@@ -178,7 +183,8 @@ class UNet(nn.Module):
         residual_block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
 
         def block(h: Array, features: int, name: str) -> Array:
-            fields = (features, self.num_groups, self.dropout, self.scale_shift_norm, self.dtype, self.convolution)
+            fields = (features, self.num_groups, self.dropout, self.scale_shift_norm)
+            fields += (self.dtype, self.convolution, self.norm_eps)
             return residual_block(*fields, name=name)(h, embedding, dropout_keys if self.dropout else None)
 
         # In float32, as the last convolution: bfloat16 would blur the pixel values of an almost clean image.
@@ -187,7 +193,7 @@ class UNet(nn.Module):
         skips = self._down(h, block)
         h = self._middle(skips[-1], block)
         h = self._up(h, skips, block)
-        h = nn.swish(GroupNorm(self.num_groups, name="norm_out")(h))
+        h = nn.swish(GroupNorm(self.num_groups, self.norm_eps, name="norm_out")(h))
         return self._conv(self.out_channels, kernel_init=near_zero, **EXACT, name="conv_out")(h)
 
     @nn.nowrap
@@ -218,7 +224,7 @@ class UNet(nn.Module):
     def _middle(self, h: Array, block: Callable[..., Array]) -> Array:
         h = block(h, h.shape[-1], "mid_block_0")
         if self.mid_attention:
-            h = Attention(self.num_groups, self.num_heads, self.dtype, name="mid_attention")(h)
+            h = Attention(self.num_groups, self.num_heads, self.dtype, self.norm_eps, name="mid_attention")(h)
         return block(h, h.shape[-1], "mid_block_1")
 
     @nn.nowrap
@@ -238,4 +244,4 @@ class UNet(nn.Module):
         """h after attention, at the resolutions that have it."""
         if h.shape[1] not in self.attention_resolutions:
             return h
-        return Attention(self.num_groups, self.num_heads, self.dtype, name=name)(h)
+        return Attention(self.num_groups, self.num_heads, self.dtype, self.norm_eps, name=name)(h)

@@ -213,6 +213,17 @@ def test_a_learned_schedule_is_in_the_parameters(params):
     assert not made().learns_schedule
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "learned(start='cosine')"])
+def test_with_rescale_t_training_and_the_model_tell_the_network_t_of_1000_steps(schedule, params):
+    experiment = made(schedule__name=schedule, model__rescale_t=True)
+    params = params | {learned_schedule.SUBTREE: learned_schedule.init(experiment.start_schedule)}
+    rows = experiment.training.schedule.at_rows(lambda _, row: (row.network_t, {}), params, jnp.arange(1, 6))[0]
+    np.testing.assert_allclose(rows, [0, 200, 400, 600, 800], rtol=1e-6)
+    np.testing.assert_array_equal(experiment.model(params).schedule.network_t[1:], rows)
+    plain = made(schedule__name=schedule).model(params).schedule.network_t
+    np.testing.assert_array_equal(plain, np.arange(6) - 1)
+
+
 def test_a_schedule_that_cannot_be_learned_is_refused_before_anything_is_computed():
     with pytest.raises(ValueError, match="cannot start where log SNR_T = −∞"):
         made(schedule__name="learned(start='harmonic')")

@@ -105,6 +105,7 @@ def test_a_checkpoint_that_was_trained_from_them_comes_first(tiny, tmp_path):
     ("keys", "image_shape", "words"),
     [
         ({"unet__channels": 16}, (16, 16, 3), "unet.channels: 8 there, 16 here$"),
+        ({"unet__norm_eps": 1e-5}, (16, 16, 3), "unet.norm_eps: 1e-06 there, 1e-05 here$"),
         (
             {"unet__num_heads": 2, "unet__num_res_blocks": 2},
             (16, 16, 3),

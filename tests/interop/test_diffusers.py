@@ -47,6 +47,16 @@ def test_config_becomes_fields(published):
     )
 
 
+@pytest.mark.parametrize(("said", "meant"), [(1e-4, 1e-4), ("absent", 1e-5)])
+def test_the_eps_of_the_norms_is_read_and_written(published, tmp_path, said, meant):
+    unet, params = interop.load_diffusers(published)
+    change_config(published, norm_eps=said)
+    other, _ = interop.load_diffusers(published)
+    assert other == unet.copy(norm_eps=meant) and unet.norm_eps == 1e-6
+    interop.save_diffusers(tmp_path / "again", other, params, sample_size=16)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["norm_eps"] == meant
+
+
 def test_old_attention_names_are_the_same_network(published):
     _, params = interop.load_diffusers(published)
     old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -92,6 +102,8 @@ def test_saving_what_was_loaded_writes_the_same_tensors_and_config(published, tm
         ({"sample_size": 12}, "multiples of 8, not 12×12"),
         ({"norm_num_groups": 3}, r"unet\.num_groups=3"),
         ({"layers_per_block": 2.5}, "layers_per_block=2.5"),
+        ({"norm_eps": 0.0}, "norm_eps=0.0 must be a number in"),
+        ({"norm_eps": "1e-5"}, "norm_eps='1e-5' must be a number in"),
         ({"encoder_hid_dim": 4}, "encoder_hid_dim=4"),
     ],
 )

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from diffusion.networks.layers import Attention, Dense, GroupNorm, fourier_features, time_embedding
 
@@ -32,6 +33,16 @@ def test_group_norm_is_exact_where_the_mean_is_large():
     deviation = groups - groups.mean((0, 2), keepdims=True)
     expected = deviation / np.sqrt(groups.var((0, 2), keepdims=True) + 1e-6)
     np.testing.assert_allclose(np.asarray(normed).reshape(16, 2, 2), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-5])
+def test_group_norm_adds_its_eps_to_the_variance(eps):
+    h = 1e-3 * jax.random.normal(jax.random.key(3), (1, 4, 4, 4))  # of a variance like eps
+    normed = GroupNorm(2, eps).apply({"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}, h)
+    groups = np.float64(h).reshape(16, 2, 2)
+    deviation = groups - groups.mean((0, 2), keepdims=True)
+    expected = deviation / np.sqrt(groups.var((0, 2), keepdims=True) + eps)
+    np.testing.assert_allclose(np.asarray(normed).reshape(16, 2, 2), expected, atol=1e-5)
 
 
 def test_gradient_of_group_norm_is_that_of_its_formula():

@@ -95,6 +95,20 @@ def test_initial_output_and_residual_branches_are_nearly_but_not_exactly_zero():
             assert np.all(leaf == (1.0 if path[-1] == "scale" else 0.0)), path
 
 
+def test_every_norm_of_the_network_adds_norm_eps():
+    found = {}
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, GroupNorm):
+            found[context.module.path] = context.module.eps
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        shapes = jax.eval_shape(TINY.copy(norm_eps=0.125).init, jax.random.key(0), *inputs())["params"]
+    assert found.keys() == {path[:-1] for path in flatten_dict(shapes) if path[-1] == "scale"}
+    assert set(found.values()) == {0.125} and UNet().norm_eps == 1e-6
+
+
 def test_fourier_features_change_only_the_first_convolution():
     plain = flatten_dict(param_shapes(TINY, (8, 8, 1)))
     featured = flatten_dict(param_shapes(TINY.copy(fourier_features=(2, 3, 4)), (8, 8, 1)))
@@ -236,6 +250,7 @@ def test_output_has_the_shape_of_the_image(image_shape):
         ({"num_res_blocks": 0}, (8, 8, 1), r"unet\.num_res_blocks=0 must be in 1…256"),
         ({"num_res_blocks": 10**9}, (8, 8, 1), r"unet\.num_res_blocks=1000000000 must be in 1…256"),
         ({"dropout": 1.0}, (8, 8, 1), r"unet\.dropout=1\.0 must be in \[0, 1\)"),
+        ({"norm_eps": 0.0}, (8, 8, 1), r"unet\.norm_eps=0\.0 must be in \(0, 1\)"),
         ({"fourier_features": (2, -1)}, (8, 8, 1), r"unet\.fourier_features=\(2, -1\) must be in 0…24, or \(\)"),
         ({"fourier_features": (10**9,)}, (8, 8, 1), r"unet\.fourier_features=\(1000000000,\) must be in 0…24, or \(\)"),
         ({"num_groups": 3}, (8, 8, 1), r"unet\.num_groups=3 .*\[8, 16\]"),

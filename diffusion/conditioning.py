@@ -1,0 +1,41 @@
+"""What a network is told of the noise in x_t: the table `network_t`, where it is not t − 1.
+
+Both tables run to about 1000, the range that a time embedding is made for, and go with the schedule, so that training,
+the bound, the samplers and the codec tell the network the same. Their entry of t = 0 is below all others; no network is
+asked about clean data.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from diffusion.schedules import Schedule
+
+NUM_STEPS = 1000.0  # T of Ho et al. (2020), whose time embedding this is
+
+
+def on_rescaled_t(schedule: Schedule) -> Schedule:
+    """The schedule with network_t = (t − 1) 1000/T, whatever T is; at T = 1000 it is the same schedule.
+
+    Source: Nichol & Dhariwal's program (improved-diffusion, respace.py), whose default is `rescale_timesteps=True`. As
+    there, `schedules.respace` keeps the numbers: those of the T that was trained with.
+
+    Args:
+        schedule: not respaced.
+    """
+    return dataclasses.replace(schedule, network_t=schedule.network_t * (NUM_STEPS / schedule.num_steps))
+
+
+def on_gamma(schedule: Schedule, low: ArrayLike, high: ArrayLike) -> Schedule:
+    """The schedule with network_t = 1000 (γ_t − low)/(high − low), so that a network is told how noisy x_t is.
+
+    It is then the same network for every T. A learned γ_t passes its gradient through the network, too. Kingma et al.
+    (2021, VDM), whose program rescales γ by its ends before training and multiplies by 1000.
+
+    Args:
+        schedule: whose γ_T is finite.
+        low, high: γ_1 and γ_T of the schedule before training.
+    """
+    scaled = NUM_STEPS * (-schedule.log_snr - low) / (high - low)
+    return dataclasses.replace(schedule, network_t=jnp.where(schedule.t > 0, scaled, -1.0))
