@@ -8,6 +8,9 @@ Cost     113,673,219 parameters; 500,000 steps of 64 images, 492 GFLOP per image
 Memory   25 GiB compiled for one H100 (benchmarks.compiled, 2026-11-27), because a batch goes through the network in
          four parts; at most 68 GiB by --mode=describe
 Expect   the paper gives pictures, but neither FID nor bits per dimension; not run here
+Equals   the paper and its program (run_celebahq.py): network, schedule, loss, Adam, warm-up, batch, flips, no
+         dropout, and samples drawn with the variance β̃_t, where the program for CIFAR-10 takes β_t
+Differs  the program trains on all 30,000 pictures; gradient clip, Adam's ε and FID as in cifar10.py
 """
 
 from ml_collections import ConfigDict
@@ -19,6 +22,7 @@ def get_config() -> ConfigDict:
     """What differs from CIFAR-10; lsun256 starts from here."""
     config = cifar10.get_config()
     config.data.name = "celeb_a_hq/256"
+    config.model.variance = "fixed_small"
     config.unet.channel_mult = (1, 1, 2, 2, 4, 4)
     config.unet.dropout = 0.0
     config.optim.learning_rate = 2e-5

@@ -4,7 +4,12 @@
 
 Data     official CIFAR-10 (163 MB, downloaded once), or a directory prepared by TFDS: --config.data.data_dir=DIR
 Cost     35,746,307 parameters; 800,000 steps of 128 images; about 35 GFLOP per image and step
-Expect   the paper: 3.75 bits/dim on test (3.72 on train), FID 3.17; not yet reproduced here
+Expect   the paper: at most 3.75 bits/dim on test (3.72 on train), FID 3.17; not yet reproduced here
+Equals   the paper and its program (hojonathanho/diffusion): network and initialization, schedule, loss, Adam,
+         warm-up, EMA, batch, flips; x̂_0 is clipped where samples are drawn and scored
+Differs  the program clips the gradient of each replica, before the sum over replicas, and TensorFlow's Adam adds
+         its ε elsewhere. It scores 9,984 test images, with an approximate CDF in the decoder (eval.protocol=ho2020
+         does so, too), and takes FID of samples that are not rounded to pixel values
 
 This file sets what makes the experiment. All other keys are at their defaults: --mode=describe and docs/config_keys.md
 list every key with its help. Other configs start from this one and change what differs. A name may carry arguments of

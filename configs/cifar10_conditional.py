@@ -9,9 +9,10 @@ Cost     35,751,427 parameters; 800,000 steps of 128 images, as configs/cifar10.
          passes per step
 Expect   nothing is published at this size, and it was not trained here. ImageNet 64×64 in the paper, labels left out
          of 10% (table 1): FID 1.80 unguided, 1.55 at w = 0.1, 3.03 at w = 0.3, 12.6 at w = 1
-
-Theirs: a tenth of the labels left out, ε-prediction, the simple loss, cosine log-SNR, no weight on t. Ours: T = 1000
-discrete steps in place of continuous time, and a fixed variance in place of an interpolated one.
+Equals   the paper: a tenth of the labels left out, ε-prediction, the simple loss without a weight on t, one network
+         for both
+Differs  T = 1000 steps and Nichol & Dhariwal's cosine in place of continuous time and a log SNR that follows a
+         cosine; a fixed variance in place of an interpolated one; the data, and Ho et al.'s network for them
 """
 
 from ml_collections import ConfigDict

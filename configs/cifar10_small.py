@@ -5,8 +5,10 @@
 Data     official CIFAR-10, or a directory prepared by TFDS: --config.data.data_dir=DIR
 Cost     143,267 parameters; 3,125 steps of 32 images; every test image scored by 9 of its 1,000 terms
 Expect   4.187 bits/dim on pictures recompressed as JPEG; experiments/results/cifar10_small/ compares objectives
-
-What the paper sets for 800,000 steps is set for 3,125 here: the learning rate, its warmup, the EMA; no dropout.
+Equals   Ho et al. (configs/cifar10.py): schedule, prediction, variance, loss, levels and blocks of the network,
+         flips
+Differs  1/16 of the width; what the paper sets for 800,000 steps is set for 3,125: learning rate, warm-up and
+         decay, EMA, batch of 32; no dropout
 """
 
 from ml_collections import ConfigDict

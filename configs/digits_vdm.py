@@ -6,9 +6,12 @@
 Data     scikit-learn's, prepared on first use
 Cost     278,634 parameters; 1,600 steps of 32 images
 Expect   1.88 bits/dim on the 299 held-out images, where the demo reaches 1.83 (docs/vdm.md)
-
-What differs from VDM's CIFAR-10: v-prediction, which learns faster in few steps; the ends of γ, because 17 pixel values
-lie 16 times farther apart than 256; blocks of 32 channels, three down, four up and two in the middle.
+Equals   configs/vdm_cifar10.py: the continuous-time loss, both ends of γ learned, γ as the network's input, no
+         downsampling, attention in the middle alone, AdamW's β and decay, low-discrepancy t
+Differs  v-prediction; γ starts at −7.5, because 17 pixel values lie 16 times farther apart than 256; the curve
+         between the ends is trained, too; 32 channels, three blocks down and four up, no dropout, Fourier features
+         of other exponents; and as digits_fixed.py has them: learning rate and decay, clip of the gradient, EMA,
+         batch
 """
 
 from ml_collections import ConfigDict

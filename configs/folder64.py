@@ -8,6 +8,8 @@ Cost     39,629,062 parameters; 200,000 steps of 64 images, 46 GFLOP per image a
 Memory   5.6 GiB compiled for one H100 (benchmarks.compiled, 2026-11-27); at most 21 GiB by --mode=describe. For less,
          train.grad_accum=2 or 4
 Expect   it depends on the pictures; nothing is measured yet
+Paper    none: a recipe of this project, from Nichol & Dhariwal's network and L_hybrid, v-prediction and
+         low-discrepancy t; it was not compared with any published one
 
 DPM-Solver++ draws samples in 50 steps instead of 1,000. Turn mirroring off (data.flip) where left and right matter, as
 in pictures of text.

@@ -7,7 +7,14 @@ Data     downsampled_imagenet/64x64 as TFDS prepared it, 15.7 GB of pixels that 
 Cost     121,063,942 parameters; 1,500,000 steps of 128 images, 76 GFLOP per image and forward pass
 Memory   26 GiB compiled for one H100 (benchmarks.compiled, 2026-11-27), and 15 more where it keeps the images; at most
          66 GiB by --mode=describe
-Expect   the paper: 3.57 bits/dim and FID 19.2 after 1.5M steps, 3.62 and 28.0 after 200,000; not run here
+Expect   the paper: 3.57 bits/dim and FID 19.2 after 1.5M steps, 3.62 and 28.0 after 200,000 (table 1, seen in
+         transcriptions that agree); not run here
+Equals   the published command of improved-diffusion and its defaults: network, cosine, T = 4000, learned variance,
+         L_hybrid, t·1000/T as the network's input, ε = 1e-5 in GroupNorm, no flips, no dropout, AdamW without
+         decay, no warm-up, no clip, batch, EMA
+Differs  in what the network has from Ho et al.: initialization (theirs: PyTorch's, zeros at the ends), frequencies
+         of the time embedding 10^(−4k/(n − 1)) (theirs: 10^(−4k/n)), downsampling padded at the bottom and right
+         (theirs: all around). The decoder's CDF is exact (theirs: approximate; eval.protocol=ho2020 scores with it)
 """
 
 from ml_collections import ConfigDict
@@ -23,10 +30,12 @@ def get_config() -> ConfigDict:
     config.schedule.name = "cosine"
     config.schedule.num_steps = 4000
     config.model.variance = "learned_range"
+    config.model.rescale_t = True
     config.objective.name = "hybrid"
     config.unet.channel_mult = (1, 2, 3, 4)
     config.unet.num_res_blocks = 3
     config.unet.attention_resolutions = (16, 8)
+    config.unet.norm_eps = 1e-5
     config.unet.num_heads = 4
     config.unet.scale_shift_norm = True
     config.unet.dropout = 0.0

@@ -1,15 +1,19 @@
 """The networks of configs/ are those that their headers name, and every config is one that runs."""
 
 import importlib
+import json
 import re
 
 import jax
 import pytest
 
+from configs import imagenet64
 from diffusion import data
 from diffusion.data import Description
 from diffusion.experiment import build
+from diffusion.experiment import config as config_lib
 from diffusion.programs import describe
+from experiments import ho2020, sweep
 
 # What the sets hold, as their makers say, with the size that the config gives them.
 SETS = {
@@ -38,6 +42,24 @@ def test_the_network_has_the_parameters_that_the_header_names(name):
     experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
     count = sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_state().params))
     assert re.search(r"Cost +([\d,]+) parameters", module.__doc__).group(1) == f"{count:,}"
+
+
+def test_the_two_recipes_of_nichol_and_dhariwal_agree():
+    found = config_lib.flatten(imagenet64.get_config())
+    wanted = config_lib.flatten(sweep.Cell("cifar10", "configs/cifar10.py", ho2020.IMPROVED).config())
+    assert wanted["unet.norm_eps"] == 1e-5 and wanted["model.rescale_t"] and not wanted["data.flip"]
+    for key in ho2020.IMPROVED.keys() - {"train.num_steps"}:
+        assert found[key] == wanted[key], key
+
+
+def test_a_run_made_before_a_key_of_its_config_existed_goes_on_with_what_the_program_did_then():
+    saved = json.loads(config_lib.to_json(imagenet64.get_config()))
+    del saved["model"]["rescale_t"], saved["unet"]["norm_eps"]
+    config, saved = imagenet64.get_config(), config_lib.from_json(json.dumps(saved))
+    refused = ["model.rescale_t: False → True", "unet.norm_eps: 1e-06 → 1e-05"]
+    assert config_lib.differing(config, saved) == refused
+    config.model.rescale_t, config.unet.norm_eps = False, 1e-6
+    assert config_lib.differing(config, saved) == []
 
 
 @pytest.mark.slow

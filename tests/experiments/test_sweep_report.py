@@ -271,5 +271,10 @@ def test_published_numbers_stand_beside_the_settings_that_they_are_of():
     assert published(BASE) is None
     best = ho2020.ROWS[-1].cell("full", "0", {})
     assert published(best.base, **best.overrides).test_bpd == 2.94
+    for key in ("unet.norm_eps", "model.rescale_t", "data.flip"):
+        assert published(best.base, **{name: value for name, value in best.overrides.items() if name != key}) is None
+    older = config_lib.flatten(best.config())
+    del older["unet.norm_eps"]  # a run that was made before the key existed
+    assert variance.target_by_config(results.FinishedRun("run", older, {}, {}, np.zeros(2), np.zeros(2))) is None
     # They trained with dropout 0.3 under the cosine schedule alone.
     assert published(best.base, **best.overrides | {"unet.dropout": "0.1"}) is None
