@@ -17,7 +17,8 @@ from diffusion.programs import sample
 from diffusion.programs.quality import Scorer
 from diffusion.reporting import summary
 from diffusion.variances import X0Variance
-from experiments import commands, tables
+from experiments import commands, intervals, tables
+from experiments.intervals import Interval
 
 COMPUTED = ("frechet_distance", "precision_recall")  # of quality.METRICS
 METRICS = ("frechet_distance", "precision", "recall")  # their numbers
@@ -34,7 +35,7 @@ class Study(NamedTuple):
         features: the value of quality.features by which samples are compared.
         scorer: compares them.
         num_images: samples of a set.
-        num_sets: disjoint sets of each way of drawing; how far their scores are apart is the error of one.
+        num_sets: disjoint sets of each way of drawing; set k of every way starts from the same noise.
     """
 
     directory: Path
@@ -59,10 +60,10 @@ class Study(NamedTuple):
         images = sample.read(folder, total)
         return images.reshape(self.num_sets, self.num_images, *images.shape[1:])
 
-    def scores(self, images: UInt8[np.ndarray, "sets n h w c"]) -> dict[str, float]:
-        """The mean over sets of each of METRICS, and its standard deviation under NAME_spread (NaN for one set)."""
+    def scores(self, images: UInt8[np.ndarray, "sets n h w c"]) -> dict[str, list[float]]:
+        """Each of METRICS, one number for each set."""
         by_set = [self.scorer.numbers([of_set], len(of_set), COMPUTED) for of_set in images]
-        return spread({name: [numbers[name] for numbers in by_set] for name in METRICS})
+        return {name: [numbers[name] for numbers in by_set] for name in METRICS}
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -71,7 +72,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint; gets the results")
     parser.add_argument("--features", default="classifier", help="a value of quality.features")
     parser.add_argument("--num_images", type=int, default=1000, help="samples of a set")
-    parser.add_argument("--num_sets", type=int, default=3, help="of samples, for the error")
+    parser.add_argument("--num_sets", type=int, default=3, help="of samples, for the interval")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     return parser
 
@@ -98,15 +99,6 @@ def changed(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:
     return copy.lock()
 
 
-def spread(values: dict[str, list[float]]) -> dict[str, float]:
-    """Of each name's values the mean, and the standard deviation under NAME_spread."""
-    found = {}
-    for name, of_name in values.items():
-        found[name] = float(np.mean(of_name))
-        found[f"{name}_spread"] = tables.spread(of_name)
-    return found
-
-
 def real_images(study: Study, test_set: Source) -> dict[str, float]:
     """The test images' METRICS against the training images: what perfect samples would come to, if as many."""
     numbers = study.scorer.numbers([test_set.images()], len(test_set), COMPUTED)
@@ -116,7 +108,8 @@ def real_images(study: Study, test_set: Source) -> dict[str, float]:
 def protocol(study: Study) -> str:
     """How samples were drawn and compared: what a reader must know to compare the numbers with others."""
     return (
-        f"{study.num_sets} sets of {study.num_images} samples of one trained network; ± is their standard deviation. "
+        f"{study.num_sets} sets of {study.num_images} samples of one trained network: "
+        f"{intervals.caption([study.num_sets], 'set')}. Differences are paired by set. "
         "Fréchet distance, precision and recall are against all training images, by the features "
         f"`{study.features}`. The Fréchet distance of few images is biased upwards, and more so for the test images, "
         "which are fewer."
@@ -129,9 +122,40 @@ def provenance() -> str:
     return f"{datetime.date.today()}, {summary.device_name()}, {versions}."
 
 
-def plus_minus(row: dict[str, Any], name: str, digits: int) -> str:
-    """A number of a row with its spread, as a table shows it; – where there is none."""
-    value, spread_of = row.get(name), row.get(f"{name}_spread", np.nan)
-    if value is None or np.isnan(value):
-        return "–"
-    return f"{value:.{digits}f}" + ("" if np.isnan(spread_of) else f" ± {spread_of:.{digits}f}")
+def cell(row: dict[str, Any], name: str, digits: int) -> str:
+    """A number of a row as a table shows it; – where there is none."""
+    return intervals.text(_mean(row, name), digits) if name in row else "–"
+
+
+def less(row: dict[str, Any], base: dict[str, Any], name: str, digits: int) -> str:
+    """A number of a row less the base's, paired by set, as a table shows it."""
+    differences = intervals.paired(dict(enumerate(row[name])), dict(enumerate(base[name])))
+    return intervals.text(intervals.of_mean(differences.values()), digits, signed=True)
+
+
+def curve(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """The means of a number of some rows and the half-widths of their intervals: what a plot shows."""
+    found = [_mean(row, name) for row in rows]
+    return [interval.mean for interval in found], [interval.half_width for interval in found]
+
+
+def save_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows; of a number by sets the mean, the half-width of its interval, and every set's with spaces between."""
+    tables.save_csv(path, [_columns(row) for row in rows])
+
+
+def _columns(row: dict[str, Any]) -> dict[str, Any]:
+    columns = {}
+    for name, value in row.items():
+        if isinstance(value, list):
+            interval = _mean(row, name)
+            columns |= {name: interval.mean, f"{name}_half_width": interval.half_width}
+            columns[f"{name}_by_set"] = " ".join(map(str, value))
+        else:
+            columns[name] = value
+    return columns
+
+
+def _mean(row: dict[str, Any], name: str) -> Interval:
+    """The mean over sets of a number of a row, which is a list with one for each set, or one number."""
+    return intervals.of_mean(np.atleast_1d(row[name]))

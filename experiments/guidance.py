@@ -9,6 +9,7 @@ was stopped goes on.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -49,7 +50,7 @@ def run(study: Study, weights: list[float]) -> None:
         row = {"w": weight} | study.scores(images)
         if weight != UNCONDITIONAL:
             labels = np.arange(images[..., 0, 0, 0].size) % train_set.num_classes
-            row |= drawn.spread({"accuracy": recognised(judge, images, labels.reshape(images.shape[:2]))})
+            row["accuracy"] = recognised(judge, images, labels.reshape(images.shape[:2]))
         rows.append(row)
         shown[weight] = images[0]
     (accuracy,) = recognised(judge, test_set.images()[None], test_set.labels()[None])
@@ -57,7 +58,7 @@ def run(study: Study, weights: list[float]) -> None:
 
     text = markdown(rows, real, study)
     (directory / f"{FILE}.md").write_text(text)
-    tables.save_csv(directory / f"{FILE}.csv", rows)
+    drawn.save_csv(directory / f"{FILE}.csv", rows)
     plot(directory / f"{FILE}.png", rows, real, study)
     save_samples(directory / f"{FILE}_samples.png", shown, study)
     page.refresh(directory)
@@ -72,7 +73,7 @@ def recognised(
     return [float((found == of_set).mean()) for found, of_set in zip(taken_for, labels, strict=True)]
 
 
-def markdown(rows: list[dict[str, float]], real: dict[str, float], study: Study) -> str:
+def markdown(rows: list[dict[str, Any]], real: dict[str, float], study: Study) -> str:
     """The table with what was compared and how."""
     head = [
         f"# Guidance: {study.trained.config.data.name}, step {study.trained.state.step} (EMA)",
@@ -82,16 +83,19 @@ def markdown(rows: list[dict[str, float]], real: dict[str, float], study: Study)
         + " Accuracy: the part of the samples that the data's classifier takes for the label they were drawn with.",
         "",
     ]
-    cells = []
-    for row in [*rows, {"w": REAL} | real]:
-        name = row["w"] if row["w"] == REAL else f"{row['w']:g}"
-        numbers = [drawn.plus_minus(row, metric, 3) for metric in (*METRICS, "accuracy")]
-        cells.append([name, *numbers])
-    columns = ["w", "Fréchet distance", "precision", "recall", "accuracy"]
+    base = next((row for row in rows if row["w"] == 0), None)
+    cells = [_cells(f"{row['w']:g}", row, base) for row in rows] + [_cells(REAL, real, None)]
+    columns = ["w", "Fréchet distance", "less w = 0", "precision", "recall", "accuracy"]
     return "\n".join([*head, tables.markdown(columns, cells), drawn.provenance()]) + "\n"
 
 
-def plot(path: Path, rows: list[dict[str, float]], real: dict[str, float], study: Study) -> None:
+def _cells(name: str, row: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
+    distance, *others = (drawn.cell(row, metric, 3) for metric in (*METRICS, "accuracy"))
+    less = "–" if base is None or row is base else drawn.less(row, base, METRICS[0], 3)
+    return [name, distance, less, *others]
+
+
+def plot(path: Path, rows: list[dict[str, Any]], real: dict[str, float], study: Study) -> None:
     """Every number over w, beside that of the test images."""
     guided = [row for row in rows if row["w"] != UNCONDITIONAL]
     w = [row["w"] for row in guided]
@@ -100,7 +104,7 @@ def plot(path: Path, rows: list[dict[str, float]], real: dict[str, float], study
     for axes, names in ((distance, METRICS[:1]), (parts, (*METRICS[1:], "accuracy"))):
         for number, name in enumerate(names):
             color, label = f"C{number}", name.replace("_", " ").replace("frechet", "Fréchet")
-            axes.errorbar(w, *_curve(guided, name), fmt="o-", color=color, capsize=3, label=label)
+            axes.errorbar(w, *drawn.curve(guided, name), fmt="o-", color=color, capsize=3, label=label)
             axes.axhline(real[name], color=color, linestyle=":")
         axes.set_xlabel("guidance w")
         axes.grid(alpha=0.3)
@@ -108,10 +112,6 @@ def plot(path: Path, rows: list[dict[str, float]], real: dict[str, float], study
     distance.set(ylabel=f"Fréchet distance ({study.features})", ylim=(0, None))
     parts.set(ylim=(0, 1.02))
     figure.savefig(path, dpi=120)
-
-
-def _curve(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
-    return [row[name] for row in rows], [np.nan_to_num(row[f"{name}_spread"]) for row in rows]
 
 
 def save_samples(path: Path, shown: dict[float, UInt8[np.ndarray, "n h w c"]], study: Study) -> None:

@@ -30,7 +30,7 @@ from diffusion.reporting import summary
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import devices
 from diffusion.training import parallel
-from experiments import tables
+from experiments import intervals, tables
 from experiments.commands import argument_parser, exit_with
 
 FILE = "learned_schedule"
@@ -128,11 +128,11 @@ def scorer(config: ConfigDict, train_set: Source, test_set: Source) -> Callable[
 
 
 def markdown(rows: list[dict[str, Any]], setting: dict[str, Any]) -> str:
-    """Mean and standard error over seeds; differences to the fixed schedule are paired by seed."""
+    """Means over seeds with their intervals; differences to the fixed schedule are paired by seed."""
     head = [
         f"# A learned schedule against {START}: digits, T = {setting['T']}, {setting['train_steps']} steps",
         "",
-        f"Mean ± standard error over {len(rows) // len(ARMS)} seeds, on {setting['test_images']} test images; "
+        f"Each number: {intervals.caption([len(rows) // len(ARMS)])}, on {setting['test_images']} test images; "
         "differences to the fixed schedule are paired by seed. The variance is that of one training image's loss at "
         "one uniform t: over all t, and over t > 1, the KL terms.",
         "",
@@ -142,16 +142,12 @@ def markdown(rows: list[dict[str, Any]], setting: dict[str, Any]) -> str:
     for arm in ARMS:
         cells = [arm]
         for name, digits_shown in (("test_bpd", 4), ("loss_variance", 2), ("kl_loss_variance", 3)):
-            values, fixed = (np.array([row[name] for row in rows if row["arm"] == a]) for a in (arm, FIXED))
-            cells += [_with_stderr(values, digits_shown)]
-            cells += ["–" if arm == FIXED else _with_stderr(values - fixed, digits_shown)]
+            values, fixed = ({row["seed"]: row[name] for row in rows if row["arm"] == a} for a in (arm, FIXED))
+            cells.append(intervals.text(intervals.of_mean(values.values()), digits_shown))
+            less = intervals.of_mean(intervals.paired(values, fixed).values())
+            cells.append("–" if arm == FIXED else intervals.text(less, digits_shown, signed=True))
         lines.append(cells)
     return "\n".join([*head, tables.markdown(columns, lines)])
-
-
-def _with_stderr(values: np.ndarray, shown: int) -> str:
-    stderr = f" ± {tables.stderr(values):.{shown}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{shown}f}{stderr}"
 
 
 def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:

@@ -86,7 +86,7 @@ def run(study: Study, steps: list[int], num_scored: int) -> None:
     title = f"{config.data.name}, T = {config.schedule.num_steps}, step {study.trained.state.step} (EMA)"
     text = markdown(rows, real, study, title, len(numbers))
     (directory / f"{FILE}.md").write_text(text)
-    tables.save_csv(directory / f"{FILE}.csv", rows)
+    drawn.save_csv(directory / f"{FILE}.csv", rows)
     plot(directory / f"{FILE}.png", rows, real, study, title)
     page.refresh(directory)
     print(text)
@@ -101,7 +101,7 @@ def respaced_bpd(
     model = dataclasses.replace(model, schedule=schedules.evenly_spaced(model.schedule, way.num_steps))
     bound = full_bound(build.bound_settings(trained.config))(devices.replicate(model), test_set, numbers)
     summary = bound.summary("test")
-    return {"bpd": summary["test_bpd"], "bpd_spread": summary["test_bpd_stderr"]}
+    return {"bpd": summary["test_bpd"], "bpd_stderr": summary["test_bpd_stderr"]}
 
 
 def _name(row: dict[str, Any], own: str = "model") -> str:
@@ -112,8 +112,15 @@ def _name(row: dict[str, Any], own: str = "model") -> str:
 
 
 def _cells(row: dict[str, Any], own: str = "model") -> list[str]:
-    numbers = [drawn.plus_minus(row, metric, 3) for metric in (*METRICS, "bpd")]
-    return [_name(row, own), str(row["num_steps"]), *numbers]
+    bpd = f"{row['bpd']:.3f} ± {row['bpd_stderr']:.3f}" if "bpd" in row else "–"
+    return [_name(row, own), str(row["num_steps"]), *(drawn.cell(row, metric, 3) for metric in METRICS), bpd]
+
+
+def _less_own(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The distance less that of the ancestral sampler with the model's own variance and as many steps, by set."""
+    own = Way("ancestral", "model", row["num_steps"])._asdict()
+    base = next((other for other in rows if own.items() <= other.items()), None)
+    return "–" if base is None or row is base else drawn.less(row, base, METRICS[0], 3)
 
 
 def markdown(
@@ -121,8 +128,12 @@ def markdown(
 ) -> str:
     """The table with what was compared and how."""
     own = study.trained.config.model.variance
-    columns = ["sampler, variance", "steps", "Fréchet distance", "precision", "recall", "bits/dim"]
-    of_real = [REAL, "–", *(drawn.plus_minus(real, metric, 3) for metric in METRICS), "–"]
+    columns = ["sampler, variance", "steps", "Fréchet distance", f"less ancestral, {own}"]
+    columns += ["precision", "recall", "bits/dim"]
+    cells = [_cells(row, own) for row in rows]
+    cells.append([REAL, "–", *(drawn.cell(real, metric, 3) for metric in METRICS), "–"])
+    differences = [*(_less_own(row, rows) for row in rows), "–"]
+    cells = [[*cell[:3], less, *cell[3:]] for cell, less in zip(cells, differences, strict=True)]
     lines = [
         f"# Samplers and steps: {title}",
         "",
@@ -130,7 +141,7 @@ def markdown(
         + f" Bits/dim: of the respaced process, {num_scored} test images, ± one standard error over images. The "
         "optimal variance is Analytic-DPM's, σ* from training images.",
         "",
-        tables.markdown(columns, [*(_cells(row, own) for row in rows), of_real]),
+        tables.markdown(columns, cells),
         drawn.provenance(),
     ]
     return "\n".join(lines) + "\n"
@@ -150,9 +161,8 @@ def plot(
         style = {"color": f"C{number}", "marker": "o", "capsize": 3, "linestyle": "-" if "," in name else "--"}
         for axes, key in ((distance, "frechet_distance"), (bits, "bpd")):
             if key in of_name[0]:
-                steps, values = ([row[k] for row in of_name] for k in ("num_steps", key))
-                errors = np.nan_to_num([row[f"{key}_spread"] for row in of_name])
-                axes.errorbar(steps, values, errors, label=name, **style)
+                steps = [row["num_steps"] for row in of_name]
+                axes.errorbar(steps, *_values(of_name, key), label=name, **style)
     distance.axhline(real["frechet_distance"], color="gray", linestyle=":", label=REAL)
     distance.set(ylabel=f"Fréchet distance ({study.features})", yscale="log")
     bits.set(ylabel="bits/dim of the respaced process", yscale="log")
@@ -166,6 +176,13 @@ def plot(
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
+
+
+def _values(rows: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """What is plotted and its error: half of the interval over sets, or one standard error over images."""
+    if key == "bpd":
+        return [row["bpd"] for row in rows], [row["bpd_stderr"] for row in rows]
+    return drawn.curve(rows, key)
 
 
 if __name__ == "__main__":

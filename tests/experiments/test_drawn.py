@@ -13,7 +13,7 @@ from diffusion.evaluation.features import Batch, Features
 from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import workdir
 from diffusion.programs import sample
-from experiments import drawn, guidance, steps
+from experiments import drawn, guidance, intervals, steps
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,16 @@ def test_guidance_scores_every_weight_and_a_second_call_draws_nothing(labelled_r
     moments = [(part.mean(axis=0), np.cov(part, rowvar=False)) for part in flat]
     distances = [quality.frechet_distance(*moments[i], *moments[2]) for i in (0, 1)]
     assert float(rows[0]["frechet_distance"]) == pytest.approx(np.mean(distances), rel=1e-6)
-    assert float(rows[0]["frechet_distance_spread"]) == pytest.approx(np.std(distances, ddof=1), rel=1e-4)
+    half_width = 12.7062 * abs(distances[0] - distances[1]) / 2  # Student's quantile of two values
+    assert float(rows[0]["frechet_distance_half_width"]) == pytest.approx(half_width, rel=1e-4)
+    by_set = [[float(number) for number in row["frechet_distance_by_set"].split()] for row in rows]
+    np.testing.assert_allclose(by_set[0], distances, rtol=1e-6)
+    differences = np.subtract(by_set[0], by_set[1])  # set k less set k
+    less = intervals.text(intervals.of_mean(differences), 3, signed=True)
+    lines = (run / "guidance.md").read_text().splitlines()
+    assert any(line.startswith("| -1 | ") and line.split(" | ")[2] == less for line in lines)
+    assert any(line.startswith("| 0 | ") and line.split(" | ")[2] == "–" for line in lines)
+    assert "mean ± 95% interval (Student's t, n = 2 sets)" in (run / "guidance.md").read_text()
 
     monkeypatch.setattr(Sampler, "batches", None)
     guidance.run(study, [0.0, 60.0])
@@ -81,6 +90,10 @@ def test_all_steps_with_the_run_s_own_variance_have_the_run_s_own_bound(straight
     summary = json.loads((run / "summary.json").read_text())
     assert float(rows["ancestral", "model"]["bpd"]) == pytest.approx(summary["test_bpd"], rel=1e-6)
     assert rows["ddim", ""]["bpd"] == ""
+    own, optimal, ddim = (float(row["frechet_distance"]) for row in rows.values())
+    lines = [line.strip("| ").split(" | ") for line in (run / "steps.md").read_text().splitlines()[4:]]
+    less = [cells[3] for cells in lines if len(cells) == 7][1:]
+    assert less == ["–", f"{optimal - own:+.3f}", f"{ddim - own:+.3f}", "–"]
     folders = {path.name.partition("-")[2].rpartition("-")[0] for path in (run / "steps" / sample.SAMPLES).iterdir()}
     assert folders == {"ancestral-6steps-learned_range", "ancestral-6steps-optimal", "ddim-6steps-learned_range"}
 
