@@ -9,9 +9,10 @@ resumes what was interrupted. Leaves a sweep's report in the working directory, 
 """
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import sweep, tables, variance_accounting
+from experiments import intervals, sweep, tables, variance_accounting
 from experiments.commands import exit_with
 from experiments.results import AXES
 from experiments.variance import target_by_config
@@ -25,14 +26,24 @@ OWN = {
     "objective.timesteps": "low_discrepancy",
     "unet.fourier_features": "(5, 6, 7, 8)",
 }
+SEED = "-seed"  # ends a folder's name, before the seed
 NUM_FULL, NUM_FOR_OPTIMAL = 300, 64  # images with all their terms: of the test split; of training, for σ*
 
 
-def cells(extra: dict[str, str]) -> list[sweep.Cell]:
-    """The five runs; `extra` overrides go to all."""
+def cells(extra: dict[str, str], seeds: Sequence[str] = ("0",)) -> list[sweep.Cell]:
+    """The five runs with each seed; `extra` overrides go to all."""
     named = {f"{objective}-{variance}": _keys(objective, variance) for objective, variance in PAPERS}
     named["own-recipe"] = _keys("vlb", "learned_range") | OWN
-    return [sweep.Cell(name, BASE, keys | extra) for name, keys in named.items()]
+    return [
+        sweep.Cell(_folder(name, seed), BASE, keys | {"seed": seed} | extra)
+        for name, keys in named.items()
+        for seed in seeds
+    ]
+
+
+def _folder(name: str, seed: str) -> str:
+    """Seed 0 has no ending: there was a time without other seeds."""
+    return name if seed == "0" else f"{name}{SEED}{seed}"
 
 
 def _keys(objective: str, variance: str) -> dict[str, str]:
@@ -50,25 +61,37 @@ def _is_accounted(directory: Path) -> bool:
 
 
 def accounting(directories: list[Path]) -> str:
-    """The runs' accounting in one table: a row per variance, a column per run."""
-    columns = {}
+    """The runs' accounting in one table: a row per variance, a column per run, over its seeds."""
+    columns: dict[str, dict[str, list[dict[str, str]]]] = {}
     for directory in directories:
+        column = columns.setdefault(directory.name.partition(SEED)[0], {})
         with (directory / f"{variance_accounting.FILE}.csv").open() as file:
-            columns[directory.name] = {row["variance"]: row for row in csv.DictReader(file)}
+            for row in csv.DictReader(file):
+                column.setdefault(row["variance"], []).append(row)
     variances = dict.fromkeys(name for column in columns.values() for name in column)
+    counts = {len(rows) for column in columns.values() for rows in column.values()}
+    over_seeds = max(counts, default=1) > 1
+    error = intervals.caption(counts) if over_seeds else "The mean over images ± its standard error"
     head = [
         f"# All terms of {NUM_FULL} test images under every variance, in bits/dim",
         "",
-        "The mean over images ± its standard error, of the same images and noise in every column. optimal: the σ* of "
-        f"Bao et al. (2022), estimated from {NUM_FOR_OPTIMAL} training images.",
+        f"{error}, of the same images and noise in every column. "
+        f"optimal: the σ* of Bao et al. (2022), estimated from {NUM_FOR_OPTIMAL} training images.",
         "",
     ]
-    rows = [[variance, *(_bpd(column.get(variance)) for column in columns.values())] for variance in variances]
+    rows = []
+    for variance in variances:
+        rows.append([variance, *(_bpd(column.get(variance, []), over_seeds) for column in columns.values())])
     return "\n".join([*head, tables.markdown(["variance", *columns], rows)])
 
 
-def _bpd(row: dict[str, str] | None) -> str:
-    return f"{float(row['bpd']):.3f} ± {float(row['stderr']):.3f}" if row else "–"
+def _bpd(rows: list[dict[str, str]], over_seeds: bool) -> str:
+    """Bits/dim with their interval over seeds, or else of one seed with their standard error over images."""
+    if not rows:
+        return "–"
+    if over_seeds:
+        return intervals.text(intervals.of_mean(float(row["bpd"]) for row in rows), 3)
+    return f"{float(rows[0]['bpd']):.3f} ± {float(rows[0]['stderr']):.3f}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,10 +102,11 @@ def main(argv: list[str] | None = None) -> int:
     extra = sweep.overrides(arguments.set)
     if arguments.data_dir:
         extra["data.data_dir"] = arguments.data_dir
-    code = sweep.execute(arguments, cells(extra), target_by_config)
+    runs = cells(extra, sweep.seeds(arguments, ["0"]))
+    code = sweep.execute(arguments, runs, target_by_config)
     if code or arguments.list or arguments.index is not None:
         return code
-    directories = [arguments.workdir / cell.name for cell in cells(extra)]
+    directories = [arguments.workdir / cell.name for cell in runs]
     if not arguments.report:
         for directory in directories:
             account(directory)

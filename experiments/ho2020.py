@@ -112,12 +112,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line."""
     parser = sweep.argument_parser(__doc__)
     parser.add_argument("--scale", choices=("full", "digits"), default="full", help="CIFAR-10, or the bundled digits")
-    parser.add_argument("--seed", default="0", metavar="A,B,...", help="values of seed")
     arguments = parser.parse_args(argv)
     extra = sweep.overrides(arguments.set)
     unique: dict[str, sweep.Cell] = {}
     for row in ROWS:
-        for seed in dict.fromkeys(sweep.split_values(arguments.seed)):
+        for seed in dict.fromkeys(sweep.seeds(arguments, ["0"])):
             cell = row.cell(arguments.scale, seed, extra)
             unique.setdefault(str(sorted(cell.overrides.items())), cell)  # on digits two rows are the same run
     return sweep.execute(arguments, list(unique.values()), target_by_name)

@@ -59,11 +59,10 @@ MARKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)  # t whose weights are wri
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line."""
     parser = sweep.argument_parser(__doc__)
-    parser.add_argument("--seed", default="0", metavar="A,B,...", help="values of seed")
     parser.add_argument("--network", type=Path, help="the run whose errors per t are shown")
     parser.add_argument("--checkpoint", default="latest", help="of --network: latest, best or a step")
     arguments = parser.parse_args(argv)
-    axes = AXES | {"seed": sweep.split_values(arguments.seed)}
+    axes = AXES | {"seed": sweep.seeds(arguments, ["0"])}
     cells = sweep.grid(BASE, axes, SMALL | sweep.overrides(arguments.set))
     code = sweep.execute(arguments, cells, lambda run: None)
     if not arguments.list and arguments.index is None:

@@ -1,4 +1,4 @@
-"""What a sweep's folders hold: finished runs, grouped over seeds, and the paired differences between variances."""
+"""What a sweep's folders hold: finished runs, grouped over seeds, and the differences between them, seed by seed."""
 
 import collections
 import dataclasses
@@ -112,9 +112,9 @@ class Row:
         return all(run.image_bpd is not None for run in self.runs)
 
     @property
-    def spread_bpd(self) -> float:
-        """The standard deviation over seeds, of bits/dim; nan for one."""
-        return tables.spread([run.summary["test_bpd"] for run in self.runs])
+    def bpd(self) -> dict[int, float]:
+        """Bits/dim of the test images by seed."""
+        return {run.config["seed"]: run.summary["test_bpd"] for run in self.runs}
 
     @property
     def distance_kind(self) -> DistanceKind | None:
@@ -123,31 +123,27 @@ class Row:
         return found.pop() if len(found) == 1 else None
 
     @property
-    def distances(self) -> list[float]:
-        """The Fréchet distance of each seed; [] where the row has no one kind."""
-        return [numbers.distance(run.quality).value for run in self.runs] if self.distance_kind else []
-
-    @property
-    def distance(self) -> float:
-        """The mean of the Fréchet distance over seeds; nan without one."""
-        return float(np.mean(self.distances)) if self.distance_kind else np.nan
-
-    @property
-    def spread_of_distance(self) -> float:
-        """The standard deviation over seeds, of the Fréchet distance; nan for one."""
-        return tables.spread(self.distances)
+    def distances(self) -> dict[int, float]:
+        """The Fréchet distance by seed; {} where the row has no one kind."""
+        if not self.distance_kind:
+            return {}
+        return {run.config["seed"]: numbers.distance(run.quality).value for run in self.runs}
 
 
 class Difference(NamedTuple):
-    """Bits/dim of variance `a` less those of `b`, image by image, for the same images, noise and seeds."""
+    """One row less another, by the seeds that both have.
+
+    Attributes:
+        setting: what is printed before the numbers.
+        bpd: of the test images' bits/dim.
+        stderr_bpd: over images, of the mean over seeds, image by image; NaN for estimates.
+        distances: of the Fréchet distances; {} unless both rows have the same kind.
+    """
 
     setting: dict[str, str]
-    a: str
-    b: str
-    mean_bpd: float
-    low_bpd: float
-    high_bpd: float
-    by_seed_bpd: list[float]
+    bpd: dict[int, float]
+    stderr_bpd: float
+    distances: dict[int, float]
 
 
 def distance_kind(run: FinishedRun) -> DistanceKind | None:
@@ -211,19 +207,39 @@ def _settings(runs: list[FinishedRun]) -> list[dict[str, Any]]:
     return [run.config | {"data": short_sha256(digests)} for run, digests in zip(runs, known, strict=True)]
 
 
-def differences(table: list[Row]) -> list[Difference]:
-    """Every pair of variances within the same rest of the setting, over the seeds that both have; not of estimates."""
-    found = []
-    for one, other in itertools.combinations([row for row in table if row.has_every_term], 2):
-        rest = {column: value for column, value in one.setting.items() if column != "variance"}
-        if rest != {column: value for column, value in other.setting.items() if column != "variance"}:
-            continue
-        by_seed = {run.config["seed"]: run.image_bpd for run in other.runs}
-        both = [run for run in one.runs if run.config["seed"] in by_seed]
-        if both:
-            by_image = np.stack([run.image_bpd - by_seed[run.config["seed"]] for run in both])
-            interval = intervals.of_mean(by_image.mean(axis=0))
-            a, b = (row.setting["variance"] for row in (one, other))
-            ends = interval.mean, interval.low, interval.high
-            found.append(Difference(rest, a, b, *ends, by_image.mean(axis=1).tolist()))
+def less_base(table: list[Row], base: Row) -> list[Difference | None]:
+    """Each row less the base; None for the base itself, and where other images were scored."""
+    found: list[Difference | None] = []
+    for row in table:
+        is_comparable = row is not base and _of_the_same_images(row.runs[0], base.runs[0])
+        found.append(_difference(row.setting, row, base) if is_comparable else None)
     return found
+
+
+def between_variances(table: list[Row], base: Row) -> list[Difference]:
+    """Every pair of variances within the same rest of the setting and with a seed in common, without the base's."""
+    found = []
+    for one, other in itertools.combinations([row for row in table if row is not base], 2):
+        rest = {column: value for column, value in one.setting.items() if column != "variance"}
+        if rest | {"variance": other.setting["variance"]} == other.setting and one.bpd.keys() & other.bpd.keys():
+            pair = {"variances": f"{one.setting['variance']} − {other.setting['variance']}"}
+            found.append(_difference(rest | pair, one, other))
+    return found
+
+
+def _of_the_same_images(one: FinishedRun, other: FinishedRun) -> bool:
+    """Whether both were scored on the same test images; runs of earlier versions do not know their data's digest."""
+    digests = {(run.summary.get("data_sha256") or {}).get("test") for run in (one, other)} - {None}
+    same_name = one.config["data.name"] == other.config["data.name"]
+    return same_name and one.summary["test_images"] == other.summary["test_images"] and len(digests) < 2
+
+
+def _difference(setting: dict[str, str], one: Row, other: Row) -> Difference:
+    bpd = intervals.paired(one.bpd, other.bpd)
+    stderr = np.nan
+    if bpd and one.has_every_term and other.has_every_term:
+        of_one, of_other = ({run.config["seed"]: run.image_bpd for run in row.runs} for row in (one, other))
+        stderr = tables.stderr(np.mean([of_one[seed] - of_other[seed] for seed in bpd], axis=0))
+    same_kind = one.distance_kind == other.distance_kind
+    distances = intervals.paired(one.distances, other.distances) if same_kind else {}
+    return Difference(setting, bpd, stderr, distances)

@@ -1,6 +1,11 @@
-"""Many runs of main.py, each in a process and a folder of its own, so that one that fails does not affect the others.
+r"""Many runs of main.py, each in a process and a folder of its own, so that one that fails does not affect the others.
 
-What is finished is skipped and what was cut resumes, so a sweep that was killed at any moment goes on when it is
+    python -m experiments.sweep --base=configs/digits_fixed.py --workdir=runs/sweep --variance=fixed_small,fixed_large \
+        --seeds=3
+
+Every combination of the axes' values is a setting, and each is run with every seed. An axis without values has the
+base config's. The report has the mean over seeds with its interval, and the difference to the first setting, seed by
+seed. What is finished is skipped and what was cut resumes, so a sweep that was killed at any moment goes on when it is
 started again: it has lost what its running cell did since that cell's last checkpoint.
 """
 
@@ -196,10 +201,28 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config keys of all cells"
     )
+    of_seeds = parser.add_mutually_exclusive_group()
+    of_seeds.add_argument("--seeds", type=int, metavar="N", help="run every setting with the seeds 0 to N − 1")
+    of_seeds.add_argument("--seed", metavar="A,B,...", help="run every setting with these seeds")
     parser.add_argument("--index", type=int, help="run this cell only, as --list numbers them")
     parser.add_argument("--list", action="store_true", help="number the cells and run nothing")
     parser.add_argument("--report", action="store_true", help="only rebuild the report from the folders")
     return parser
+
+
+def seeds(arguments: argparse.Namespace, default: list[str]) -> list[str]:
+    """The values of seed that --seeds or --seed asks for.
+
+    Raises:
+        ValueError: --seeds asks for none, or --set has a seed.
+    """
+    if seed := overrides(arguments.set).get("seed"):
+        raise ValueError(f"--set seed={seed} would be every run's; use --seed={seed}")
+    if arguments.seeds is None:
+        return split_values(arguments.seed) if arguments.seed else default
+    if arguments.seeds < 1:
+        raise ValueError(f"--seeds={arguments.seeds} must be at least 1")
+    return [str(seed) for seed in range(arguments.seeds)]
 
 
 def overrides(settings: list[str]) -> dict[str, str]:
@@ -227,8 +250,34 @@ def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetO
             cells = [cells[arguments.index]]
         failures = run_cells(cells, arguments.workdir)
     if arguments.index is None:
-        print(sweep_report.write(arguments.workdir, target_of))
+        print(sweep_report.write(arguments.workdir, target_of, [cell.name for cell in cells]))
         page.refresh(arguments.workdir)
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def run_grid(
+    argv: list[str] | None, description: str, defaults: dict[str, list[str]], target_of: TargetOf
+) -> int:
+    """Runs the command line of a sweep whose flags are the axes; `defaults` has values of those without a flag."""
+    parser = argument_parser(description)
+    parser.add_argument("--base", default="configs/digits_fixed.py", help="the config file that the cells start from")
+    for axis, key in AXES.items():
+        if axis != "seed":
+            parser.add_argument(f"--{axis}", metavar="A,B,...", help=f"values of {key}")
+    arguments = parser.parse_args(argv)
+    base = Cell("base", arguments.base, {}).config()
+    axes = {axis: defaults.get(axis, [str(base[key])]) for axis, key in AXES.items()}
+    axes |= {axis: split_values(given) for axis in AXES if axis != "seed" and (given := getattr(arguments, axis))}
+    axes["seed"] = seeds(arguments, axes["seed"])
+    return execute(arguments, grid(arguments.base, axes, overrides(arguments.set)), target_of)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line."""
+    return run_grid(argv, __doc__, {}, lambda run: None)
+
+
+if __name__ == "__main__":
+    commands.exit_with(main)

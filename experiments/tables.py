@@ -18,11 +18,6 @@ def mean_and_stderr(samples: Float[np.ndarray, " n"]) -> tuple[float, float]:
     return float(samples.mean()), stderr(samples)
 
 
-def spread(values: Sequence[float]) -> float:
-    """The standard deviation of a few values, such as one per seed; NaN for one."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
-
-
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]

@@ -1,7 +1,7 @@
 r"""Fixed against learned variances: the grid prediction × objective × variance × schedule × T × seed.
 
     python -m experiments.variance --base=configs/digits_fixed.py --workdir=runs/variance
-    python -m experiments.variance --base=configs/cifar10.py --workdir=runs/v --objective=simple,vlb --seed=0,1,2
+    python -m experiments.variance --base=configs/cifar10.py --workdir=runs/v --objective=simple,vlb --seeds=5
     python -m experiments.variance --workdir=runs/variance --report
 
 Every axis takes a list of values with commas, such as --schedule="cosine,linear(beta_end=0.03)"; without one, it has
@@ -12,18 +12,18 @@ again runs what is missing.
 
 On a cluster, one cell per job (--list numbers the cells), and the report when all are done:
 
-    sbatch --array=0-15 --gres=gpu:1 --time=24:00:00 \
+    sbatch --array=0-23 --gres=gpu:1 --time=24:00:00 \
         --wrap='python -m experiments.variance --base=configs/cifar10.py --workdir=runs/v --index=$SLURM_ARRAY_TASK_ID'
 """
 
 from experiments import ho2020, sweep
 from experiments.commands import exit_with
-from experiments.results import AXES, FinishedRun, Target
+from experiments.results import FinishedRun, Target
 
 DEFAULT_AXES = {
     "objective": ["simple", "hybrid", "vlb"],
     "variance": ["fixed_small", "fixed_large", "learned", "learned_range"],
-    "seed": ["0", "1"],
+    "seed": ["0", "1", "2"],
 }
 
 
@@ -36,16 +36,7 @@ def target_by_config(run: FinishedRun) -> Target | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line."""
-    parser = sweep.argument_parser(__doc__)
-    parser.add_argument("--base", default="configs/digits_fixed.py", help="the config file that the cells start from")
-    for axis, key in AXES.items():
-        parser.add_argument(f"--{axis}", metavar="A,B,...", help=f"values of {key}")
-    arguments = parser.parse_args(argv)
-    base = sweep.Cell("base", arguments.base, {}).config()
-    axes = {axis: DEFAULT_AXES.get(axis, [str(base[key])]) for axis, key in AXES.items()}
-    axes |= {axis: sweep.split_values(given) for axis in AXES if (given := getattr(arguments, axis))}
-    cells = sweep.grid(arguments.base, axes, sweep.overrides(arguments.set))
-    return sweep.execute(arguments, cells, target_by_config)
+    return sweep.run_grid(argv, __doc__, DEFAULT_AXES, target_by_config)
 
 
 if __name__ == "__main__":

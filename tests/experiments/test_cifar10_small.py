@@ -64,6 +64,22 @@ def test_the_accounting_has_a_row_per_variance_and_a_column_per_run(tmp_path):
     ]
 
 
+def test_the_accounting_of_several_seeds_is_their_mean_and_interval(tmp_path):
+    runs = [
+        saved(tmp_path / f"one{ending}", [("optimal", bpd, 0.02)])
+        for ending, bpd in (("", 4.0), ("-seed1", 4.1), ("-seed2", 4.2))
+    ]
+    runs.append(saved(tmp_path / "two", [("optimal", 4.5, 0.02)]))
+    text = cifar10_small.accounting(runs)
+    half_width = 4.30265 * 0.1 / 3**0.5  # Student's quantile of three values
+    assert text.splitlines()[-3:] == [
+        "| variance | one | two |",
+        "|---|---|---|",
+        f"| optimal | 4.100 ± {half_width:.3f} | 4.500 |",
+    ]
+    assert "(Student's t, n = 1 to 3 seeds; one seed has no interval)" in text and "standard error" not in text
+
+
 def test_a_run_that_was_accounted_for_is_not_scored_again(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(variance_accounting, "run", lambda directory, *_, **__: asked.append(directory.name))

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from diffusion.experiment import config as config_lib
-from experiments import ho2020, results, sweep, variance
+from experiments import cifar10_small, ho2020, results, sweep, variance
 from experiments.sweep import Cell
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def test_exactly_the_pairs_that_cannot_be_trained_are_left_out():
     assert pairs == {("simple", v) for v in fixed} | {("hybrid", v) for v in learned} | {
         ("vlb", v) for v in fixed | learned
     }
-    assert len(kept) == 16 and len(kept) + sum(map(len, excluded.values())) == len(cells)
+    assert len(kept) == 24 and len(kept) + sum(map(len, excluded.values())) == len(cells)
     for cell in kept:
         config_lib.check(cell.config())
     assert all("objective.name" in reason for reason in excluded)
@@ -107,15 +107,51 @@ def listed(capsys, *arguments):
 
 def test_indices_are_stable_contiguous_and_run_disjoint_cells(capsys, monkeypatch):
     names = listed(capsys)
-    assert list(names) == list(range(16)) and len(set(names.values())) == 16
+    assert list(names) == list(range(24)) and len(set(names.values())) == 24
     assert listed(capsys) == names
     ran = []
     monkeypatch.setattr(sweep, "run_cells", lambda cells, directory: ran.extend(cell.name for cell in cells) or {})
     for index in names:
         assert variance.main(["--workdir=none", f"--index={index}"]) == 0
     assert ran == list(names.values())
-    with pytest.raises(ValueError, match="--index=16 must be in 0…15"):
-        variance.main(["--workdir=none", "--index=16"])
+    with pytest.raises(ValueError, match="--index=24 must be in 0…23"):
+        variance.main(["--workdir=none", "--index=24"])
+
+
+def test_seeds_repeat_every_setting_and_keep_the_folders_of_before(capsys):
+    """A sweep that has run one seed runs the others only: the names of its cells stay."""
+    one = listed(capsys, "--objective=vlb", "--seed=0")
+    three = listed(capsys, "--objective=vlb", "--seeds=3")
+    assert list(one.values()) == [name for name in three.values() if name.endswith("-seed0")]
+    assert list(three.values())[:3] == [f"v-vlb-fixed_small-cosine-T50-seed{seed}" for seed in range(3)]
+    names = [cell.name for cell in cifar10_small.cells({}, ["0", "1"])]
+    assert names[:3] == ["simple-fixed_small", "simple-fixed_small-seed1", "simple-fixed_large"]
+    assert [cell.config().seed for cell in cifar10_small.cells({}, ["0", "1"])] == 5 * [0, 1]
+
+
+@pytest.mark.parametrize("program", [sweep, ho2020, cifar10_small])
+def test_every_sweep_takes_seeds(program, capsys):
+    def count(*flags):
+        assert program.main(["--workdir=none", "--list", *flags]) == 0
+        return len(capsys.readouterr().out.splitlines())
+
+    assert count("--seeds=3") == count("--seed=4,5,6") == 3 * count()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [(["--seeds=0"], "--seeds=0 must be at least 1"), (["--set", "seed=3"], "use --seed=3")]
+)
+def test_seeds_that_make_no_sense_are_refused(flags, words):
+    with pytest.raises(ValueError, match=words):
+        sweep.main(["--workdir=none", "--list", *flags])
+
+
+def test_the_first_setting_is_what_the_others_are_compared_with(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(sweep.sweep_report, "write", lambda directory, target_of, order: asked.extend(order) or "")
+    sweep.main([f"--workdir={tmp_path}", "--report", "--variance=learned,fixed_small", "--seeds=2"])
+    rows = ("learned-cosine-T50", "fixed_small-cosine-T50")
+    assert asked == [f"v-vlb-{row}-seed{seed}" for row in rows for seed in (0, 1)]
 
 
 def test_every_published_row_can_be_run_at_both_scales(capsys):
@@ -259,7 +295,7 @@ def test_a_sweep_end_to_end(tmp_path, monkeypatch):
     rows, _ = results.rows(results.read(tmp_path / "sweep")[0])
     assert sorted(row.setting["variance"] for row in rows) == ["fixed_small", "learned"]
     assert (first / "log.txt").read_text().count("$ ") == 3  # it was started, resumed and measured
-    assert all(row.distance > 0 and row.distance_kind == ("Fréchet distance (pixels)", "pixels", 4) for row in rows)
+    assert all(row.distances[0] > 0 and row.distance_kind == ("Fréchet distance (pixels)", "pixels", 4) for row in rows)
     assert (tmp_path / "sweep" / "quality.png").exists()
     page = (tmp_path / "sweep" / "report.html").read_text()
     assert "The plot quality.png" in page and "lowest Fréchet distance (pixels)" in page

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from scipy import stats
 
 from diffusion.experiment import config as config_lib
-from experiments import ho2020, results, sweep, sweep_report, variance
+from experiments import ho2020, results, sweep, sweep_plots, sweep_report, variance
 from experiments.sweep import Cell
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,7 @@ AXES = {
     "prediction": ["eps"], "objective": ["vlb"], "variance": ["fixed_small", "fixed_large"], "schedule": ["cosine"],
     "T": ["4"], "seed": ["0", "1"],
 }  # fmt: skip
+FIRST = "eps-vlb-fixed_small-cosine-T4-seed0"
 
 
 @pytest.fixture(autouse=True)
@@ -57,15 +59,112 @@ def finished(tmp_path):
     return bounds
 
 
-def test_paired_intervals_are_students(finished, tmp_path):
-    found = results.differences(results.rows(results.read(tmp_path)[0])[0])
-    assert len(found) == 1 and {found[0].a, found[0].b} == finished.keys()
-    a, b = finished[found[0].a], finished[found[0].b]
-    interval = stats.ttest_rel(a.mean(axis=0), b.mean(axis=0)).confidence_interval(0.95)
-    np.testing.assert_allclose(found[0][4:6], (interval.low, interval.high), rtol=1e-9)
-    np.testing.assert_allclose(found[0].by_seed_bpd, (a - b).mean(axis=1), rtol=1e-9)
+def table_and_base(directory, name):
+    """The rows, and that of the run of this name."""
+    table, _ = results.rows(results.read(directory)[0])
+    return table, next(row for row in table for run in row.runs if run.name == name)
+
+
+def less_base(directory, name=FIRST):
+    """The differences to the base, by variance."""
+    table, base = table_and_base(directory, name)
+    found = zip(table, results.less_base(table, base), strict=True)
+    return {row.setting["variance"]: difference for row, difference in found if difference}
+
+
+def test_differences_to_the_base_are_of_the_same_seeds(finished, tmp_path):
+    found = less_base(tmp_path)
+    assert list(found) == ["fixed_large"], "the base itself has none"
+    a, b = finished["fixed_large"], finished["fixed_small"]
+    by_seed = (a - b).mean(axis=1)
+    difference = found["fixed_large"]
+    assert difference.bpd == pytest.approx({0: by_seed[0], 1: by_seed[1]}, rel=1e-9)
+    np.testing.assert_allclose(difference.stderr_bpd, stats.sem((a - b).mean(axis=0)))
     # Pairing is what it is worth: unpaired, the same difference drowns in how hard the images are.
-    assert interval.high - interval.low < 0.1 * 4 * stats.sem(a.mean(axis=0))
+    assert difference.stderr_bpd < 0.1 * stats.sem(a.mean(axis=0))
+
+
+def test_a_seed_that_only_one_of_them_has_is_left_out_of_their_difference(finished, tmp_path):
+    """Of as many runs each, seeds 0 and 1 here and 1 and 2 there, seed 1 alone is a pair."""
+    other = tmp_path / "eps-vlb-fixed_large-cosine-T4-seed0"
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"seed": 2}))
+    difference = less_base(tmp_path)["fixed_large"]
+    by_image = finished["fixed_large"][1] - finished["fixed_small"][1]
+    assert difference.bpd == pytest.approx({1: by_image.mean()})
+    assert difference.stderr_bpd == pytest.approx(stats.sem(by_image))
+    text = sweep_report.write(tmp_path, lambda run: None, [FIRST])
+    assert columns(tmp_path)["seeds"] == ("2 of 3: not 2", "2 of 3: not 0")
+    assert "is of runs of the same seed: one seed, no interval" in text
+    shutil.rmtree(tmp_path / "eps-vlb-fixed_large-cosine-T4-seed1")
+    text = sweep_report.write(tmp_path, lambda run: None, [FIRST])
+    assert "no seed in common" in text
+
+
+def test_runs_that_scored_other_images_are_not_compared(finished, tmp_path):
+    path = tmp_path / "eps-vlb-fixed_large-cosine-T4-seed0" / "summary.json"
+    both = [path, tmp_path / "eps-vlb-fixed_large-cosine-T4-seed1" / "summary.json"]
+    for path in both:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"test_images": 39}))
+    assert less_base(tmp_path) == {}
+
+
+def test_the_base_is_the_first_setting_of_the_sweep_with_a_finished_run(finished, tmp_path):
+    names = ["not-started", "eps-vlb-fixed_large-cosine-T4-seed1", FIRST]
+    for order, base in ((names, "fixed_large"), ([FIRST], "fixed_small"), ([], "fixed_large")):
+        text = sweep_report.write(tmp_path, lambda run: None, order)
+        assert f"## Paired differences to the base: eps, vlb, {base}, cosine, T = 4\n" in text
+
+
+def test_the_table_has_intervals_over_seeds_beside_errors_over_images(finished, tmp_path):
+    """Of two seeds Student's quantile is 12.706."""
+    text = sweep_report.write(tmp_path, lambda run: None, [FIRST])
+    for name, shown, image_error in zip(
+        ("fixed_small", "fixed_large"),
+        columns(tmp_path)["bits/dim"],
+        columns(tmp_path)["standard error over images"],
+        strict=True,
+    ):
+        by_seed = finished[name].mean(axis=1)
+        assert shown == f"{by_seed.mean():.4f} ± {12.7062 * abs(by_seed[0] - by_seed[1]) / 2:.4f}"
+        assert image_error == f"{stats.sem(finished[name].mean(axis=0)):.4f}"
+    assert text.count("mean ± 95% interval (Student's t, n = 2 seeds)") == 2
+    by_seed = (finished["fixed_large"] - finished["fixed_small"]).mean(axis=1)
+    less = f"{by_seed.mean():+.4f} ± {12.7062 * abs(by_seed[0] - by_seed[1]) / 2:.4f}"
+    assert f"| {less} | 0: {by_seed[0]:+.4f}, 1: {by_seed[1]:+.4f} |" in text
+    with (tmp_path / "table.csv").open() as file:
+        base, other = csv.DictReader(file)
+    assert base["less_base_bpd"] == "" and float(other["less_base_bpd"]) == pytest.approx(by_seed.mean())
+    half_width = 12.7062 * abs(by_seed[0] - by_seed[1]) / 2
+    assert float(other["less_base_bpd_half_width"]) == pytest.approx(half_width, rel=1e-4)
+    assert other["paired_seeds"] == "2"
+
+
+def test_one_seed_has_no_interval(finished, tmp_path):
+    for folder in tmp_path.glob("*-seed1"):
+        shutil.rmtree(folder)
+    text = sweep_report.write(tmp_path, lambda run: None, [FIRST])
+    assert "one seed, no interval" in text and "±" not in text
+    assert columns(tmp_path)["bits/dim"][0] == f"{finished['fixed_small'][0].mean():.4f}"
+    assert columns(tmp_path)["standard error over images"][0] == f"{stats.sem(finished['fixed_small'][0]):.4f}"
+
+
+def test_variances_are_compared_within_the_rest_of_the_setting(tmp_path):
+    """Three variances under one objective, and the first under another, which is the base."""
+    rows = [("simple", "fixed_small"), ("vlb", "fixed_small"), ("vlb", "fixed_large"), ("vlb", "learned")]
+    for i, (objective, name) in enumerate(rows):
+        for cell in sweep.grid(BASE, AXES | {"objective": [objective], "variance": [name]}, {}):
+            write_run(tmp_path, cell.name, np.arange(5.0) + i, cell.config())
+    table, base = table_and_base(tmp_path, "eps-simple-fixed_small-cosine-T4-seed0")
+    pairs = {found.setting["variances"]: found.bpd for found in results.between_variances(table, base)}
+    assert pairs == {
+        "fixed_large − fixed_small": {0: 1.0, 1: 1.0},
+        "fixed_large − learned": {0: -1.0, 1: -1.0},
+        "fixed_small − learned": {0: -2.0, 1: -2.0},
+    }
+    table, base = table_and_base(tmp_path, FIRST)
+    pairs = [found.setting["variances"] for found in results.between_variances(table, base)]
+    assert pairs == ["fixed_large − learned"], "the base's are in the other table"
 
 
 def test_rows_are_means_over_seeds_with_both_kinds_of_error(finished, tmp_path):
@@ -75,11 +174,11 @@ def test_rows_are_means_over_seeds_with_both_kinds_of_error(finished, tmp_path):
         bounds = finished[row.setting["variance"]]
         np.testing.assert_allclose(row.mean("test_bpd"), bounds.mean())
         np.testing.assert_allclose(row.stderr_bpd, stats.sem(bounds.mean(axis=0)))
-        np.testing.assert_allclose(row.spread_bpd, np.std(bounds.mean(axis=1), ddof=1))
+        assert row.bpd == pytest.approx(dict(enumerate(bounds.mean(axis=1))))
 
 
 def test_runs_scored_by_an_estimate_have_a_table_with_the_errors_that_they_state(finished, tmp_path):
-    """Of a few terms per image there is no bpd.npz: no pairs and no curve, but everything else."""
+    """Of a few terms per image there is no bpd.npz: no error of pairs of images and no curve, but everything else."""
     for folder in (path.parent for path in tmp_path.glob("*/bpd.npz")):
         (folder / "bpd.npz").unlink()
         config = json.loads((folder / "config.json").read_text())
@@ -94,7 +193,8 @@ def test_runs_scored_by_an_estimate_have_a_table_with_the_errors_that_they_state
     assert errors == {"fixed_small": 0.01, "fixed_large": 0.02}
     for row in rows:
         assert float(row["test_bpd"]) == pytest.approx(finished[row["variance"]].mean())
-    assert "40 test images" in text and "Paired" not in text
+    by_seed = (finished["fixed_small"] - finished["fixed_large"]).mean(axis=1)
+    assert "40 test images" in text and f"| 0: {by_seed[0]:+.4f}, 1: {by_seed[1]:+.4f} | – |" in text
     assert (tmp_path / "bpd.png").exists() and not (tmp_path / "terms.png").exists()
 
 
@@ -103,7 +203,7 @@ def test_runs_of_another_recipe_are_another_row(finished, tmp_path):
     write_run(tmp_path, "longer", np.full(40, 2.0) + np.arange(40), longer.config())
     rows, recipes = results.rows(results.read(tmp_path)[0])
     assert len(rows) == 3 and sorted(recipes) == ["a", "b"] and "train.num_steps=9" in recipes.values()
-    assert len(results.differences(rows)) == 1
+    assert not results.between_variances(rows, rows[0]), "of another recipe"
 
 
 def test_report_is_rebuilt_from_the_folders(finished, tmp_path, capsys):
@@ -156,13 +256,15 @@ def columns(directory):
 def test_the_table_has_both_numbers_of_every_row(measured, tmp_path):
     sweep_report.write(tmp_path, variance.target_by_config)
     assert columns(tmp_path)["variance"] == ("fixed_small", "fixed_large")
-    # means; √(2² + 2²) and √(0.5² + 0.5²)
-    assert columns(tmp_path)["Fréchet distance (classifier), 50 samples"] == ("32 ± 2.8", "20.5 ± 0.71")
+    # means; Student's quantile of two values is 12.706, their standard errors are 2 and 0.5
+    found = columns(tmp_path)["Fréchet distance (classifier), 50 samples"]
+    assert found == ("32.00 ± 25.41", "20.50 ± 6.35")
     with (tmp_path / "table.csv").open() as file:
         lines = {line["variance"]: line for line in csv.DictReader(file)}
     for name, by_seed in measured.items():
         np.testing.assert_allclose(float(lines[name]["frechet_distance"]), np.mean(by_seed))
-        np.testing.assert_allclose(float(lines[name]["frechet_distance_spread"]), np.std(by_seed, ddof=1))
+        half_width = 12.7062 * abs(by_seed[0] - by_seed[1]) / 2
+        np.testing.assert_allclose(float(lines[name]["frechet_distance_half_width"]), half_width, rtol=1e-5)
         assert (lines[name]["features"], lines[name]["num_samples"]) == ("classifier", "50")
 
 
@@ -182,10 +284,10 @@ def test_distances_of_two_kinds_are_two_columns_and_have_no_mean(measured, tmp_p
     write_quality(tmp_path, "eps-vlb-fixed_small-cosine-T4-seed1", 9.0, num_samples=100)
     sweep_report.write(tmp_path, variance.target_by_config)
     found = {head: cells for head, cells in columns(tmp_path).items() if "Fréchet" in head}
-    assert found == {"Fréchet distance (classifier), 100 samples": ("8.5 ± 0.71", "–")}
+    assert found == {"Fréchet distance (classifier), 100 samples": ("8.50 ± 6.35", "–")}
     write_quality(tmp_path, "eps-vlb-fixed_large-cosine-T4-seed0", 20.0)
     sweep_report.write(tmp_path, variance.target_by_config)
-    assert columns(tmp_path)["Fréchet distance (classifier), 50 samples"] == ("–", "20.5 ± 0.71")
+    assert columns(tmp_path)["Fréchet distance (classifier), 50 samples"] == ("–", "20.50 ± 6.35")
 
 
 @pytest.mark.parametrize("damage", ["absent", "of other weights", "cut"])
@@ -199,7 +301,7 @@ def test_a_run_whose_samples_were_not_measured_keeps_its_bound(measured, tmp_pat
     (tmp_path / name / "log.txt").write_text("$ python main.py\nerror: no memory\n")
     text = sweep_report.write(tmp_path, variance.target_by_config)
     found = columns(tmp_path)
-    assert found["Fréchet distance (classifier), 50 samples"] == ("–", "20.5 ± 0.71")
+    assert found["Fréchet distance (classifier), 50 samples"] == ("–", "20.50 ± 6.35")
     assert found["seeds"] == ("2", "2")
     assert f"- {name} has no Fréchet distance: error: no memory" in text
 
@@ -228,12 +330,12 @@ def test_a_sweep_without_samples_has_no_such_column(finished, tmp_path):
 def drawn(monkeypatch, directory, published):
     """The points and the diamonds of quality.png, [n, 2] each."""
     figures = []
-    monkeypatch.setattr(sweep_report, "Figure", lambda **size: figures.append(Figure(**size)) or figures[-1])
+    monkeypatch.setattr(sweep_plots, "Figure", lambda **size: figures.append(Figure(**size)) or figures[-1])
     rows = results.rows(results.read(directory)[0])[0]
-    sweep_report.plot_quality(directory / "quality.png", rows, published)
+    sweep_plots.quality(directory / "quality.png", rows, published)
     (axes,) = figures[0].axes
     lines = [(line.get_marker(), line.get_xydata()) for line in axes.lines]
-    points = [data for marker, data in lines if marker in sweep_report.MARKERS]
+    points = [data for marker, data in lines if marker in sweep_plots.MARKERS]
     diamonds = [data for marker, data in lines if marker == "D"]
     return [np.concatenate([*data, np.zeros((0, 2))]) for data in (points, diamonds)]
 

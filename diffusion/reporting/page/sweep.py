@@ -13,6 +13,8 @@ from diffusion.reporting.page.parts import UNKNOWN, is_number, number, text_of, 
 from diffusion.reporting.page.run import CONFIG, MAX_PLOT_BYTES, QUALITY, SUMMARY, flat
 
 TABLE, REPORT = "table.csv", "table.md"  # a sweep's numbers, means over seeds
+HALF_WIDTH = "_half_width"  # of the 95% interval of the number in the column that is named before it
+INTERVALS = "mean ± 95% interval over seeds (Student's t); one seed has no interval"
 MAX_PLOTS = 8
 NOT_SETTINGS = ("data.data_dir",)  # where the data lies on one machine
 
@@ -111,17 +113,31 @@ def _tables(contents: Contents) -> list[str]:
         lines = list(csv.reader(io.StringIO(contents.text(name))))
         lines = [line for line in lines if len(line) == len(lines[0])]
         if len(lines) > 1:
-            head, *body = lines
-            made.append(parts.table(head, [list(map(_cell, line)) for line in body], name, sortable=True))
+            head, body = _with_half_widths(*lines)
+            caption = name if len(head) == len(lines[0]) else f"{name}: {INTERVALS}"
+            made.append(parts.table(head, body, caption, sortable=True))
     return made
 
 
-def _cell(text: str) -> str:
-    """A cell of a CSV file, as a number if it is one."""
+def _with_half_widths(head: list[str], *body: list[str]) -> tuple[list[str], list[list[str]]]:
+    """The columns, each NAME_half_width as the ± of the column NAME."""
+    halves = {name: head.index(name + HALF_WIDTH) for name in head if name + HALF_WIDTH in head}
+    shown = [i for i in range(len(head)) if i not in halves.values()]
+    cells = []
+    for line in body:
+        errors = {head.index(name): line[i] for name, i in halves.items()}
+        cells.append([_cell(line[i], errors.get(i, "")) for i in shown])
+    return [head[i] for i in shown], cells
+
+
+def _cell(text: str, half_width: str = "") -> str:
+    """A cell of a CSV file, as a number if it is one, with the half-width of its interval if it has one."""
     try:
-        value = float(text)
+        value, error = float(text), float(half_width or "nan")
     except ValueError:
         return text or UNKNOWN
     if not is_number(value):
         return text
+    if is_number(error):
+        return with_error(value, error, "#.4g" if abs(value) >= 10 else ".4f")
     return number(int(value), ",") if value.is_integer() else number(value, "#.5g")

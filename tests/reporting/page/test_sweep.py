@@ -78,6 +78,19 @@ def test_tables_and_plots_of_the_program_are_on_the_page(tmp_path, read_page):
     assert [image["alt"] for image in found.all("img")] == ["The plot bpd.png"]
 
 
+def test_a_half_width_stands_beside_its_number(tmp_path, read_page):
+    head = ["variance", "seeds", "test_bpd", "test_bpd_half_width", "lonely_half_width"]
+    lines = [head, ["β", "3", "2.25", "0.0123", "7"], ["β̃", "1", "2.5", "nan", "8"]]
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    found = read_page(tmp_path)
+    headings = found.of("th")
+    assert "test_bpd_half_width" not in headings and "lonely_half_width" in headings
+    assert {2.25, 0.0123, 2.5} <= set(found.numbers) and found.text().count(" ± 0.0123") == 1
+    assert found.text().count(" ± ") == 2, "one in the caption; one seed has none"
+    assert any("table.csv: mean ± 95% interval" in caption for caption in found.of("caption"))
+
+
 def test_damage_in_one_run_is_a_line_and_the_others_stay(sweep, read_page):
     (sweep / "vlb-seed0" / "summary.json").write_text('{"test_bpd": 2.')
     found = read_page(sweep)
