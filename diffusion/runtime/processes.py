@@ -89,17 +89,20 @@ def on_first(action: Callable[[], Any]) -> Any:
     """Calls `action` on process 0 alone, and returns its result there and None elsewhere.
 
     Raises:
-        ValueError, OSError: `action` raised it; on every process, so that none waits for another in vain.
+        ValueError: `action` raised it or an OSError; on every process, so that none waits for another in vain.
+        Exception: `action` raised another one, on process 0 as it is; the others raise a ValueError that names it.
     """
     if jax.process_count() == 1:
         return action()
-    result, failure = None, ""
+    result, failure, bug = None, "", None
     if is_first():
         try:
             result = action()
         except (ValueError, OSError) as error:
             failure = str(error) or type(error).__name__
+        except Exception as error:  # its traceback belongs on process 0, but nobody may wait for it
+            bug, failure = error, f"process 0 failed: {type(error).__name__}: {error}"
     message = failure.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES)
     if failure := from_first(np.frombuffer(message, np.uint8)).tobytes().decode(errors="replace").strip():
-        raise ValueError(failure)
+        raise bug or ValueError(failure)
     return result

@@ -175,6 +175,23 @@ def test_a_failure_of_process_0_is_raised_on_every_process(monkeypatch):
         processes.on_first(lambda: pytest.fail("only process 0 does it"))
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no such device"), TypeError("no number"), KeyError("step")])
+def test_a_bug_on_process_0_stops_every_process(monkeypatch, error):
+    """It keeps its type and traceback on process 0; another process, which would wait for ever, names it."""
+    messages = []
+
+    def fails():
+        raise error
+
+    fake_pair(monkeypatch, 0, lambda message: messages.append(message) or message)
+    with pytest.raises(type(error)) as raised:
+        processes.on_first(fails)
+    assert raised.value is error and raised.traceback[-1].name == "fails"
+    fake_pair(monkeypatch, 1, lambda own: messages[0])
+    with pytest.raises(ValueError, match=f"^process 0 failed: {type(error).__name__}: .*{error.args[0]}"):
+        processes.on_first(lambda: pytest.fail("only process 0 does it"))
+
+
 @pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run", "file:///run"])
 def test_a_url_is_no_directory(url):
     for parse in (workdir.parse, tfds.resolve_data_dir):
