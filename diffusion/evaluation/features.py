@@ -36,11 +36,13 @@ class Features(NamedTuple):
         extract: images -> what the metrics see of them.
         sha256: a digest of the network's weights; "" where there is none.
         facts: what else quality.json says of it.
+        is_fid: whether a Fréchet distance of these features is an FID.
     """
 
     extract: Callable[[UInt8[np.ndarray, "n h w c"]], Batch]
     sha256: str = ""
     facts: dict[str, Any] = {}
+    is_fid: bool = False
 
     def batches(self, images: UInt8[np.ndarray, "n h w c"], folder: Path | None = None) -> Iterator[Batch]:
         """What the metrics see of all images, BATCH_SIZE at a time.
@@ -98,7 +100,7 @@ def inception(train_set: Source, path: str = "", batch_size: int = 8) -> Feature
         found = inception_network.features(params, rgb(images, train_set.num_levels), batch_size)
         return Batch(found["2048"], found["logits_unbiased"])
 
-    return Features(extract, inception_network.digest(file))
+    return Features(extract, inception_network.digest(file), is_fid=True)
 
 
 def rgb(images: UInt8[np.ndarray, "n h w c"], num_levels: int) -> UInt8[np.ndarray, "n h w 3"]:

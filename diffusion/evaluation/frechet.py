@@ -7,6 +7,7 @@ from jaxtyping import Float, Float64
 
 # The subsets of the extrapolation are the samples divided by 1, 2, … and 5, at least by 1, 2 and 3.
 DIVISORS, FEWEST_DIVISORS = 5, 3
+MOST_SUBSETS = 5  # whose mean distance is taken
 IMAGES_PER_DIMENSION = 1.5  # of the smallest subsets; the bias of fewer images is not proportional to 1/n
 
 
@@ -87,11 +88,28 @@ def add_to_moments(state: Moments, features: Float[np.ndarray, "n d"]) -> Moment
     return Moments(count, mean, state.scatter + deviations.T @ deviations + between)
 
 
-class Extrapolated(NamedTuple):
-    """A distance at infinitely many samples, and its standard error."""
+class Estimate(NamedTuple):
+    """A distance and its standard error; None of one set."""
 
     distance: float
-    stderr: float
+    stderr: float | None
+
+
+def frechet_of_subsets(
+    samples: Float[np.ndarray, "n d"], size: int, mean: Float[np.ndarray, " d"], cov: Float[np.ndarray, "d d"]
+) -> Estimate:
+    """The mean distance of disjoint subsets of `size` samples, at most MOST_SUBSETS, from a Gaussian that is known.
+
+    That of n samples is biased by about c/n, so two sets of images compare only at an equal n. The standard error is
+    that of independent subsets: the reference is common to all, and its own error is not in it.
+    """
+    order = np.random.default_rng(0).permutation(len(samples))
+    num_subsets = min(MOST_SUBSETS, len(samples) // size)
+    reference, moments = _factored(mean, cov), no_moments(samples.shape[1])
+    subsets = [np.sort(order[first * size : (first + 1) * size]) for first in range(num_subsets)]
+    distances = [_fast_distance(add_to_moments(moments, samples[subset]), reference) for subset in subsets]
+    stderr = float(np.std(distances, ddof=1) / num_subsets**0.5) if num_subsets > 1 else None
+    return Estimate(float(np.mean(distances)), stderr)
 
 
 def frechet_at_infinity(
@@ -99,7 +117,7 @@ def frechet_at_infinity(
     mean: Float[np.ndarray, " d"],
     cov: Float[np.ndarray, "d d"],
     of_all: Moments | None = None,
-) -> Extrapolated | None:
+) -> Estimate | None:
     """FID∞: the distance of infinitely many samples from a Gaussian that is known, in float64.
 
     That of n samples is biased by about c/n. The samples are split into 1, 2, … and 5 disjoint subsets, which are
@@ -132,4 +150,4 @@ def frechet_at_infinity(
     sizes = np.array([float(one.count) for one in moments])
     distances = [_fast_distance(one, reference) for one in moments]
     (_, intercept), errors = np.polyfit(1 / sizes, distances, 1, w=np.sqrt(sizes), cov=True)
-    return Extrapolated(float(intercept), float(np.sqrt(errors[1, 1])))
+    return Estimate(float(intercept), float(np.sqrt(errors[1, 1])))

@@ -16,6 +16,7 @@ from diffusion.evaluation.frechet import (
     add_to_moments,
     frechet_at_infinity,
     frechet_distance,
+    frechet_of_subsets,
     no_moments,
 )
 
@@ -28,8 +29,10 @@ __all__ = [
     "frechet_at_infinity",
     "frechet_distance",
     "inception_score",
+    "kept_features",
     "kernel_distance",
     "as_reference",
+    "at_equal_n",
     "precision_recall",
     "results",
     "states",
@@ -113,16 +116,21 @@ def as_reference(states: States) -> States:
 
 def _frechet(generated: Seen, reference: Seen) -> dict[str, float | None]:
     one, two = generated.moments, reference.moments
-    distance = frechet_distance(one.mean, one.cov, two.mean, two.cov)
-    # FID is its name with the features of Inception.
-    return {"fid": distance, "frechet_distance": distance}
+    return {"frechet_distance": frechet_distance(one.mean, one.cov, two.mean, two.cov)}
 
 
 def _at_infinity(generated: Seen, reference: Seen) -> dict[str, float | None]:
     two = reference.moments
     found = frechet_at_infinity(generated.kept.rows, two.mean, two.cov, of_all=generated.moments)
     distance, stderr = found or (None, None)
-    return {"fid_infinity": distance, "fid_infinity_stderr": stderr}
+    return {"frechet_infinity": distance, "frechet_infinity_stderr": stderr}
+
+
+def at_equal_n(features: Float[np.ndarray, "n d"], reference: States, size: int) -> dict[str, float | None]:
+    """The Fréchet distance of `size` images, the mean of disjoint subsets: it compares with another at this size."""
+    two = reference[see].moments
+    distance, stderr = frechet_of_subsets(features, size, two.mean, two.cov)
+    return {"frechet_equal_n": distance, "frechet_equal_n_stderr": stderr}
 
 
 def _kernel(generated: Seen, reference: Seen) -> dict[str, float | int | None]:
@@ -130,7 +138,7 @@ def _kernel(generated: Seen, reference: Seen) -> dict[str, float | int | None]:
     # Of all images of a side there is one subset only.
     size = min(KID_SUBSET_SIZE, *(len(side) // 2 for side in sides))
     mean, spread = kernel_distance(*sides, KID_SUBSETS, size, SEED) if size >= 2 else (None, None)
-    return {"kid": mean, "kid_stderr": spread, "kid_subset_size": size}
+    return {"kid": mean, "kid_std": spread, "kid_subset_size": size}
 
 
 def _neighbours(generated: Seen, reference: Seen) -> dict[str, float | None]:
@@ -152,11 +160,11 @@ def _keep_logits(state: Kept, batch: Batch) -> Kept:
 
 def _inception_score(generated: Kept, reference: Kept) -> dict[str, float | None]:
     if len(generated.rows) < SPLITS:
-        return {"inception_score": None, "inception_score_stderr": None}
+        return {"inception_score": None, "inception_score_std": None}
     # Samples may come sorted by class, of which every part should have its share.
     order = np.random.RandomState(SEED).permutation(len(generated.rows))
     mean, spread = inception_score(generated.rows[order], SPLITS)
-    return {"inception_score": mean, "inception_score_stderr": spread}
+    return {"inception_score": mean, "inception_score_std": spread}
 
 
 METRICS = {
@@ -182,6 +190,11 @@ def states(batches: Iterable[Batch]) -> States:
     for batch in batches:
         found = updated(found, batch)
     return found
+
+
+def kept_features(of: States) -> Float32[np.ndarray, "kept d"]:
+    """The features of the images that are kept, at most COMPARED_IMAGES."""
+    return _fewer(of[see].kept, COMPARED_IMAGES).rows
 
 
 def results(generated: States, reference: States, names: Iterable[str] | None = None) -> dict[str, float | int | None]:

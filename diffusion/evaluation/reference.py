@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float32
 
 from diffusion.evaluation import distances, frechet, quality
 from diffusion.evaluation.frechet import Moments
@@ -19,10 +20,17 @@ Numbers = dict[str, float | int | None]
 
 
 class Reference(NamedTuple):
-    """The metrics' states of the reference set, and the metrics of other images against it, for scale."""
+    """The metrics' states of the reference set, and what real images are, for scale.
+
+    Attributes:
+        states: of the reference set.
+        scale: the metrics of real images against it.
+        others: features of the split that is not the reference, to be compared in sets as large as the samples'.
+    """
 
     states: quality.States
     scale: Numbers
+    others: Float32[np.ndarray, "n d"]
 
 
 def cached(facts: dict[str, str], dimension: int, make: Callable[[], Reference]) -> Reference:
@@ -56,18 +64,18 @@ def _save(path: Path, reference: Reference) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves = jax.tree.leaves(list(reference.states.values()))
     with files.replacing(path) as file:
-        np.savez(file, *leaves, scale=json.dumps(reference.scale))
+        np.savez(file, *leaves, others=reference.others, scale=json.dumps(reference.scale))
 
 
 def _load(path: Path, dimension: int) -> Reference:
     # In the order of METRICS, as `quality.states` makes them.
     empty = {metric.update: metric.init(dimension) for metric in quality.METRICS.values()}
     with np.load(path) as saved:
-        scale = json.loads(str(saved["scale"]))
-        leaves = [saved[f"arr_{number}"] for number in range(len(saved.files) - 1)]
+        scale, others = json.loads(str(saved["scale"])), saved["others"]
+        leaves = [saved[f"arr_{number}"] for number in range(len(saved.files) - 2)]
     leaves = [leaf if leaf.ndim else leaf.item() for leaf in leaves]
     states = jax.tree.unflatten(jax.tree.structure(list(empty.values())), leaves)
-    return Reference(dict(zip(empty, states, strict=True)), scale)
+    return Reference(dict(zip(empty, states, strict=True)), scale, others)
 
 
 def published(path: Path, dimension: int) -> quality.States:

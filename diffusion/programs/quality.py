@@ -27,6 +27,8 @@ from diffusion.runtime.preemption import Preemption
 NAME = "quality.json"
 UNFINISHED = "unfinished_quality"  # in the workdir: features of a call that was stopped
 USUAL_IMAGES = 50_000  # of published Fréchet distances
+# With Inception's features these numbers have a name of their own, under which papers state them.
+FID_NAMES = {"frechet_distance": "fid", "frechet_infinity": "fid_infinity"}
 
 
 def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
@@ -123,13 +125,12 @@ class Scorer:
         metrics: Iterable[str] | None = None,
     ) -> Numbers:
         """Metrics, by default all, of samples that come in parts."""
-        with Progress(num_images, desc="features of the samples", unit="image") as progress:
-            states = quality.states(self._batches(images, progress))
-        return quality.results(states, self._reference.states, metrics)
+        return self._named(quality.results(self._drawn(images, num_images), self._reference.states, metrics))
 
     def scores(self, images: Iterable[UInt8[np.ndarray, "n h w c"]], num_images: int) -> dict[str, Any]:
         """The numbers, those of real images for scale, and what was compared with what."""
-        found = self.numbers(images, num_images) | self._reference.scale
+        drawn = self._drawn(images, num_images)
+        found = quality.results(drawn, self._reference.states) | self._reference.scale | self._at_equal_n(drawn)
         about = {
             "num_samples": num_images,
             "features": self._config.quality.features,
@@ -140,10 +141,37 @@ class Scorer:
         if num_images < USUAL_IMAGES:
             about["note"] = (
                 f"the Fréchet distance of few images is biased upwards: that of {num_images} samples compares only "
-                f"with others of {num_images}, and the test split has {len(self._sets['test'])} images; fid_infinity, "
-                "where it is not null, is without this bias"
+                f"with others of {num_images}; frechet_equal_n is of {found['frechet_equal_n_images']} samples and of "
+                "as many real images, and frechet_infinity, where it is not null, is without this bias"
             )
-        return found | about
+        return self._named(found) | about
+
+    def _drawn(self, images: Iterable[UInt8[np.ndarray, "n h w c"]], num_images: int) -> quality.States:
+        with Progress(num_images, desc="features of the samples", unit="image") as progress:
+            return quality.states(self._batches(images, progress))
+
+    def _at_equal_n(self, drawn: quality.States) -> Numbers:
+        """The Fréchet distance of the samples, and of real images, at the number that there is of both."""
+        features, (against, _, others) = drawn[quality.see].kept.rows, self._reference
+        size = min(len(features), len(others))
+        real = _ending(quality.at_equal_n(others, against, size), f"{self._other}_split")
+        return quality.at_equal_n(features, against, size) | real | {"frechet_equal_n_images": size}
+
+    def _named(self, numbers: Numbers) -> Numbers:
+        """The same, with Inception's features also under the names of FID."""
+        names = FID_NAMES if self._features.is_fid else {}
+        as_fid = {
+            name.replace(own, fid): value
+            for own, fid in names.items()
+            for name, value in numbers.items()
+            if name.startswith(own)
+        }
+        return as_fid | numbers
+
+    @property
+    def _other(self) -> str:
+        """The split that samples are not compared with."""
+        return "train" if self._config.quality.reference == "test" else "test"
 
     @functools.cached_property
     def _reference_name(self) -> str:
@@ -166,9 +194,10 @@ class Scorer:
         of_splits = {split: self._states(source) for split, source in self._sets.items() if split != "train"}
         of_splits["train"], *halves = self._states_with_halves(self._sets["train"])
         states = of_splits.get(self._config.quality.reference, self._published)
-        other = "train" if self._config.quality.reference == "test" else "test"
-        scale = _named(quality.results(of_splits[other], states), f"{other}_split")
-        return Reference(quality.as_reference(states), scale | _named(quality.results(*halves), "train_halves"))
+        other = of_splits[self._other]
+        scale = _ending(quality.results(other, states), f"{self._other}_split")
+        scale |= _ending(quality.results(*halves), "train_halves")
+        return Reference(quality.as_reference(states), scale, quality.kept_features(other))
 
     def _states(self, source: Source) -> quality.States:
         with Progress(len(source), desc=f"features of the {source.split} split", unit="image") as progress:
@@ -192,5 +221,5 @@ class Scorer:
                 progress.update(len(batch.features))
 
 
-def _named(numbers: Numbers, suffix: str) -> Numbers:
+def _ending(numbers: Numbers, suffix: str) -> Numbers:
     return {f"{name}_{suffix}": value for name, value in numbers.items()}

@@ -54,6 +54,7 @@ def test_inception_takes_these_and_says_which_weights_it_has(tmp_path, monkeypat
     monkeypatch.setattr(inception, "published_weights", lambda: tmp_path / "published.pth")
     digits = source()
     found = features.inception(digits, str(path))
+    assert found.is_fid and not features.pixels(digits).is_fid
     batch = found.extract(digits.images())
     assert batch.features.shape == (30, 2048) and batch.logits.shape == (30, 1008)
     ((params, images),) = given

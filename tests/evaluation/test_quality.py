@@ -23,8 +23,8 @@ def states_of(features, logits=None, sizes=(1, 2, 30)):
 
 
 NAMES = {
-    *("fid", "frechet_distance", "fid_infinity", "fid_infinity_stderr", "kid", "kid_stderr", "kid_subset_size"),
-    *("inception_score", "inception_score_stderr", "precision", "recall"),
+    *("frechet_distance", "frechet_infinity", "frechet_infinity_stderr", "kid", "kid_std", "kid_subset_size"),
+    *("inception_score", "inception_score_std", "precision", "recall"),
 }
 
 
@@ -37,14 +37,13 @@ def test_every_number_is_that_of_all_features_at_once(generator):
     sides = [np.float64(np.float32(side)) for side in (generated, real)]
     order = np.random.RandomState(2020).permutation(80)
     wanted = {
-        "fid": quality.frechet_distance(*moments[0], *moments[1]),
         "frechet_distance": quality.frechet_distance(*moments[0], *moments[1]),
         "kid_subset_size": 40,
     }
-    wanted["kid"], wanted["kid_stderr"] = quality.kernel_distance(*sides, 100, 40, seed=2020)
+    wanted["kid"], wanted["kid_std"] = quality.kernel_distance(*sides, 100, 40, seed=2020)
     wanted["precision"], wanted["recall"] = quality.precision_recall(*sides, k=3)
-    wanted["inception_score"], wanted["inception_score_stderr"] = quality.inception_score(np.float32(logits)[order])
-    wanted["fid_infinity"], wanted["fid_infinity_stderr"] = quality.frechet_at_infinity(sides[0], *moments[1])
+    wanted["inception_score"], wanted["inception_score_std"] = quality.inception_score(np.float32(logits)[order])
+    wanted["frechet_infinity"], wanted["frechet_infinity_stderr"] = quality.frechet_at_infinity(sides[0], *moments[1])
     assert found.keys() == wanted.keys() == NAMES
     for name, value in wanted.items():
         # The mean and covariance of the reference are those of batches.
@@ -55,7 +54,7 @@ def test_what_few_images_or_features_without_logits_do_not_have_is_none(generato
     few, many = states_of(generator.standard_normal((3, 4)), sizes=(1,)), states_of(generator.standard_normal((50, 4)))
     found = quality.results(few, many)
     absent = {name for name, value in found.items() if value is None}
-    assert absent == NAMES - {"fid", "frechet_distance", "kid_subset_size"} and found["fid"] > 0
+    assert absent == NAMES - {"frechet_distance", "kid_subset_size"} and found["frechet_distance"] > 0
     with_logits = states_of(generator.standard_normal((9, 4)), generator.standard_normal((9, 2)), sizes=(4,))
     assert quality.results(with_logits, many)["inception_score"] is None
 
@@ -89,7 +88,8 @@ def test_noise_is_farther_from_digits_than_digits_are(generator, monkeypatch):
     pixels = features_of.pixels(source)
     train, test, random = (quality.states(pixels.batches(s)) for s in (source.images(), digits[is_held_out], noise))
     itself, held_out, far = (quality.results(side, train) for side in (train, test, random))
-    assert itself["fid"] < 1e-9 < held_out["fid"] < 0.1 * far["fid"]
+    distances = [found["frechet_distance"] for found in (itself, held_out, far)]
+    assert distances[0] < 1e-9 < distances[1] < 0.1 * distances[2]
     assert abs(itself["kid"]) < 0.01 < 0.1 * far["kid"] and held_out["kid"] < 0.1 * far["kid"]
     assert itself["precision"] == itself["recall"] == 1
     assert held_out["precision"] > 0.8 > far["precision"] and held_out["recall"] > 0.5 > far["recall"]

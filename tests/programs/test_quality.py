@@ -56,9 +56,9 @@ def saved(directory):
 
 
 PROMISED = {
-    *("fid", "kid", "kid_stderr", "inception_score", "inception_score_stderr", "precision", "recall", "num_samples"),
-    *("features", "reference", "sampler", "weights_sha256", "fid_infinity", "fid_infinity_stderr"),
-    *("frechet_distance", "step", "ema_sha256", "note"),
+    *("kid", "kid_std", "inception_score", "inception_score_std", "precision", "recall", "num_samples", "features"),
+    *("reference", "sampler", "weights_sha256", "frechet_distance", "frechet_infinity", "frechet_infinity_stderr"),
+    *("frechet_equal_n", "frechet_equal_n_images", "frechet_equal_n_test_split", "step", "ema_sha256", "note"),
 }
 
 
@@ -72,7 +72,7 @@ def test_a_run_is_compared_with_the_training_split(run, straight, tiny, sources,
     images = sample.make_sampler(loaded.experiment).images(loaded.model, 30)
     found = score(config, images, *sources)
     assert {key: scores[key] for key in found} == found
-    assert 0 < scores["fid_test_split"] < scores["fid"] == scores["frechet_distance"]
+    assert 0 < scores["frechet_distance_test_split"] < scores["frechet_distance"] and "fid" not in scores
     assert scores["num_samples"] == 30 and scores["features"] == "pixels" and scores["weights_sha256"] is None
     assert scores["reference"] == "digits, train split, 1498 images"
     assert scores["sampler"]["method"] == "ddim(eta=0.5)" and scores["sampler"]["num_steps"] == 3
@@ -135,16 +135,48 @@ def test_samples_that_exist_are_taken_and_those_of_a_killed_call_too(run, tiny, 
     program.run(config, run)
     again = np.concatenate([np.load(sample.shard(folder, number)) for number in range(3)])
     assert not again[:4].any() and again[4:].any()
-    assert saved(run)["fid"] == pytest.approx(score(config, again, *sources)["fid"]) != drawn["fid"]
+    of_again = score(config, again, *sources)["frechet_distance"]
+    assert saved(run)["frechet_distance"] == pytest.approx(of_again) != drawn["frechet_distance"]
+
+
+def test_samples_and_real_images_are_compared_at_equal_numbers(tiny, small):
+    """As many samples as test images: the mean over disjoint subsets of whichever side has more."""
+    train_set, test_set = small
+    drawn = np.random.default_rng(1).integers(0, 17, (95, 3, 3, 1)).astype(np.uint8)
+    scores = score(tiny(), drawn, *small)
+    order = np.random.default_rng(0).permutation(95)
+    parts = [score(tiny(), drawn[np.sort(order[30 * i : 30 * (i + 1)])], *small)["frechet_distance"] for i in range(3)]
+    assert scores["frechet_equal_n_images"] == 30
+    assert scores["frechet_equal_n"] == pytest.approx(np.mean(parts), rel=1e-6) != scores["frechet_distance"]
+    assert scores["frechet_equal_n_stderr"] == pytest.approx(np.std(parts, ddof=1) / 3**0.5, rel=1e-4)
+    assert scores["frechet_equal_n_test_split"] == pytest.approx(scores["frechet_distance_test_split"])
+    assert scores["frechet_equal_n_stderr_test_split"] is None
+    few = score(tiny(), drawn[:14], *small)
+    assert few["frechet_equal_n_images"] == 14 and few["frechet_equal_n"] == pytest.approx(few["frechet_distance"])
+    assert few["frechet_equal_n_test_split"] > few["frechet_distance_test_split"]
+
+
+@pytest.mark.parametrize("is_fid", [True, False])
+def test_only_inceptions_features_give_an_fid(tiny, small, monkeypatch, is_fid):
+    kind = features.pixels(small[0])._replace(is_fid=is_fid)
+    monkeypatch.setitem(features.FEATURES, "pixels", lambda train_set: kind)
+    scores = score(tiny(), small[1].images(), *small)
+    named = {name for name in scores if name.startswith("fid")}
+    of = ("fid", "fid_infinity", "fid_infinity_stderr")
+    wanted = {f"{name}{end}" for name in of for end in ("", "_test_split", "_train_halves")}
+    assert named == (wanted if is_fid else set())
+    for name in named:
+        own = name.replace("fid_infinity", "frechet_infinity") if "infinity" in name else f"frechet_distance{name[3:]}"
+        assert scores[name] == scores[own], name
 
 
 def test_the_scale_is_the_other_split_and_two_halves_of_the_training_set(tiny, small):
     train_set, test_set = small
     scores = score(tiny(), train_set.images(), *small)
-    assert 0 <= scores["fid"] < 1e-9 and scores["precision"] == scores["recall"] == 1
+    assert 0 <= scores["frechet_distance"] < 1e-9 and scores["precision"] == scores["recall"] == 1
     pixels = features.pixels(train_set)
     swapped = score(tiny(), test_set.images(), *small)
-    for name in ("fid", "kid", "precision", "recall"):
+    for name in ("frechet_distance", "kid", "precision", "recall"):
         assert swapped[name] == scores[f"{name}_test_split"]
     is_second = np.random.default_rng(0).permutation(40) % 2 == 1
     halves = [quality.states(pixels.batches(train_set.images()[which])) for which in (~is_second, is_second)]
@@ -155,13 +187,14 @@ def test_the_scale_is_the_other_split_and_two_halves_of_the_training_set(tiny, s
 def test_the_reference_is_the_test_split_or_others_numbers(tiny, small, tmp_path):
     train_set, test_set = small
     of_test = score(tiny(quality__reference="test"), train_set.images(), *small)
-    assert of_test["reference"] == "small, test split, 30 images" and "fid_test_split" not in of_test
-    assert of_test["fid"] == of_test["fid_train_split"] > 0
+    assert of_test["reference"] == "small, test split, 30 images" and "frechet_distance_test_split" not in of_test
+    assert of_test["frechet_distance"] == of_test["frechet_distance_train_split"] > 0
     pixels = np.float64(test_set.images().reshape(30, -1)) / 8 - 1
     path = tmp_path / "stats.npz"
     np.savez(path, mu=pixels.mean(axis=0), sigma=np.cov(pixels, rowvar=False))
     of_file = score(tiny(quality__reference=str(path)), train_set.images(), *small)
-    assert of_file["fid"] == pytest.approx(of_test["fid"]) and of_file["fid_test_split"] < 1e-9
+    assert of_file["frechet_distance"] == pytest.approx(of_test["frechet_distance"])
+    assert of_file["frechet_distance_test_split"] < 1e-9
     assert of_file["kid"] is None and of_file["recall"] is None and of_file["kid_train_halves"] is not None
     assert of_file["reference"].startswith(f"{path}, SHA-256 ")
 
@@ -225,7 +258,7 @@ def test_a_metric_is_one_entry_of_the_table(tiny, small, monkeypatch):
     monkeypatch.setitem(quality.METRICS, "gap", Metric(lambda dimension: np.full(dimension, -1.0), largest, gap))
     for _ in range(2):  # the second time from the cache
         scores = score(tiny(), np.zeros((2, 3, 3, 1), np.uint8), *small)
-        assert scores["gap"] == 2.0 and scores["gap_test_split"] <= 2.0 and "fid" in scores
+        assert scores["gap"] == 2.0 and scores["gap_test_split"] <= 2.0 and "frechet_distance" in scores
 
 
 def test_a_feature_that_does_not_exist_is_named(tiny, straight):
@@ -255,7 +288,7 @@ def test_the_classifier_of_one_command_gives_every_number(tiny, run, tmp_path, m
     scores = saved(run)
     assert scores["weights_sha256"] == said["sha256"]
     assert scores["classifier_test_accuracy"] == said["test_accuracy"]
-    assert scores["fid"] > scores["fid_test_split"] > 0 and scores["inception_score"] > 1
+    assert scores["frechet_distance"] > scores["frechet_distance_test_split"] > 0 and scores["inception_score"] > 1
     assert scores["inception_score_train_halves"] > scores["inception_score"]
 
 
@@ -266,9 +299,9 @@ def test_during_training_the_ema_is_scored_into_the_rows_of_the_metrics(tmp_path
     )
     state = toy.run(experiment, tmp_path)
     rows = {row["step"]: row for row in read_metrics(tmp_path)}
-    assert {step for step, row in rows.items() if "fid" in row} == {4, 6} and "loss" not in rows[4]
+    assert {step for step, row in rows.items() if "frechet_distance" in row} == {4, 6} and "loss" not in rows[4]
     images = sample.make_sampler(experiment).images(experiment.model(state.ema_params), 12)
     found = score(experiment.config, images, toy.source("train"), toy.source("test"))
-    for name in ("fid", "kid", "precision", "recall"):
+    for name in ("frechet_distance", "kid", "precision", "recall"):
         assert rows[6][name] == pytest.approx(found[name], rel=1e-3)
     assert "inception_score" not in rows[6] and rows[6]["loss"] > 0

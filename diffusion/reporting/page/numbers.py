@@ -14,6 +14,7 @@ PARTS = {
     "kl_bpd": ("KL terms, t = 2…T", ".4f"),
     "rate_bpd": ("rate: KL terms and prior", ".4f"),
     "distortion_rmse": ("distortion: RMSE of x̂₀ in pixel values", ".4g"),
+    "with_label_bpd": ("bits/dim with the label, log₂ of the number of classes", ".4f"),
     "unconditional_bpd": ("bits/dim without the labels", ".4f"),
     "label_gain_bpd": ("saved by the labels, paired by image", ".4f"),
     "images": ("images", ","),
@@ -22,13 +23,15 @@ PARTS = {
 METRICS = {
     "fid": ("FID", "lower"),
     "frechet_distance": ("Fréchet distance", "lower"),
-    "fid_infinity": ("the same, extrapolated to infinitely many samples", "lower"),
-    "kid": ("KID", "lower"),
-    "inception_score": ("Inception score", "higher"),
+    "frechet_equal_n": ("Fréchet distance of as many samples as real images", "lower"),
+    "fid_infinity": ("FID, extrapolated to infinitely many samples", "lower"),
+    "frechet_infinity": ("Fréchet distance, extrapolated to infinitely many samples", "lower"),
+    "kid": ("KID ± its standard deviation over subsets", "lower"),
+    "inception_score": ("Inception score ± its standard deviation over parts", "higher"),
     "precision": ("precision", "higher"),
     "recall": ("recall", "higher"),
 }
-ERROR = "_stderr"
+ERROR, SPREAD = "_stderr", "_std"  # a standard deviation was called _stderr, too, before there was _std
 # The ending of an entry of quality.json says what is compared with the reference. The error's ending comes before.
 COMPARED = {
     "": "samples",
@@ -36,7 +39,9 @@ COMPARED = {
     "_train_split": "training split",
     "_train_halves": "training split, one half with the other",
 }
-NOT_METRICS = ("step", "num_samples", "kid_subset_size", "classifier_test_accuracy")
+NOT_METRICS = ("step", "num_samples", "kid_subset_size", "frechet_equal_n_images", "classifier_test_accuracy")
+# One number under two names: the first where it is an FID, or else the second.
+TWO_NAMES = (("fid", "frechet_distance"), ("fid_infinity", "frechet_infinity"))
 
 
 class Distance(NamedTuple):
@@ -120,12 +125,18 @@ def evaluations(contents: Contents) -> list[str]:
     return [parts.table(head, rows, "Further evaluations", sortable=True)] if rows else []
 
 
+def _error(scores: dict[str, Any], name: str, ending: str) -> Any:
+    """What stands behind ± of an entry of quality.json."""
+    return scores.get(f"{name}{SPREAD}{ending}", scores.get(f"{name}{ERROR}{ending}"))
+
+
 def quality(scores: dict[str, Any]) -> list[str]:
     """Every metric of the samples, beside those of real images as the scale to read it by."""
-    endings = (ERROR, *(ending for ending in COMPARED if ending))
+    endings = (ERROR, SPREAD, *(ending for ending in COMPARED if ending))
     found = [name for name, value in scores.items() if is_number(value) and not name.endswith(endings)]
-    if {"fid", "frechet_distance"} <= set(found):  # one number under both names
-        found.remove("frechet_distance" if _is_fid(scores) else "fid")
+    for names in TWO_NAMES:
+        if set(names) <= set(found):
+            found.remove(names[_is_fid(scores)])
     found = [name for name in METRICS if name in found] + [name for name in found if name not in METRICS]
     found = [name for name in found if name not in NOT_METRICS]
     if not found:
@@ -133,8 +144,11 @@ def quality(scores: dict[str, Any]) -> list[str]:
     columns = [ending for ending in COMPARED if any(is_number(scores.get(f"{name}{ending}")) for name in found)]
     rows = []
     for name in found:
-        words, better = METRICS.get(name, (name, UNKNOWN))
-        values = [(scores.get(f"{name}{end}"), scores.get(f"{name}{ERROR}{end}")) for end in columns]
+        own = dict(TWO_NAMES).get(name, name)  # earlier versions wrote FID's name whatever the features
+        words, better = METRICS.get(name if _is_fid(scores) else own, (name, UNKNOWN))
+        if name == "frechet_equal_n":
+            words += f", {text_of(scores.get('frechet_equal_n_images'))}"
+        values = [(scores.get(f"{name}{end}"), _error(scores, name, end)) for end in columns]
         rows.append([words, *(with_error(value, error, ".4g") for value, error in values), better])
     caption = (
         f"{text_of(scores.get('num_samples'))} samples against {text_of(scores.get('reference'))}; "

@@ -35,7 +35,9 @@ SUMMARY = {
 }  # fmt: skip
 QUALITY = {
     "frechet_distance": 33.27570723499049, "frechet_distance_test_split": 0.45998528075136136, "num_samples": 200,
-    "kid": 0.0123, "kid_stderr": 0.0004, "features": "pixels", "reference": "digits, train split", "step": 60,
+    "kid": 0.0123, "kid_std": 0.0004, "frechet_equal_n": 40.5, "frechet_equal_n_stderr": 0.25,
+    "frechet_equal_n_images": 100, "frechet_equal_n_test_split": 1.75,
+    "features": "pixels", "reference": "digits, train split", "step": 60,
     "note": "of few images", "sampler": {"method": "ancestral", "num_steps": 6},
 }  # fmt: skip
 SHAPE, NUM_LEVELS, NUM_FRAMES = (8, 8, 1), 17, 4

@@ -68,7 +68,8 @@ def test_every_number_of_every_file_is_there(run_directory, read_page):
     found = read_page(run_directory)
     assert sections(found) == SECTIONS and notes(found) == []
     scores = json.loads((run_directory / "quality.json").read_text())
-    for name in ("frechet_distance", "frechet_distance_test_split", "kid", "kid_stderr"):
+    for name in ("frechet_distance", "frechet_distance_test_split", "kid", "kid_std",
+                 "frechet_equal_n", "frechet_equal_n_stderr", "frechet_equal_n_test_split"):  # fmt: skip
         assert scores[name] in found.numbers, name
     assert 2.5 in found.numbers, "the bits/dim of an evaluation"
     assert "Fréchet distance (pixels), 200 samples" in found.of("dt")
@@ -76,6 +77,19 @@ def test_every_number_of_every_file_is_there(run_directory, read_page):
         assert words in found.text()
     assert "0:02:28" in found.text()
     assert [image["alt"] for image in found.all("img") if image["class"] == "plot"] == list(PLOTS.values())
+
+
+def test_the_quality_of_earlier_versions_is_read(run_directory, read_page):
+    """They wrote FID's names whatever the features, and called standard deviations stderr."""
+    path = run_directory / "quality.json"
+    old = {"fid": 33.5, "frechet_distance": 33.5, "fid_infinity": 31.25, "fid_infinity_stderr": 0.75,
+           "kid": 0.0123, "kid_stderr": 0.0004, "features": "pixels", "num_samples": 200}  # fmt: skip
+    path.write_text(json.dumps(old))
+    found = read_page(run_directory)
+    assert {33.5, 31.25, 0.75, 0.0123, 0.0004} <= set(found.numbers)
+    assert "FID" not in found.text("section") and "Fréchet distance, extrapolated to" in found.text("section")
+    path.write_text(json.dumps(old | {"features": "inception"}))
+    assert "FID, extrapolated to infinitely many samples" in read_page(run_directory).text("section")
 
 
 def test_the_quality_of_other_weights_is_called_so(run_directory, read_page):

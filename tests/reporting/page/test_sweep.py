@@ -60,7 +60,7 @@ def test_the_distance_of_other_weights_is_left_out(sweep, read_page):
     ("features", "title"), [("pixels", "Fréchet distance (pixels)"), ("inception", "FID (inception)")]
 )
 def test_only_the_distance_of_inceptions_features_is_called_fid(features, title):
-    """quality.json has it under both names, whatever the features."""
+    """Earlier versions wrote both names, whatever the features."""
     scores = {"fid": 3.5, "frechet_distance": 3.5, "features": features}
     assert numbers.distance(scores) == (title, 3.5)
 
