@@ -79,6 +79,14 @@ def prior_bpd(schedule: Schedule, x0: Float[ArrayLike, "h w c"]) -> Float[ArrayL
     return bits_per_dim(gaussian.kl(process.q_marginal(schedule[schedule.num_steps], x0), standard_normal))
 
 
+def label_bpd(num_classes: int, image_shape: tuple[int, ...]) -> float:
+    """What a label costs that is one of equally likely classes, in bits/dim of its image.
+
+    A bound given the label and this together are a bound of image and label, and so of the image alone.
+    """
+    return math.log2(num_classes) / math.prod(image_shape)
+
+
 def bayes_decoder_bpd(
     row: Row, x0: Float[ArrayLike, "h w c"], eps: Float[ArrayLike, "h w c"], num_levels: int = 256
 ) -> Float[ArrayLike, ""]:

@@ -22,6 +22,7 @@ def run(config_dict: ConfigDict, _directory: Path) -> None:
     figures = {
         "data": f"{described.name}: {described.num_train:,} training and {described.num_test:,} test images",
         "  images": f"{shape}, {described.num_levels} pixel values",
+        **label(experiment),
         **network(experiment, described.num_train),
         **schedule_figures(experiment),
     }
@@ -39,6 +40,15 @@ def keys(config_dict: ConfigDict) -> list[str]:
         for name, key in schema.all_keys().items()
     ]
     return [f"{name:<30}{value:<20} {default:<20} {change:<12}{words}" for name, value, default, change, words in rows]
+
+
+def label(experiment: Experiment) -> dict[str, str]:
+    """What the labels cost that the bound is given, if it is."""
+    if not experiment.training.conditional:
+        return {}
+    num_classes = experiment.training.network.num_classes
+    bpd = likelihood.label_bpd(num_classes, experiment.image_shape)
+    return {"  a label": f"{bpd:.4f} bits/dim, which the bound given labels leaves out ({num_classes} classes)"}
 
 
 def network(experiment: Experiment, num_train: int) -> dict[str, str]:

@@ -115,7 +115,7 @@ def score(
         "protocol": protocol,
         **bounds["test"].summary("test"),
         **bounds["train"].summary("train"),
-        **_by_label(bounds, test_set, numbers["test"]),
+        **_by_label(bounds, test_set, numbers["test"], config.model.conditional),
         "prior_bpd": bounds["test"].prior_bpd.mean(),
         "ema_sha256": state.sha256,
         "data_sha256": data_sha256,
@@ -145,9 +145,14 @@ def _bounds(
     return {name: bound(*what, kept / f"{name}.npy") for name, what in scored.items()}
 
 
-def _by_label(bounds: dict[str, Bound], test_set: Source, numbers: np.ndarray) -> dict[str, Any]:
-    """What labels say of the test images' bits: their means by class, and what the network saves by knowing them."""
+def _by_label(bounds: dict[str, Bound], test_set: Source, numbers: np.ndarray, is_given: bool) -> dict[str, Any]:
+    """The test images' bits by class; of a network that is given labels also what these cost, and what they save."""
     scores: dict[str, Any] = {}
+    if is_given:
+        scores["label_bpd"] = likelihood.label_bpd(test_set.num_classes, test_set.image_shape)
+        for split in ("test", "train"):
+            given_bpd = bounds[split].summary(split)[f"{split}_bpd"]
+            scores[f"{split}_with_label_bpd"] = given_bpd + scores["label_bpd"]
     if test_set.num_classes:
         by_class = bounds["test"].bpd_by_class(test_set.labels(numbers), test_set.num_classes)
         scores["test_bpd_by_class"] = by_class

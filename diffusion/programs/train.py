@@ -93,7 +93,9 @@ def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: b
     if processes.is_first():
         page.refresh(directory)
         print("protocol: " + ", ".join(f"{name} {value}" for name, value in scores["protocol"].items()))
-        print(f"test {scores['test_bpd']:.4f} bits/dim; see {directory / workdir.SUMMARY} and {page.NAME} beside it")
+        labels = f" given the labels, {of_both:.4f} with them" if (of_both := scores.get("test_with_label_bpd")) else ""
+        bpd = f"{scores['test_bpd']:.4f} bits/dim{labels}"
+        print(f"test {bpd}; see {directory / workdir.SUMMARY} and {page.NAME} beside it")
 
 
 def prepare(config: ConfigDict, directory: Path) -> Experiment:

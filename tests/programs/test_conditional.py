@@ -63,6 +63,10 @@ def test_the_bits_are_those_given_the_labels_and_the_gain_is_paired(labelled_run
     stderr = gain.std(ddof=1) / len(gain) ** 0.5
     np.testing.assert_allclose(summary["test_label_gain_bpd_stderr"], stderr, rtol=1e-2)
     assert summary["protocol"]["labels"] == "given"
+    # The label is one of ten: 3.32 bits that whoever decodes the image from this bound must have been told.
+    assert summary["label_bpd"] == pytest.approx(3.321928 / 64, rel=1e-6)
+    for split in ("test", "train"):
+        assert summary[f"{split}_with_label_bpd"] == summary[f"{split}_bpd"] + summary["label_bpd"]
 
 
 def test_images_are_drawn_with_every_class_in_turn_and_say_so(labelled_run):
@@ -121,6 +125,7 @@ def test_describe_counts_the_labels_vectors_and_the_same_work(conditional):
     labelled = build.experiment(conditional(), (8, 8, 1), 17, 10)
     without = conditional(model__conditional=False, model__label_dropout=0.0)
     plain = build.experiment(without, (8, 8, 1), 17)
+    assert describe.label(labelled)["  a label"].startswith("0.0519 bits/dim") and describe.label(plain) == {}
     numbers = [int(describe.network(e, 1498)["parameters"].replace(",", "")) for e in (labelled, plain)]
     assert numbers[0] - numbers[1] == 10 * 2  # ten classes, each with a vector of the layer's width
     # A product of one-hot labels with the table, and a sum.
