@@ -75,7 +75,7 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
             initial_words=message.initial_words,
         )
         coded_file.write(path, header, message.words)
-    print(json.dumps(_report(path, header, bound, images), indent=2))
+    print(json.dumps(_report(path, header, bound, images, experiment), indent=2))
 
 
 def new_file(output: str) -> Path:
@@ -173,8 +173,11 @@ def _bound(config: ConfigDict, model: Model, source: Source, preemption: Preempt
     return method(settings, preemption.check)(devices.replicate(model), source, np.arange(len(source)))
 
 
-def _report(path: Path, header: Header, bound: Bound, images: UInt8[np.ndarray, "n h w c"]) -> dict[str, Any]:
-    """Bits/dim of the file, of the bound, and of other lossless formats."""
+def _report(
+    path: Path, header: Header, bound: Bound, images: UInt8[np.ndarray, "n h w c"], experiment: Experiment
+) -> dict[str, Any]:
+    """Bits/dim of the file, of the bound, and of other lossless formats, which need no weights."""
+    weights = jax.tree.leaves(experiment.abstract_state().params)
     dims, file_bytes = images.size, path.stat().st_size
     initial_bits = 32 * header.initial_words
     others = {name: size for name, size in image_formats.sizes_bytes(images).items() if size is not None}
@@ -182,6 +185,7 @@ def _report(path: Path, header: Header, bound: Bound, images: UInt8[np.ndarray, 
     return {
         "file": str(path),
         "file_bytes": file_bytes,
+        "weights_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in weights),
         "file_bpd": 8 * file_bytes / dims,
         "file_without_initial_bits_bpd": (8 * file_bytes - initial_bits) / dims,
         "bound_bpd": bound_bits / dims,

@@ -40,6 +40,8 @@ def test_a_split_is_compressed_to_about_its_bound(tiny, straight, tmp_path, caps
     header, words = coded_file.read(path)
     assert said["bound_bpd"] > 3  # it was hardly trained
     assert said["file_bytes"] == path.stat().st_size == pytest.approx(said["file_bpd"] * 299 * 64 / 8)
+    num_params = json.loads((straight / "summary.json").read_text())["num_params"]
+    assert said["weights_bytes"] == 4 * num_params  # the decoder needs them, and they are not in the file
     assert said["initial_bits"] == 32 * header.initial_words and said["images"] == header.num_images == 299
     assert abs(said["overhead_percent"]) < 3
     net = (8 * path.stat().st_size - said["initial_bits"]) / (299 * 64)
