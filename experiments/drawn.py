@@ -23,6 +23,7 @@ from experiments.intervals import Interval
 COMPUTED = ("frechet_distance", "precision_recall")  # of quality.METRICS
 METRICS = ("frechet_distance", "precision", "recall")  # their numbers
 REAL = "test images"
+MOST_IMAGES = 1000  # of a set that nobody asked to be larger
 
 
 class Study(NamedTuple):
@@ -34,7 +35,7 @@ class Study(NamedTuple):
         trained: the run.
         features: the value of quality.features by which samples are compared.
         scorer: compares them.
-        num_images: samples of a set.
+        num_images: samples of a set; the test images are scored in sets of as many.
         num_sets: disjoint sets of each way of drawing; set k of every way starts from the same noise.
     """
 
@@ -71,24 +72,35 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser = commands.argument_parser(description)
     parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint; gets the results")
     parser.add_argument("--features", default="classifier", help="a value of quality.features")
-    parser.add_argument("--num_images", type=int, default=1000, help="samples of a set")
+    help_images = f"samples of a set, and test images beside them; by default all test images, at most {MOST_IMAGES}"
+    parser.add_argument("--num_images", type=int, help=help_images)
     parser.add_argument("--num_sets", type=int, default=3, help="of samples, for the interval")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     return parser
 
 
-def study(name: str, workdir: Path, features: str, num_images: int, num_sets: int, checkpoint: str = "latest") -> Study:
+def study(
+    name: str, workdir: Path, features: str, num_images: int | None, num_sets: int, checkpoint: str = "latest"
+) -> Study:
     """The study of that name, of the run in `workdir`; the other arguments are flags of `argument_parser`.
 
     Raises:
-        ValueError: there are no samples to compare.
+        ValueError: there are no samples to compare, or fewer test images than samples of a set.
         FileNotFoundError: there is no run, or no classifier. Others: see `load` and `Scorer`.
     """
-    if num_images < 2 or num_sets < 1:
-        raise ValueError(f"--num_images={num_images} must be at least 2, --num_sets={num_sets} at least 1")
+    if num_sets < 1:
+        raise ValueError(f"--num_sets={num_sets} must be at least 1")
     trained = load(workdir, checkpoint)
     config = changed(trained.config, {"quality.features": features, "quality.reference": "train"})
-    scorer = Scorer(config, *(build.load_data(config, split) for split in ("train", "test")))
+    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
+    if num_images is None:
+        num_images = min(MOST_IMAGES, len(test_set))
+    if not 2 <= num_images <= len(test_set):
+        raise ValueError(
+            f"--num_images={num_images} must be in 2…{len(test_set)}, the number of test images: distances compare "
+            "only at equal numbers of images"
+        )
+    scorer = Scorer(config, train_set, test_set)
     return Study(workdir, name, trained, features, scorer, num_images, num_sets)
 
 
@@ -99,20 +111,23 @@ def changed(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:
     return copy.lock()
 
 
-def real_images(study: Study, test_set: Source) -> dict[str, float]:
-    """The test images' METRICS against the training images: what perfect samples would come to, if as many."""
-    numbers = study.scorer.numbers([test_set.images()], len(test_set), COMPUTED)
-    return {name: numbers[name] for name in METRICS}
+def real_images(study: Study, test_set: Source) -> dict[str, list[float]]:
+    """What perfect samples would come to: the scores of disjoint sets of test images, each as large as the samples'."""
+    num_sets = len(test_set) // study.num_images
+    chosen = np.random.default_rng(0).permutation(len(test_set))[: num_sets * study.num_images]
+    images = test_set.images(np.sort(chosen.reshape(num_sets, study.num_images), axis=1).ravel())
+    return study.scores(images.reshape(num_sets, study.num_images, *images.shape[1:]))
 
 
 def protocol(study: Study) -> str:
     """How samples were drawn and compared: what a reader must know to compare the numbers with others."""
+    seen = " The classifier was trained on these training images." if study.features.startswith("classifier") else ""
     return (
         f"{study.num_sets} sets of {study.num_images} samples of one trained network: "
         f"{intervals.caption([study.num_sets], 'set')}. Differences are paired by set. "
         "Fréchet distance, precision and recall are against all training images, by the features "
-        f"`{study.features}`. The Fréchet distance of few images is biased upwards, and more so for the test images, "
-        "which are fewer."
+        f"`{study.features}`.{seen} The Fréchet distance of few images is biased upwards, so the test images are "
+        f"compared in sets of {study.num_images}, too."
     )
 
 

@@ -73,7 +73,7 @@ def recognised(
     return [float((found == of_set).mean()) for found, of_set in zip(taken_for, labels, strict=True)]
 
 
-def markdown(rows: list[dict[str, Any]], real: dict[str, float], study: Study) -> str:
+def markdown(rows: list[dict[str, Any]], real: dict[str, Any], study: Study) -> str:
     """The table with what was compared and how."""
     head = [
         f"# Guidance: {study.trained.config.data.name}, step {study.trained.state.step} (EMA)",
@@ -95,7 +95,7 @@ def _cells(name: str, row: dict[str, Any], base: dict[str, Any] | None) -> list[
     return [name, distance, less, *others]
 
 
-def plot(path: Path, rows: list[dict[str, Any]], real: dict[str, float], study: Study) -> None:
+def plot(path: Path, rows: list[dict[str, Any]], real: dict[str, Any], study: Study) -> None:
     """Every number over w, beside that of the test images."""
     guided = [row for row in rows if row["w"] != UNCONDITIONAL]
     w = [row["w"] for row in guided]
@@ -105,7 +105,7 @@ def plot(path: Path, rows: list[dict[str, Any]], real: dict[str, float], study: 
         for number, name in enumerate(names):
             color, label = f"C{number}", name.replace("_", " ").replace("frechet", "Fréchet")
             axes.errorbar(w, *drawn.curve(guided, name), fmt="o-", color=color, capsize=3, label=label)
-            axes.axhline(real[name], color=color, linestyle=":")
+            axes.axhline(np.mean(real[name]), color=color, linestyle=":")
         axes.set_xlabel("guidance w")
         axes.grid(alpha=0.3)
         axes.legend(title="dotted: test images", fontsize="small")

@@ -124,7 +124,7 @@ def _less_own(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def markdown(
-    rows: list[dict[str, Any]], real: dict[str, float], study: Study, title: str, num_scored: int
+    rows: list[dict[str, Any]], real: dict[str, Any], study: Study, title: str, num_scored: int
 ) -> str:
     """The table with what was compared and how."""
     own = study.trained.config.model.variance
@@ -148,7 +148,7 @@ def markdown(
 
 
 def plot(
-    path: Path, rows: list[dict[str, Any]], real: dict[str, float], study: Study, title: str
+    path: Path, rows: list[dict[str, Any]], real: dict[str, Any], study: Study, title: str
 ) -> None:
     """The Fréchet distance and the bits/dim over the number of steps, a line for each way."""
     own = study.trained.config.model.variance
@@ -163,7 +163,7 @@ def plot(
             if key in of_name[0]:
                 steps = [row["num_steps"] for row in of_name]
                 axes.errorbar(steps, *_values(of_name, key), label=name, **style)
-    distance.axhline(real["frechet_distance"], color="gray", linestyle=":", label=REAL)
+    distance.axhline(np.mean(real["frechet_distance"]), color="gray", linestyle=":", label=REAL)
     distance.set(ylabel=f"Fréchet distance ({study.features})", yscale="log")
     bits.set(ylabel="bits/dim of the respaced process", yscale="log")
     for axes in (distance, bits):

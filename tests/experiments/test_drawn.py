@@ -73,10 +73,30 @@ def test_guidance_needs_the_classifier_of_the_data(labelled_run):
         guidance.run(drawn.study("guidance", labelled_run, "pixels", 10, 2), [0.0])
 
 
-@pytest.mark.parametrize(("num_images", "num_sets"), [(1, 2), (10, 0)])
-def test_a_study_without_samples_is_refused(straight, num_images, num_sets):
-    with pytest.raises(ValueError, match=f"--num_images={num_images} must be at least 2, --num_sets={num_sets} at"):
-        drawn.study("steps", straight, "pixels", num_images, num_sets)
+@pytest.mark.parametrize("num_images", [1, 300])
+def test_a_study_of_no_samples_or_of_more_than_there_are_test_images_is_refused(straight, num_images):
+    with pytest.raises(ValueError, match=f"--num_images={num_images} must be in 2…299, the number of test images"):
+        drawn.study("steps", straight, "pixels", num_images, 2)
+
+
+def test_a_study_without_sets_is_refused(straight):
+    with pytest.raises(ValueError, match="--num_sets=0 must be at least 1"):
+        drawn.study("steps", straight, "pixels", 10, 0)
+
+
+def test_test_images_are_scored_in_sets_as_large_as_the_samples(straight):
+    """A Fréchet distance is biased by about c/n, so only at equal n does it say which images are closer."""
+    study, test_set = drawn.study("steps", straight, "pixels", 99, 2), data.load("digits", "test", "")
+    found = drawn.real_images(study, test_set)
+    images, order = test_set.images(), np.random.default_rng(0).permutation(299)
+    by_set = [
+        study.scorer.numbers([images[np.sort(order[99 * i : 99 * (i + 1)])]], 99)["frechet_distance"] for i in range(3)
+    ]
+    assert found["frechet_distance"] == pytest.approx(by_set, rel=1e-6)
+    whole = drawn.study("steps", straight, "pixels", None, 2)
+    assert whole.num_images == 299
+    of_all = study.scorer.numbers([images], 299)["frechet_distance"]
+    assert drawn.real_images(whole, test_set)["frechet_distance"] == pytest.approx([of_all]) and of_all < min(by_set)
 
 
 def test_all_steps_with_the_run_s_own_variance_have_the_run_s_own_bound(straight, tmp_path, monkeypatch):
