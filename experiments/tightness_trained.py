@@ -1,4 +1,4 @@
-"""One checkpoint under five likelihoods: the part of `experiments.bound_tightness` that needs a trained network."""
+"""One checkpoint under several likelihoods: the part of `experiments.bound_tightness` that needs a trained network."""
 
 import math
 from functools import partial
@@ -20,8 +20,9 @@ from diffusion.model import Model
 from diffusion.runtime import randomness
 from experiments.tables import mean_and_stderr
 
-NUM_IMAGES = 16  # test images under every likelihood
-NUM_FEW = 2  # of them under those that cost a thousand network passes per t
+NUM_IMAGES = 64  # test images under every likelihood
+NUM_WEIGHTED = 50  # trajectories of each in its importance-weighted bound
+NUM_FEW = 2  # images under those that cost a thousand network passes per t
 NUM_TRAJECTORIES = 1000
 TRAJECTORIES_AT_ONCE = 250
 TOLERANCE = 1e-3  # of the ODE solver, per step: by far less than the spread of dequantization
@@ -30,10 +31,16 @@ TRAJECTORY, DEQUANTIZATION, PROBE = range(3)  # which noise of an image
 # What is measured, of which data, and what it says about the bits of the pixel values.
 ROWS = {
     "bound": "pixel values; upper bound on −log₂ P of the reverse chain",
+    "bound_unclipped": "the same, x̂_0 not clipped to [−1, 1]",
+    "importance_weighted": "pixel values; upper bound on −log₂ P of the reverse chain, tighter",
     "ode_behind_decoder": "pixel values; upper bound on −log₂ P, same decoder, but x_1 has the ODE's law",
+    "ode_behind_decoder_unclipped": "the same, the ODE's x̂_0 not clipped",
     "bound_dequantized": "uniformly dequantized; upper bound, chain with a Gaussian density as its decoder",
+    "bound_dequantized_unclipped": "the same, x̂_0 not clipped",
     "ode_dequantized": "uniformly dequantized; the ODE's density, exact for each y",
+    "ode_dequantized_unclipped": "the same, x̂_0 not clipped",
 }
+UNCLIPPED = "_unclipped"
 
 
 def measure(directory: Path, checkpoint: str = "latest") -> dict[str, Any]:
@@ -59,15 +66,24 @@ def compare(model: Model, x0: Float[Array, "b h w c"], keys: Array) -> dict[str,
     """What `measure` returns of one network, for images on their pixel values with a key each."""
     few, few_keys = x0[:NUM_FEW], keys[:NUM_FEW]
     y = dequantized(model, x0, keys)
-    per_image = {
-        "bound": bound_bpd(model, x0, keys, gaussian.discretized_log_prob),
-        "ode_behind_decoder": jax.jit(partial(ode_behind_decoder_bpd, model))(x0, keys),
-        "bound_dequantized": bound_bpd(model, y, keys, _binned_density),
-        "ode_dequantized": jax.jit(partial(ode_dequantized_bpd, model))(x0, keys),
-    }
+    per_image = {}
+    # Dequantized data reach beyond [−1, 1], where a clipped x̂_0 cannot follow them.
+    for clip_x0, ending in ((True, ""), (False, UNCLIPPED)):
+        behind = partial(ode_behind_decoder_bpd, model, clip_x0=clip_x0)
+        of_density = partial(ode_dequantized_bpd, model, clip_x0=clip_x0)
+        per_image |= {
+            f"bound{ending}": bound_bpd(model, x0, keys, gaussian.discretized_log_prob, clip_x0),
+            f"ode_behind_decoder{ending}": jax.jit(behind)(x0, keys),
+            f"bound_dequantized{ending}": bound_bpd(model, y, keys, _binned_density, clip_x0),
+            f"ode_dequantized{ending}": jax.jit(of_density)(x0, keys),
+        }
+    log_weights = jnp.asarray(_log_weights(model, x0, keys, NUM_WEIGHTED))
+    nats = likelihood.importance_weighted_nats(log_weights, NUM_WEIGHTED)[:, 0]
+    per_image["importance_weighted"] = -nats / (x0[0].size * math.log(2))
     exact_trace = jax.jit(partial(ode_dequantized_bpd, model, exact=True))(few, few_keys)
     return {
-        "per_image_bpd": {name: np.asarray(values, np.float64).tolist() for name, values in per_image.items()},
+        "per_image_bpd": {name: np.asarray(per_image[name], np.float64).tolist() for name in ROWS},
+        "num_weighted": NUM_WEIGHTED,
         "exact_trace_bpd": np.asarray(exact_trace, np.float64).tolist(),
         "importance_weighted": importance_weighted(model, few, few_keys),
         "fraction_eps_mse": between_steps(model, x0, keys),
@@ -80,13 +96,13 @@ def dequantized(model: Model, x0: Float[Array, "b h w c"], keys: Array) -> Float
     return x0 + bin_width * (_uniform(keys, x0.shape[1:]) - 0.5)
 
 
-def bound_bpd(model: Model, x0, keys, decoder) -> Float[Array, " b"]:
+def bound_bpd(model: Model, x0, keys, decoder, clip_x0: bool = True) -> Float[Array, " b"]:
     """The variational bound of each image, one ε per t."""
 
     @jax.jit
     def bound(model, x0, keys):
         terms, _ = likelihood.vlb_terms_bpd(
-            model.denoise, model.p, model.schedule, x0, keys, model.num_levels, decoder=decoder
+            model.denoise, model.p, model.schedule, x0, keys, model.num_levels, clip_x0, decoder
         )
         prior = jax.vmap(lambda image: likelihood.prior_bpd(model.schedule, image))(x0)
         return terms.sum(axis=1) + prior
@@ -94,14 +110,14 @@ def bound_bpd(model: Model, x0, keys, decoder) -> Float[Array, " b"]:
     return bound(model, x0, keys)
 
 
-def ode_behind_decoder_bpd(model: Model, x0, keys) -> Float[Array, " b"]:
+def ode_behind_decoder_bpd(model: Model, x0, keys, clip_x0: bool = True) -> Float[Array, " b"]:
     """L_0 + E[log q(x_1 | x_0) − log p(x_1)] with the chain's decoder and the ODE's p(x_1), Hutchinson's trace.
 
     By Jensen's inequality a bound on −log P(x_0) = −log ∫ p(x_1) P(x_0 | x_1) dx_1, as the variational bound is.
     """
     schedule = model.schedule
     row, start, end = schedule[1], schedule.log_snr[1], schedule.log_snr[-1]
-    predict = ode.eps_predictor(model.denoise, model.p, schedule)
+    predict = ode.eps_predictor(model.denoise, model.p, schedule, clip_x0)
 
     def one(x0, key):
         # The ε of t = 1 in `vlb_terms_bpd`, so that the decoder's term is the bound's own.
@@ -118,10 +134,10 @@ def ode_behind_decoder_bpd(model: Model, x0, keys) -> Float[Array, " b"]:
     return jax.vmap(one)(x0, keys)
 
 
-def ode_dequantized_bpd(model: Model, x0, keys, exact: bool = False) -> Float[Array, " b"]:
+def ode_dequantized_bpd(model: Model, x0, keys, exact: bool = False, clip_x0: bool = True) -> Float[Array, " b"]:
     """The ODE's bits of each dequantized image, by Hutchinson's trace or the exact one."""
     schedule, num_levels = model.schedule, model.num_levels
-    predict = ode.eps_predictor(model.denoise, model.p, schedule)
+    predict = ode.eps_predictor(model.denoise, model.p, schedule, clip_x0)
 
     def one(image, key, uniform):
         divergence = ode.exact_divergence if exact else ode.hutchinson(_signs(key, image.shape))
@@ -132,7 +148,7 @@ def ode_dequantized_bpd(model: Model, x0, keys, exact: bool = False) -> Float[Ar
 
 def importance_weighted(model: Model, x0, keys) -> dict[str, Any]:
     """The bound with K trajectories for each image, in bits/dim, with its standard error over groups of K."""
-    log_weights = jnp.asarray(_log_weights(model, x0, keys))
+    log_weights = jnp.asarray(_log_weights(model, x0, keys, NUM_TRAJECTORIES))
     nats_per_bpd = x0[0].size * math.log(2)
     counts = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if NUM_TRAJECTORIES % k == 0]
     result = {"k": counts, "bpd": [], "stderr": []}
@@ -148,8 +164,8 @@ def importance_weighted(model: Model, x0, keys) -> dict[str, Any]:
     return result
 
 
-def _log_weights(model: Model, x0, keys) -> Float[np.ndarray, "images trajectories"]:
-    """log p_θ/q in nats of NUM_TRAJECTORIES of each image."""
+def _log_weights(model: Model, x0, keys, count: int) -> Float[np.ndarray, "images trajectories"]:
+    """log p_θ/q in nats of `count` trajectories of each image."""
 
     @jax.jit
     def weights(model, image, keys):
@@ -158,8 +174,8 @@ def _log_weights(model: Model, x0, keys) -> Float[np.ndarray, "images trajectori
 
     found = []
     for image, key in zip(x0, keys, strict=True):
-        trajectory_keys = jax.random.split(jax.random.fold_in(_stream(key, TRAJECTORY), 0), NUM_TRAJECTORIES)
-        parts = jnp.split(trajectory_keys, NUM_TRAJECTORIES // TRAJECTORIES_AT_ONCE)
+        trajectory_keys = jax.random.split(jax.random.fold_in(_stream(key, TRAJECTORY), 0), count)
+        parts = jnp.split(trajectory_keys, count // min(TRAJECTORIES_AT_ONCE, count))
         found.append(np.concatenate([weights(model, image, part) for part in parts]))
     return np.stack(found)
 
@@ -190,7 +206,7 @@ def means(result: dict[str, Any]) -> dict[str, tuple[float, float, float, float]
 
 def plot(path: Path, result: dict[str, Any]) -> None:
     """Left: the bound over K, image by image. Right: the means, by what they may be compared with."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     over_k, side_by_side = figure.subplots(1, 2)
     weighted = result["importance_weighted"]
     for image in range(NUM_FEW):
@@ -201,14 +217,14 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     over_k.legend(title="bars: 2 standard errors")
     names = list(ROWS)
     values = means(result)
-    colors = ["tab:blue", "tab:blue", "tab:orange", "tab:orange"]
-    for y, (name, color) in enumerate(zip(names, colors, strict=True)):
+    for y, name in enumerate(names):
         mean, stderr, difference, difference_stderr = values[name]
+        color = "tab:orange" if "dequantized" in name else "tab:blue"
         side_by_side.errorbar(mean, y, xerr=2 * stderr, fmt="o", color=color)
         text = f"{mean:.3f}" if y == 0 else f"{mean:.3f} (bound {difference:+.3f} ± {difference_stderr:.3f})"
         side_by_side.annotate(text, (mean, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
-    labels = ["bound", "ODE behind\nthe decoder", "bound,\ndequantized", "ODE,\ndequantized"]
-    side_by_side.set_yticks(range(len(names)), labels)
+    labels = [name.replace("_", " ").replace("ode", "ODE").replace(" unclipped", ", x̂_0 unclipped") for name in names]
+    side_by_side.set_yticks(range(len(names)), labels, fontsize=8)
     side_by_side.set_ylim(len(names) - 0.5, -0.7)
     side_by_side.margins(x=0.35)
     side_by_side.set(xlabel=f"bits/dim, mean of {NUM_IMAGES} images ± 2 standard errors")

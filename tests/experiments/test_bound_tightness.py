@@ -80,7 +80,7 @@ def test_every_likelihood_of_one_network(tmp_path, monkeypatch):
         return jax.vmap(data.eps)(x_t, jnp.interp(network_t, schedule.network_t[1:], schedule.log_snr[1:]))
 
     model = Model(denoise, reverse.make("eps", "fixed_large"), schedule, num_levels)
-    sizes = {"NUM_IMAGES": 64, "NUM_FEW": 2, "NUM_TRAJECTORIES": 200, "TRAJECTORIES_AT_ONCE": 200}
+    sizes = {"NUM_IMAGES": 64, "NUM_WEIGHTED": 20, "NUM_FEW": 2, "NUM_TRAJECTORIES": 200, "TRAJECTORIES_AT_ONCE": 200}
     for name, value in sizes.items():
         monkeypatch.setattr(tightness_trained, name, value)
     keys = jax.random.split(jax.random.key(0), 64)
@@ -97,14 +97,39 @@ def test_every_likelihood_of_one_network(tmp_path, monkeypatch):
     edges[[0, -1]] = -np.inf, np.inf
     mass = np.diff(scipy.stats.norm.cdf(edges))[np.asarray(x0 * 8, int) + 8]
     exact = -np.log2(mass).mean(axis=(1, 2, 3))
-    for name in ("bound", "ode_behind_decoder"):
+    for name in ("bound", "importance_weighted", "ode_behind_decoder"):
         excess = bpd[name] - exact
         assert -3 * excess.std(ddof=1) / 8 < excess.mean() < 0.2, name
+    errors = {name: np.abs(bpd[name] - exact).mean() for name in ("bound", "importance_weighted")}
+    assert errors["importance_weighted"] < 0.5 * errors["bound"]
+    for name in ("bound", "bound_dequantized", "ode_dequantized", "ode_behind_decoder"):  # no x̂_0 leaves [−1, 1] here
+        np.testing.assert_allclose(bpd[f"{name}_unclipped"], bpd[name], atol=1e-3, err_msg=name)
     weighted = np.asarray(found["importance_weighted"]["bpd"])
     assert found["importance_weighted"]["k"][-1] == 200 and np.all(np.diff(weighted, axis=0) < 0)
-    errors = found["fraction_eps_mse"]
-    np.testing.assert_allclose(errors["middle"], errors["neighbours"], rtol=0.2, atol=1e-3)
+    between = found["fraction_eps_mse"]
+    np.testing.assert_allclose(between["middle"], between["neighbours"], rtol=0.2, atol=1e-3)
 
     result = {"run": "a run", "step": 7, "image_numbers": list(range(64)), **json.loads(json.dumps(found))}
     tightness_trained.plot(tmp_path / "trained.png", result)
     assert "| bound_dequantized | uniformly dequantized" in bound_tightness.trained_table(result)
+
+
+def test_clipping_spoils_the_density_of_data_beyond_the_clip():
+    """Dequantized pixel values reach ±1.0625 of 17 levels; a clipped x̂_0 cannot follow the exact one there."""
+    from experiments import tightness_trained
+
+    std, schedule = 0.1, schedules.cosine(50)
+    data = oracles.normal(jnp.ones((2, 2, 1)), jnp.full((2, 2, 1), std))
+
+    def denoise(x_t, network_t):
+        return jax.vmap(data.eps)(x_t, jnp.interp(network_t, schedule.network_t[1:], schedule.log_snr[1:]))
+
+    model = Model(denoise, reverse.make("eps", "fixed_large"), schedule, 17)
+    keys, x0 = jax.random.split(jax.random.key(0), 8), jnp.ones((8, 2, 2, 1))
+    y = np.asarray(tightness_trained.dequantized(model, x0, keys), np.float64)
+    variance = std**2 + 1 / np.exp(np.float64(schedule.log_snr[1]))  # of x_1/√ᾱ_1, which the ODE takes for the data
+    log_density = -0.5 * (np.log(2 * np.pi * variance) + (y - 1) ** 2 / variance) + np.log(2 / 16)
+    exact = -log_density.mean(axis=(1, 2, 3)) / np.log(2)
+    unclipped = tightness_trained.ode_dequantized_bpd(model, x0, keys, clip_x0=False)
+    np.testing.assert_allclose(unclipped, exact, atol=0.02)
+    assert np.abs(tightness_trained.ode_dequantized_bpd(model, x0, keys) - exact).max() > 0.2
