@@ -3,6 +3,7 @@
 Numbers are in nats, for all dimensions of an example together.
 """
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,33 +108,36 @@ class Step(NamedTuple):
         return np.full_like(GRID, average if self.beta_tilde == 0 else fixed[name])
 
 
-def line_steps(schedule: Schedule) -> list[Step]:
-    """The steps t = 1…T of the 1-D mixture, from log α alone in float64."""
+def line_steps(schedule: Schedule, mixture: tuple | None = None, grid: np.ndarray = GRID) -> list[Step]:
+    """The steps t = 1…T of a 1-D mixture, LINE unless told otherwise, from log α alone in float64."""
     log_alpha = np.asarray(schedule.log_alpha, np.float64)[1:]
     log_alpha_bar = np.cumsum(log_alpha)
-    weight, m, v = LINE
+    weight, m, v = LINE if mixture is None else mixture
     steps = []
     for t, end in enumerate(log_alpha_bar):
         before = log_alpha_bar[t - 1] if t else 0.0
         beta, alpha_bar, noise = -np.expm1(log_alpha[t]), np.exp(end), -np.expm1(end)
         beta_tilde = beta * -np.expm1(before) / noise
         total = alpha_bar * v + noise
-        joint = weight * np.exp(-((GRID - np.sqrt(alpha_bar) * m) ** 2) / (2 * total)) / np.sqrt(2 * np.pi * total)
+        joint = weight * np.exp(-((grid - np.sqrt(alpha_bar) * m) ** 2) / (2 * total)) / np.sqrt(2 * np.pi * total)
         density = joint.sum(axis=0)
         share = joint / np.maximum(density, 1e-300)
-        means = m + np.sqrt(alpha_bar) * v / total * (GRID - np.sqrt(alpha_bar) * m)
+        means = m + np.sqrt(alpha_bar) * v / total * (grid - np.sqrt(alpha_bar) * m)
         x0 = (share * means).sum(axis=0)
         x0_var = (share * (v * noise / total + (means - x0) ** 2)).sum(axis=0)
         of_x0 = np.exp(0.5 * before) * beta / noise
         of_x_t = np.exp(0.5 * log_alpha[t]) * -np.expm1(before) / noise
-        steps.append(Step(density, of_x0 * x0 + of_x_t * GRID, beta_tilde + of_x0**2 * x0_var, beta, beta_tilde))
+        steps.append(Step(density, of_x0 * x0 + of_x_t * grid, beta_tilde + of_x0**2 * x0_var, beta, beta_tilde))
     return steps
 
 
 def line_entropy() -> float:
     """H(q(x_0)) of the 1-D mixture, in nats."""
     weight, m, v = LINE
-    density = (weight * np.exp(-((GRID - m) ** 2) / (2 * v)) / np.sqrt(2 * np.pi * v)).sum(axis=0)
+    return _entropy((weight * np.exp(-((GRID - m) ** 2) / (2 * v)) / np.sqrt(2 * np.pi * v)).sum(axis=0))
+
+
+def _entropy(density: np.ndarray) -> float:
     return float(-np.trapezoid(density * np.log(np.maximum(density, 1e-300)), GRID))
 
 
@@ -162,6 +166,25 @@ def line_gaps(schedule: Schedule) -> dict[str, tuple[float, float]]:
             bound += np.trapezoid(step.density * cross_entropy, GRID) - entropy
         gaps[variance] = float(bound) - line_entropy() - prior, prior
     return gaps
+
+
+def line_targets(schedule: Schedule, shift: float = 0.0) -> dict[str, float]:
+    """What the loss compares p_θ with, and what it thereby approximates: sums over t ≥ 2 of the 1-D mixture, in nats.
+
+    Of p_θ with the variance σ* and the mean E[x_{t−1} | x_t] + shift σ*: "loss" is E KL(q(x_{t−1} | x_t, x_0) ‖ p_θ),
+    "reversal" E KL(q(x_{t−1} | x_t) ‖ p_θ) and "information" I(x_{t−1}; x_0 | x_t), which no p_θ changes.
+    """
+    steps = line_steps(schedule)
+    totals = dict.fromkeys(("loss", "reversal", "information"), 0.0)
+    for before, step in itertools.pairwise(steps):
+        average = step.variance("optimal")[0]
+        cross_entropy = 0.5 * (math.log(2 * math.pi * average) + 1 + shift**2)
+        known_x0 = 0.5 * (math.log(2 * math.pi * step.beta_tilde) + 1)
+        # H(x_{t−1} | x_t) = H(x_{t−1}) + H(x_t | x_{t−1}) − H(x_t)
+        unknown_x0 = _entropy(before.density) + 0.5 * (math.log(2 * math.pi * step.beta) + 1) - _entropy(step.density)
+        parts = (cross_entropy - known_x0, cross_entropy - unknown_x0, unknown_x0 - known_x0)
+        totals = {name: total + part for (name, total), part in zip(totals.items(), parts, strict=True)}
+    return totals
 
 
 def line_rows() -> list[dict[str, Any]]:

@@ -213,3 +213,12 @@ def test_without_signal_only_eps_has_no_weight():
 def test_a_learned_variance_has_no_weight_of_the_schedule():
     with pytest.raises(ValueError, match="variance='learned_range' depends on the network.*fixed_small, fixed_large"):
         parameterizations.bound_weight(make("eps", "learned_range"), SCHEDULES["linear"][5])
+
+
+@pytest.mark.parametrize("prediction", reverse.PREDICTIONS)
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine of 50"])
+def test_leaving_out_the_weight_is_a_monotone_weighting_but_for_eps(name, prediction):
+    """The factors of the bound's terms never fall as t grows, so that L_simple is a bound of data with noise."""
+    factors = 1 / weights(name, prediction)[1:]
+    is_monotone = bool(np.all(np.diff(factors) >= 0))
+    assert is_monotone == (prediction != "eps")

@@ -50,16 +50,44 @@ def test_gap_halves_when_t_doubles():
         np.testing.assert_allclose(short[variance][0] / long[variance][0], factor, rtol=0.1)
 
 
-def test_a_wider_network_has_a_smaller_gap(monkeypatch):
-    monkeypatch.setattr(tightness_capacity, "WIDTHS", (2, 16))
-    monkeypatch.setattr(tightness_capacity, "SCHEDULE", schedules.cosine(10))
-    monkeypatch.setattr(tightness_capacity, "NUM_STEPS", 300)
-    monkeypatch.setattr(tightness_capacity, "NUM_SCORED", 1024)
-    exact, narrow, wide = tightness_capacity.rows()
-    assert exact["gap"][0] < wide["gap"][0] < narrow["gap"][0]
-    assert wide["mean_error"][0] > 3 * wide["mean_error"][1] > 0
-    table = bound_tightness.capacity_table([exact, narrow, wide])
-    assert "| exact score | – |" in table and "| 3 layers of 16 | " in table
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_the_loss_is_the_divergence_from_the_reversal_and_what_x0_adds(shift):
+    """Each divergence of T = 2 by an integral over its own law, and not by entropies."""
+    schedule, grid = schedules.cosine(2), tightness_known.GRID
+    weight, m, v = tightness_known.LINE
+    beta, alpha_bar = 1 - np.exp(np.float64(schedule.log_alpha[2])), np.exp(np.float64(schedule.log_alpha[1]))
+    step = tightness_known.line_steps(schedule)[1]
+    variance = step.variance("optimal")[0]
+    mean = step.mean + shift * variance**0.5
+
+    def density(x, mean, var):
+        return np.exp(-((x - mean) ** 2) / (2 * var)) / np.sqrt(2 * np.pi * var)
+
+    x_1 = density(grid, np.sqrt(alpha_bar) * m, alpha_bar * v + 1 - alpha_bar)
+    joint = (weight * x_1).sum(axis=0)[:, None] * density(grid[None], np.sqrt(1 - beta) * grid[:, None], beta)
+    ratio = np.log(np.maximum(joint, 1e-300)) - np.log(np.maximum(step.density, 1e-300))
+    ratio -= np.log(np.maximum(density(grid[:, None], mean, variance), 1e-300))
+    reversal = np.trapezoid(np.trapezoid(joint * ratio, grid), grid)
+    found = tightness_known.line_targets(schedule, shift)
+    assert found["reversal"] == pytest.approx(reversal, rel=1e-4)
+    # Var(x_1 | x_2) = β̃_2 + Var(μ̃_2 | x_2), and the divergence of two Gaussians of variances β̃_2 and σ*².
+    loss = 0.5 * (np.log(variance / step.beta_tilde) - 1 + 1 + shift**2)
+    assert found["loss"] == pytest.approx(loss, rel=1e-9)
+    assert found["loss"] == pytest.approx(found["reversal"] + found["information"], rel=1e-9)
+    assert found["information"] > 0
+
+
+def test_a_wider_network_has_a_smaller_gap(monkeypatch, tmp_path):
+    small = {"WIDTHS": (2, 16), "SEEDS": (0, 1), "SCHEDULE": schedules.cosine(10), "NUM_STEPS": 300, "POINTS": 101}
+    for name, value in small.items():
+        monkeypatch.setattr(tightness_capacity, name, value)
+    found = tightness_capacity.rows()
+    exact, narrow, wide = (found[k] for k in (0, 1, 3))
+    assert exact["gap"] < wide["gap"] < narrow["gap"] and exact["mean_error"] < 1e-6
+    assert all(0 < row["model_error"] < row["gap"] for row in found)
+    table = tightness_capacity.table(found)
+    assert "| exact mean | – |" in table and "| 3 layers of 16 | 882 | " in table and "n = 2 seeds" in table
+    tightness_capacity.plot(tmp_path / "capacity.png", found)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, monkeypatch, capsys):
