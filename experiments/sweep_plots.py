@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import intervals
-from experiments.results import DistanceKind, Row, TargetOf
+from experiments.results import Difference, DistanceKind, Row, TargetOf
 
 MARKERS = "osv^X*"
 OVER_SEEDS = {"fmt": "o", "color": "tab:blue", "capsize": 3}
@@ -19,26 +19,39 @@ def distance_kinds(table: list[Row]) -> list[DistanceKind]:
     return list(dict.fromkeys(row.distance_kind for row in table if row.distance_kind))
 
 
-def bpd(path: Path, table: list[Row], target_of: TargetOf) -> None:
-    """A line per row, best first: bits/dim of each seed, their mean with both errors, and the published number."""
-    figure = Figure(figsize=(8, 1.2 + 0.32 * len(table)), layout="constrained")
-    axes = figure.add_subplot(xlabel="bits/dim (test)")
+def bpd(path: Path, table: list[Row], less_base: list[Difference | None], target_of: TargetOf) -> None:
+    """A line per row, best first: bits/dim with both errors and the published number; the difference to the base."""
+    differ = any(less and less.bpd for less in less_base)
+    figure = Figure(figsize=(12 if differ else 8, 1.6 + 0.32 * len(table)), layout="constrained")
+    totals, *differences = figure.subplots(1, 1 + differ, sharey=True, squeeze=False)[0]
     for y, row in enumerate(table):
-        over_seeds = intervals.of_mean(row.bpd.values())
-        axes.errorbar(over_seeds.mean, y, xerr=row.stderr_bpd, **OVER_IMAGES)
-        axes.plot(list(row.bpd.values()), [y] * len(row.bpd), "|", color="black")
-        axes.errorbar(over_seeds.mean, y, xerr=over_seeds.half_width, **OVER_SEEDS)
+        _plot_over_seeds(totals, y, row.bpd, row.stderr_bpd)
         target = target_of(row.runs[0])
         if target and target.test_bpd:
-            axes.plot(target.test_bpd, y, "D", color="tab:orange", label="published, CIFAR-10")
-    axes.errorbar([], [], xerr=[], **OVER_SEEDS, label=intervals.caption(len(row.bpd) for row in table))
-    axes.errorbar([], [], xerr=[], **OVER_IMAGES, label="± standard error over images")
-    axes.plot([], [], "|", color="black", linestyle="", label="each seed")
-    axes.set_yticks(range(len(table)), [", ".join(row.setting.values()) for row in table], fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(alpha=0.3)
-    axes.legend(*_once_each(axes), fontsize=8)
+            totals.plot(target.test_bpd, y, "D", color="tab:orange", label="published, CIFAR-10")
+    totals.errorbar([], [], xerr=[], **OVER_SEEDS, label=intervals.caption(len(row.bpd) for row in table))
+    totals.errorbar([], [], xerr=[], **OVER_IMAGES, label="± standard error over images")
+    totals.plot([], [], "|", color="black", linestyle="", label="each seed")
+    totals.set(xlabel="bits/dim (test)")
+    for axes in differences:
+        for y, less in enumerate(less_base):
+            if less and less.bpd:
+                _plot_over_seeds(axes, y, less.bpd, less.stderr_bpd)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(xlabel="bits/dim less the base's, seed by seed")
+    for axes in (totals, *differences):
+        axes.grid(alpha=0.3)
+    totals.set_yticks(range(len(table)), [", ".join(row.setting.values()) for row in table], fontsize=8)
+    totals.invert_yaxis()
+    figure.legend(*_once_each(totals), fontsize=8, loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=120)
+
+
+def _plot_over_seeds(axes: Axes, y: int, by_seed: dict[int, float], stderr: float) -> None:
+    over_seeds = intervals.of_mean(by_seed.values())
+    axes.errorbar(over_seeds.mean, y, xerr=stderr, **OVER_IMAGES)
+    axes.plot(list(by_seed.values()), [y] * len(by_seed), "|", color="black")
+    axes.errorbar(over_seeds.mean, y, xerr=over_seeds.half_width, **OVER_SEEDS)
 
 
 def _once_each(axes: Axes) -> tuple[list[Artist], list[str]]:

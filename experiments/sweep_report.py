@@ -59,7 +59,7 @@ def write(directory: Path, target_of: TargetOf, order: Sequence[str] = ()) -> st
     (directory / "table.md").write_text(text)
     lines = [_numbers(row, target_of) | _less_base(less) for row, less in zip(table, to_base, strict=True)]
     tables.save_csv(directory / "table.csv", lines)
-    sweep_plots.bpd(directory / "bpd.png", table, target_of)
+    sweep_plots.bpd(directory / "bpd.png", table, to_base, target_of)
     sweep_plots.terms(directory / "terms.png", table)
     sweep_plots.quality(directory / "quality.png", table, target_of)
     return text

@@ -327,10 +327,16 @@ def test_a_sweep_without_samples_has_no_such_column(finished, tmp_path):
     assert not (tmp_path / "quality.png").exists()
 
 
-def drawn(monkeypatch, directory, published):
-    """The points and the diamonds of quality.png, [n, 2] each."""
+def record_figures(monkeypatch):
+    """The figures of sweep_plots that will be made."""
     figures = []
     monkeypatch.setattr(sweep_plots, "Figure", lambda **size: figures.append(Figure(**size)) or figures[-1])
+    return figures
+
+
+def drawn(monkeypatch, directory, published):
+    """The points and the diamonds of quality.png, [n, 2] each."""
+    figures = record_figures(monkeypatch)
     rows = results.rows(results.read(directory)[0])[0]
     sweep_plots.quality(directory / "quality.png", rows, published)
     (axes,) = figures[0].axes
@@ -354,6 +360,22 @@ def test_the_plot_has_a_point_per_row_and_published_fids(finished, measured, tmp
     np.testing.assert_array_equal(points[:, 1], [3.17, 3.17])
     np.testing.assert_array_equal(np.unique(diamonds, axis=0), [[2.94, 11.47]])
     assert np.asarray(Image.open(tmp_path / "quality.png")).min() < 100
+
+
+def test_bits_per_dim_are_drawn_beside_their_differences_to_the_base(finished, tmp_path, monkeypatch):
+    figures = record_figures(monkeypatch)
+    table, base = table_and_base(tmp_path, FIRST)
+    sweep_plots.bpd(tmp_path / "bpd.png", table, results.less_base(table, base), lambda run: None)
+    totals, differences = figures[0].axes
+    place = [row.setting["variance"] for row in table].index("fixed_large")
+    means = [line.get_xydata()[0].tolist() for line in differences.lines if line.get_marker() == "o"]
+    by_seed = (finished["fixed_large"] - finished["fixed_small"]).mean(axis=1)
+    assert means == [[pytest.approx(by_seed.mean()), place]]
+    seeds = [line.get_xdata() for line in differences.lines if line.get_marker() == "|" and len(line.get_xdata()) == 2]
+    np.testing.assert_allclose(seeds[0], by_seed)
+    assert len([line for line in totals.lines if line.get_marker() == "o" and len(line.get_xdata())]) == 2
+    sweep_plots.bpd(tmp_path / "bpd.png", [base], [None], lambda run: None)
+    assert len(figures[1].axes) == 1, "the base alone has no differences"
 
 
 def test_a_report_of_nothing_says_so(tmp_path):

@@ -86,9 +86,24 @@ def test_a_half_width_stands_beside_its_number(tmp_path, read_page):
     found = read_page(tmp_path)
     headings = found.of("th")
     assert "test_bpd_half_width" not in headings and "lonely_half_width" in headings
-    assert {2.25, 0.0123, 2.5} <= set(found.numbers) and found.text().count(" ± 0.0123") == 1
-    assert found.text().count(" ± ") == 2, "one in the caption; one seed has none"
+    assert {2.25, 0.0123, 2.5} <= set(found.numbers) and found.text("table").count(" ± 0.0123") == 1
+    assert found.text("table").count(" ± ") == 2, "one in the caption; one seed has none"
     assert any("table.csv: mean ± 95% interval" in caption for caption in found.of("caption"))
+
+
+def test_the_first_numbers_are_means_over_seeds_and_not_the_luckiest_run(sweep, read_page):
+    """The run of the lowest bits/dim belongs to the setting with the higher mean."""
+    head = ["variance", "T", "seeds", "test_bpd", "test_bpd_half_width", "frechet_distance", "features", "num_samples"]
+    lines = [head, ["β", "50", "2", "2.5", "0.3", "9", "pixels", "50"], ["β̃", "50", "3", "2.25", "0.1", "nan", "", ""]]
+    with (sweep / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    found = read_page(sweep)
+    cards = [name for name in found.of("dt") if "lowest" in name]
+    assert cards == [
+        "lowest mean bits/dim, 3 seeds: β̃, 50", "lowest mean Fréchet distance (pixels), 2 seeds: β, 50"
+    ]  # fmt: skip
+    (sweep / "table.csv").write_text("variance,T,seeds,test_bpd\nβ,50,1,2.5\n")
+    assert "lowest bits/dim: vlb=1 #seed1" in read_page(sweep).of("dt"), "with one seed each run is its setting"
 
 
 def test_damage_in_one_run_is_a_line_and_the_others_stay(sweep, read_page):
