@@ -166,7 +166,7 @@ def read(directory: Path) -> tuple[list[FinishedRun], dict[str, str]]:
         if not (folder / "summary.json").exists():
             unfinished[folder.name] = last_line(folder)
             continue
-        config = config_lib.flatten(workdir.read_config(folder))
+        config = _with_every_key(config_lib.flatten(workdir.read_config(folder)))
         summary = json.loads((folder / "summary.json").read_text())
         bounds = None, None
         if not config["eval.terms_per_image"]:
@@ -174,6 +174,13 @@ def read(directory: Path) -> tuple[list[FinishedRun], dict[str, str]]:
                 bounds = saved["test_image_bpd"], saved["test_terms_bpd"]
         runs.append(FinishedRun(folder.name, config, summary, quality.read(folder), *bounds))
     return runs, unfinished
+
+
+def _with_every_key(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the keys of its network that the run's version did not have yet, so that it equals today's."""
+    own = f"{config['model.network']}."
+    absent = {name: key.when_absent for name, key in schema.all_keys().items() if name.startswith(own)}
+    return absent | config
 
 
 def rows(runs: list[FinishedRun]) -> tuple[list[Row], dict[str, str]]:

@@ -206,6 +206,16 @@ def test_runs_of_another_recipe_are_another_row(finished, tmp_path):
     assert not results.between_variances(rows, rows[0]), "of another recipe"
 
 
+def test_a_run_that_is_older_than_a_key_shares_a_row_with_one_that_has_it(finished, tmp_path):
+    """Seed 0 is of an earlier version, whose networks had fewer keys; seed 1 was run later."""
+    for path in tmp_path.glob("*-seed0/config.json"):
+        config = json.loads(path.read_text())
+        del config["unet"]["norm_eps"], config["model"]["rescale_t"]
+        path.write_text(json.dumps(config))
+    table, recipes = results.rows(results.read(tmp_path)[0])
+    assert [list(row.bpd) for row in table] == [[0, 1], [0, 1]] and not recipes
+
+
 def test_report_is_rebuilt_from_the_folders(finished, tmp_path, capsys):
     cut = tmp_path / "eps-cut"
     cut.mkdir()
