@@ -1,4 +1,4 @@
-"""FID's Inception network of 2015-12-05: features of pictures, equal to those of the published TensorFlow graph.
+"""FID's Inception network of 2015-12-05: features of pictures, as torch-fidelity computes them.
 
 Szegedy et al. (2015, arXiv 1512.00567) as Heusel et al. (2017) use it. It differs from the paper's network in this: an
 average pool divides by the number of pixels inside the map, the last block's pool takes the maximum, there are 1,008
