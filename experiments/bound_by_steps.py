@@ -1,14 +1,16 @@
 """The bound of one trained network for T = 10 … ∞: one curve γ, divided into more and more steps.
 
-    python -m experiments.bound_by_steps --workdir=runs/digits_vdm [--T=10,100,1000,10000,inf] [--points=16]
+    python -m experiments.bound_by_steps --workdir=runs/digits_vdm [--T=10,100,1000,10000,inf] [--unclipped]
 
 For a network that is conditioned on γ, of which a schedule of any T can be asked (docs/vdm.md). Each test image takes
-`points` evenly spaced u in [0, 1] with a random offset, the same for every T, so differences between T are paired:
+16 (--points) evenly spaced u in [0, 1] with a random offset, the same for every T, so differences between T are paired:
 for a finite T the term of the step that u falls into, for inf the continuous-time loss at u. x̂_0 is clipped, as in
-every evaluation here. Leaves bound_by_steps.json and .md in the working directory.
+every evaluation here, or not, as in VDM's. Leaves bound_by_steps.json and .md in the working directory, or
+bound_by_steps_unclipped.json and .md.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -40,11 +42,15 @@ def main() -> None:
     parser.add_argument("--T", default="10,100,1000,10000,inf", help="numbers of steps, with commas between them")
     parser.add_argument("--points", type=int, default=16, help="KL terms of each image")
     parser.add_argument("--num_images", type=int, default=0, help="of the test set; 0: all")
+    parser.add_argument("--unclipped", action="store_true", help="x̂_0 as the network has it, which may leave [-1, 1]")
     arguments = parser.parse_args()
-    run(arguments.workdir, arguments.checkpoint, arguments.T.split(","), arguments.points, arguments.num_images)
+    names, clip_x0 = arguments.T.split(","), not arguments.unclipped
+    run(arguments.workdir, arguments.checkpoint, names, arguments.points, arguments.num_images, clip_x0)
 
 
-def run(directory: Path, checkpoint: str, names: list[str], points: int, num_images: int) -> None:
+def run(
+    directory: Path, checkpoint: str, names: list[str], points: int, num_images: int, clip_x0: bool = True
+) -> None:
     """Scores every T; prints and saves the results.
 
     Raises:
@@ -61,12 +67,18 @@ def run(directory: Path, checkpoint: str, names: list[str], points: int, num_ima
     test_set = build.load_data(config, "test")
     numbers = subset(len(test_set), num_images or len(test_set))
     settings = {"seed": config.seed, "batch_size": config.eval.batch_size}
-    bpd = {name: image_bpd(model, count, test_set, numbers, points, settings) for name, count in steps.items()}
+
+    def score(num_steps: int | None) -> Float[np.ndarray, " n"]:
+        return image_bpd(model, num_steps, test_set, numbers, points, settings, clip_x0)
+
+    bpd = {name: score(num_steps) for name, num_steps in steps.items()}
     rows = [row(name, bpd[name], bpd[names[-1]]) for name in names]
     described = {"step": int(loaded.state.step), "images": len(numbers), "points": points, "seed": config.seed}
-    summary.write_json(directory / f"{FILE}.json", described | {"device": summary.device_name(), "rows": rows})
+    described |= {"clip_x0": clip_x0}
+    file = FILE if clip_x0 else f"{FILE}_unclipped"
+    summary.write_json(directory / f"{file}.json", described | {"device": summary.device_name(), "rows": rows})
     text = markdown(rows, names[-1], described)
-    (directory / f"{FILE}.md").write_text(text)
+    (directory / f"{file}.md").write_text(text)
     print(text)
 
 
@@ -82,7 +94,13 @@ def check(model: Model, conditioning: str) -> None:
 
 
 def image_bpd(
-    model: Model, num_steps: int | None, test_set: Source, numbers: np.ndarray, points: int, settings: dict
+    model: Model,
+    num_steps: int | None,
+    test_set: Source,
+    numbers: np.ndarray,
+    points: int,
+    settings: dict,
+    clip_x0: bool = True,
 ) -> Float[np.ndarray, " n"]:
     """An unbiased estimate of each image's bound with that many steps; None for T → ∞."""
     if num_steps is not None:
@@ -92,19 +110,21 @@ def image_bpd(
     u = (offsets + np.arange(points)) / points
     whole = 1 + np.ceil(u * num_terms).clip(1, num_terms).astype(np.int32)
     t = (1 + u * num_terms).astype(np.float32) if num_steps is None else whole
-    pairs, replicated = ImageTimePairs(measure_of, **settings), devices.replicate(model)
+    pairs = ImageTimePairs(partial(measure_of, clip_x0=clip_x0), **settings)
+    replicated = devices.replicate(model)
     terms = pairs.all(replicated, test_set, numbers, t, f"T = {num_steps or '∞'}")
     ends = pairs.all(replicated, test_set, numbers, np.ones((len(numbers), 1), np.int32), "ends")
     return ends.sum(axis=1) + num_terms * terms.mean(axis=1)
 
 
-def measure_of(model: Model) -> Measure:
+def measure_of(model: Model, clip_x0: bool) -> Measure:
     """The KL term of t > 1, the continuous-time loss of an instant, the decoder's and prior's terms of t = 1."""
     of_x0 = dataclasses.replace(model.p, prediction="x0")
 
     def measure(row: Row, x0: Array, x_t: Array, eps: Array, output: Array) -> Array:
         predicted, _ = model.p.split(output)
-        x0_hat = jnp.clip(PREDICTIONS[model.p.prediction].to_x0(row, x_t, predicted), -1.0, 1.0)
+        x0_hat = PREDICTIONS[model.p.prediction].to_x0(row, x_t, predicted)
+        x0_hat = jnp.clip(x0_hat, -1.0, 1.0) if clip_x0 else x0_hat
         # As a distance of x̂_0, because the two means of a KL agree to more digits than float32 has where T is large.
         kl = likelihood.bits_per_dim(parameterizations.bound_weight(of_x0, row) * (x0 - x0_hat) ** 2)
         decoder = likelihood.bayes_decoder_bpd(row, x0, eps, model.num_levels)
@@ -124,7 +144,8 @@ def markdown(rows: list[dict], last: str, described: dict) -> str:
     head = [
         f"# Bits/dim by the number of steps: step {described['step']}, {described['images']} test images",
         "",
-        f"Mean ± standard error over images, {described['points']} KL terms of each; differences are paired.",
+        f"Mean ± standard error over images, {described['points']} KL terms of each; differences are paired; x̂_0 is "
+        f"{'clipped' if described['clip_x0'] else 'not clipped'}.",
         "",
     ]
     cells = []

@@ -44,6 +44,13 @@ def test_the_network_has_the_parameters_that_the_header_names(name):
     assert re.search(r"Cost +([\d,]+) parameters", module.__doc__).group(1) == f"{count:,}"
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_its_header_says_what_equals_the_paper_and_what_differs_or_that_there_is_none(name):
+    header = importlib.import_module(f"configs.{name}").__doc__
+    entries = re.findall(r"^([A-Z][a-z]+) {2,}\S", header, re.MULTILINE)
+    assert entries[-2:] == ["Equals", "Differs"] or entries[-1] == "Paper" and "Paper    none: " in header
+
+
 def test_the_two_recipes_of_nichol_and_dhariwal_agree():
     found = config_lib.flatten(imagenet64.get_config())
     wanted = config_lib.flatten(sweep.Cell("cifar10", "configs/cifar10.py", ho2020.IMPROVED).config())

@@ -29,6 +29,11 @@ def test_a_run_in_continuous_time_trains_and_its_bound_for_its_own_t_is_that_of_
     np.testing.assert_allclose(found[0]["test_bpd"], full.mean(), rtol=1e-3)
     assert found[1]["less_last"] == 0 and found[0]["test_bpd_stderr"] > 0
     assert "| inf |" in capsys.readouterr().out
+    # A clip to a box around x_0 brings no x̂_0 farther from it.
+    bound_by_steps.run(run, "latest", ["30", "inf"], points=29, num_images=16, clip_x0=False)
+    unclipped = json.loads((run / "bound_by_steps_unclipped.json").read_text())["rows"]
+    assert all(row["test_bpd"] > clipped["test_bpd"] for row, clipped in zip(unclipped, found, strict=True))
+    assert "x̂_0 is not clipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("points", "num_images", "words"), [(0, 16, "--points=0"), (5, 1, "--num_images=1 must")])
