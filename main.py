@@ -33,10 +33,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; by default runs/ and the config's name.")
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "What to do; train resumes automatically.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "latest", "What train does not read: latest, best (the lowest test_loss that is kept) or a step."
+    "checkpoint", "latest", "What train does not read: latest, best (the lowest val_loss that is kept) or a step."
 )
 _INPUT = flags.DEFINE_string(
-    "input", None, "Of compress: train, test, an .npz or .npy file or a folder of pictures; of decompress: the file."
+    "input",
+    None,
+    "Of compress: train, test, validation, an .npz or .npy file or a folder of pictures; of decompress: the file.",
 )
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Of compress: the file to write; of decompress: where the images go, an .npz file."
@@ -89,7 +91,9 @@ def main(argv: list[str]) -> None:
                 raise ValueError(f"--mode={_MODE.value} needs --{name}")
             which |= {name: value} if _MODE.value in _CODE else {}
         try:
-            mode.run(resolved, workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}"), **which)
+            directory = workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}")
+            chosen = config_flags.get_override_values(flags.FLAGS["config"])
+            mode.run(workdir.continued(resolved, directory, chosen), directory, **which)
         except preemption.Preempted as stop:
             _stop(stop.reason, stop.code)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:

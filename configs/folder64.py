@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     """What differs from Ho et al.'s CIFAR-10 experiment."""
     config = cifar10.get_config()
     config.data.name = "photos"
+    config.data.validation = -1  # a tenth
     config.schedule.name = "cosine"
     config.model.prediction = "v"
     config.model.variance = "learned_range"

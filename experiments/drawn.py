@@ -92,15 +92,16 @@ def study(
         raise ValueError(f"--num_sets={num_sets} must be at least 1")
     trained = load(workdir, checkpoint)
     config = changed(trained.config, {"quality.features": features, "quality.reference": "train"})
-    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
+    splits = build.load_splits(config)
+    num_test = len(splits.test)
     if num_images is None:
-        num_images = min(MOST_IMAGES, len(test_set))
-    if not 2 <= num_images <= len(test_set):
+        num_images = min(MOST_IMAGES, num_test)
+    if not 2 <= num_images <= num_test:
         raise ValueError(
-            f"--num_images={num_images} must be in 2…{len(test_set)}, the number of test images: distances compare "
+            f"--num_images={num_images} must be in 2…{num_test}, the number of test images: distances compare "
             "only at equal numbers of images"
         )
-    scorer = Scorer(config, train_set, test_set)
+    scorer = Scorer(config, splits)
     return Study(workdir, name, trained, features, scorer, num_images, num_sets)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
@@ -12,7 +13,8 @@ from tqdm import tqdm
 
 from diffusion.runtime.digests import kept_sha256
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "validation")
+STORED = SPLITS[:2]  # validation images are training images that are set aside
 IMAGES_PER_READ = 1000
 
 
@@ -22,12 +24,13 @@ class Source:
 
     Attributes:
         name: of the data set.
-        split: "train" or "test".
+        split: "train", "test" or "validation".
         pixels: uint8 [N, H, W, C], pixel values 0…num_levels − 1, in memory or in a file that is mapped into it.
         classes: int32 [N], 0…num_classes − 1; None for a set without labels.
         num_levels: how many values a channel of a pixel can have.
         num_classes: 0 for a set without labels.
         file: what `pixels` is mapped from, whole; None for pixels in memory or in a file that goes with this process.
+        chosen: which of `pixels` and `classes` are this source's examples; None for all.
     """
 
     name: str
@@ -37,9 +40,10 @@ class Source:
     classes: Int32[np.ndarray, " n"] | None = None
     num_classes: int = 0
     file: Path | None = None
+    chosen: Int[np.ndarray, " m"] | None = None
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.pixels if self.chosen is None else self.chosen)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -52,7 +56,8 @@ class Source:
         return SPLITS.index(self.split)
 
     def images(self, indices: Int[np.ndarray, "*b"] | slice = slice(None)) -> UInt8[np.ndarray, "*b h w c"]:
-        """The pixel values of these examples; of a slice, by default all of them, without a copy."""
+        """The pixel values of these examples; of a slice, by default all of them, not copied unless `chosen`."""
+        indices = self._stored(indices)
         mapping = self.pixels.base
         if not isinstance(mapping, mmap.mmap) or isinstance(indices, slice):
             return self.pixels[indices]
@@ -70,7 +75,15 @@ class Source:
         """
         if self.classes is None:
             raise ValueError(f"data.name={self.name!r} has no labels")
-        return self.classes[indices]
+        return self.classes[self._stored(indices)]
+
+    def parts(self) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
+        """All images in order, IMAGES_PER_READ at a time."""
+        for begin in range(0, len(self), IMAGES_PER_READ):
+            yield self.images(np.arange(begin, min(begin + IMAGES_PER_READ, len(self))))
+
+    def _stored(self, indices: Int[np.ndarray, "*b"] | slice) -> Int[np.ndarray, "*b"] | slice:
+        return indices if self.chosen is None else self.chosen[indices]
 
     def sha256(self) -> str:
         """A digest of what the split holds: pixel values, levels and labels.
@@ -82,28 +95,39 @@ class Source:
 
         def compute() -> str:
             digest = hashlib.sha256(about.encode())
-            for part in self._parts():
+            for part in self._stored_parts():
                 digest.update(part)
             digest.update(classes)
             return digest.hexdigest()
 
         if self.file is None:
-            return compute()
-        return kept_sha256(self.file, f"{about}{hashlib.sha256(classes).hexdigest()}", compute)
+            stored = compute()
+        else:
+            stored = kept_sha256(self.file, f"{about}{hashlib.sha256(classes).hexdigest()}", compute)
+        if self.chosen is None:
+            return stored
+        return hashlib.sha256(stored.encode() + np.ascontiguousarray(self.chosen, np.int64).tobytes()).hexdigest()
 
-    def _parts(self) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
-        """All images in order, some at a time; what was read of a mapped file does not stay in memory."""
+    def _stored_parts(self) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
+        """All stored images in order, some at a time; what was read of a mapped file does not stay in memory."""
         mapping = self.pixels.base
         words = f"digest of {self.name} {self.split}"
-        for begin in tqdm(range(0, len(self), IMAGES_PER_READ), desc=words, leave=False, delay=5):
+        for begin in tqdm(range(0, len(self.pixels), IMAGES_PER_READ), desc=words, leave=False, delay=5):
             yield np.ascontiguousarray(self.pixels[begin : begin + IMAGES_PER_READ])
             if isinstance(mapping, mmap.mmap):
                 mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def digests(*sources: Source) -> dict[str, str]:
-    """The digest of each split by its name, as checkpoints and results hold them."""
-    return {source.split: source.sha256() for source in sources}
+class Splits(NamedTuple):
+    """What is trained on, what chooses, and what is reported; the names are those of the splits."""
+
+    train: Source
+    validation: Source
+    test: Source
+
+    def sha256(self) -> dict[str, str]:
+        """The digests of both stored splits, as checkpoints and results hold them; they determine the third."""
+        return {source.split: source.sha256() for source in (self.train, self.test)}
 
 
 def _announce(pixels: np.ndarray, indices: np.ndarray) -> None:
@@ -177,6 +201,6 @@ def describe(name: str, data_dir: str | None = None, image_size: int = 0, pad_to
         counts = builder.NUM_TRAIN, builder.NUM_TEST
     else:
         builder = tfds.open_directory(name, directory)
-        counts = [len(tfds.records(name, builder, split)[1]) for split in SPLITS]
+        counts = [len(tfds.records(name, builder, split)[1]) for split in STORED]
     shape = decoded.image_shape(name, builder, resizing)
     return Description(name, *counts, shape, tfds.num_levels(builder), tfds.num_classes(builder))

@@ -12,6 +12,8 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from diffusion import conditioning, data, learned_schedule, objectives, reverse, timesteps
+from diffusion.data import validation
+from diffusion.data.source import Splits
 from diffusion.evaluation import bound
 from diffusion.evaluation.features import Features
 from diffusion.experiment import config as config_lib
@@ -129,7 +131,21 @@ def describe_data(config: ConfigDict) -> data.Description:
 
 
 def load_data(config: ConfigDict, split: str) -> data.Source:
-    """A split of the config's data set. Raises what `data.load` does."""
+    """One of the `Splits` of the config's data set. Raises what `load_splits` does."""
+    stored = _stored(config, "test" if split == "test" else "train")
+    if split == "test":
+        return stored
+    train, aside = validation.split_off(stored, config.data.validation)
+    return aside if split == "validation" else train
+
+
+def load_splits(config: ConfigDict) -> Splits:
+    """All splits of the config's data set. Raises what `data.load` and `validation.split_off` do."""
+    train, aside = validation.split_off(_stored(config, "train"), config.data.validation)
+    return Splits(train, aside, _stored(config, "test"))
+
+
+def _stored(config: ConfigDict, split: str) -> data.Source:
     return data.load(config.data.name, split, config.data.data_dir, config.data.image_size, config.data.pad_to)
 
 
@@ -151,7 +167,7 @@ def experiment(
     """
     config_lib.check(config)
     rules.check(config)
-    _check_labels(config, num_classes)
+    rules.check_labels(config, num_classes)
     schedule, learned = rules.start_schedule(config)
     if learned is not None:
         learned_schedule.init(schedule)  # or its refusal would come with the first state
@@ -218,17 +234,6 @@ def _chosen(config: ConfigDict, key: str):
     """What a config key names, its arguments bound."""
     group, _, name = key.partition(".")
     return KEYS[key].allowed.bind(config[group][name])
-
-
-def _check_labels(config: ConfigDict, num_classes: int) -> None:
-    """Raises a ValueError unless the data have the labels that the config needs."""
-    if config.model.conditional and num_classes == 0:
-        raise ValueError(f"model.conditional=True needs labels, and data.name={config.data.name!r} has none")
-    if beyond := [label for label in config.sample.labels if label >= num_classes]:
-        raise ValueError(
-            f"sample.labels={config.sample.labels}: {beyond[0]} is none of the labels 0…{num_classes - 1} of "
-            f"data.name={config.data.name!r}"
-        )
 
 
 def _network(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 from absl import flags
@@ -45,9 +46,29 @@ def completed(config: ConfigDict) -> ConfigDict:
     return ConfigDict(unflatten_dict(defaults | flat, sep=".")).lock()
 
 
-def to_json(config: ConfigDict) -> str:
-    """The resolved config and the program's version, as config.json holds them."""
-    return json.dumps({VERSION: __version__} | config.to_dict(), indent=2, sort_keys=True) + "\n"
+def to_json(config: ConfigDict, lacking: Collection[str] = ()) -> str:
+    """The resolved config and the program's version, as config.json holds them.
+
+    Args:
+        lacking: the keys that are left out where their absence means their value.
+    """
+    known = all_keys()
+    said = {
+        name: value
+        for name, value in flatten(config).items()
+        if name not in lacking or value != known[name].when_absent
+    }
+    return json.dumps({VERSION: __version__} | unflatten_dict(said, sep="."), indent=2, sort_keys=True) + "\n"
+
+
+def lacking(text: str) -> set[str]:
+    """The keys that the config in this JSON lacks, because they did not exist when the run began.
+
+    Raises:
+        ValueError: it is not the JSON of a config.
+    """
+    from_json(text)  # checks it
+    return all_keys().keys() - flatten_dict(json.loads(text), sep=".").keys()
 
 
 def from_json(text: str) -> ConfigDict:

@@ -188,6 +188,11 @@ RULES = (
         "sample.guidance_interval={c.sample.guidance_interval} has no part in sample.guidance=0",
     ),
     Rule(
+        lambda it: it.config.quality.reference == "validation" and it.config.data.validation == 0,
+        "quality.reference={c.quality.reference!r} is empty where data.validation={c.data.validation} sets no training "
+        "images aside",
+    ),
+    Rule(
         lambda it: it.config.sample.num_steps > it.config.schedule.num_steps,
         "sample.num_steps={c.sample.num_steps} exceeds schedule.num_steps={c.schedule.num_steps}",
     ),
@@ -201,6 +206,17 @@ def check(config: ConfigDict) -> None:
     for rule in RULES:
         if rule.is_broken(combination):
             raise ValueError(rule.message.format(c=config))
+
+
+def check_labels(config: ConfigDict, num_classes: int) -> None:
+    """Raises a ValueError unless the data have the labels that the config needs."""
+    if config.model.conditional and num_classes == 0:
+        raise ValueError(f"model.conditional=True needs labels, and data.name={config.data.name!r} has none")
+    if beyond := [label for label in config.sample.labels if label >= num_classes]:
+        raise ValueError(
+            f"sample.labels={config.sample.labels}: {beyond[0]} is none of the labels 0…{num_classes - 1} of "
+            f"data.name={config.data.name!r}"
+        )
 
 
 def start_schedule(config: ConfigDict) -> tuple[Schedule, Learned | None]:

@@ -123,7 +123,7 @@ INTERVAL = Constraint(
 )
 REFERENCE = Constraint(
     lambda v: names.accepts(str, v) and (v in SPLITS or v.endswith(".npz")),
-    "train, test or the path of an .npz file with mu and sigma",
+    "train, test, validation or the path of an .npz file with mu and sigma",
 )
 
 
@@ -140,6 +140,9 @@ KEYS: dict[str, Key] = {
     "data.pad_to": Key(0, SIDE, "N: black is added around every picture up to N×N; 0: none"),
     "data.placement": Key(
         "auto", one_of("auto", "devices", "disk"), "of the training images; auto: by the devices' free memory", FREE
+    ),
+    "data.validation": Key(
+        0, integer(-1), "training images set aside, which rank checkpoints; -1: a tenth, chosen picture by picture"
     ),
     "data.flip": Key(True, FLAG, "whether each training image is mirrored with probability ½"),
     "schedule.name": Key("linear", ALL_SCHEDULES, "the noise schedule"),
@@ -171,7 +174,7 @@ KEYS: dict[str, Key] = {
     "train.checkpoint_every": Key(5000, integer(1), "steps between checkpoints", FREE),
     "train.keep_checkpoints": Key(3, integer(1), "how many checkpoints are kept, besides the best", FREE),
     "train.sample_every": Key(50_000, integer(0), "steps between pictures of samples; 0: only at the end", FREE),
-    "train.monitor_images": Key(256, integer(1), "test images, at most, whose loss is logged and ranks checkpoints"),
+    "train.monitor_images": Key(256, integer(1), "validation images, at most, whose loss ranks checkpoints"),
     "train.skip_nonfinite": Key(
         0, integer(0), "updates with NaN or Inf that are left out before training stops", ABOVE_0
     ),

@@ -3,21 +3,24 @@
 import contextlib
 import functools
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion.experiment import build
 from diffusion.experiment import config as config_lib
 from diffusion.experiment.build import Experiment
+from diffusion.experiment.schema import all_keys
 from diffusion.model import Model
 from diffusion.runtime import files, processes
 from diffusion.runtime.checkpoint import Checkpoints
@@ -74,9 +77,30 @@ def check(config: ConfigDict, directory: Path) -> None:
             )
 
 
+def continued(config: ConfigDict, directory: Path, chosen: Collection[str] = ()) -> ConfigDict:
+    """The config, with what the run in `directory` means by the keys that did not exist when it began.
+
+    So a config file may set a new key, and the runs that were made with it before go on.
+
+    Args:
+        chosen: the keys that the user set, which keep their values.
+    """
+    path = directory / "config.json"
+    if not path.exists():
+        return config
+    given, known = config_lib.flatten(config), all_keys()
+    lacking = config_lib.lacking(path.read_text()) & given.keys() - set(chosen)
+    then = {name: known[name].when_absent for name in sorted(lacking) if known[name].free is not True}
+    for name, value in then.items():
+        if value != given[name]:
+            logging.warning("%s began before the key %s existed, and goes on with %s=%s", directory, name, name, value)
+    return ConfigDict(unflatten_dict(given | then, sep=".")).lock()
+
+
 def claim(config: ConfigDict, directory: Path) -> None:
     """Makes `directory` this run's by writing config.json. Raises what `check` raises.
 
+    A key that did not exist when the run began stays out of config.json while it means what the program did then.
     Where a finished run is made longer, its summary.json becomes summary_STEP.json.
     """
     check(config, directory)
@@ -84,7 +108,9 @@ def claim(config: ConfigDict, directory: Path) -> None:
     summary = directory / SUMMARY
     if summary.exists() and not is_finished(directory, config):
         os.replace(summary, summary.with_stem(f"summary_{read_config(directory).train.num_steps}"))
-    files.write_text(directory / "config.json", config_lib.to_json(config))
+    path = directory / "config.json"
+    lacking = config_lib.lacking(path.read_text()) if path.exists() else set()
+    files.write_text(path, config_lib.to_json(config, lacking))
 
 
 def save_base(directory: Path, path: str) -> None:
@@ -164,7 +190,7 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest")
     """The EMA in a checkpoint, for evaluation or sampling; without any, the weights of config.init_from.
 
     Args:
-        checkpoint: "latest"; "best", the one with the lowest test_loss of those that are kept; or a step.
+        checkpoint: "latest"; "best", the one with the lowest val_loss of those that are kept; or a step.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.

@@ -14,7 +14,7 @@ from diffusion.runtime.preemption import Preemption
 
 def run(config: ConfigDict, _directory: Path) -> None:
     """Trains it from config.seed and keeps it in the cache, by the digest of the data; prints what is known of it."""
-    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
+    train_set, _, test_set = build.load_splits(config)
 
     def train() -> None:
         with Preemption():

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffusion import likelihood
 from diffusion.data import Source
-from diffusion.data.source import digests
+from diffusion.data.source import Splits
 from diffusion.evaluation import images
 from diffusion.evaluation.bound import Bound, estimated_bound, full_bound
 from diffusion.evaluation.pairs import PRECISION
@@ -39,12 +39,12 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, num_test)
     loaded = workdir.load(directory, checkpoint, config)
     experiment, state, model = loaded.experiment, loaded.state, loaded.model_with(config.eval.variance)
-    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
-    data_sha256 = processes.on_first(lambda: digests(train_set, test_set))
+    splits = build.load_splits(config)
+    data_sha256 = processes.on_first(splits.sha256)
     measured = short_sha256([state.sha256, data_sha256, tree_sha256(model.schedule.x0_variance)])
     out = directory / EVALUATIONS / f"{name(experiment, int(state.step), num_images)}-{measured}"
     with Preemption() as preemption, workdir.locked(out), memory.shortage_explained(experiment, "eval.batch_size"):
-        scores = score(experiment, out, model, state, train_set, test_set, preemption.check)
+        scores = score(experiment, out, model, state, splits, preemption.check)
         if processes.is_first():
             summary.write_json(out / "eval.json", scores)
             summary.write_json(directory / "eval.json", scores)
@@ -65,11 +65,12 @@ def score(
     directory: Path,
     model: Model,
     state: EmaState,
-    train_set: Source,
-    test_set: Source,
+    splits: Splits,
     stop: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores the EMA parameters on the test split and on as many training images, given their labels if it takes any.
+    """Scores the EMA parameters on the test split and on as many validation and training images.
+
+    A conditional network gets their labels.
 
     A network that also knows images without their labels is scored without them, too, on the same test images.
 
@@ -81,41 +82,42 @@ def score(
         directory: where the curves go, and the terms that are done.
         model: of the parameters of `state`, with the variance that is scored.
         state: on the host.
-        train_set, test_set: what is scored.
+        splits: what is scored.
         stop: called between batches; raises to stop.
 
     Returns:
         The entries of summary.json that say what was scored, how, and how well; on process 0 alone, {} elsewhere.
     """
     config = experiment.config
-    num_images = images.num_scored(config.eval.num_images, config.eval.protocol, len(test_set))
+    num_images = images.num_scored(config.eval.num_images, config.eval.protocol, len(splits.test))
     # Where the whole split is scored, a protocol drops its last images.
     is_whole = config.eval.num_images == 0
     numbers = {
-        "test": np.arange(num_images) if is_whole else images.subset(len(test_set), num_images),
-        "train": images.subset(len(train_set), min(num_images, len(train_set))),
+        "test": np.arange(num_images) if is_whole else images.subset(len(splits.test), num_images),
+        "train": images.subset(len(splits.train), min(num_images, len(splits.train))),
     }
-    sources = {"test": test_set, "train": train_set}
-    data_sha256 = processes.on_first(lambda: digests(train_set, test_set))
+    if len(splits.validation):
+        numbers["validation"] = images.subset(len(splits.validation), min(num_images, len(splits.validation)))
+    sources = {split: getattr(splits, split) for split in numbers}
+    data_sha256 = processes.on_first(splits.sha256)
     kept = directory / UNFINISHED / _key(config, model, [state.sha256, data_sha256], numbers)
     bounds = _bounds(config, model, sources, numbers, kept, stop)
     if not processes.is_first():
         return {}
     protocol = protocol_of(experiment, model.p.variance) | {
-        "test_images": f"{num_images} of {len(test_set)}",
-        "train_images": f"{len(numbers['train'])} of {len(train_set)}",
+        f"{split}_images": f"{len(numbers[split])} of {len(source)}" for split, source in sources.items()
     }
     if not config.eval.terms_per_image:
-        title = f"{test_set.name}, {num_images} test images, protocol {config.eval.protocol}"
-        _save_curves(directory, bounds, protocol, title, test_set.num_levels)
+        title = f"{splits.test.name}, {num_images} test images, protocol {config.eval.protocol}"
+        _save_curves(directory, bounds, protocol, title, splits.test.num_levels)
         _forget(kept)
     return {
         "step": int(state.step),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.ema_params)),
         "protocol": protocol,
-        **bounds["test"].summary("test"),
-        **bounds["train"].summary("train"),
-        **_by_label(bounds, test_set, numbers["test"], config.model.conditional),
+        **{name: value for split in numbers for name, value in bounds[split].summary(split).items()},
+        "validation_images": len(splits.validation),
+        **_by_label(bounds, splits.test, numbers["test"], config.model.conditional),
         "prior_bpd": bounds["test"].prior_bpd.mean(),
         "ema_sha256": state.sha256,
         "data_sha256": data_sha256,

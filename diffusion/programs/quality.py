@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from diffusion.data import Source
-from diffusion.data.source import SPLITS, digests
+from diffusion.data.source import SPLITS
 from diffusion.evaluation import quality, reference
 from diffusion.evaluation.features import Batch
 from diffusion.evaluation.reference import Numbers, Reference
@@ -35,9 +35,9 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     """Draws from a checkpoint of `directory` what is not in its samples/ yet, writes quality.json and prints it."""
     loaded = workdir.load(directory, checkpoint, config)
     model = loaded.model_with(config.sample.variance)
-    train_set, test_set = (build.load_data(config, split) for split in SPLITS)
+    splits = build.load_splits(config)
     unfinished = directory / UNFINISHED
-    scorer = processes.on_first(lambda: Scorer(config, train_set, test_set, unfinished))
+    scorer = processes.on_first(lambda: Scorer(config, splits, unfinished))
     num_images = config.quality.num_images
     with Preemption() as preemption:
         with memory.shortage_explained(loaded.experiment, "sample.batch_size"):
@@ -48,7 +48,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
                 "sampler": sample.described(config, model.p.variance),
                 "step": int(loaded.state.step),
                 "ema_sha256": loaded.state.sha256,
-                "data_sha256": digests(train_set, test_set),
+                "data_sha256": splits.sha256(),
                 "device": summary.device_name(),
                 "versions": summary.versions(),
             }
@@ -97,22 +97,24 @@ class Scorer:
 
     Args:
         config: says by which features, and against what.
-        train_set, test_set: the data.
+        sources: the splits that may be looked at, the training split among them; an empty one is as good as none.
         unfinished: a folder that keeps the features of a network, for a call that may be stopped.
 
     Raises:
         FileNotFoundError, ConnectionError: the features' weights or the reference's file are missing.
-        ValueError: they are damaged, or do not fit.
+        ValueError: they are damaged, or do not fit, or the reference is an empty split.
     """
 
-    def __init__(self, config: ConfigDict, train_set: Source, test_set: Source, unfinished: Path | None = None):
+    def __init__(self, config: ConfigDict, sources: Iterable[Source], unfinished: Path | None = None):
         self._unfinished = unfinished
-        self._config, self._sets = config, {"train": train_set, "test": test_set}
-        self._features = build.quality_features(config, train_set)
-        self._dimension = self._features.extract(train_set.images(slice(1))).features.shape[1]
+        self._config, self._sets = config, {source.split: source for source in sources if len(source)}
+        self._features = build.quality_features(config, self._sets["train"])
+        self._dimension = self._features.extract(self._sets["train"].images(slice(1))).features.shape[1]
         self._published = None
         if self._config.quality.reference not in SPLITS:
             self._published = reference.published(self._path, self._dimension)
+        elif self._config.quality.reference not in self._sets:
+            raise ValueError(f"quality.reference={self._config.quality.reference!r} has no images here")
 
     @property
     def _path(self) -> Path:
@@ -170,8 +172,9 @@ class Scorer:
 
     @property
     def _other(self) -> str:
-        """The split that samples are not compared with."""
-        return "train" if self._config.quality.reference == "test" else "test"
+        """A split that samples are not compared with, for scale; where there is none, the training split."""
+        others = [split for split in ("test", "train", "validation") if split in self._sets]
+        return next((split for split in others if split != self._config.quality.reference), "train")
 
     @functools.cached_property
     def _reference_name(self) -> str:
@@ -187,27 +190,29 @@ class Scorer:
             "weights": self._features.sha256,
             "reference": self._reference_name,
         }
-        return reference.cached(facts | digests(*self._sets.values()), self._dimension, self._made)
+        digests = {split: source.sha256() for split, source in self._sets.items()}
+        return reference.cached(facts | digests, self._dimension, self._made)
 
     def _made(self) -> Reference:
         """The reference's states; for scale the other split against it, and two halves of the training set."""
-        of_splits = {split: self._states(source) for split, source in self._sets.items() if split != "train"}
+        name = self._config.quality.reference
+        needed = {name, self._other} & self._sets.keys() - {"train"}
+        of_splits = {split: self._states(self._sets[split]) for split in sorted(needed)}
         of_splits["train"], *halves = self._states_with_halves(self._sets["train"])
-        states = of_splits.get(self._config.quality.reference, self._published)
-        other = of_splits[self._other]
+        states, other = of_splits.get(name, self._published), of_splits[self._other]
         scale = _ending(quality.results(other, states), f"{self._other}_split")
         scale |= _ending(quality.results(*halves), "train_halves")
         return Reference(quality.as_reference(states), scale, quality.kept_features(other))
 
     def _states(self, source: Source) -> quality.States:
         with Progress(len(source), desc=f"features of the {source.split} split", unit="image") as progress:
-            return quality.states(self._batches([source.images()], progress))
+            return quality.states(self._batches(source.parts(), progress))
 
     def _states_with_halves(self, source: Source) -> tuple[quality.States, quality.States, quality.States]:
         half = np.random.default_rng(0).permutation(len(source)) % 2
         whole, parts, begin = {}, [{}, {}], 0
         with Progress(len(source), desc=f"features of the {source.split} split", unit="image") as progress:
-            for batch in self._batches([source.images()], progress):
+            for batch in self._batches(source.parts(), progress):
                 whole = quality.updated(whole, batch)
                 of_batch = half[begin : begin + len(batch.features)]
                 parts = [quality.updated(part, batch.only(of_batch == number)) for number, part in enumerate(parts)]

@@ -12,8 +12,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from diffusion import schedules
-from diffusion.data import Source
-from diffusion.data.source import digests
+from diffusion.data.source import Splits
 from diffusion.evaluation import images
 from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import build, memory, workdir
@@ -54,9 +53,9 @@ def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: b
         if processes.is_first():
             print(f"{directory} holds this run, finished: see {directory / workdir.SUMMARY}")
         return
-    train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
+    splits = build.load_splits(config)
     if not allow_other_data:
-        processes.on_first(lambda: check_data(config, directory, digests(train_set, test_set)))
+        processes.on_first(lambda: check_data(config, directory, splits.sha256()))
     sampler = sample.make_sampler(experiment)
 
     with (
@@ -71,8 +70,8 @@ def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: b
             stopwatch.tick()
             preemption.check()
 
-        with memory.shortage_explained(experiment, num_train=len(train_set)):
-            state = train(experiment, directory, train_set, test_set, sampler, preemption, stopwatch.tick)
+        with memory.shortage_explained(experiment, num_train=len(splits.train)):
+            state = train(experiment, directory, splits, sampler, preemption, stopwatch.tick)
         trained = workdir.ema_of(state)
         plots.plot_loss(read_metrics(directory), directory / "loss.png")
         model = experiment.model(state.ema_params, config.sample.variance)
@@ -82,7 +81,7 @@ def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: b
             _plot_schedule(experiment, directory, state)
         with memory.shortage_explained(experiment, "eval.batch_size"):
             model = experiment.model(state.ema_params, config.eval.variance)
-            scores = evaluate.score(experiment, directory, model, trained, train_set, test_set, between_batches)
+            scores = evaluate.score(experiment, directory, model, trained, splits, between_batches)
         scores |= {
             "params_sha256": tree_sha256(state.params),
             "seconds": stopwatch.seconds(),
@@ -109,6 +108,11 @@ def prepare(config: ConfigDict, directory: Path) -> Experiment:
             "eval.variance or sample.variance is optimal, which needs a trained mean; train with another one first, "
             "then use it in --mode=eval or --mode=sample"
         )
+    if config.quality.every and config.quality.reference == "test":
+        raise ValueError(
+            f"quality.every={config.quality.every} scores samples during training, which must not see the test images "
+            "of quality.reference='test'; take train or validation, or --mode=quality afterwards"
+        )
     workdir.check(config, directory)
     return experiment
 
@@ -116,18 +120,22 @@ def prepare(config: ConfigDict, directory: Path) -> Experiment:
 def train(
     experiment: Experiment,
     directory: Path,
-    train_set: Source,
-    test_set: Source,
+    splits: Splits,
     sampler: Sampler,
     preemption: Preemption,
     after_row: Callable[[], None] | None = None,
 ) -> TrainState:
-    """Trains to the end from the latest checkpoint in `directory`, or from the start; returns the last state."""
+    """Trains to the end from the latest checkpoint in `directory`, or from the start; returns the last state.
+
+    No test image is looked at: of the test split only the digest is asked for.
+    """
     config, plan = experiment.config, build.plan(experiment.config)
-    scorer = processes.on_first(lambda: Scorer(config, train_set, test_set)) if config.quality.every else None
-    numbers = images.subset(len(test_set), min(config.train.monitor_images, len(test_set)))
-    test_loss = loop.monitor(experiment.training, config.seed, config.schedule.num_steps, test_set, numbers)
-    data_sha256, keep = processes.on_first(lambda: digests(train_set, test_set)), config.train.keep_checkpoints
+    seen = [splits.train, splits.validation]
+    scorer = processes.on_first(lambda: Scorer(config, seen)) if config.quality.every else None
+    num_monitored = min(config.train.monitor_images, len(splits.validation))
+    numbers = images.subset(len(splits.validation), num_monitored)
+    monitor = loop.monitor(experiment.training, config.seed, config.schedule.num_steps, splits.validation, numbers)
+    data_sha256, keep = processes.on_first(splits.sha256), config.train.keep_checkpoints
     with Checkpoints(directory / "checkpoints", keep=keep, data_sha256=data_sha256) as checkpoints:
         state = resume(experiment, checkpoints)
         if state.step == plan.num_steps:
@@ -136,9 +144,9 @@ def train(
             show = _shower(experiment, directory, sampler, log)
             quality_of = _quality_of(experiment, sampler, scorer)
             training = experiment.training
-            on_devices = processes.bool_from_first(memory.keeps_images(experiment, len(train_set)))
+            on_devices = processes.bool_from_first(memory.keeps_images(experiment, len(splits.train)))
             return loop.train(
-                training, plan, state, train_set, on_devices, test_loss, show, quality_of, checkpoints, log, preemption
+                training, plan, state, splits.train, on_devices, monitor, show, quality_of, checkpoints, log, preemption
             )
 
 

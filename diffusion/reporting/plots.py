@@ -12,10 +12,13 @@ from diffusion.runtime import files
 
 COLUMNS = 3  # of small panels
 FEW = 10  # points, which a line alone would not show
+# Curve -> its label. Version 0.3 and earlier logged the loss of test images.
+UNSEEN = {"val_loss": "validation", "test_loss": "test"}
+NOT_BELOW = ("step", "loss", "validation_images", *UNSEEN)
 
 def plot_loss(metrics: list[dict[str, Any]], path: str | Path) -> None:
-    """Plots the training loss with its running mean and the test loss, and below it every other logged metric."""
-    others = list(dict.fromkeys(name for row in metrics for name in row if name not in ("step", "loss", "test_loss")))
+    """Plots the training loss with its running mean and the validation loss, and below it every other logged metric."""
+    others = list(dict.fromkeys(name for row in metrics for name in row if name not in NOT_BELOW))
     num_rows = -(-len(others) // COLUMNS)
     figure = Figure(figsize=(7, 4 + 1.7 * num_rows), layout="constrained")
     grid = figure.add_gridspec(1 + num_rows, COLUMNS, height_ratios=[4] + [1.7] * num_rows)
@@ -36,16 +39,18 @@ def _points(metrics: list[dict[str, Any]], name: str) -> Float[np.ndarray, "2 n"
 
 
 def _draw_loss(axes: Axes, metrics: list[dict[str, Any]]) -> None:
-    (steps, loss), (test_steps, test) = _points(metrics, "loss"), _points(metrics, "test_loss")
+    steps, loss = _points(metrics, "loss")
     axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
     if len(loss):
         window = np.ones(len(loss) // 20 | 1)
         # Divided by the number of rows under the window, which is smaller at both ends.
         mean = np.convolve(loss, window, "same") / np.convolve(np.ones_like(loss), window, "same")
         axes.plot(steps, mean, color="tab:blue", label=f"train, mean of {len(window)} rows")
-    if len(test):
-        axes.plot(test_steps, test, "o-", color="tab:orange", markersize=4, label="test")
-    if np.all(loss > 0) and np.all(test > 0):
+    unseen = {label: _points(metrics, name) for name, label in UNSEEN.items()}
+    for (label, points), color in zip(unseen.items(), ("tab:orange", "tab:green"), strict=True):
+        if points.size:
+            axes.plot(*points, "o-", color=color, markersize=4, label=label)
+    if all(np.all(values > 0) for values in (loss, *(points[1] for points in unseen.values()))):
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

@@ -20,11 +20,10 @@ from flax import traverse_util
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-from diffusion.runtime import verification
+from diffusion.runtime import ranking, verification
 from diffusion.runtime.digests import leaf_sha256, named_leaves
 from diffusion.runtime.verification import DamagedCheckpoint
 
-RANKS = "test_loss"  # the metric by which checkpoints are ranked
 DAMAGED = "damaged"  # where `resume` moves what cannot be used; nothing is ever deleted from it
 
 
@@ -35,7 +34,7 @@ class Checkpoints:
 
     Args:
         directory: holds one directory per saved step.
-        keep: how many of the latest checkpoints to keep; the one with the lowest test_loss is kept as well.
+        keep: how many of the latest checkpoints to keep; the one with the lowest val_loss is kept as well.
         data_sha256: the digests of what is trained on, by their names; every checkpoint that is saved holds them.
     """
 
@@ -46,7 +45,7 @@ class Checkpoints:
         self._data_sha256 = data_sha256 or {}
         self._unfinished: int | None = None  # the step whose save is not known to be on disk
         # Orbax keeps what sorts last in descending order; a checkpoint that was not scored comes first.
-        best = checkpoint_managers.BestN(get_metric_fn=_score, reverse=True, n=1)
+        best = checkpoint_managers.BestN(get_metric_fn=ranking.score, reverse=True, n=1)
         last = checkpoint_managers.LatestN(keep)
         # The process that calls is the only one: what the others hold is the same, and none waits for them.
         me = jax.process_index()
@@ -59,7 +58,7 @@ class Checkpoints:
                 create=False,
                 step_name_format=_CompleteSteps(),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy([last, best]),
-                best_fn=_score,
+                best_fn=ranking.score,
                 best_mode="min",
                 multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
             ),
@@ -92,12 +91,18 @@ class Checkpoints:
         """The step of the newest sound checkpoint; None if there is none."""
         return self._manager.latest_step()
 
-    def best_step(self) -> int | None:
-        """The step of the sound checkpoint with the lowest test_loss, the later of equals; None if unscored."""
+    def best_step(self) -> int:
+        """The step of the best sound checkpoint: see `ranking.best_step`.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: none was scored.
+        """
         self.wait()
+        if self.latest_step() is None:
+            raise self._no_checkpoint()
         metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        scores = {step: row[RANKS] for step, row in metrics.items() if RANKS in row}
-        return min(scores, key=lambda step: (scores[step], -step), default=None)
+        return ranking.best_step(metrics, self.directory.parent)
 
     def trained_on(self) -> dict[str, str]:
         """The digests of what the newest checkpoint was trained on; {} if none says so."""
@@ -163,7 +168,7 @@ class Checkpoints:
         for error in damaged.values():
             logging.warning("%s; passed over", error)
         if state is None:
-            raise FileNotFoundError(f"there is no checkpoint in {self.directory} (sound ones: none)")
+            raise self._no_checkpoint()
         return state
 
     def _newest(
@@ -178,6 +183,9 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 damaged[path] = error
         return None, damaged
+
+    def _no_checkpoint(self) -> FileNotFoundError:
+        return FileNotFoundError(f"there is no checkpoint in {self.directory} (sound ones: none)")
 
     def _entries(self) -> list[Path]:
         return sorted(self.directory.iterdir()) if self.directory.exists() else []
@@ -263,10 +271,6 @@ class Checkpoints:
         aside = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=self.directory / DAMAGED)) / path.name
         os.replace(path, aside)
         return aside
-
-
-def _score(metrics: dict[str, float]) -> float:
-    return metrics.get(RANKS, float("inf"))
 
 
 def _entries_of(like: PyTree) -> set[str]:

@@ -23,11 +23,14 @@ from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.devices import Replicated
 from diffusion.runtime.nonfinite import LAST_GOOD
 from diffusion.runtime.preemption import Preempted, Preemption
+from diffusion.runtime.ranking import VAL_LOSS
 from diffusion.runtime.watchdog import Watchdog
 from diffusion.training import parallel
 from diffusion.training.bookkeeping import groups
 from diffusion.training.parallel import Batch
 from diffusion.training.step import Examples, Training, TrainState, mean_loss
+
+Monitor = Callable[[Replicated], dict[str, float]]  # of EMA parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ def train(
     state: TrainState,
     train_set: Source,
     on_devices: bool,
-    test_loss: Callable[[Replicated], float],
+    monitor: Monitor,
     draw: Callable[[int, Replicated], None],
     quality: Callable[[Replicated], dict[str, float]],
     checkpoints: Checkpoints,
@@ -84,7 +87,7 @@ def train(
         state: on the host.
         train_set: what is trained on.
         on_devices: whether every device keeps all images; else they are read from disk while a step runs.
-        test_loss: of EMA parameters; it ranks the checkpoints.
+        monitor: what is known of EMA parameters from validation images; its val_loss ranks the checkpoints.
         draw: (step, EMA parameters) -> shows samples.
         quality: EMA parameters -> metrics of samples.
         checkpoints: where process 0 saves.
@@ -120,14 +123,14 @@ def train(
             if plan.check_replicas_every and step % plan.check_replicas_every == 0:
                 _check_replicas(step, differing_replicas(state))
             row = _means(window) | {"images_per_second": clock.images_per_second()} if logs else {}
-            row |= _scores(plan, step, saves, state.part(lambda state: state.ema_params), test_loss, quality)
+            row |= _scores(plan, step, saves, state.part(lambda state: state.ema_params), monitor, quality)
             if row:
                 log.write(step, **row)
-                progress.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
+                progress.set_postfix(_shown(row), refresh=False)
             if plan.is_due(step, plan.sample_every) and step < plan.num_steps:
                 draw(step, state.part(lambda state: state.ema_params))
             if saves or stops:
-                _save(checkpoints, step, state, {"test_loss": row["test_loss"]} if saves else {})
+                _save(checkpoints, step, state, row)
             if stops:
                 _stop(checkpoints, step)
             if logs:
@@ -174,8 +177,14 @@ def _batches(
     return prefetch.prefetched((steps, place(indices)) for steps, indices in calls)
 
 
-def _save(checkpoints: Checkpoints, step: int, state: Replicated, metrics: dict[str, float]) -> None:
+def _shown(row: dict[str, SupportsFloat]) -> dict[str, str]:
+    """A row as the progress bar has it."""
+    return {name: f"{value:.3g}" for name, value in row.items() if name != "validation_images"}
+
+
+def _save(checkpoints: Checkpoints, step: int, state: Replicated, row: dict[str, SupportsFloat]) -> None:
     """Process 0 begins to save; where it cannot, or the save before has failed, every process raises it."""
+    metrics = {VAL_LOSS: row[VAL_LOSS]} if VAL_LOSS in row else {}
     processes.on_first(lambda: checkpoints.save(step, state.host(), metrics))
 
 
@@ -197,20 +206,16 @@ def _scores(
     step: int,
     saves: bool,
     ema_params: Replicated,
-    test_loss: Callable[[Replicated], float],
+    monitor: Monitor,
     quality: Callable[[Replicated], dict[str, float]],
 ) -> dict[str, float]:
     """What is measured of the EMA after a step: the loss that ranks a checkpoint, and the quality of samples."""
-    row = {"test_loss": _finite_loss(step, test_loss(ema_params))} if saves else {}
+    row = monitor(ema_params) if saves else {}
+    if not math.isfinite(row.get(VAL_LOSS, 0)):
+        raise FloatingPointError(f"step {step}: {VAL_LOSS} = {row[VAL_LOSS]}; {LAST_GOOD}")
     if plan.quality_every and plan.is_due(step, plan.quality_every):
         row |= quality(ema_params)
     return row
-
-
-def _finite_loss(step: int, test_loss: float) -> float:
-    if not math.isfinite(test_loss):
-        raise FloatingPointError(f"step {step}: test_loss = {test_loss}; {LAST_GOOD}")
-    return test_loss
 
 
 def _check_replicas(step: int, differing: list[str]) -> None:
@@ -229,13 +234,17 @@ def _means(window: dict[str, np.ndarray]) -> dict[str, SupportsFloat]:
 
 
 def monitor(
-    training: Training, seed: int, num_steps: int, test_set: Source, numbers: Int[np.ndarray, " n"]
-) -> Callable[[Replicated], float]:
-    """The training loss of replicated parameters on these test images, always with the same t and ε.
+    training: Training, seed: int, num_steps: int, validation_set: Source, numbers: Int[np.ndarray, " n"]
+) -> Monitor:
+    """The training loss of replicated parameters on these validation images, always with the same t and ε.
 
     Args:
         num_steps: T.
+        numbers: of the images; none where no image is set aside, and then there is no loss.
     """
+    about = {"validation_images": float(len(validation_set))}
+    if not len(numbers):
+        return lambda params: about
     t_key, examples_key = jax.random.split(randomness.stream(seed, "monitor"))
     sampler = timesteps.TIMES[training.schedule.times](timesteps.low_discrepancy())
     t, _ = sampler.draw((), t_key, len(numbers), num_steps)
@@ -247,11 +256,12 @@ def monitor(
         _, (_, losses) = mean_loss(training, params, Examples(x0, labels, t, jnp.ones(len(t)), keys), dropout=False)
         return losses
 
-    labels = test_set.labels(numbers) if training.conditional else None
-    batches, items = devices.over_batches(one_batch), (test_set.images(numbers), labels, t, np.arange(len(numbers)))
+    labels = validation_set.labels(numbers) if training.conditional else None
+    items = (validation_set.images(numbers), labels, t, np.arange(len(numbers)))
+    batches = devices.over_batches(one_batch)
 
-    def test_loss(params: Replicated) -> float:
+    def of_params(params: Replicated) -> dict[str, float]:
         values = [loss for _, loss in batches(params, items, training.batch_size)]
-        return float(np.concatenate(values).mean())
+        return {VAL_LOSS: float(np.concatenate(values).mean())} | about
 
-    return test_loss
+    return of_params

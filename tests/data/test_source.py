@@ -116,7 +116,7 @@ def test_the_digest_is_computed_once_and_again_where_the_copy_changes(digits_cop
     assert sha256 == digest_of(first) != load("train", digits_copy).sha256()
     assert dataclasses.replace(first, file=None).sha256() == sha256
     with monkeypatch.context() as patch:
-        patch.setattr(Source, "_parts", None)  # computing it again fails
+        patch.setattr(Source, "_stored_parts", None)  # computing it again fails
         assert load("test", digits_copy).sha256() == sha256
         relabelled = dataclasses.replace(first, classes=first.classes[::-1])
         with pytest.raises(TypeError):

@@ -97,7 +97,7 @@ def test_a_checkpoint_that_was_trained_from_them_comes_first(tiny, tmp_path):
     trained = jax.device_get(experiment.initial_state()).replace(step=np.int32(7))
     workdir.claim(tiny(), tmp_path / "run")
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        checkpoints.save(7, trained, {"test_loss": 1.0})
+        checkpoints.save(7, trained, {"val_loss": 1.0})
     assert workdir.restore(experiment, tmp_path / "run").step == 7
 
 

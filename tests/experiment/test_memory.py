@@ -15,6 +15,7 @@ from flax import linen as nn
 from configs import cifar10
 from diffusion import data
 from diffusion.data import Source
+from diffusion.data.source import Splits
 from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import build, memory, workdir
 from diffusion.networks import NETWORKS
@@ -78,11 +79,11 @@ def measured(monkeypatch):
         return np.zeros((num_images, *toy.SHAPE), np.uint8)
 
     def noted_monitor(*args):
-        test_loss = monitor(*args)
+        of_params = monitor(*args)
 
         def noted(params):
             note()
-            return test_loss(params)
+            return of_params(params)
 
         return noted
 
@@ -93,11 +94,11 @@ def measured(monkeypatch):
 
 def test_in_training_a_device_holds_the_state_once_and_the_images(wide, measured, tmp_path):
     images = np.random.default_rng(0).integers(0, toy.LEVELS, (2**15, *toy.SHAPE), np.uint8)  # 2 MiB
-    train_set, test_set = Source("toy", "train", images, toy.LEVELS), toy.source("test")
+    splits = Splits(Source("toy", "train", images, toy.LEVELS), toy.source("validation"), toy.source("test"))
     # What a step needs besides, the gradient, is not there between two steps.
     experiment = wide()
     state = memory.state_bytes(experiment) - memory.num_bytes(experiment.abstract_state().params)
-    expected = state + memory.data_bytes(experiment, len(train_set))
+    expected = state + memory.data_bytes(experiment, len(splits.train))
     assert 6 * MIB < expected < 6.1 * MIB
     slack = MIB // 4  # the schedule's tables, random keys, metrics and the scored images
 
@@ -105,7 +106,7 @@ def test_in_training_a_device_holds_the_state_once_and_the_images(wide, measured
         measured.clear()
         experiment = wide(train__num_steps=num_steps, optim__decay="constant")
         with Preemption() as preemption, workdir.owned(experiment.config, tmp_path) as directory:
-            train.train(experiment, directory, train_set, test_set, sample.make_sampler(experiment), preemption)
+            train.train(experiment, directory, splits, sample.make_sampler(experiment), preemption)
         assert len(measured) == 3  # at steps 2 and 4, or 6 and 8, and a drawing before the last one
         for alive in measured:
             for size in alive.values():

@@ -74,6 +74,7 @@ BREAKING = (
     {"sample__labels": (3, 5)},
     {"sample__guidance": 1.5, "model__conditional": True},
     {"sample__guidance_interval": (10, 500)},
+    {"quality__reference": "validation"},
     {"sample__num_steps": 1001},
 )
 

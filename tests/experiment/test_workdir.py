@@ -175,7 +175,7 @@ def test_a_run_is_loaded_as_objects_with_the_averaged_parameters(tmp_path, monke
     average = jax.tree.map(lambda leaf: leaf + np.float32(1), state.params)
     workdir.claim(small, tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(3, state.replace(step=np.int32(3), ema_params=average), {"test_loss": 1.0})
+        checkpoints.save(3, state.replace(step=np.int32(3), ema_params=average), {"val_loss": 1.0})
     run = workdir.load(tmp_path)
     assert (run.state.step, run.image_shape, run.config.schedule.num_steps) == (3, (8, 8, 1), 5)
     assert (run.model.num_levels, run.model.p, run.model.schedule.num_steps) == (17, experiment.p, 5)

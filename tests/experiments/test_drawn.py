@@ -11,7 +11,7 @@ from diffusion import data
 from diffusion.evaluation import features, quality
 from diffusion.evaluation.features import Batch, Features
 from diffusion.evaluation.sampling import Sampler
-from diffusion.experiment import workdir
+from diffusion.experiment import build, workdir
 from diffusion.programs import sample
 from experiments import drawn, guidance, intervals, steps
 
@@ -42,7 +42,7 @@ def test_guidance_scores_every_weight_and_a_second_call_draws_nothing(labelled_r
 
     # The distance of the first row, from its samples alone.
     folder = next((run / "guidance" / sample.SAMPLES).glob("*guidance-1-*"))
-    images, train_set = sample.read(folder, 20), data.load("digits", "train", workdir.read_config(run).data.data_dir)
+    images, train_set = sample.read(folder, 20), build.load_data(workdir.read_config(run), "train")
     flat = [part.reshape(len(part), -1) / 8 - 1.0 for part in (images[:10], images[10:], train_set.images())]
     moments = [(part.mean(axis=0), np.cov(part, rowvar=False)) for part in flat]
     distances = [quality.frechet_distance(*moments[i], *moments[2]) for i in (0, 1)]

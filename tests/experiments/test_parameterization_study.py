@@ -36,7 +36,7 @@ def network(tmp_path_factory):
     workdir.claim(settings, directory)
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(
-            0, jax.device_get(build.experiment(settings, (8, 8, 1), 17).initial_state()), {"test_loss": 1.0}
+            0, jax.device_get(build.experiment(settings, (8, 8, 1), 17).initial_state()), {"val_loss": 1.0}
         )
     return directory
 

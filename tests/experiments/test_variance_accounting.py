@@ -27,7 +27,7 @@ def directory(tiny, tmp_path_factory):
     workdir.claim(settings, directory)
     experiment = build.experiment(settings, (8, 8, 1), 17)
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(0, jax.device_get(experiment.initial_state()), {"test_loss": 1.0})
+        checkpoints.save(0, jax.device_get(experiment.initial_state()), {"val_loss": 1.0})
     variance_accounting.run(directory, NUM_IMAGES)
     return directory
 

@@ -44,7 +44,7 @@ def stopped(tmp_path, tiny_data_dir) -> Path:
     workdir.save_base(directory, CONFIG)
     state = jax.device_get(build.experiment(config, (8, 8, 1), 17).initial_state())
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(STOPPED_AT, state.replace(step=np.int32(STOPPED_AT)), {"test_loss": 1.0})
+        checkpoints.save(STOPPED_AT, state.replace(step=np.int32(STOPPED_AT)), {"val_loss": 1.0})
     return directory
 
 

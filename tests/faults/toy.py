@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from configs import digits_fixed
 from diffusion.data import Description, Source
+from diffusion.data.source import Splits
 from diffusion.experiment import build, workdir
 from diffusion.guidance import NO_LABEL
 from diffusion.networks import NETWORKS
@@ -78,7 +79,7 @@ def config(**keys):
     small = {
         "model.network": "layer", "train.batch_size": 16, "train.num_steps": 30, "train.log_every": 5,
         "train.checkpoint_every": 10, "train.keep_checkpoints": 99, "train.sample_every": 0,
-        "train.check_replicas_every": 10, "eval.num_images": 16, "optim.warmup_steps": 2,
+        "train.check_replicas_every": 10, "data.validation": 0, "eval.num_images": 16, "optim.warmup_steps": 2,
     }  # fmt: skip
     with made.unlocked():
         made.update_from_flattened_dict(small | {key.replace("__", "."): value for key, value in keys.items()})
@@ -92,7 +93,7 @@ def experiment(**keys) -> build.Experiment:
 
 def source(split: str) -> Source:
     """Pictures from a generator of random numbers."""
-    rng = np.random.default_rng(split == "test")
+    rng = np.random.default_rng(["train", "test", "validation"].index(split))
     return Source("toy", split, rng.integers(0, LEVELS, (64, *SHAPE), np.uint8), LEVELS)
 
 
@@ -110,7 +111,8 @@ def run(experiment: build.Experiment, directory: Path) -> TrainState:
     """Trains to the end, or on from where `directory` is; returns the last state."""
     draw = sample.make_sampler(experiment)
     with Preemption() as preemption, workdir.owned(experiment.config, directory) as directory:
-        return train.train(experiment, directory, source("train"), source("test"), draw, preemption)
+        splits = Splits(*(source(split) for split in Splits._fields))
+        return train.train(experiment, directory, splits, draw, preemption)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, steps: Iterable[int], action: Callable[[], None]) -> None:

@@ -60,11 +60,11 @@ def toy_run(tmp_path, monkeypatch):
 
     workdir.claim(config(), tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        for step, test_loss in ((3, 1.0), (6, 2.0)):
+        for step, val_loss in ((3, 1.0), (6, 2.0)):
             ema_params[step] = jax.tree.map(drawn, start.params)
             # So that some x̂_0 are clipped and others are not.
             ema_params[step]["pixel"]["kernel"] += np.float32([[-0.8, 0.0]])
             raw = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), start.params)
             state = start.replace(step=np.int32(step), params=raw, ema_params=ema_params[step])
-            checkpoints.save(step, state, {"test_loss": test_loss})
+            checkpoints.save(step, state, {"val_loss": val_loss})
     return ToyRun(tmp_path, config, ema_params)

@@ -56,7 +56,7 @@ def test_another_process_with_another_batch_size_gets_the_same_pixels(conditiona
     drawn = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.02, leaf.shape).astype(np.float32), start.params)
     workdir.claim(made, run)
     with Checkpoints(run / "checkpoints") as checkpoints:
-        checkpoints.save(6, start.replace(step=np.int32(6), ema_params=drawn), {"test_loss": 1.0})
+        checkpoints.save(6, start.replace(step=np.int32(6), ema_params=drawn), {"val_loss": 1.0})
 
     np.savez(tmp_path / "in.npz", images=images)
     compress.run(made, run, str(tmp_path / "in.npz"), str(tmp_path / "digits.ddc"))

@@ -74,7 +74,7 @@ def test_each_evaluation_is_named_by_what_was_measured(run, tiny, capsys):
 
 def test_latest_and_best_are_the_checkpoints_that_the_docs_name(run, tiny):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = {row["step"]: row["test_loss"] for row in rows if "test_loss" in row}
+    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     assert set(losses) == {3, 6}
     best = workdir.load(run, checkpoint="best").state.step
     assert best == min(losses, key=losses.get)

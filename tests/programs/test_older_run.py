@@ -84,8 +84,24 @@ def test_without_keys_that_came_later_it_is_the_run_that_it_was(run, config, exp
     config.train.monitor_images = 256
     workdir.check(config, run)
     workdir.claim(config, run)
-    assert workdir.read_config(run) == config
+    assert config_lib.differing(workdir.read_config(run), config) == []
     assert json.loads((run / "config.json").read_text())["version"] != "0.1.0"
+
+
+def test_a_key_that_a_config_file_sets_since_does_not_concern_it_unless_the_user_sets_it(run, config, caplog):
+    config.data.validation = -1
+    with pytest.raises(ValueError, match="data.validation: 0 → -1"):
+        workdir.check(workdir.continued(config, run, chosen=["data.validation"]), run)
+    for _ in range(2):  # also once config.json was written again
+        caplog.clear()
+        continued = workdir.continued(config, run)
+        assert continued.data.validation == 0 and continued.unet == config.unet
+        assert "began before the key data.validation existed, and goes on with data.validation=0" in caplog.text
+        workdir.claim(continued, run)
+    new = run.with_name("new")
+    assert workdir.continued(config, new) == config
+    workdir.claim(config, new)
+    assert workdir.continued(config, new).data.validation == -1
 
 
 def test_its_compressed_images_are_known_as_its_own(run, config, unpacked):

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import toy
 
-from diffusion import data
 from diffusion.data import Source
 from diffusion.evaluation import classifier as classifiers
 from diffusion.evaluation import features, quality
 from diffusion.evaluation.features import Batch, Features
 from diffusion.evaluation.quality import Metric
-from diffusion.experiment import workdir
+from diffusion.experiment import build, workdir
 from diffusion.networks import NETWORKS
 from diffusion.programs import classifier, sample
 from diffusion.programs import quality as program
@@ -30,8 +29,8 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def sources(tiny_data_dir):
-    return tuple(data.load("digits", split, tiny_data_dir) for split in ("train", "test"))
+def sources(tiny):
+    return build.load_splits(tiny())
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def run(straight, tmp_path):
 
 
 def score(config, images, *sources):
-    return program.Scorer(config, *sources).scores([images], len(images))
+    return program.Scorer(config, sources).scores([images], len(images))
 
 
 def saved(directory):
@@ -74,7 +73,7 @@ def test_a_run_is_compared_with_the_training_split(run, straight, tiny, sources,
     assert {key: scores[key] for key in found} == found
     assert 0 < scores["frechet_distance_test_split"] < scores["frechet_distance"] and "fid" not in scores
     assert scores["num_samples"] == 30 and scores["features"] == "pixels" and scores["weights_sha256"] is None
-    assert scores["reference"] == "digits, train split, 1498 images"
+    assert scores["reference"] == "digits, train split, 1368 images"
     assert scores["sampler"]["method"] == "ddim(eta=0.5)" and scores["sampler"]["num_steps"] == 3
     assert scores["step"] == loaded.state.step == 6 and scores["device"] == "cpu ×8" and "jax" in scores["versions"]
     assert scores["ema_sha256"] == json.loads((straight / "summary.json").read_text())["ema_sha256"]
@@ -235,7 +234,7 @@ def test_a_killed_call_has_kept_the_features_of_a_network(run, tiny, monkeypatch
         program.run(tiny(quality__num_images=4), run)
     program.run(tiny(quality__num_images=4), run)
     # One image tells the dimension. The samples and the test split were done, and of the training set nothing.
-    assert calls == [1, 4, 299, 1000, 1, 1000, 498]
+    assert calls == [1, 4, 299, 1000, 1, 1000, 368]
     assert saved(run)["weights_sha256"] == "of its weights" and not (run / program.UNFINISHED).exists()
 
 

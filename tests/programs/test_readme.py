@@ -21,7 +21,7 @@ def test_the_quickstart_runs_after_the_demo(tiny, tiny_data_dir, tmp_path):
     workdir.claim(config, demo)
     start = jax.device_get(build.experiment(config, (8, 8, 1), 17).initial_state())
     with Checkpoints(demo / "checkpoints") as checkpoints:
-        checkpoints.save(0, start, {"test_loss": 1.0})
+        checkpoints.save(0, start, {"val_loss": 1.0})
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(tiny_data_dir)}
     command = [sys.executable, "-c", code]

@@ -9,6 +9,7 @@ import pytest
 import toy
 
 from diffusion import data
+from diffusion.data import Source
 from diffusion.experiment import build, workdir
 from diffusion.experiment import config as config_lib
 from diffusion.programs import evaluate, sample, train
@@ -48,13 +49,48 @@ def test_a_run_leaves_everything_it_promises(straight):
         "variance": "learned_range", "schedule": "cosine", "num_steps": 6,
         "estimator": "every term", "draws_per_term": 1, "matmul_precision": "highest", "network_dtype": "float32",
         "seed": 0,
-        "test_images": "20 of 299", "train_images": "20 of 1498",
+        "test_images": "20 of 299", "train_images": "20 of 1368", "validation_images": "20 of 130",
     }  # fmt: skip
     images = np.load(straight / "samples.npz")["images"]
     assert images.shape == (9, 8, 8, 1) and images.dtype == np.uint8 and images.max() <= 16
     rows = metrics_log.read_metrics(straight)
     assert [row["step"] for row in rows] == [2, 3, 4, 6]
-    assert all("test_loss" in row for row in rows if row["step"] in (3, 6))
+    assert all("val_loss" in row and row["validation_images"] == 130 for row in rows if row["step"] in (3, 6))
+    assert summary["validation_images"] == 130 and summary["validation_bpd"] > 0
+
+
+def test_no_test_image_is_looked_at_before_the_run_is_scored(tiny, tmp_path, monkeypatch):
+    events, images, labels, score = [], Source.images, Source.labels, evaluate.score
+
+    def noted(read):
+        def reading(source, *which):
+            events.append(source.split)
+            return read(source, *which)
+
+        return reading
+
+    def scoring(*args):
+        events.append("scoring")
+        return score(*args)
+
+    monkeypatch.setattr(Source, "images", noted(images))
+    monkeypatch.setattr(Source, "labels", noted(labels))
+    monkeypatch.setattr(evaluate, "score", scoring)
+    train.run(tiny(quality__every=3, quality__num_images=20, quality__reference="validation"), tmp_path / "run")
+    begin = events.index("scoring")
+    assert set(events[:begin]) == {"train", "validation"}
+    assert events[begin:].count("test") >= 1
+
+
+def test_where_nothing_is_set_aside_nothing_ranks_the_checkpoints(tiny, tmp_path):
+    config = tiny(data__validation=0, sample__num_images=1, train__sample_every=0)
+    train.run(config, tmp_path / "run")
+    rows = metrics_log.read_metrics(tmp_path / "run")
+    assert not any("val_loss" in row for row in rows) and rows[-1]["validation_images"] == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["validation_images"] == 0 and "validation_bpd" not in summary
+    with pytest.raises(ValueError, match="nothing unseen ranks the checkpoints of .*run: data.validation is 0"):
+        evaluate.run(config, tmp_path / "run", "best")
 
 
 def test_a_stopped_run_resumes_bit_identically(labelled_run, conditional, tmp_path, monkeypatch):
@@ -191,12 +227,12 @@ def test_a_window_starts_anew_at_a_multiple_of_the_log_every_that_a_run_goes_on_
     assert_rows_are_means(tmp_path, "legs", {4: (1, 2, 3, 4), 9: (7, 8, 9)})
 
 
-@pytest.mark.parametrize(("wanted", "followed"), [(256, 256), (7, 7), (1000, 299)])
+@pytest.mark.parametrize(("wanted", "followed"), [(256, 130), (7, 7), (1000, 130)])
 def test_how_many_images_are_scored_does_not_change_which_are_followed(tiny, tmp_path, monkeypatch, wanted, followed):
     class Seen(Exception):
         pass
 
-    def monitor(training, seed, num_steps, test_set, numbers):
+    def monitor(training, seed, num_steps, validation_set, numbers):
         raise Seen(numbers)
 
     monkeypatch.setattr(loop, "monitor", monitor)
@@ -204,9 +240,9 @@ def test_how_many_images_are_scored_does_not_change_which_are_followed(tiny, tmp
     for num_images in (0, 3):
         config = tiny(train__monitor_images=wanted, eval__num_images=num_images)
         experiment = build.experiment(config, (8, 8, 1), 17)
-        sets = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
+        splits = build.load_splits(config)
         with pytest.raises(Seen) as raised:
-            train.train(experiment, tmp_path, *sets, sample.make_sampler(experiment), Preemption())
+            train.train(experiment, tmp_path, splits, sample.make_sampler(experiment), Preemption())
         seen.append(raised.value.args[0])
     np.testing.assert_array_equal(*seen)
     assert len(set(seen[0])) == followed
@@ -244,11 +280,17 @@ def test_a_loss_that_is_nan_stops_the_run_and_names_step_and_term(tiny, tmp_path
     poisoned = start.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, start.params))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(0, poisoned, {})
-    sets = (data.load(config.data.name, split, config.data.data_dir) for split in ("train", "test"))
+    splits = build.load_splits(config)
     with pytest.raises(FloatingPointError, match=r"step 1: .*loss = nan.*vlb_bpd = nan"):
-        train.train(experiment, tmp_path, *sets, sample.make_sampler(experiment), Preemption())
+        train.train(experiment, tmp_path, splits, sample.make_sampler(experiment), Preemption())
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == 0
+
+
+def test_samples_are_not_compared_with_test_images_during_training(tiny, tmp_path):
+    with pytest.raises(ValueError, match="quality.every=5 scores samples during training"):
+        train.run(tiny(quality__every=5, quality__reference="test"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_optimal_variance_needs_a_trained_mean(tiny, tmp_path):

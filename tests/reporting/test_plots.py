@@ -9,7 +9,7 @@ from diffusion.reporting import plots
 
 
 def test_curves_are_drawn_without_global_state(tmp_path):
-    rows = [{"step": step, "loss": 1 / step} for step in range(1, 50)] + [{"step": 50, "test_loss": 2.0}]
+    rows = [{"step": step, "loss": 1 / step} for step in range(1, 50)] + [{"step": 50, "val_loss": 2.0}]
     plots.plot_loss(rows, tmp_path / "loss.png")
     plots.plot_loss([], tmp_path / "no_rows.png")
     plots.plot_loss([{"step": 1, "loss": -1.0}], tmp_path / "negative.png")
@@ -67,7 +67,7 @@ def test_schedules_of_any_length_share_one_axis_and_the_first_is_on_top(tmp_path
 
 def test_the_running_mean_of_the_loss_is_a_mean_of_the_rows_there_are(tmp_path, figures):
     loss = np.random.default_rng(0).uniform(1, 2, 60)
-    rows = [{"step": 10 * (i + 1), "loss": value} for i, value in enumerate(loss)] + [{"step": 605, "test_loss": 1.5}]
+    rows = [{"step": 10 * (i + 1), "loss": value} for i, value in enumerate(loss)] + [{"step": 605, "val_loss": 1.5}]
     plots.plot_loss(rows, tmp_path / "loss.png")
     train, mean, test = figures[0].axes[0].get_lines()
     np.testing.assert_allclose(train.get_xydata(), [[row["step"], row["loss"]] for row in rows[:-1]])
@@ -79,7 +79,7 @@ def test_the_running_mean_of_the_loss_is_a_mean_of_the_rows_there_are(tmp_path, 
 
 def test_every_other_metric_has_a_panel_below_the_loss(tmp_path, figures):
     rows = [{"step": 10 * i, "loss": 1.0, "grad_norm": 2.0 * i} for i in (1, 2)]
-    plots.plot_loss([*rows, {"step": 21, "test_loss": 1.0, "cost_$": 3.0}], tmp_path / "loss.png")
+    plots.plot_loss([*rows, {"step": 21, "val_loss": 1.0, "cost_$": 3.0}], tmp_path / "loss.png")
     loss, *others = figures[0].axes
     assert loss.get_ylabel() == "loss" and [axes.get_title() for axes in others] == ["grad_norm", "cost_$"]
     assert [axes.get_lines()[0].get_xydata().tolist() for axes in others] == [[[10, 2], [20, 4]], [[21, 3]]]

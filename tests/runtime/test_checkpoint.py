@@ -44,7 +44,7 @@ def assert_identical(restored, saved):
 def test_round_trip_is_bit_identical(tmp_path):
     state = make_state(7)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(7, state, {"test_loss": 1.0})
+        checkpoints.save(7, state, {"val_loss": 1.0})
     with Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore(None, jax.eval_shape(lambda: state))
     assert_identical(restored, state)
@@ -67,7 +67,7 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     losses = {10: 5.0, 20: 1.0, 30: 4.0, 40: 3.0, 50: 2.0, 60: 6.0}
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step, loss in losses.items():
-            checkpoints.save(step, make_state(step), {"test_loss": loss, "other": -loss})
+            checkpoints.save(step, make_state(step), {"val_loss": loss, "other": -loss})
         assert (checkpoints.best_step(), checkpoints.latest_step()) == (20, 60)
         best = checkpoints.restore(20, make_state())
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [20, 50, 60]
@@ -77,25 +77,34 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
 def test_a_checkpoint_that_was_not_scored_is_never_the_best(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, {"w": np.zeros(1)}, {})
-        assert checkpoints.best_step() is None
-        checkpoints.save(2, {"w": np.zeros(1)}, {"test_loss": 9.0})
+        with pytest.raises(ValueError, match="nothing unseen ranks the checkpoints of .*data.validation is 0"):
+            checkpoints.best_step()
+        checkpoints.save(2, {"w": np.zeros(1)}, {"val_loss": 9.0})
         checkpoints.save(3, {"w": np.zeros(1)}, {})
         assert checkpoints.best_step() == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 
+def test_a_run_of_an_earlier_version_is_ranked_by_its_test_images_and_says_so(tmp_path, caplog):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0)):
+            checkpoints.save(step, make_state(step), {"test_loss": loss})
+        assert checkpoints.best_step() == 2
+    assert "are ranked by test images" in caplog.text
+
+
 def test_a_directory_without_a_complete_checkpoint_is_passed_over_and_not_deleted(tmp_path):
     for step in (1, 2):
         with Checkpoints(tmp_path, keep=1) as checkpoints:
-            checkpoints.save(step, make_state(step), {"test_loss": 3.0 - step})
+            checkpoints.save(step, make_state(step), {"val_loss": 3.0 - step})
     (tmp_path / "3").mkdir()
     (tmp_path / "9" / "state").mkdir(parents=True)
     (tmp_path / "9" / "state" / "half").write_text("a copy that was broken off")
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.latest_step() == checkpoints.best_step() == 2
         assert_identical(checkpoints.restore(None, make_state()), make_state(2))
-        checkpoints.save(8, make_state(8), {"test_loss": 0.5})
-        checkpoints.save(9, make_state(9), {"test_loss": 0.1})
+        checkpoints.save(8, make_state(8), {"val_loss": 0.5})
+        checkpoints.save(9, make_state(9), {"val_loss": 0.1})
     with Checkpoints(tmp_path) as checkpoints:
         assert_identical(checkpoints.restore(None, make_state()), make_state(9))
     assert (tmp_path / "3").exists() and not (tmp_path / "8").exists()
@@ -105,8 +114,8 @@ def test_a_directory_without_a_complete_checkpoint_is_passed_over_and_not_delete
 
 def test_saving_a_step_again_leaves_the_first(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(5, make_state(5), {"test_loss": 1.0})
-        checkpoints.save(5, make_state(6), {"test_loss": 0.0})
+        checkpoints.save(5, make_state(5), {"val_loss": 1.0})
+        checkpoints.save(5, make_state(6), {"val_loss": 0.0})
         assert_identical(checkpoints.restore(5, make_state()), make_state(5))
 
 
@@ -127,7 +136,9 @@ def test_another_architecture_is_refused_by_leaf(tmp_path):
 
 def test_a_directory_that_does_not_exist_has_no_checkpoints_and_is_not_created(tmp_path):
     with Checkpoints(tmp_path / "runs" / "none") as checkpoints:
-        assert checkpoints.latest_step() is None and checkpoints.best_step() is None
+        assert checkpoints.latest_step() is None
+        with pytest.raises(FileNotFoundError, match="no checkpoint in .*none"):
+            checkpoints.best_step()
         with pytest.raises(FileNotFoundError, match="no checkpoint in .*none"):
             checkpoints.restore(None, make_state())
         with pytest.raises(FileNotFoundError, match="no checkpoint of step 3"):

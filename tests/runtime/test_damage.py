@@ -30,7 +30,7 @@ def three(tmp_path_factory):
     directory = tmp_path_factory.mktemp("three")
     with Checkpoints(directory) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(step, make_state(step), {"test_loss": 1.0 / step})
+            checkpoints.save(step, make_state(step), {"val_loss": 1.0 / step})
     return directory
 
 
@@ -112,7 +112,7 @@ def test_a_step_whose_first_checkpoint_was_damaged_is_saved_again(run):
     DAMAGE["zeroed data"](run / "3")
     with Checkpoints(run) as checkpoints:
         checkpoints.resume(make_state())
-        checkpoints.save(3, make_state(3), {"test_loss": 1.0})
+        checkpoints.save(3, make_state(3), {"val_loss": 1.0})
         assert_identical(checkpoints.resume(make_state()), make_state(3))
 
 

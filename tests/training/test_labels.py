@@ -90,11 +90,11 @@ def test_both_paths_leave_out_the_same_labels():
     np.testing.assert_array_equal(one["unknown"], other["unknown"])
 
 
-def test_the_test_loss_knows_every_label():
+def test_the_monitored_loss_knows_every_label():
     made = training(label_dropout=0.5)
-    test_loss = loop.monitor(made, 0, 5, SOURCE, np.arange(7, 31))
-    assert test_loss(devices.replicate({"number": np.ones((), np.float32)})) < 1e-8
-    assert test_loss(devices.replicate({"number": np.full((), 2, np.float32)})) > 1
+    monitor = loop.monitor(made, 0, 5, SOURCE, np.arange(7, 31))
+    assert monitor(devices.replicate({"number": np.ones((), np.float32)}))["val_loss"] < 1e-8
+    assert monitor(devices.replicate({"number": np.full((), 2, np.float32)}))["val_loss"] > 1
 
 
 def test_a_network_without_labels_gets_none():

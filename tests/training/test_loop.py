@@ -266,9 +266,9 @@ def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_s
     made = toy.experiment(**keys, objective__timesteps="loss_aware(history_length=1)", schedule__num_steps=2)
     monitored, shown, measured = [], [], []
 
-    def test_loss(params):
+    def monitor(params):
         monitored.append(params.host())
-        return 1.0
+        return {"val_loss": 1.0}
 
     def draw(step, params):
         shown.append(params.host())
@@ -279,7 +279,7 @@ def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_s
 
     start, plan = jax.device_get(made.initial_state()), build.plan(made.config)
     with Checkpoints(tmp_path) as checkpoints, MetricsLog(tmp_path) as log, Preemption() as preemption:
-        given = made.training, plan, start, toy.source("train"), True, test_loss, draw, quality
+        given = made.training, plan, start, toy.source("train"), True, monitor, draw, quality
         end = loop.train(*given, checkpoints, log, preemption)
         saved = [checkpoints.restore(step, made.abstract_state()) for step in (2, 4)]
     assert tree_sha256(saved[1]) == tree_sha256(end)

@@ -128,9 +128,9 @@ def test_dropout_is_active_in_training_and_of_its_own_for_every_image_and_step(s
 
 
 def test_dropout_is_not_active_in_the_monitored_loss():
-    test_set, params = Source("noise", "test", IMAGES, LEVELS), {"number": np.float32(0.75)}
-    test_loss = loop.monitor(training(), 0, NUM_STEPS, test_set, np.arange(BATCH))
-    assert test_loss(devices.replicate(params)) == 0.75
+    images, params = Source("noise", "validation", IMAGES, LEVELS), {"number": np.float32(0.75)}
+    monitor = loop.monitor(training(), 0, NUM_STEPS, images, np.arange(BATCH))
+    assert monitor(devices.replicate(params)) == {"val_loss": 0.75, "validation_images": len(IMAGES)}
 
 
 def test_half_of_the_images_are_mirrored_from_left_to_right_each_by_a_draw_of_its_own():

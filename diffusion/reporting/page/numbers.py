@@ -6,7 +6,7 @@ from diffusion.reporting.page import parts
 from diffusion.reporting.page.contents import Contents
 from diffusion.reporting.page.parts import UNKNOWN, is_number, number, text_of, with_error
 
-SPLITS = ("test", "train")
+SPLITS = ("test", "validation", "train")
 # Entry of summary.json after "test_" or "train_": its name and how it is printed. Ho et al. (2020), eq. 5 and 4.3.
 PARTS = {
     "bpd": ("bits/dim", ".4f"),
@@ -101,15 +101,16 @@ def _is_score(entry: str, value: Any) -> bool:
 def _bound_table(scores: dict[str, Any], found: list[str]) -> str:
     """A row per part; entries that a later version of the program adds come last, under their own names."""
     known = [entry for entry in PARTS if entry in found]
+    splits = [split for split in SPLITS if f"{split}_bpd" in scores]
     rows = []
     others = [entry for entry in found if entry not in (*PARTS, "distortion_bpd")]  # that is the decoder's term again
     for entry in known + others:
         words, form = PARTS.get(entry, (entry, ".4f"))
-        values = [(scores.get(f"{split}_{entry}"), scores.get(f"{split}_{entry}{ERROR}")) for split in SPLITS]
+        values = [(scores.get(f"{split}_{entry}"), scores.get(f"{split}_{entry}{ERROR}")) for split in splits]
         rows.append([words, *(with_error(value, error, form) for value, error in values)])
         if entry == "kl_bpd":
-            rows.append(["prior", number(scores.get("prior_bpd"), ".2g"), UNKNOWN])
-    return parts.table(["", *SPLITS], rows, "The bound and its parts in bits/dim, means over images ± standard error")
+            rows.append(["prior", number(scores.get("prior_bpd"), ".2g"), *[UNKNOWN] * (len(splits) - 1)])
+    return parts.table(["", *splits], rows, "The bound and its parts in bits/dim, means over images ± standard error")
 
 
 def evaluations(contents: Contents) -> list[str]:
@@ -121,7 +122,7 @@ def evaluations(contents: Contents) -> list[str]:
         bpd = [with_error(scores.get(f"{split}_bpd"), scores.get(f"{split}_bpd{ERROR}")) for split in SPLITS]
         described = [text_of(protocol.get(key)) for key in ("name", "variance", "estimator")]
         rows.append([name.split("/")[1], *bpd, *described])
-    head = ["evaluation", "test bits/dim", "train bits/dim", "protocol", "variance", "estimator"]
+    head = ["evaluation", *(f"{split} bits/dim" for split in SPLITS), "protocol", "variance", "estimator"]
     return [parts.table(head, rows, "Further evaluations", sortable=True)] if rows else []
 
 

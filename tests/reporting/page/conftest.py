@@ -61,7 +61,7 @@ def write_run(directory: Path, **changes) -> Path:
     evaluation.mkdir(parents=True, exist_ok=True)
     (evaluation / "eval.json").write_text(json.dumps(SUMMARY | {"test_bpd": 2.5}))
     rows = [{"step": step, "loss": 5 / step, "grad_norm": 1.0} for step in range(1, 61)] + [
-        {"step": 61, "test_loss": 1.5}
+        {"step": 61, "val_loss": 1.5}
     ]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     images = rng.integers(0, NUM_LEVELS, (9, *SHAPE)).astype(np.uint8)

@@ -173,7 +173,7 @@ def test_any_json_makes_a_page(data, run_directory, read_page):
     name = data.draw(st.sampled_from(["summary", "quality", "config", "base", "eval", "metrics"]))
     path = run_directory / f"{name}.json"
     if name == "metrics":
-        row = {"step": 1} | data.draw(st.dictionaries(st.sampled_from(["step", "loss", "test_loss", "x"]), VALUES))
+        row = {"step": 1} | data.draw(st.dictionaries(st.sampled_from(["step", "loss", "val_loss", "x"]), VALUES))
         (run_directory / "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
     else:
         before = json.loads(path.read_text())

@@ -1,0 +1,49 @@
+"""Training images that are set aside: what chooses a checkpoint or a recipe sees these, not the test images.
+
+An image's own pixel values say whether it is set aside. So every run with the same data set and `data.validation` has
+the same validation images, wherever the files lie and in whatever order, and two equal images are on the same side.
+"""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+from jaxtyping import Bool, UInt64
+
+from diffusion.data.source import Source
+
+A_TENTH = -1  # data.validation for the images whose digest is in the lowest tenth of all digests
+
+
+def split_off(source: Source, wanted: int) -> tuple[Source, Source]:
+    """The images of the training split that are left to train on, and those that are set aside.
+
+    Args:
+        source: the training split.
+        wanted: data.validation: that many images, those with the lowest digests; or A_TENTH, whose number varies with
+            the pictures, but for which adding some moves none of the others.
+
+    Raises:
+        ValueError: none would be left to train on.
+    """
+    aside = set_aside(source, wanted) if wanted else np.zeros(len(source), bool)
+    if aside.all():
+        raise ValueError(f"data.validation={wanted} leaves none of the {len(source)} training images to train on")
+    left = dataclasses.replace(source, chosen=np.flatnonzero(~aside)) if wanted else source
+    return left, dataclasses.replace(source, split="validation", chosen=np.flatnonzero(aside))
+
+
+def set_aside(source: Source, wanted: int) -> Bool[np.ndarray, " n"]:
+    """Which images of the training split are validation images; takes what `split_off` takes."""
+    digests = _digests(source)
+    if wanted == A_TENTH:
+        return digests < np.uint64(2**64 // 10)
+    aside = np.zeros(len(source), bool)
+    aside[np.argsort(digests, kind="stable")[:wanted]] = True
+    return aside
+
+
+def _digests(source: Source) -> UInt64[np.ndarray, " n"]:
+    """A number for each image that depends on its pixel values alone."""
+    found = [hashlib.blake2b(image, digest_size=8).digest() for part in source.parts() for image in part]
+    return np.frombuffer(b"".join(found), ">u8").astype(np.uint64)
