@@ -89,7 +89,10 @@ INTEGER = "must be an integer in 1…2³¹ − 1"
         ({"eval__protocol": "ho"}, "eval.protocol must be one of exact, ho2020, not 'ho'"),
         ({"eval__variance": "learned"}, "eval.variance must be one of model, fixed_small, fixed_large, optimal, not"),
         ({"quality__features": "inception(path=3)"}, "but the argument path of inception must be a string, not 3"),
-        ({"quality__reference": "eval"}, "quality.reference must be train, test, validation or the path of an .npz file"),
+        (
+            {"quality__reference": "eval"},
+            "quality.reference must be train, test, validation or the path of an .npz file",
+        ),
         ({"quality__every": -1}, "config key quality.every must be an integer in 0…2³¹ − 1, not -1"),
         ({"eval__terms_per_image": 4}, "eval.terms_per_image must be 0 (all) or an odd number ≥ 3, not 4"),
     ],
