@@ -117,6 +117,12 @@ class Row:
         return {run.config["seed"]: run.summary["test_bpd"] for run in self.runs}
 
     @property
+    def validation_bpd(self) -> dict[int, float]:
+        """Bits/dim of the validation images by seed; {} unless every run set some aside."""
+        found = {run.config["seed"]: run.summary.get("validation_bpd") for run in self.runs}
+        return {} if None in found.values() else found
+
+    @property
     def distance_kind(self) -> DistanceKind | None:
         """The kind of Fréchet distance that every seed has; None if one has none or another kind."""
         found = {distance_kind(run) for run in self.runs}

@@ -12,11 +12,13 @@ from experiments.results import Difference, FinishedRun, Row, TargetOf, last_lin
 NOTES = """\
 Bits/dim of the test images and Fréchet distances of samples: {over_seeds}. Beside the bits/dim the standard error of
 their mean over images, for these trained networks; then the parts, L_0 (decoder), the sum of L_{{t−1}} (KL) and L_T
-(prior), and the bits/dim of as many training images. Fréchet distances of different features or numbers of samples do
-not compare. Published numbers are of fully trained networks on CIFAR-10: those of Ho et al. (2020) as its tables 1 and
-2 print them, with train bits/dim of 49,920 images; those of Nichol & Dhariwal (2021) from transcriptions of its table
-2, not checked with the paper itself.
+(prior), and the bits/dim of as many training images. {order}
+Fréchet distances of different features or numbers of samples do not compare. Published numbers are of fully trained
+networks on CIFAR-10: those of Ho et al. (2020) as its tables 1 and 2 print them, with train bits/dim of 49,920
+images; those of Nichol & Dhariwal (2021) from transcriptions of its table 2, not checked with the paper itself.
 """
+BY_VALIDATION = "Rows are in order of the bits/dim of validation images: choose by these, and report the test images'."
+BY_TEST = "Rows are in order of the test images' bits/dim; one that is chosen by them has no unbiased number here."
 PAIRED = """\
 Each difference is of runs of the same seed: {over_seeds}, and the difference of each seed. Beside the
 bits/dim their standard error over images, image by image with the same noise, for these trained networks.
@@ -44,7 +46,8 @@ def write(directory: Path, target_of: TargetOf, order: Sequence[str] = ()) -> st
     table, recipes = results.rows(runs)
     row_of = {run.name: row for row in table for run in row.runs}
     base = next((row_of[name] for name in order if name in row_of), table[0])
-    table.sort(key=lambda row: row.mean("test_bpd"))
+    has_validation = all(row.validation_bpd for row in table)
+    table.sort(key=lambda row: row.mean("validation_bpd" if has_validation else "test_bpd"))
     to_base = results.less_base(table, base)
     sections = [
         _head(runs, table),
@@ -73,10 +76,13 @@ def _words(row: Row) -> str:
 def _numbers(row: Row, target_of: TargetOf) -> dict[str, Any]:
     """A row of table.csv, unrounded; a half-width is that of the interval over seeds."""
     bpd = intervals.of_mean(row.bpd.values())
+    validation = intervals.of_mean(row.validation_bpd.values()) if row.validation_bpd else None
     distance = intervals.of_mean(row.distances.values()) if row.distances else None
     return {
         **row.setting,
         "seeds": len(row.runs),
+        "validation_bpd": validation.mean if validation else np.nan,
+        "validation_bpd_half_width": validation.half_width if validation else np.nan,
         "test_bpd": bpd.mean,
         "test_bpd_half_width": bpd.half_width,
         "test_bpd_stderr": row.stderr_bpd,
@@ -115,7 +121,9 @@ def _less_base(difference: Difference | None) -> dict[str, Any]:
 def _head(runs: list[FinishedRun], table: list[Row]) -> str:
     steps = sorted({f"{run.config['train.num_steps']:,} × {run.config['train.batch_size']}" for run in runs})
     machines = sorted({f"{run.summary['device']}, jax {run.summary['versions']['jax']}" for run in runs})
-    notes = NOTES.format(over_seeds=intervals.caption(len(row.bpd) for row in table))
+    has_validation = all(row.validation_bpd for row in table)
+    over_seeds = intervals.caption(len(row.bpd) for row in table)
+    notes = NOTES.format(over_seeds=over_seeds, order=BY_VALIDATION if has_validation else BY_TEST)
     return (
         f"# {runs[0].config['data.name']}\n\n{notes}\n{runs[0].summary['test_images']:,} test images; trained for "
         f"{', '.join(steps)} images; {'; '.join(machines)}.\n"
@@ -133,6 +141,7 @@ def _unmeasured(directory: Path, runs: list[FinishedRun]) -> str:
 def _bounds(table: list[Row], target_of: TargetOf) -> str:
     kinds = sweep_plots.distance_kinds(table)
     seeds = {seed for row in table for seed in row.bpd}
+    has_validation = any(row.validation_bpd for row in table)
     cells = []
     for row in table:
         numbers = _numbers(row, target_of)
@@ -140,7 +149,8 @@ def _bounds(table: list[Row], target_of: TargetOf) -> str:
             [
                 *row.setting.values(),
                 _finished(row, seeds),
-                intervals.text(intervals.of_mean(row.bpd.values()), 4),
+                *([_bpd(row.validation_bpd)] if has_validation else []),
+                _bpd(row.bpd),
                 f"{numbers['test_bpd_stderr']:.4f}",
                 *(f"{numbers[key]:.4f}" for key in ("test_decoder_bpd", "test_kl_bpd")),
                 f"{numbers['prior_bpd']:.2g}",
@@ -149,7 +159,8 @@ def _bounds(table: list[Row], target_of: TargetOf) -> str:
                 str(numbers["published"]) or "–",
             ]
         )
-    bounds = ["bits/dim", "standard error over images", "L_0", "KL", "L_T", "train"]
+    bounds = ["validation bits/dim"] if has_validation else []
+    bounds += ["test bits/dim", "standard error over images", "L_0", "KL", "L_T", "train"]
     return tables.markdown([*table[0].setting, "seeds", *bounds, *map(str, kinds), "published"], cells)
 
 
@@ -157,6 +168,10 @@ def _finished(row: Row, seeds: set[int]) -> str:
     """How many seeds a row has, and which of the sweep's seeds it lacks."""
     missing = sorted(seeds - row.bpd.keys())
     return f"{len(row.bpd)} of {len(seeds)}: not {', '.join(map(str, missing))}" if missing else f"{len(row.bpd)}"
+
+
+def _bpd(by_seed: dict[int, float]) -> str:
+    return intervals.text(intervals.of_mean(by_seed.values()), 4) if by_seed else "–"
 
 
 def _distance(by_seed: dict[int, float], signed: bool = False) -> str:

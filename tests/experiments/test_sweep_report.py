@@ -121,7 +121,7 @@ def test_the_table_has_intervals_over_seeds_beside_errors_over_images(finished, 
     text = sweep_report.write(tmp_path, lambda run: None, [FIRST])
     for name, shown, image_error in zip(
         ("fixed_small", "fixed_large"),
-        columns(tmp_path)["bits/dim"],
+        columns(tmp_path)["test bits/dim"],
         columns(tmp_path)["standard error over images"],
         strict=True,
     ):
@@ -140,12 +140,32 @@ def test_the_table_has_intervals_over_seeds_beside_errors_over_images(finished, 
     assert other["paired_seeds"] == "2"
 
 
+def test_validation_images_say_what_is_best_where_every_run_has_some(finished, tmp_path):
+    """They rank the settings the other way round than the test images."""
+    assert "Rows are in order of the test images' bits/dim" in sweep_report.write(tmp_path, lambda run: None, [FIRST])
+    paths = {name: sorted(tmp_path.glob(f"*{name}*/summary.json")) for name in ("fixed_small", "fixed_large")}
+    for bpd, name in enumerate(["fixed_large", "fixed_small"], start=2):
+        for seed, path in enumerate(paths[name]):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"validation_bpd": bpd + seed}))
+    text = sweep_report.write(tmp_path, lambda run: None, [FIRST])
+    assert "Rows are in order of the bits/dim of validation images" in text
+    half_width = 12.7062 / 2
+    shown = tuple(f"{mean} ± {half_width:.4f}" for mean in ("2.5000", "3.5000"))
+    assert columns(tmp_path)["validation bits/dim"] == shown
+    with (tmp_path / "table.csv").open() as file:
+        assert [row["variance"] for row in csv.DictReader(file)] == ["fixed_large", "fixed_small"]
+    summary = json.loads(paths["fixed_small"][0].read_text())
+    del summary["validation_bpd"]
+    paths["fixed_small"][0].write_text(json.dumps(summary))
+    assert "Rows are in order of the test images' bits/dim" in sweep_report.write(tmp_path, lambda run: None, [FIRST])
+
+
 def test_one_seed_has_no_interval(finished, tmp_path):
     for folder in tmp_path.glob("*-seed1"):
         shutil.rmtree(folder)
     text = sweep_report.write(tmp_path, lambda run: None, [FIRST])
     assert "one seed, no interval" in text and "±" not in text
-    assert columns(tmp_path)["bits/dim"][0] == f"{finished['fixed_small'][0].mean():.4f}"
+    assert columns(tmp_path)["test bits/dim"][0] == f"{finished['fixed_small'][0].mean():.4f}"
     assert columns(tmp_path)["standard error over images"][0] == f"{stats.sem(finished['fixed_small'][0]):.4f}"
 
 

@@ -66,12 +66,13 @@ def page(contents: Contents, run_page: str) -> str:
 def _mean_cards(table: str) -> dict[str, str]:
     """The setting with the lowest mean over seeds of each number in table.csv; {} if none has several seeds.
 
-    The best of all runs would be the luckiest seed.
+    The best of all runs would be the luckiest seed. Bits/dim are those of validation images, where there are some.
     """
     lines = list(csv.DictReader(io.StringIO(table)))
     if not any(_float(line.get("seeds")) > 1 for line in lines):
         return {}
-    titles = {"test_bpd": "bits/dim"}
+    has_validation = any(is_number(_float(line.get("validation_bpd"))) for line in lines)
+    titles = {"validation_bpd": "validation bits/dim"} if has_validation else {"test_bpd": "bits/dim"}
     features = {(line.get("features"), line.get("num_samples")) for line in lines if line.get("features")}
     if len(features) == 1:
         scores = {"frechet_distance": 0, "features": features.pop()[0]}
@@ -90,11 +91,11 @@ def _mean_cards(table: str) -> dict[str, str]:
 def _cards(finished: list[RunFiles]) -> dict[str, str]:
     """The best run by each number."""
     cards = {}
-    scored = [run for run in finished if is_number(run.summary.get("test_bpd"))]
-    if scored:
-        best = min(scored, key=lambda run: run.summary["test_bpd"])
-        bpd = with_error(best.summary["test_bpd"], best.summary.get("test_bpd_stderr"))
-        cards[f"lowest bits/dim: {best.name}"] = bpd
+    for name, title in (("validation_bpd", "validation bits/dim"), ("test_bpd", "bits/dim")):
+        if scored := [run for run in finished if is_number(run.summary.get(name))]:
+            best = min(scored, key=lambda run: run.summary[name])
+            cards[f"lowest {title}: {best.name}"] = with_error(best.summary[name], best.summary.get(f"{name}_stderr"))
+            break
     distances = [(run, distance) for run in finished if (distance := numbers.distance(run.quality))]
     if len({distance.title for _, distance in distances}) == 1:
         best, distance = min(distances, key=lambda pair: pair[1].value)
@@ -109,6 +110,9 @@ def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
     differing = [key for key in keys if len({text_of(run.config.get(key)) for run in runs}) > 1]
     distances = [numbers.distance(run.quality) for run in runs]
     titles = list(dict.fromkeys(distance.title for distance in distances if distance))
+    bounds = ["test_bpd"]
+    if any(is_number(run.summary.get("validation_bpd")) for run in runs):
+        bounds.insert(0, "validation_bpd")
     rows = []
     for run, distance in zip(runs, distances, strict=True):
         summary, path = run.summary, f"{run.name}/{run_page}"
@@ -117,16 +121,17 @@ def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
         rows.append(
             [
                 (link if contents.has(path) else run.name) + ("" if summary else " (not finished)"),
-                with_error(summary.get("test_bpd"), summary.get("test_bpd_stderr")),
+                *(with_error(summary.get(name), summary.get(f"{name}_stderr")) for name in bounds),
                 *(number(distance and distance.title == title and distance.value, ".4g") for title in titles),
                 *(number(summary.get(f"{part}_bpd")) for part in ("test_decoder", "test_kl", "train")),
                 *(number(value, "") if is_number(value) else text_of(value) for value in settings),
             ]
         )
-    head = ["run", "bits/dim", *titles, "decoder", "KL", "train", *differing]
+    named = {"validation_bpd": "validation bits/dim", "test_bpd": "test bits/dim"}
+    head = ["run", *(named[name] for name in bounds), *titles, "decoder", "KL", "train", *differing]
     caption = (
-        "Bits/dim of the test images ± the standard error over images, its parts, the bits/dim of training images, and "
-        "the config keys that differ. Click a heading to sort."
+        "Bits/dim ± the standard error over images, the parts of those of the test images, the bits/dim of training "
+        "images, and the config keys that differ. Click a heading to sort."
     )
     return [parts.table(head, rows, caption, sortable=True)]
 

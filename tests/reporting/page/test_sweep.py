@@ -32,7 +32,7 @@ def test_a_run_is_a_row_with_both_numbers_its_settings_and_its_page(sweep, read_
     headings = found.of("th")
     assert {"seed", "objective.name"} <= set(headings), "the keys that differ"
     assert not {"data.name", "unet.channels"} & set(headings), "and no others"
-    assert {"bits/dim", "Fréchet distance (pixels)"} <= set(headings)
+    assert {"test bits/dim", "Fréchet distance (pixels)"} <= set(headings)
     assert {2.25, 2.0, 22.5, 20.0, 0.24} <= set(found.numbers)
     links = [attributes["href"] for attributes in found.all("a") if not attributes["href"].startswith("#")]
     assert len(links) == 3 and all((sweep / unquote(link)).is_file() for link in links)
@@ -102,6 +102,10 @@ def test_the_first_numbers_are_means_over_seeds_and_not_the_luckiest_run(sweep, 
     assert cards == [
         "lowest mean bits/dim, 3 seeds: β̃, 50", "lowest mean Fréchet distance (pixels), 2 seeds: β, 50"
     ]  # fmt: skip
+    chosen = [[*head, "validation_bpd"], [*lines[1], "2.0"], [*lines[2], "3.0"]]
+    with (sweep / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(chosen)
+    assert "lowest mean validation bits/dim, 2 seeds: β, 50" in read_page(sweep).of("dt")
     (sweep / "table.csv").write_text("variance,T,seeds,test_bpd\nβ,50,1,2.5\n")
     assert "lowest bits/dim: vlb=1 #seed1" in read_page(sweep).of("dt"), "with one seed each run is its setting"
 
