@@ -133,7 +133,7 @@ def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None]) -> str:
     Returns why it failed, or "". `watch` gets a word on the progress every few seconds.
     """
     try:
-        config = cell.config()
+        config = workdir.continued(cell.config(), directory, cell.overrides)
         workdir.check(config, directory)
         if workdir.is_finished(directory, config) and quality.is_measured(config, directory):
             return ""

@@ -1,5 +1,6 @@
 """Sweeps: which cells there are, and that each is trained and measured once, in processes of its own."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax
 import pytest
 
 from diffusion.experiment import config as config_lib
+from diffusion.experiment import workdir
 from experiments import cifar10_small, ho2020, results, sweep, variance
 from experiments.sweep import Cell
 
@@ -273,6 +275,20 @@ def test_samples_are_measured_again_where_they_were_not_or_otherwise(tmp_path, m
 
     assert sweep.run_cell(Cell("cell", BASE, {"quality.num_images": "30"}), folder, another_sweep_is_faster) == ""
     assert starts(quality__num_images="30") == ({}, 1, 3)
+
+
+def test_a_cell_that_was_finished_before_a_key_existed_is_not_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_run", None)  # it would fail
+    monkeypatch.setattr(sweep.quality, "is_measured", lambda config, directory: True)
+    (cell,) = sweep.grid("configs/digits_fixed.py", axes(), {})
+    workdir.claim(cell.config(), tmp_path)
+    groups = json.loads((tmp_path / "config.json").read_text())
+    del groups["data"]["validation"]
+    (tmp_path / "config.json").write_text(json.dumps(groups))
+    (tmp_path / "summary.json").write_text("{}")
+    assert sweep.run_cell(cell, tmp_path, print) == ""
+    (other,) = sweep.grid("configs/digits_fixed.py", axes(), {"data.validation": "100"})
+    assert "data.validation: 0 → 100" in sweep.run_cell(other, tmp_path, print)
 
 
 @pytest.mark.slow
