@@ -68,30 +68,43 @@ def accounting(directories: list[Path]) -> str:
         with (directory / f"{variance_accounting.FILE}.csv").open() as file:
             for row in csv.DictReader(file):
                 column.setdefault(row["variance"], []).append(row)
-    variances = dict.fromkeys(name for column in columns.values() for name in column)
     counts = {len(rows) for column in columns.values() for rows in column.values()}
-    over_seeds = max(counts, default=1) > 1
-    error = intervals.caption(counts) if over_seeds else "The mean over images ± its standard error"
-    head = [
-        f"# All terms of {NUM_FULL} test images under every variance, in bits/dim",
-        "",
-        f"{error}, of the same images and noise in every column. "
-        f"optimal: the σ* of Bao et al. (2022), estimated from {NUM_FOR_OPTIMAL} training images.",
-        "",
+    error = intervals.caption(counts) if max(counts, default=1) > 1 else "The mean over images ± its standard error"
+    return "\n".join(
+        [
+            f"# All terms of {NUM_FULL} test images under every variance, in bits/dim",
+            "",
+            f"{error}, of the same images and noise in every column. "
+            f"optimal: the σ* of Bao et al. (2022), estimated from {NUM_FOR_OPTIMAL} training images.",
+            "",
+            _table(columns, "bpd"),
+            "The same less those of the network's own variance, image by image and seed by seed:",
+            "",
+            _table(columns, "difference"),
+        ]
+    )
+
+
+def _table(columns: dict[str, dict[str, list[dict[str, str]]]], number: str) -> str:
+    """A row per variance and a column per run of "bpd", or of their "difference" to the network's own variance."""
+    over_seeds = any(len(rows) > 1 for column in columns.values() for rows in column.values())
+    variances = dict.fromkeys(name for column in columns.values() for name in column)
+    cells = [
+        [variance, *(_cell(column.get(variance, []), number, over_seeds) for column in columns.values())]
+        for variance in variances
     ]
-    rows = []
-    for variance in variances:
-        rows.append([variance, *(_bpd(column.get(variance, []), over_seeds) for column in columns.values())])
-    return "\n".join([*head, tables.markdown(["variance", *columns], rows)])
+    return tables.markdown(["variance", *columns], cells)
 
 
-def _bpd(rows: list[dict[str, str]], over_seeds: bool) -> str:
-    """Bits/dim with their interval over seeds, or else of one seed with their standard error over images."""
-    if not rows:
+def _cell(rows: list[dict[str, str]], number: str, over_seeds: bool) -> str:
+    """The mean over seeds with its interval, or else the number of one seed ± its standard error over images."""
+    stderr, form = {"bpd": ("stderr", ".3f"), "difference": ("difference_stderr", "+.4f")}[number]
+    values = [float(row[number]) for row in rows]
+    if not any(values):  # none, or the difference of the network's own variance to itself
         return "–"
     if over_seeds:
-        return intervals.text(intervals.of_mean(float(row["bpd"]) for row in rows), 3)
-    return f"{float(rows[0]['bpd']):.3f} ± {float(rows[0]['stderr']):.3f}"
+        return intervals.text(intervals.of_mean(values), int(form[-2]), signed="+" in form)
+    return f"{values[0]:{form}} ± {float(rows[0][stderr]):{form.lstrip('+')}}"
 
 
 def main(argv: list[str] | None = None) -> int:

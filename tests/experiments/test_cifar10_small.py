@@ -45,37 +45,44 @@ def test_every_run_sees_100_000_images_and_scores_the_whole_test_split(configs):
 
 
 def saved(directory, rows):
+    """A run's folder with its accounting: (variance, bits/dim, their error, less the own variance's, its error)."""
     directory.mkdir()
     with (directory / f"{variance_accounting.FILE}.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("variance", "bpd", "stderr"), *rows])
+        csv.writer(file).writerows([("variance", "bpd", "stderr", "difference", "difference_stderr"), *rows])
     return directory
 
 
 def test_the_accounting_has_a_row_per_variance_and_a_column_per_run(tmp_path):
-    one = saved(tmp_path / "one", [("fixed_small", 4.5, 0.02), ("optimal", 4.25, 0.01)])
-    two = saved(tmp_path / "two", [("learned_range", 4.125, 0.03), ("fixed_small", 4.0, 0.04)])
-    lines = cifar10_small.accounting([one, two]).splitlines()
-    assert lines[-5:] == [
+    one = saved(tmp_path / "one", [("fixed_small", 4.5, 0.02, 0, 0), ("optimal", 4.25, 0.01, -0.25, 0.005)])
+    two = saved(tmp_path / "two", [("learned_range", 4.125, 0.03, 0, 0), ("fixed_small", 4.0, 0.04, -0.125, 0.006)])
+    lines = [line for line in cifar10_small.accounting([one, two]).splitlines() if line.startswith("|")]
+    assert lines[:5] == [
         "| variance | one | two |",
         "|---|---|---|",
         "| fixed_small | 4.500 ± 0.020 | 4.000 ± 0.040 |",
         "| optimal | 4.250 ± 0.010 | – |",
         "| learned_range | – | 4.125 ± 0.030 |",
     ]
+    assert lines[7:] == [
+        "| fixed_small | – | -0.1250 ± 0.0060 |",
+        "| optimal | -0.2500 ± 0.0050 | – |",
+        "| learned_range | – | – |",
+    ]
 
 
 def test_the_accounting_of_several_seeds_is_their_mean_and_interval(tmp_path):
     runs = [
-        saved(tmp_path / f"one{ending}", [("optimal", bpd, 0.02)])
+        saved(tmp_path / f"one{ending}", [("optimal", bpd, 0.02, 2 * bpd, 0.01)])
         for ending, bpd in (("", 4.0), ("-seed1", 4.1), ("-seed2", 4.2))
     ]
-    runs.append(saved(tmp_path / "two", [("optimal", 4.5, 0.02)]))
+    runs.append(saved(tmp_path / "two", [("optimal", 4.5, 0.02, 1, 0.01)]))
     text = cifar10_small.accounting(runs)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     half_width = 4.30265 * 0.1 / 3**0.5  # Student's quantile of three values
-    assert text.splitlines()[-3:] == [
-        "| variance | one | two |",
-        "|---|---|---|",
+    assert lines[::3] == ["| variance | one | two |", "| variance | one | two |"]
+    assert lines[2::3] == [
         f"| optimal | 4.100 ± {half_width:.3f} | 4.500 |",
+        f"| optimal | +8.2000 ± {2 * half_width:.4f} | +1.0000 |",
     ]
     assert "(Student's t, n = 1 to 3 seeds; one seed has no interval)" in text and "standard error" not in text
 
