@@ -1,6 +1,7 @@
 """python main.py --config=configs/cifar10.py [--workdir=runs/cifar10] [--mode=MODE]
 
-MODE is train, eval, sample, quality, classifier, compress, decompress or describe.
+MODE is train, eval, sample, quality, classifier, compress, decompress or describe. For a run that exists its directory
+is enough: python main.py --workdir=runs/cifar10 --mode=MODE
 """
 
 import contextlib
@@ -28,7 +29,9 @@ _MODES = {
 _CODE = ("compress", "decompress")
 _READ_A_CHECKPOINT = ("eval", "sample", "quality", *_CODE)
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment, a file in configs/; --config.KEY=VALUE changes one of its keys."
+    "config",
+    None,
+    "The experiment, a file in configs/; by default that of the run in --workdir. --config.KEY=VALUE changes one key.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; by default runs/ and the config's name.")
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "What to do; train resumes automatically.")
@@ -52,6 +55,7 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
 _HELP = ("help", "helpshort", "helpfull", "helpxml")
+_OF_RUN = Path(__file__).resolve().parent / "diffusion" / "experiment" / "of_run.py"  # a config file, of a run
 _LEAVE_SECONDS = 30  # how long a process that stops waits for the others
 
 
@@ -65,7 +69,9 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; every argument is a --flag=value")
         if _CONFIG.value is None:
-            raise ValueError("no --config is given; for example --config=configs/digits.py")
+            raise ValueError(
+                "no --config is given; for example --config=configs/digits.py, or --workdir with the directory of a run"
+            )
         # Imported here because JAX takes seconds that --help should not cost.
         from diffusion.experiment import build, config, workdir
         from diffusion.runtime import compiled_programs, orbax_noise, preemption, processes
@@ -77,6 +83,7 @@ def main(argv: list[str]) -> None:
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         compiled_programs.keep(on_cpu=build.runs_on_cpu())
         base = config_flags.get_config_filename(flags.FLAGS["config"])
+        base = "" if base == str(_OF_RUN) else base
         mode = importlib.import_module(f"diffusion.programs.{_MODES[_MODE.value]}")
         if _CHECKPOINT.value != "latest" and _MODE.value not in _READ_A_CHECKPOINT:
             raise ValueError(f"--checkpoint={_CHECKPOINT.value} has no part in --mode={_MODE.value}")
@@ -123,7 +130,7 @@ def _parse(argv: list[str]) -> list[str]:
     # First, because it ends the program: a config imports JAX, which takes seconds.
     asks_for_help = [argument for argument in argv[1:] if argument.lstrip("-") in _HELP]
     try:
-        return flags.FLAGS([argv[0], *asks_for_help, *argv[1:]])
+        return flags.FLAGS([argv[0], *asks_for_help, *_of_run(argv), *argv[1:]])
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError, OSError) as error:
         from diffusion.experiment import schema
 
@@ -132,6 +139,18 @@ def _parse(argv: list[str]) -> list[str]:
             if argument.lstrip("-").startswith("config.") and key not in schema.all_keys():
                 _fail(schema.unknown(key))
         _fail(error)
+
+
+def _of_run(argv: list[str]) -> list[str]:
+    """--config with the config of the run in --workdir, where that is given alone; [] otherwise."""
+    if any(argument.lstrip("-").partition("=")[0] == "config" for argument in argv[1:]):
+        return []
+    given = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "", flag_values=given)
+    with contextlib.suppress(flags.Error):  # the whole command line is parsed afterwards
+        given(argv, known_only=True)
+    directory = given["workdir"].value and Path(given["workdir"].value).expanduser()
+    return [f"--config={_OF_RUN}:{directory}"] if directory and (directory / "config.json").exists() else []
 
 
 def _error_line(reason: Exception | str) -> str:

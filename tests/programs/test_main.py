@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,8 @@ from pathlib import Path
 import forked
 import pytest
 
-from configs import cifar10
-from diffusion.experiment import build
+from configs import cifar10, digits_fixed
+from diffusion.experiment import build, workdir
 from diffusion.programs import describe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +81,27 @@ def test_describe_prints_its_figures(ends):
     keys = {line.split()[0]: line for line in output.splitlines() if line}
     assert keys["eval.num_images"].split()[1:5] == ["9", "0", "yes", "of"]  # value, default, may change, help
     assert keys["train.num_steps"].split()[1:5] == ["1600", "800000", "only", "up"]
+
+
+def test_the_directory_of_a_run_is_enough_and_keys_change_its_config(tmp_path, tiny_data_dir):
+    config = digits_fixed.get_config()
+    config.optim.learning_rate, config.data.data_dir = 0.123, tiny_data_dir
+    workdir.claim(config, tmp_path)
+    here = f"--workdir={tmp_path}"
+    given = [
+        [here, "--mode=describe", "--config.eval.num_images=9"],
+        ["--mode=sample", "--workdir", str(tmp_path), "--config.optim.learning_rate=0.5"],
+        [here, "--config.eval.num_image=9"],
+        [f"--workdir={tmp_path / 'none'}", "--mode=describe"],
+    ]
+    (code, described), *refused = forked.starts(given, tmp_path)
+    assert code == 0, described
+    printed = json.loads(described[described.index("{") : described.index("\n}\n") + 2])
+    assert printed["optim"]["learning_rate"] == 0.123 and printed["eval"]["num_images"] == 9
+    words = ["optim.learning_rate: 0.123 → 0.5", "did you mean eval.num_images?", "no --config is given"]
+    for (code, output), expected in zip(refused, words, strict=True):
+        assert code == 2 and expected in output.strip().splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_nothing_is_written_by_a_mistake_or_a_description(ends):
