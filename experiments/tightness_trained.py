@@ -223,7 +223,12 @@ def plot(path: Path, result: dict[str, Any]) -> None:
         side_by_side.errorbar(mean, y, xerr=2 * stderr, fmt="o", color=color)
         text = f"{mean:.3f}" if y == 0 else f"{mean:.3f} (bound {difference:+.3f} ± {difference_stderr:.3f})"
         side_by_side.annotate(text, (mean, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
-    labels = [name.replace("_", " ").replace("ode", "ODE").replace(" unclipped", ", x̂_0 unclipped") for name in names]
+    words = {"ode_": "ODE ", "weighted": f"weighted, K = {result['num_weighted']}", "_": " "}
+    labels = [name.removesuffix(UNCLIPPED) for name in names]
+    for entry, word in words.items():
+        labels = [label.replace(entry, word) for label in labels]
+    unclipped = [", x̂_0 unclipped" * name.endswith(UNCLIPPED) for name in names]
+    labels = [f"{label}{ending}" for label, ending in zip(labels, unclipped, strict=True)]
     side_by_side.set_yticks(range(len(names)), labels, fontsize=8)
     side_by_side.set_ylim(len(names) - 0.5, -0.7)
     side_by_side.margins(x=0.35)
