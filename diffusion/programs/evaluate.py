@@ -152,7 +152,7 @@ def _by_label(bounds: dict[str, Bound], test_set: Source, numbers: np.ndarray, i
     scores: dict[str, Any] = {}
     if is_given:
         scores["label_bpd"] = likelihood.label_bpd(test_set.num_classes, test_set.image_shape)
-        for split in ("test", "train"):
+        for split in (name for name in bounds if name != "unconditional"):
             given_bpd = bounds[split].summary(split)[f"{split}_bpd"]
             scores[f"{split}_with_label_bpd"] = given_bpd + scores["label_bpd"]
     if test_set.num_classes:

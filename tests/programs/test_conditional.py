@@ -65,7 +65,8 @@ def test_the_bits_are_those_given_the_labels_and_the_gain_is_paired(labelled_run
     assert summary["protocol"]["labels"] == "given"
     # The label is one of ten: 3.32 bits that whoever decodes the image from this bound must have been told.
     assert summary["label_bpd"] == pytest.approx(3.321928 / 64, rel=1e-6)
-    for split in ("test", "train"):
+    scored = [split for split in ("test", "train", "validation") if f"{split}_bpd" in summary]
+    for split in scored:
         assert summary[f"{split}_with_label_bpd"] == summary[f"{split}_bpd"] + summary["label_bpd"]
 
 

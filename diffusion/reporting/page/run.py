@@ -93,9 +93,11 @@ def _lead(config: dict[str, Any], scores: dict[str, Any]) -> str:
 def _cards(scores: dict[str, Any], quality: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
     """The numbers to see first."""
     cards = {}
+    protocol = scores.get("protocol")
+    labels = f", labels {text_of(protocol['labels'])}" if isinstance(protocol, dict) and "labels" in protocol else ""
     for split in numbers.SPLITS:
         if is_number(scores.get(f"{split}_bpd")):
-            title = f"bits/dim, {text_of(scores.get(f'{split}_images'))} {split} images"
+            title = f"bits/dim, {text_of(scores.get(f'{split}_images'))} {split} images{labels}"
             cards[title] = with_error(scores[f"{split}_bpd"], scores.get(f"{split}_bpd_stderr"))
     distance = numbers.distance(quality)
     if distance is not None:

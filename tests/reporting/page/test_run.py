@@ -93,6 +93,18 @@ def test_the_quality_of_earlier_versions_is_read(run_directory, read_page):
     assert "FID, extrapolated to infinitely many samples" in read_page(run_directory).text("section")
 
 
+def test_bits_given_the_labels_are_called_so(run_directory, read_page):
+    """They leave out what the labels cost, so beside another model's they would look too good."""
+    path = run_directory / "summary.json"
+    summary = json.loads(path.read_text())
+    assert "bits/dim, 299 test images" in read_page(run_directory).of("dt")
+    with_label = {"label_bpd": 0.0519, "test_with_label_bpd": summary["test_bpd"] + 0.0519}
+    path.write_text(json.dumps(summary | with_label | {"protocol": summary["protocol"] | {"labels": "given"}}))
+    found = read_page(run_directory)
+    assert "bits/dim, 299 test images, labels given" in found.of("dt")
+    assert f"{with_label['test_with_label_bpd']:.4f}" in found.text() and "bits/dim with the label" in found.text()
+
+
 def test_the_quality_of_other_weights_is_called_so(run_directory, read_page):
     path, words = run_directory / "quality.json", "quality.json is of other weights than the bits/dim"
     quality = json.loads(path.read_text())
