@@ -1,6 +1,7 @@
 """From a config to objects: where the names in it become functions."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion import conditioning, data, learned_schedule, objectives, reverse, timesteps
@@ -18,10 +19,12 @@ from diffusion.evaluation import bound
 from diffusion.evaluation.features import Features
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import init_from, names, rules
+from diffusion.experiment.init_from import Start
 from diffusion.experiment.schema import KEYS
 from diffusion.learned_schedule import Learned
 from diffusion.model import Model
 from diffusion.networks import NETWORKS
+from diffusion.networks.network import Network
 from diffusion.reverse import Reverse
 from diffusion.runtime import randomness
 from diffusion.schedules import Schedule
@@ -43,7 +46,6 @@ class Experiment:
         p: the reverse process that is trained.
         start_schedule: the schedule; a learned one as it is before training.
         training: what a train step needs.
-        published: the parameters in config.init_from, where training starts; None for random ones.
     """
 
     config: ConfigDict
@@ -51,7 +53,6 @@ class Experiment:
     p: Reverse
     start_schedule: Schedule
     training: Training
-    published: PyTree | None
 
     @property
     def learns_schedule(self) -> bool:
@@ -82,42 +83,34 @@ class Experiment:
         denoise = jax.tree_util.Partial(Network(self.training.network, p.output_channels(self.image_shape[-1])), params)
         return Model(denoise, p, schedule, self.training.num_levels, self.training.conditional)
 
+    @functools.cached_property
+    def start(self) -> Start | None:
+        """The parameters that config.init_from names; None for random ones. Raises what `init_from.load` does."""
+        if not self.config.init_from:
+            return None
+        return init_from.load(self.config, self.training.network, self.abstract_state().params)
+
     def initial_state(self) -> TrainState:
         """The state before the first step: the weights of config.init_from, or random ones from config.seed."""
-        if self.published is not None:
-            return self._state(lambda *_: {"params": self.published})
+        if self.start and not self.start.anew:
+            return initial_state(self.training, self.start.over({}), self.image_shape)
         # It runs once, so on the CPU, where random numbers are slow to compile, it is not optimized.
         options = {"xla_backend_optimization_level": 0} if runs_on_cpu() else None
-        return self._state(jax.jit(self.training.network.init, compiler_options=options))
+        return self._state(jax.jit(self.training.network.init, compiler_options=options), self.start)
 
     def abstract_state(self) -> TrainState:
         """The shapes and dtypes of the state, without computing it."""
         return jax.eval_shape(lambda: self._state(self.training.network.init))
 
-    def _state(self, init: Callable) -> TrainState:
+    def _state(self, init: Callable, over: Start | None = None) -> TrainState:
         image = jnp.zeros((1, *self.image_shape))
         params = init(randomness.stream(self.config.seed, "init"), image, jnp.zeros(1))["params"]
         if self.learns_schedule:
             with jax.ensure_compile_time_eval():  # `init` checks its numbers, also while `abstract_state` is traced
                 start = learned_schedule.init(self.start_schedule)
             params = params | {learned_schedule.SUBTREE: start}
+        params = over.over(params) if over else params
         return initial_state(self.training, params, self.image_shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """(params, x_t [B, H, W, C], network_t [B]) -> the first channels of the output; equal if its fields are.
-
-    A conditional network takes labels [B], too.
-    """
-
-    module: nn.Module
-    channels: int
-
-    def __call__(self, params: PyTree, x_t: Array, network_t: Array, labels: Array | None = None) -> Array:
-        given = {} if labels is None else {"labels": labels}
-        # Flax passes over the parameters of a learned schedule, which are none of the network's modules.
-        return self.module.apply({"params": params}, x_t, network_t, **given)[..., : self.channels]
 
 
 def runs_on_cpu() -> bool:
@@ -175,7 +168,6 @@ def experiment(
     times = objectives.TIMES.get(names.parse(config.objective.name).name, "every_term")
     on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
     network = _network(config, image_shape, p.output_channels(image_shape[-1]), num_classes, on_cpu)
-    published = init_from.params(config.init_from, network, image_shape) if config.init_from else None
     training = Training(
         network=network,
         objective=_objective(config, p, num_levels),
@@ -195,7 +187,7 @@ def experiment(
         grad_accum=config.train.grad_accum,
         unroll=on_cpu,
     )
-    return Experiment(config, image_shape, p, schedule, training, published)
+    return Experiment(config, image_shape, p, schedule, training)
 
 
 def plan(config: ConfigDict) -> loop.Plan:

@@ -1,39 +1,137 @@
-"""Where training starts if not at random weights: a directory of published ones, `init_from`."""
+"""Where training starts if not at random weights: `init_from`, a run or a directory of published weights."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
+from ml_collections import ConfigDict
 
 from diffusion import interop
+from diffusion.experiment import config as config_lib
+from diffusion.experiment import names
+from diffusion.experiment.schema import network_keys
+from diffusion.networks.named_tensors import first_few
+from diffusion.runtime.checkpoint import Checkpoints
+
+# What weights do not depend on.
+WEIGHTLESS = {"dropout", "convolution", "dtype", "remat", "parent", "name"}
+# What a network's input and output mean.
+MEANING = ("model.network", "model.prediction", "model.conditioning", "model.rescale_t")
 
 
-def params(directory: str, network: nn.Module, image_shape: tuple[int, int, int]) -> PyTree:
-    """The parameters in `directory`, on the host.
+class Start(NamedTuple):
+    """Parameters to start from, on the host, by their paths ("conv_in/kernel").
+
+    Attributes:
+        leaves: what is taken over.
+        resized: which of them have other channels there: they were cut, or have zeros after those that were taken.
+        anew: parameters of the network that there are none for; they start as in a new run.
+        unused: parameters that the network has no place for.
+        differing: settings of the network that are others there.
+    """
+
+    leaves: dict[str, np.ndarray]
+    resized: list[str]
+    anew: list[str]
+    unused: list[str]
+    differing: list[str]
+
+    def over(self, params: PyTree) -> PyTree:
+        """`params` with these leaves in place of its own."""
+        whole = {"/".join(path): leaf for path, leaf in flatten_dict(params).items()} | self.leaves
+        return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in whole.items()})
+
+    def described(self) -> str:
+        """What was taken over, in one line."""
+        parts = {"with other channels": self.resized, "new": self.anew, "not taken": self.unused}
+        parts |= {"settings": self.differing}
+        others = [f"{words}: {first_few(items)}" for words, items in parts.items() if items]
+        return "; ".join([f"{len(self.leaves)} of {len(self.leaves) + len(self.anew)} parameters are taken", *others])
+
+
+def load(config: ConfigDict, network: nn.Module, like: PyTree) -> Start:
+    """The parameters that config.init_from names; with config.init_adapt only those that fit.
+
+    Args:
+        network: the config's.
+        like: arrays, or their shapes, in the structure of its parameters.
 
     Raises:
-        FileNotFoundError, ValueError: see `interop.load_diffusers`.
-        ValueError: they are those of another network.
+        FileNotFoundError: there is no such run, checkpoint or directory of weights.
+        ValueError: they are damaged or, without config.init_adapt, of another network.
     """
-    theirs, published = interop.load_diffusers(directory)
-    prefix = f"init_from={directory!r} holds another network than the config's"
-    weightless = {"dropout", "convolution", "dtype", "remat", "parent", "name"}
-    fields = [field.name for field in dataclasses.fields(theirs) if field.name not in weightless]
-    differing = [
-        f"unet.{field}: {getattr(theirs, field)!r} there, {getattr(network, field, None)!r} here"
-        for field in fields
-        if getattr(theirs, field) != getattr(network, field, None)
-    ]
-    if differing:
-        raise ValueError(f"{prefix}: {'; '.join(differing)}")
-    # Equal fields still mean another network where the images have another size or other channels.
-    like = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *image_shape)), jnp.zeros(1))["params"]
-    found, wanted = (
-        {"/".join(path): leaf.shape for path, leaf in flatten_dict(tree).items()} for tree in (published, like)
-    )
-    if differ := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
-        raise ValueError(f"{prefix}, whose images are {image_shape}: {', '.join(differ)} differ")
-    return jax.device_get(published)  # on a device they would stay beside the state that is trained
+    found, there = (_of_run if _is_run(config.init_from) else _published)(config.init_from)
+    here = _settings(network, config)
+    compared = [key for key in here if key in there and there[key] != here[key]]
+    differing = [f"{key}: {there[key]!r} there, {here[key]!r} here" for key in compared]
+    wanted = {"/".join(path): leaf.shape for path, leaf in flatten_dict(like).items()}
+    if not config.init_adapt and (problems := differing or _other_shapes(found, wanted)):
+        raise ValueError(
+            f"init_from={config.init_from!r} holds another network than the config's: {'; '.join(problems)}; "
+            "with init_adapt=True what fits is taken"
+        )
+    leaves = {name: leaf for name, leaf in found.items() if wanted.get(name) == leaf.shape}
+    rest = sorted(wanted.keys() & found.keys() - leaves.keys())
+    resized = [name for name in rest if wanted[name] == (*found[name].shape[:-1], network.out_channels)]
+    leaves |= {name: _resized(found[name], network.out_channels) for name in resized}
+    return Start(leaves, resized, sorted(wanted.keys() - leaves), sorted(found.keys() - leaves), differing)
+
+
+def _settings(network: nn.Module, config: ConfigDict) -> dict[str, Any]:
+    """What tells networks apart whose parameters have the same shapes."""
+    group = names.parse(config.model.network).name
+    fields = {field.name for field in dataclasses.fields(network)} - WEIGHTLESS
+    flat, of_network = config_lib.flatten(config), {f"{group}.{field}": getattr(network, field) for field in fields}
+    return dict(sorted(of_network.items())) | {key: flat[key] for key in MEANING}
+
+
+def _is_run(text: str) -> bool:
+    return (_directory(text) / "checkpoints").is_dir()
+
+
+def _directory(text: str) -> Path:
+    return Path(text.partition("@")[0]).expanduser()
+
+
+def _of_run(text: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The EMA of a run and its settings: DIR is its newest checkpoint, DIR@best its best, DIR@STEP that of a step."""
+    which = text.partition("@")[2] or "latest"
+    if which not in ("latest", "best") and not which.isdecimal():
+        raise ValueError(f"init_from={text!r}: after the @ comes latest, best or the step of a checkpoint")
+    with Checkpoints(_directory(text) / "checkpoints") as checkpoints:
+        step = int(which) if which.isdecimal() else checkpoints.best_step() if which == "best" else None
+        found = checkpoints.entry(step, "ema_params")
+    flat = config_lib.flatten(config_lib.from_json((_directory(text) / "config.json").read_text()))
+    group, arguments = names.parse(flat["model.network"])
+    defaults = {name: key.when_absent for name, key in network_keys().items() if name.startswith(f"{group}.")}
+    return found, defaults | flat | {f"{group}.{name}": value for name, value in arguments.items()}
+
+
+def _published(directory: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    network, params = interop.load_diffusers(directory)
+    found = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+    return found, {f"unet.{field.name}": getattr(network, field.name) for field in dataclasses.fields(network)}
+
+
+def _other_shapes(found: dict[str, np.ndarray], wanted: dict[str, tuple]) -> list[str]:
+    """The parameters that only one of them has, or that have two shapes."""
+    shapes = {name: leaf.shape for name, leaf in found.items()}
+    differ = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+    named = [f"{name} {shapes.get(name, 'not')} there, {wanted.get(name, 'not')} here" for name in differ]
+    return [first_few(named)] if named else []
+
+
+def _resized(leaf: np.ndarray, out_channels: int) -> np.ndarray:
+    """The last layer with another number of channels: the first ones, and zeros after them.
+
+    The first half is the prediction, the second the variance. So beside a trained mean a learned variance starts in
+    the middle of its range.
+    """
+    made = np.zeros((*leaf.shape[:-1], out_channels), leaf.dtype)
+    kept = min(leaf.shape[-1], out_channels)
+    made[..., :kept] = leaf[..., :kept]
+    return made

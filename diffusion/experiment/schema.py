@@ -133,7 +133,8 @@ def one_of(*words: str) -> Choice:
 
 KEYS: dict[str, Key] = {
     "seed": Key(0, integer(0), "seed of all randomness"),
-    "init_from": Key("", TEXT, 'directory with published weights (config.json and safetensors); "": random weights'),
+    "init_from": Key("", TEXT, 'DIR of published weights, or of a run: DIR, DIR@best, DIR@STEP; "": random weights'),
+    "init_adapt": Key(False, FLAG, "whether init_from may be another network, of which what fits is taken"),
     "data.name": Key("cifar10", TEXT, "cifar10, digits, or any image set that TFDS or diffusion.data.folder prepared"),
     "data.data_dir": Key("", TEXT, 'where prepared sets lie; "": the default of TFDS, ~/tensorflow_datasets', FREE),
     "data.image_size": Key(0, SIDE, "N: the centre square of every picture is resized to N×N; 0: as it is"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax
+import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
@@ -204,15 +205,18 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest")
     def read() -> EmaState:
         with Checkpoints(directory / "checkpoints") as checkpoints:
             if experiment.config.init_from and checkpoints.latest_step() is None:
+                start = ema_of(experiment.initial_state())
                 if not (directory / "config.json").exists():
                     claim(experiment.config, directory)
-                return ema_of(experiment.initial_state())
+                return start
             step = int(checkpoint) if checkpoint.isdecimal() else None
             if checkpoint == "best":
                 step = checkpoints.best_step()
             return checkpoints.restore(step, like=ema_of(experiment.abstract_state()))
 
-    return processes.from_first(processes.on_first(read) or ema_of(experiment.initial_state()))
+    like = ema_of(experiment.abstract_state())
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)  # where process 0 sends what it read
+    return processes.from_first(processes.on_first(read) or empty)
 
 
 class LoadedRun(NamedTuple):

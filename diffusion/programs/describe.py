@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from diffusion import likelihood
 from diffusion.experiment import build, config, memory, schema
 from diffusion.experiment.build import Experiment
+from diffusion.networks.network import Network
 from diffusion.training import parallel
 
 
@@ -72,7 +73,7 @@ def network(experiment: Experiment, num_train: int) -> dict[str, str]:
 
 def forward_flops(experiment: Experiment) -> float:
     """FLOPs of one image through the network, as XLA counts them; `networks/convolution.py` leaves one image to XLA."""
-    network = build.Network(experiment.training.network, experiment.p.output_channels(experiment.image_shape[-1]))
+    network = Network(experiment.training.network, experiment.p.output_channels(experiment.image_shape[-1]))
     image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
     params, number = experiment.abstract_state().params, jax.ShapeDtypeStruct((1,), jnp.float32)
     given = {"labels": jax.ShapeDtypeStruct((1,), jnp.int32)} if experiment.training.conditional else {}

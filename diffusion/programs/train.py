@@ -3,6 +3,7 @@
 What a run needs to go on is its config.json and its latest checkpoint: the same command resumes by itself.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +115,8 @@ def prepare(config: ConfigDict, directory: Path) -> Experiment:
             "of quality.reference='test'; take train or validation, or --mode=quality afterwards"
         )
     workdir.check(config, directory)
+    if not (directory / "checkpoints").exists():
+        _ = experiment.start  # or its refusal would come after the data
     return experiment
 
 
@@ -157,6 +160,8 @@ def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
     """
     like = experiment.abstract_state()
     resumed = processes.on_first(lambda: checkpoints.resume(like))
+    if resumed is None and experiment.start and processes.is_first():
+        print(f"init_from={experiment.config.init_from}: {experiment.start.described()}", file=sys.stderr)
     return processes.from_first(jax.device_get(experiment.initial_state()) if resumed is None else resumed)
 
 

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from diffusion.runtime import ranking, verification
 from diffusion.runtime.digests import leaf_sha256, named_leaves
-from diffusion.runtime.verification import DamagedCheckpoint
+from diffusion.runtime.verification import CompleteSteps, DamagedCheckpoint
 
 DAMAGED = "damaged"  # where `resume` moves what cannot be used; nothing is ever deleted from it
 
@@ -56,7 +56,7 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 create=False,
-                step_name_format=_CompleteSteps(),
+                step_name_format=CompleteSteps(),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy([last, best]),
                 best_fn=ranking.score,
                 best_mode="min",
@@ -123,7 +123,7 @@ class Checkpoints:
             DamagedCheckpoint: there are checkpoints and none is sound; nothing is moved.
         """
         self.wait()
-        state, damaged = self._newest(like)
+        state, damaged = self._newest(lambda step: self._read_as(step, like, None))
         moved = [path for path in (self.directory / DAMAGED).glob("*/*") if path.name.isdecimal()]
         if state is None and (damaged or moved):
             named = "; ".join(map(str, damaged.values())) or f"those that were damaged lie in {moved[0].parents[1]}"
@@ -156,6 +156,18 @@ class Checkpoints:
             DamagedCheckpoint: it is damaged; the message names the first leaf that is not what was saved.
             ValueError: it does not fit `like`; the message names the first leaf that differs.
         """
+        return self._sound(step, lambda step: self._read_as(step, like, _entries_of(like)))
+
+    def entry(self, step: int | None, name: str) -> dict[str, np.ndarray]:
+        """Reads one entry at the top of a checkpoint whatever is in it: its leaves by their paths in the entry.
+
+        Takes and raises what `restore` does.
+        """
+        leaves = self._sound(step, lambda step: self._read(step, {name}))
+        return {path.removeprefix(f"{name}/"): leaf for path, leaf in leaves.items()}
+
+    def _sound(self, step: int | None, read: Callable[[int], Any]) -> Any:
+        """What `read` makes of the checkpoint of that step, or of the newest sound one."""
         self.wait()
         steps = sorted(self._manager.all_steps())
         if step is not None:
@@ -163,23 +175,21 @@ class Checkpoints:
                 raise FileNotFoundError(
                     f"there is no checkpoint of step {step} in {self.directory} (sound ones: {steps or 'none'})"
                 )
-            return self._read_as(step, like, _entries_of(like))
-        state, damaged = self._newest(like, _entries_of(like))
+            return read(step)
+        found, damaged = self._newest(read)
         for error in damaged.values():
             logging.warning("%s; passed over", error)
-        if state is None:
+        if found is None:
             raise self._no_checkpoint()
-        return state
+        return found
 
-    def _newest(
-        self, like: PyTree, entries: set[str] | None = None
-    ) -> tuple[PyTree | None, dict[Path, DamagedCheckpoint]]:
-        """The newest checkpoint of which all, or these entries, are sound, and the damaged ones that are newer."""
+    def _newest(self, read: Callable[[int], Any]) -> tuple[Any, dict[Path, DamagedCheckpoint]]:
+        """What `read` makes of the newest checkpoint that is sound, or None, and the damaged ones that are newer."""
         damaged: dict[Path, DamagedCheckpoint] = {}
         steps = [path for path in self._entries() if path.name.isdecimal()]
         for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
             try:
-                return self._read_as(int(path.name), like, entries), damaged
+                return read(int(path.name)), damaged
             except DamagedCheckpoint as error:
                 damaged[path] = error
         return None, damaged
@@ -275,23 +285,3 @@ class Checkpoints:
 
 def _entries_of(like: PyTree) -> set[str]:
     return {name.partition("/")[0] for name, _ in named_leaves(like)}
-
-
-class _CompleteSteps:
-    """Orbax's naming of step directories, blind to those that no complete checkpoint is in.
-
-    Orbax takes any directory with a number for its name as a checkpoint, an empty one too: as the latest to
-    resume from, and as one of the last few when old ones are deleted.
-    """
-
-    def __init__(self):
-        self._all = ocp.path.step.standard_name_format()
-
-    def build_name(self, step: int) -> str:
-        return self._all.build_name(step)
-
-    def find_all(self, base_path) -> Iterator[ocp.path.step.Metadata]:
-        return (found for found in self._all.find_all(base_path) if verification.is_complete(Path(found.path)))
-
-    def find_step(self, base_path, step: int) -> ocp.path.step.Metadata:
-        return self._all.find_step(base_path, step)

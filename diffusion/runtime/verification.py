@@ -1,10 +1,12 @@
 """What can be known of a stored checkpoint: whether it is complete, readable, what was saved, and what is wanted."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from diffusion.runtime.digests import named_leaves
@@ -69,3 +71,23 @@ def check_fit(saved: dict[str, np.ndarray], like: PyTree, path: Path) -> None:
             )
     for name in sorted(saved.keys() - wanted.keys()):
         raise ValueError(f"{name}, which is in the checkpoint {path}, has no place in the config's model")
+
+
+class CompleteSteps:
+    """Orbax's naming of step directories, blind to those that no complete checkpoint is in.
+
+    Orbax takes any directory with a number for its name as a checkpoint, an empty one too: as the latest to
+    resume from, and as one of the last few when old ones are deleted.
+    """
+
+    def __init__(self):
+        self._all = ocp.path.step.standard_name_format()
+
+    def build_name(self, step: int) -> str:
+        return self._all.build_name(step)
+
+    def find_all(self, base_path) -> Iterator[ocp.path.step.Metadata]:
+        return (found for found in self._all.find_all(base_path) if is_complete(Path(found.path)))
+
+    def find_step(self, base_path, step: int) -> ocp.path.step.Metadata:
+        return self._all.find_step(base_path, step)

@@ -1,4 +1,4 @@
-"""config.init_from: published weights are scored, sampled and trained from as if they were a checkpoint's."""
+"""config.init_from: published weights are scored, sampled and trained from; a run's are where another run starts."""
 
 import json
 import shutil
@@ -104,21 +104,25 @@ def test_a_checkpoint_that_was_trained_from_them_comes_first(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "image_shape", "words"),
     [
-        ({"unet__channels": 16}, (16, 16, 3), "unet.channels: 8 there, 16 here$"),
-        ({"unet__norm_eps": 1e-5}, (16, 16, 3), "unet.norm_eps: 1e-06 there, 1e-05 here$"),
+        ({"unet__channels": 16}, (16, 16, 3), "unet.channels: 8 there, 16 here; with init_adapt=True"),
+        ({"unet__norm_eps": 1e-5}, (16, 16, 3), "unet.norm_eps: 1e-06 there, 1e-05 here; with"),
         (
             {"unet__num_heads": 2, "unet__num_res_blocks": 2},
             (16, 16, 3),
-            "unet.num_res_blocks: 1 there, 2 here; unet.num_heads: 1 there, 2 here$",
+            "unet.num_heads: 1 there, 2 here; unet.num_res_blocks: 1 there, 2 here; with",
         ),
-        ({"model__variance": "learned", "objective__name": "vlb"}, (16, 16, 3), "unet.out_channels: 3 there, 6 here$"),
-        ({}, (32, 32, 3), r"images are \(32, 32, 3\): down_1_attention_0/key/bias, .*down_2_attention_0/key/bias"),
-        ({}, (16, 16, 1), "images are .*conv_in/kernel, conv_out/bias, conv_out/kernel differ|unet.out_channels"),
+        (
+            {"model__variance": "learned", "objective__name": "vlb"},
+            (16, 16, 3),
+            "unet.out_channels: 3 there, 6 here; with",
+        ),
+        ({}, (32, 32, 3), r"config's: down_1_attention_0/key/bias \(8,\) there, not here; .* and \d+ more; with"),
+        ({}, (16, 16, 1), "unet.out_channels: 3 there, 1 here; with"),
     ],
 )
 def test_another_network_is_refused_by_field(tiny, keys, image_shape, words):
     with pytest.raises(ValueError, match=words) as error:
-        build.experiment(tiny(**keys), image_shape, 256)
+        _ = build.experiment(tiny(**keys), image_shape, 256).start
     assert str(error.value).startswith("init_from=")
 
 
@@ -127,3 +131,111 @@ def test_a_directory_without_weights_is_refused_before_anything_is_written(tiny,
         with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'none'}/config.json does not exist"):
             mode.run(tiny(init_from=str(tmp_path / "none")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# --- a run as the start of another
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A run with a learned schedule and two checkpoints, of which step 3 is the best; its EMA by step."""
+    directory = tmp_path_factory.mktemp("source") / "run"
+    config = made()
+    start = jax.device_get(build.experiment(config, (16, 16, 3), 256).initial_state())
+    workdir.claim(config, directory)
+    emas = {step: jax.tree.map(lambda leaf, step=step: leaf + np.float32(step), start.params) for step in (3, 6)}
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        for step, ema in emas.items():
+            checkpoints.save(step, start.replace(step=np.int32(step), ema_params=ema), {"val_loss": float(step)})
+    return directory, emas
+
+
+def made(**keys):
+    config = cifar10.get_config()
+    small = {"schedule.num_steps": 5, "schedule.name": "learned(start='cosine')", "objective.name": "vlb"}
+    small |= {"model.prediction": "v"}
+    small |= {f"unet.{field}": value for field, value in FIELDS.items()}
+    with config.unlocked():
+        config.update_from_flattened_dict(small | {key.replace("__", "."): value for key, value in keys.items()})
+    return config
+
+
+def from_run(directory, num_classes=0, **keys):
+    return build.experiment(made(init_from=str(directory), **keys), (16, 16, 3), 256, num_classes)
+
+
+@pytest.mark.parametrize(("ending", "step"), [("", 6), ("@latest", 6), ("@best", 3), ("@3", 3)])
+def test_a_run_starts_at_the_ema_of_the_checkpoint_that_is_named(ending, step, source):
+    directory, emas = source
+    state = from_run(f"{directory}{ending}", seed=1).initial_state()
+    assert tree_sha256(state.params) == tree_sha256(state.ema_params) == tree_sha256(emas[step])
+    assert state.step == 0 and not np.any(jax.tree.leaves(state.opt_state)[1])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"model__variance": "learned_range"}, r"conv_out/bias \(3,\) there, \(6,\) here; conv_out/kernel .*; with"),
+        ({"model__prediction": "eps"}, "model.prediction: 'v' there, 'eps' here; with init_adapt=True"),
+        ({"schedule__num_steps": 9}, r"schedule/\w+ \(4,\) there, \(8,\) here"),
+    ],
+)
+def test_another_network_is_refused_unless_it_may_be_adapted(keys, words, source):
+    with pytest.raises(ValueError, match=words):
+        _ = from_run(source[0], **keys).start
+    start = from_run(source[0], init_adapt=True, **keys).start
+    assert len(start.leaves) > 40
+
+
+def test_where_there_is_nothing_to_start_from_the_name_is_said(source):
+    with pytest.raises(ValueError, match="after the @ comes latest, best or the step"):
+        _ = from_run(f"{source[0]}@bets").start
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 4"):
+        _ = from_run(f"{source[0]}@4").start
+
+
+def test_a_learned_variance_starts_in_the_middle_of_its_range_beside_the_trained_mean(source):
+    directory, emas = source
+    wider = from_run(directory, init_adapt=True, model__variance="learned_range")
+    assert wider.start.resized == ["conv_out/bias", "conv_out/kernel"] and not wider.start.anew
+    params, old = wider.initial_state().params, from_run(directory)
+    for name in ("kernel", "bias"):
+        leaf = params["conv_out"][name]
+        np.testing.assert_array_equal(leaf[..., :3], emas[6]["conv_out"][name])
+        assert not leaf[..., 3:].any()
+    x, network_t = jax.random.normal(jax.random.key(1), (2, 16, 16, 3)), jnp.array([1.0, 3.0])
+    new_output, old_output = (
+        jax.jit(lambda of: of.denoise(x, network_t))(of.model(of.initial_state().params)) for of in (wider, old)
+    )
+    np.testing.assert_allclose(new_output[..., :3], old_output, rtol=1e-5, atol=1e-5 * np.abs(old_output).max())
+    assert not np.any(new_output[..., 3:])
+
+
+def test_labels_are_added_and_dropped_and_the_rest_is_taken(source, tmp_path):
+    directory, emas = source
+    labelled = from_run(directory, num_classes=10, init_adapt=True, model__conditional=True, data__name="digits")
+    assert labelled.start.anew == ["label/embedding"] and not labelled.start.unused
+    assert labelled.start.described().endswith(" parameters are taken; new: label/embedding")
+    state = jax.device_get(labelled.initial_state())
+    anew = build.experiment(labelled.config.copy_and_resolve_references(), (16, 16, 3), 256, 10)
+    with anew.config.unlocked():
+        anew.config.init_from = ""
+    np.testing.assert_array_equal(state.params["label"]["embedding"], anew.initial_state().params["label"]["embedding"])
+    np.testing.assert_array_equal(state.params["conv_in"]["kernel"], emas[6]["conv_in"]["kernel"])
+
+    workdir.claim(labelled.config, tmp_path / "labelled")
+    with Checkpoints(tmp_path / "labelled" / "checkpoints") as checkpoints:
+        checkpoints.save(1, state, {})
+    dropped = from_run(tmp_path / "labelled", init_adapt=True).start
+    assert dropped.unused == ["label/embedding"] and not dropped.anew
+
+
+def test_a_run_that_has_a_checkpoint_does_not_need_what_it_started_from(source, tmp_path):
+    shutil.copytree(source[0], tmp_path / "old")
+    experiment = from_run(tmp_path / "old")
+    state = jax.device_get(experiment.initial_state()).replace(step=np.int32(2))
+    workdir.claim(experiment.config, tmp_path / "new")
+    with Checkpoints(tmp_path / "new" / "checkpoints") as checkpoints:
+        checkpoints.save(2, state, {})
+    shutil.rmtree(tmp_path / "old")
+    assert workdir.restore(from_run(tmp_path / "old"), tmp_path / "new").step == 2

@@ -154,8 +154,8 @@ def test_published_weights_wait_on_the_host(tmp_path):
     same = {"unet.channels": 8, "unet.attention_resolutions": (8,), "unet.num_groups": 4, "init_from": str(tmp_path)}
     with config.unlocked():
         config.update_from_flattened_dict(same)
-    published = build.experiment(config, (16, 16, 3), 256).published
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(published))
+    leaves = build.experiment(config, (16, 16, 3), 256).start.leaves
+    assert leaves and all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
 
 
 def test_describe_counts_the_training_images(tiny, monkeypatch, capsys, tmp_path):
