@@ -9,6 +9,7 @@ It shows that for few steps a learned schedule has the lower bound, and KL terms
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from configs import digits_fixed
 from diffusion import data
-from diffusion.data import Source
+from diffusion.data.source import Source, Splits
 from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
 from diffusion.experiment import build
@@ -41,6 +42,7 @@ ARMS = {  # schedule.name of each
     "learned by the bound": f"learned(start={START!r}, inner='bound')",
     "learned by the variance": f"learned(start={START!r}, inner='second_moment')",
 }
+DIGITS_SHOWN = {"validation_bpd": 4, "test_bpd": 4, "loss_variance": 2, "kl_loss_variance": 3}
 
 
 def main() -> None:
@@ -56,17 +58,18 @@ def main() -> None:
 
 def run(directory: Path, num_steps: int, train_steps: int, seeds: list[int]) -> None:
     """Trains and scores every arm and seed; prints and saves the results."""
-    train_set, test_set = (data.load("digits", split) for split in ("train", "test"))
+    splits = build.load_splits(arm_config(FIXED, num_steps, train_steps))
     directory.mkdir(parents=True, exist_ok=True)
     rows = []
     for arm in ARMS:
         config = arm_config(arm, num_steps, train_steps)
-        experiment = build.experiment(config, test_set.image_shape, test_set.num_levels)
-        score = scorer(config, train_set, test_set)
+        experiment = build.experiment(config, splits.test.image_shape, splits.test.num_levels)
+        score = scorer(config, splits)
         for seed in seeds:
-            rows.append({"arm": arm, "seed": seed, **score(train(experiment, train_set, seed))})
-            print(f"{arm}, seed {seed}: {rows[-1]['test_bpd']:.4f} bits/dim", flush=True)
-    setting = {"T": num_steps, "train_steps": train_steps, "test_images": len(test_set), "start": START}
+            rows.append({"arm": arm, "seed": seed, **score(train(experiment, splits.train, seed))})
+            print(f"{arm}, seed {seed}: {rows[-1]['validation_bpd']:.4f} bits/dim of validation images", flush=True)
+    setting = {"T": num_steps, "train_steps": train_steps, "start": START}
+    setting |= {"validation_images": len(splits.validation), "test_images": len(splits.test)}
     summary.write_json(directory / f"{FILE}.json", setting | {"device": summary.device_name(), "runs": rows})
     text = markdown(rows, setting)
     (directory / f"{FILE}.md").write_text(text)
@@ -102,18 +105,19 @@ def train(experiment: Experiment, train_set: Source, seed: int) -> Model:
     return experiment.model(state.part(lambda state: state.ema_params).host())
 
 
-def scorer(config: ConfigDict, train_set: Source, test_set: Source) -> Callable[[Model], dict[str, Any]]:
-    """model -> its numbers: the test bound, and how the training loss varies."""
+def scorer(config: ConfigDict, splits: Splits) -> Callable[[Model], dict[str, Any]]:
+    """model -> its numbers: the bound of validation and test images, and how the training loss varies."""
     bound, num_steps = full_bound(build.bound_settings(config)), config.schedule.num_steps
-    train_numbers = subset(len(train_set), len(test_set))
+    train_numbers = subset(len(splits.train), len(splits.test))
 
     def score(model: Model) -> dict[str, Any]:
         replicated = devices.replicate(model)
-        test = bound(replicated, test_set, np.arange(len(test_set)))
-        train = bound(replicated, train_set, train_numbers)
+        validation, test = (bound(replicated, of, np.arange(len(of))) for of in (splits.validation, splits.test))
+        train = bound(replicated, splits.train, train_numbers)
         # With t uniform an image's loss is T times its term of t (and its prior's term, which hardly varies).
         losses = num_steps * train.terms_bpd
         return {
+            "validation_bpd": validation.image_bpd.mean(),
             "test_bpd": test.image_bpd.mean(),
             "decoder_bpd": test.decoder_bpd.mean(),
             "prior_bpd": test.prior_bpd.mean(),
@@ -132,16 +136,18 @@ def markdown(rows: list[dict[str, Any]], setting: dict[str, Any]) -> str:
     head = [
         f"# A learned schedule against {START}: digits, T = {setting['T']}, {setting['train_steps']} steps",
         "",
-        f"Each number: {intervals.caption([len(rows) // len(ARMS)])}, on {setting['test_images']} test images; "
+        f"Each number: {intervals.caption([len(rows) // len(ARMS)])}, on {setting['validation_images']} validation "
+        f"images, which choose, and {setting['test_images']} test images, which report; "
         "differences to the fixed schedule are paired by seed. The variance is that of one training image's loss at "
         "one uniform t: over all t, and over t > 1, the KL terms.",
         "",
     ]
-    columns = ["schedule", "bits/dim", "less fixed", "variance, all t", "less fixed", "variance, t > 1", "less fixed"]
+    quantities = ["validation bits/dim", "test bits/dim", "variance, all t", "variance, t > 1"]
+    columns = ["schedule", *itertools.chain.from_iterable((quantity, "less fixed") for quantity in quantities)]
     lines = []
     for arm in ARMS:
         cells = [arm]
-        for name, digits_shown in (("test_bpd", 4), ("loss_variance", 2), ("kl_loss_variance", 3)):
+        for name, digits_shown in DIGITS_SHOWN.items():
             values, fixed = ({row["seed"]: row[name] for row in rows if row["arm"] == a} for a in (arm, FIXED))
             cells.append(intervals.text(intervals.of_mean(values.values()), digits_shown))
             less = intervals.of_mean(intervals.paired(values, fixed).values())
