@@ -152,14 +152,14 @@ CONTINUOUS = ("x̂_0 clipped", "as trained")
 
 def at_instant(model: Model, row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Float[Array, "2"]:
     """The loss that an evaluation for T → ∞ computes, and the one that training minimises (VDM, eq. 17)."""
-    evaluated = bound_by_steps.measure_of(model)(row, x0, x_t, eps, output)
+    evaluated = bound_by_steps.measure_of(model, clip_x0=True)(row, x0, x_t, eps, output)
     trained = likelihood.bits_per_dim(parameterizations.weighted_error(model.p, row, x0, x_t, eps, output))
     return jnp.stack([evaluated, trained])
 
 
 def at_end(model: Model, row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Float[Array, "2"]:
     """The decoder's and the prior's term, which both have."""
-    ends = bound_by_steps.measure_of(model)(row, x0, x_t, eps, output)
+    ends = bound_by_steps.measure_of(model, clip_x0=True)(row, x0, x_t, eps, output)
     return jnp.stack([ends, ends])
 
 
