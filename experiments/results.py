@@ -27,6 +27,7 @@ AXES = {
     "T": "schedule.num_steps",
     "seed": "seed",
 }
+MAX_KEY_COLUMNS = 3  # besides the axes
 LOG = "log.txt"  # in a run's folder: what it printed
 # What may differ between the runs of one row: nothing here changes what is trained or how it is scored.
 WITHIN_A_ROW = {"seed"} | {
@@ -192,18 +193,20 @@ def _with_every_key(config: dict[str, Any]) -> dict[str, Any]:
 def rows(runs: list[FinishedRun]) -> tuple[list[Row], dict[str, str]]:
     """The runs grouped over seeds, and the recipes by letter.
 
-    A row's columns are the axes but the seed and, if other keys or the data differ between the runs, the letter of a
-    recipe: the values of those keys, and the data's digest.
+    A row's columns are the axes but the seed, and every other key that differs between the runs, or the data's digest.
+    If more than MAX_KEY_COLUMNS of these differ, it is the letter of a recipe instead: the values of all of them.
     """
     settings = _settings(runs)
     columns = {axis: key for axis, key in AXES.items() if axis != "seed"}
     others = sorted({key for values in settings for key in values} - set(AXES.values()))
     others = [key for key in others if key not in WITHIN_A_ROW]
     others = [key for key in others if len({str(values.get(key)) for values in settings}) > 1]
+    if len(others) <= MAX_KEY_COLUMNS:
+        columns, others = columns | {key: key for key in others}, []
     letters: dict[str, str] = {}
     groups = collections.defaultdict(list)
     for run, values in zip(runs, settings, strict=True):
-        setting = {column: str(run.config[key]) for column, key in columns.items()}
+        setting = {column: str(values.get(key)) for column, key in columns.items()}
         if others:
             recipe = ", ".join(f"{key}={values.get(key)}" for key in others)
             setting["recipe"] = letters.setdefault(recipe, chr(ord("a") + len(letters)))

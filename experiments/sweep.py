@@ -1,29 +1,26 @@
 r"""Many runs of main.py, each in a process and a folder of its own, so that one that fails does not affect the others.
 
-    python -m experiments.sweep --base=configs/digits_fixed.py --workdir=runs/sweep --variance=fixed_small,fixed_large \
-        --seeds=3
+    python -m experiments.sweep --base=configs/digits_fixed.py --workdir=runs/sweep \
+        --variance=fixed_small,fixed_large --axis optim.grad_clip=0,1 --seeds=3
 
-Every combination of the axes' values is a setting, and each is run with every seed. An axis without values has the
-base config's. The report has the mean over seeds with its interval, and the difference to the first setting, seed by
-seed. What is finished is skipped and what was cut resumes, so a sweep that was killed at any moment goes on when it is
-started again: it has lost what its running cell did since that cell's last checkpoint.
+Every combination of the axes' values is a setting, and each is run with every seed. Any config key can be an axis.
+One without values has the base config's. The report has the mean over seeds with its interval, and the difference to
+the first setting, seed by seed. What is finished is skipped and what was cut resumes, so a sweep that was killed at
+any moment goes on when it is started again: it has lost what its running cell did since that cell's last checkpoint.
 """
 
 import argparse
 import fcntl
-import itertools
-import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
-from ml_collections import ConfigDict
+import numpy as np
 
-from diffusion.experiment import config as config_lib
 from diffusion.experiment import rules, workdir
 from diffusion.programs import quality
 from diffusion.reporting import page
@@ -31,81 +28,9 @@ from diffusion.reporting.metrics_log import read_metrics
 from diffusion.reporting.progress import Progress
 from experiments import commands, sweep_report
 from experiments.results import AXES, LOG, TargetOf, last_line
+from experiments.sweep_grid import Cell, further_axes, grid, split_values
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
-
-
-class Cell(NamedTuple):
-    """One run of a sweep: the name of its folder, its config file, and the keys it sets, written as for main.py."""
-
-    name: str
-    base: str
-    overrides: dict[str, str]
-
-    def arguments(self) -> list[str]:
-        """What main.py is called with."""
-        return [f"--config={self.base}", *(f"--config.{key}={value}" for key, value in self.overrides.items())]
-
-    def config(self) -> ConfigDict:
-        """The config as main.py would resolve it.
-
-        Raises:
-            ValueError: the file cannot be read, a key does not exist, or a value is none that the key may have.
-        """
-        try:
-            config = config_lib.from_file(self.base, self.overrides)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
-        config_lib.check(config)
-        return config
-
-
-def grid(base: str, axes: dict[str, list[str]], extra: dict[str, str]) -> list[Cell]:
-    """One cell for each combination of the axes' values, the last axis fastest; `extra` overrides go to all.
-
-    Args:
-        base: the config file.
-        axes: a list of values for every name in AXES.
-        extra: config key -> value.
-
-    Raises:
-        ValueError: an override is that of an axis, or two cells would share a folder.
-    """
-    for axis, key in AXES.items():
-        if key in extra:
-            raise ValueError(f"--set {key}={extra[key]} is an axis of the grid; use --{axis}={extra[key]}")
-    cells: dict[str, Cell] = {}
-    for values in itertools.product(*(dict.fromkeys(axes[axis]) for axis in AXES)):
-        chosen = dict(zip(AXES, values, strict=True))
-        name = folder_name(chosen)
-        if name in cells:
-            raise ValueError(f"two cells of the sweep would share the folder {name}; write equal values alike")
-        cells[name] = Cell(name, base, {AXES[axis]: value for axis, value in chosen.items()} | extra)
-    return list(cells.values())
-
-
-def folder_name(values: dict[str, str]) -> str:
-    """The values of the axes in letters that every file system and shell takes as they are.
-
-    {"schedule": "linear(beta_end=0.03)", "T": "50"} -> "linear_beta_end_0.03-T50".
-    """
-    plain = {axis: re.sub(r"[^A-Za-z0-9_.+-]+", "_", value).strip("_") for axis, value in values.items()}
-    return "-".join(f"{axis if axis in ('T', 'seed') else ''}{value}" for axis, value in plain.items())
-
-
-def split_values(text: str) -> list[str]:
-    """The values of a list with commas: "cosine,linear(beta_start=1e-4, beta_end=0.03)" has two.
-
-    A comma inside brackets belongs to its value.
-    """
-    values, depth = [""], 0
-    for letter in text:
-        depth += (letter in "([") - (letter in ")]")
-        if letter == "," and depth == 0:
-            values.append("")
-        else:
-            values[-1] += letter
-    return [value.strip() for value in values]
 
 
 def possible(cells: list[Cell]) -> tuple[list[Cell], dict[str, list[str]]]:
@@ -225,6 +150,19 @@ def seeds(arguments: argparse.Namespace, default: list[str]) -> list[str]:
     return [str(seed) for seed in range(arguments.seeds)]
 
 
+def expected(cells: list[Cell], directory: Path) -> str:
+    """How many cells are left to run, and how long they train at the speed that was measured first."""
+    left = [cell for cell in cells if not _is_done(cell, directory / cell.name)]
+    words = f"{len(cells)} cells, {len(left)} to run"
+    for cell in cells:
+        speeds = [row["images_per_second"] for row in read_metrics(directory / cell.name) if "images_per_second" in row]
+        if len(speeds) > 1:  # the first row's time has the compilation in it
+            configs = [cell.config().train for cell in left]
+            minutes = sum(config.num_steps * config.batch_size for config in configs) / np.median(speeds[1:]) / 60
+            return f"{words}: about {minutes:.0f} minutes of training at the speed of {cell.name}, plus their scores"
+    return f"{words}; how long is known once the first one has logged some steps"
+
+
 def overrides(settings: list[str]) -> dict[str, str]:
     """["train.num_steps=500"] -> {"train.num_steps": "500"}."""
     for setting in settings:
@@ -243,6 +181,7 @@ def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetO
             print(f"left out {', '.join(names)}: {reason}")
         if arguments.list:
             print("\n".join(f"{index} {cell.name}" for index, cell in enumerate(cells)))
+            print(expected(cells, arguments.workdir), file=sys.stderr)
             return 0
         if arguments.index is not None:
             if not 0 <= arguments.index < len(cells):
@@ -265,11 +204,15 @@ def run_grid(
     parser.add_argument("--base", default="configs/digits_fixed.py", help="the config file that the cells start from")
     for axis, key in AXES.items():
         if axis != "seed":
-            parser.add_argument(f"--{axis}", metavar="A,B,...", help=f"values of {key}")
+            values = ",".join(defaults.get(axis, [])) or "the base config's"
+            parser.add_argument(f"--{axis}", metavar="A,B,...", help=f"values of {key}; default: {values}")
+    words = "values of any other config key; can be given several times"
+    parser.add_argument("--axis", action="append", default=[], metavar="KEY=A,B,...", help=words)
     arguments = parser.parse_args(argv)
     base = Cell("base", arguments.base, {}).config()
     axes = {axis: defaults.get(axis, [str(base[key])]) for axis, key in AXES.items()}
     axes |= {axis: split_values(given) for axis in AXES if axis != "seed" and (given := getattr(arguments, axis))}
+    axes |= further_axes(arguments.axis)
     axes["seed"] = seeds(arguments, axes["seed"])
     return execute(arguments, grid(arguments.base, axes, overrides(arguments.set)), target_of)
 

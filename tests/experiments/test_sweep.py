@@ -66,6 +66,35 @@ def test_names_with_arguments_make_plain_folders():
     assert [cell.config().schedule.name for cell in cells] == schedules
 
 
+def test_any_config_key_can_be_an_axis_and_the_seed_stays_the_fastest():
+    further = sweep.further_axes(["optim.grad_clip=0,1.5", "schedule.name=cosine,linear(beta_end=0.03)"])
+    assert further == {"optim.grad_clip": ["0", "1.5"], "schedule": ["cosine", "linear(beta_end=0.03)"]}
+    cells = sweep.grid(BASE, axes(seed=["0", "1"]) | {"optim.grad_clip": ["0", "1.5"]}, {})
+    assert [cell.name for cell in cells] == [
+        f"eps-vlb-learned-cosine-T4-optim.grad_clip_{clip}-seed{seed}" for clip in ("0", "1.5") for seed in (0, 1)
+    ]
+    config = cells[2].config()
+    assert (config.optim.grad_clip, config.seed) == (1.5, 0)
+    with pytest.raises(ValueError, match="optim.grad_clip=2 is an axis of the grid; use --axis optim.grad_clip=2"):
+        sweep.grid(BASE, axes() | {"optim.grad_clip": ["1"]}, {"optim.grad_clip": "2"})
+    for text in ("optim.grad_clip", "optim.grad_clip=", "seed=1,2"):
+        with pytest.raises(ValueError, match="must be KEY=A,B"):
+            sweep.further_axes([text])
+    with pytest.raises(ValueError, match="did you mean optim.grad_clip"):
+        sweep.possible(sweep.grid(BASE, axes() | {"optim.grad_clop": ["1"]}, {}))
+
+
+def test_a_list_says_how_long_what_is_left_takes_once_it_is_known(tmp_path, monkeypatch):
+    cells = sweep.grid(BASE, axes(seed=["0", "1", "2"]), {"train.num_steps": "600", "train.batch_size": "32"})
+    assert sweep.expected(cells, tmp_path).startswith("3 cells, 3 to run; how long is known once")
+    monkeypatch.setattr(sweep, "_is_done", lambda cell, directory: cell is cells[0])
+    (tmp_path / cells[0].name).mkdir()
+    rows = [{"step": step, "images_per_second": speed} for step, speed in ((25, 1.0), (50, 310.0), (75, 330.0))]
+    (tmp_path / cells[0].name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = sweep.expected(cells, tmp_path)  # 2 · 600 · 32 images at 320 per second
+    assert words.startswith("3 cells, 2 to run: about 2 minutes of training")
+
+
 def test_two_cells_never_share_a_folder():
     alike = ["linear(beta_end=0.03)", "linear(beta_end = 0.03)"]
     with pytest.raises(ValueError, match="two cells of the sweep would share the folder eps-vlb-learned-linear_"):
