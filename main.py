@@ -49,6 +49,9 @@ _OUTPUT = flags.DEFINE_string(
 _OTHER_DATA = flags.DEFINE_bool(
     "allow_other_data", False, "Of train: resume even if the data set is not the one that the run was trained with."
 )
+_FORK = flags.DEFINE_string(
+    "fork", "", "Of train: DIR, DIR@best or DIR@STEP, a run from whose checkpoint a new run in --workdir goes on."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Multi-process: HOST:PORT of process 0; not needed under srun or on TPU slices."
 )
@@ -90,7 +93,10 @@ def main(argv: list[str]) -> None:
         which = {"checkpoint": _CHECKPOINT.value} if _MODE.value in _READ_A_CHECKPOINT else {}
         if _OTHER_DATA.value and _MODE.value != "train":
             raise ValueError(f"--allow_other_data has no part in --mode={_MODE.value}")
-        which |= {"base": base, "allow_other_data": _OTHER_DATA.value} if _MODE.value == "train" else {}
+        if _FORK.value and (_MODE.value != "train" or _WORKDIR.value is None):
+            raise ValueError(f"--fork={_FORK.value} needs --mode=train and --workdir, the directory of the new run")
+        of_train = {"base": base, "allow_other_data": _OTHER_DATA.value, "forked": _FORK.value}
+        which |= of_train if _MODE.value == "train" else {}
         for name, value in (("input", _INPUT.value), ("output", _OUTPUT.value)):
             if value is not None and _MODE.value not in _CODE:
                 raise ValueError(f"--{name}={value} has no part in --mode={_MODE.value}")
@@ -142,14 +148,16 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _of_run(argv: list[str]) -> list[str]:
-    """--config with the config of the run in --workdir, where that is given alone; [] otherwise."""
+    """--config with the config of the run in --fork or in --workdir, where no other is given; [] otherwise."""
     if any(argument.lstrip("-").partition("=")[0] == "config" for argument in argv[1:]):
         return []
     given = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "", flag_values=given)
+    for name in ("workdir", "fork"):
+        flags.DEFINE_string(name, "", "", flag_values=given)
     with contextlib.suppress(flags.Error):  # the whole command line is parsed afterwards
         given(argv, known_only=True)
-    directory = given["workdir"].value and Path(given["workdir"].value).expanduser()
+    run = given["fork"].value.partition("@")[0] or given["workdir"].value
+    directory = run and Path(run).expanduser()
     return [f"--config={_OF_RUN}:{directory}"] if directory and (directory / "config.json").exists() else []
 
 

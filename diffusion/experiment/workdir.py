@@ -40,7 +40,7 @@ WRITTEN = (
     *("samples", "samples*.png", "samples.npz", "progressive.png"),
     *("quality.json", "unfinished_quality"),
     *("evaluations", "unfinished_eval", "eval.json", "bpd.npz", "bpd.png", "rate_distortion.png"),
-    *(BASE, "report.html"),
+    *(BASE, "fork.json", "report.html"),
 )
 
 

@@ -6,6 +6,7 @@ What a run needs to go on is its config.json and its latest checkpoint: the same
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from diffusion.evaluation import images
 from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import build, memory, workdir
 from diffusion.experiment.build import Experiment
-from diffusion.programs import evaluate, sample
+from diffusion.programs import evaluate, fork, sample
 from diffusion.programs.quality import Scorer
 from diffusion.reporting import page, pictures, plots, summary
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
@@ -32,13 +33,16 @@ from diffusion.training import loop, parallel
 from diffusion.training.step import TrainState
 
 
-def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: bool = False) -> None:
+def run(
+    config: ConfigDict, directory: Path, base: str = "", allow_other_data: bool = False, forked: str = ""
+) -> None:
     """Trains to config.train.num_steps, resuming if `directory` holds a part of this run; then samples and scores.
 
     A run that is finished goes on if num_steps is larger now: see `config.differing` for what may change.
 
     Args:
         base: the config file that the config came from, which base.json then keeps.
+        forked: the run and the checkpoint that a new run goes on from: see `fork`.
         allow_other_data: resume even where the data set is not the one that the run was trained on.
 
     Raises:
@@ -57,6 +61,7 @@ def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: b
     splits = build.load_splits(config)
     if not allow_other_data:
         processes.on_first(lambda: check_data(config, directory, splits.sha256()))
+    origin = processes.on_first(lambda: fork.read(experiment, forked, directory)) if forked else None
     sampler = sample.make_sampler(experiment)
 
     with (
@@ -66,6 +71,8 @@ def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: b
     ):
         if base:
             workdir.save_base(directory, base)
+        if origin:  # on process 0
+            fork.write(origin, directory, splits.sha256())
 
         def between_batches() -> None:
             stopwatch.tick()
@@ -83,12 +90,7 @@ def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: b
         with memory.shortage_explained(experiment, "eval.batch_size"):
             model = experiment.model(state.ema_params, config.eval.variance)
             scores = evaluate.score(experiment, directory, model, trained, splits, between_batches)
-        scores |= {
-            "params_sha256": tree_sha256(state.params),
-            "seconds": stopwatch.seconds(),
-            "device": summary.device_name(),
-            "versions": summary.versions(),
-        }
+        scores |= {"params_sha256": tree_sha256(state.params)} | _about(directory, stopwatch)
         summary.write_json(directory / workdir.SUMMARY, scores)
     if processes.is_first():
         page.refresh(directory)
@@ -96,6 +98,17 @@ def run(config: ConfigDict, directory: Path, base: str = "", allow_other_data: b
         labels = f" given the labels, {of_both:.4f} with them" if (of_both := scores.get("test_with_label_bpd")) else ""
         bpd = f"{scores['test_bpd']:.4f} bits/dim{labels}"
         print(f"test {bpd}; see {directory / workdir.SUMMARY} and {page.NAME} beside it")
+
+
+def _about(directory: Path, stopwatch: Stopwatch) -> dict[str, Any]:
+    """What summary.json says of a run besides its scores."""
+    origin = fork.origin_of(directory)
+    return {
+        "seconds": stopwatch.seconds(),
+        "device": summary.device_name(),
+        "versions": summary.versions(),
+        **({"forked_from": origin} if origin else {}),
+    }
 
 
 def prepare(config: ConfigDict, directory: Path) -> Experiment:

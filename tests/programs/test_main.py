@@ -132,7 +132,7 @@ def many(x):
         x = jnp.sin(x @ x) + i
     return x.sum()
 
-def run(config, directory, base, allow_other_data):
+def run(config, directory, base, allow_other_data, forked):
     x = jnp.ones((600, 600))
     with Preemption():
         threading.Thread(target=lambda: jax.jit(jax.grad(many)).lower(x).compile(), daemon=True).start()

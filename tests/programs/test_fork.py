@@ -1,0 +1,119 @@
+"""--fork: a new run goes on from a checkpoint of another, and takes the steps that the old one would have taken."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import toy
+
+from diffusion import data
+from diffusion.experiment import build, workdir
+from diffusion.programs import evaluate, fork, sample, train
+from diffusion.reporting.metrics_log import read_metrics
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.digests import tree_sha256
+
+
+@pytest.fixture(autouse=True)
+def toy_data(monkeypatch, steps_compiled_once):
+    monkeypatch.setattr(data, "load", toy.load)
+    monkeypatch.setattr(data, "describe", toy.describe)
+
+
+@pytest.fixture
+def unscored(monkeypatch):
+    """What comes after training is left out."""
+    monkeypatch.setattr(sample, "save", lambda *args: None)
+    monkeypatch.setattr(evaluate, "score", lambda *args: {"protocol": {}, "test_bpd": 1.0})
+
+
+def run(directory, forked="", **keys):
+    small = {"train__num_steps": 12, "train__checkpoint_every": 4, "train__log_every": 2, "optim__decay": "constant"}
+    train.run(toy.config(**small | keys), directory, forked=str(forked))
+    return json.loads((directory / "summary.json").read_text())
+
+
+def state_of(directory, step, **keys):
+    experiment = toy.experiment(**keys)
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        return checkpoints.restore(step, experiment.abstract_state())
+
+
+def rows_of(directory):
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(directory)]
+
+
+@pytest.fixture
+def source(tmp_path, unscored):
+    run(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize(("ending", "step"), [("@8", 8), ("@4", 4)])
+def test_with_the_same_keys_it_takes_the_same_steps_bit_by_bit(ending, step, source, tmp_path):
+    summary = run(tmp_path / "new", f"{source}{ending}")
+    assert tree_sha256(state_of(tmp_path / "new", 12)) == tree_sha256(state_of(source, 12))
+    assert rows_of(tmp_path / "new") == rows_of(source)
+    assert summary["forked_from"] == {
+        "directory": str(source.resolve()), "step": step, "ema_sha256": tree_sha256(state_of(source, step).ema_params)
+    }  # fmt: skip
+    assert summary["params_sha256"] == json.loads((source / "summary.json").read_text())["params_sha256"]
+
+
+def test_other_keys_change_what_comes_after_the_fork_alone(source, tmp_path):
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    run(tmp_path / "new", f"{source}@8", optim__learning_rate=0.5, train__num_steps=14)
+    assert [row["step"] for row in rows_of(tmp_path / "new")] == [2, 4, 6, 8, 10, 12, 14]
+    assert rows_of(tmp_path / "new")[:4] == rows_of(source)[:4] != rows_of(tmp_path / "new")[2:6]
+    assert tree_sha256(state_of(tmp_path / "new", 8)) == tree_sha256(state_of(source, 8))
+    old, new = state_of(source, 12), state_of(tmp_path / "new", 12)
+    assert tree_sha256(old.params) != tree_sha256(new.params)
+    assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    assert workdir.read_config(tmp_path / "new").optim.learning_rate == 0.5
+
+
+def test_the_same_command_again_resumes_the_fork(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        toy.interrupt(patched, (10,), lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(tmp_path / "new", f"{source}@4")
+    run(tmp_path / "new", f"{source}@4")
+    assert tree_sha256(state_of(tmp_path / "new", 12)) == tree_sha256(state_of(source, 12))
+    shutil.rmtree(source)
+    run(tmp_path / "new", f"{source}@4")  # finished: it says so
+    with pytest.raises(ValueError, match=r"new holds a run that comes from .*source@4; take another --workdir"):
+        fork.read(toy.experiment(), f"{source}@8", tmp_path / "new")
+    with pytest.raises(ValueError, match=r"new holds a run that comes from .*source@4; take another --workdir"):
+        fork.read(toy.experiment(), str(tmp_path / "other"), tmp_path / "new")
+
+
+def test_a_fork_that_was_killed_before_its_checkpoint_is_made_again(source, tmp_path):
+    made = fork.read(toy.experiment(), str(source), tmp_path / "new")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / fork.NAME).write_text(json.dumps(made.origin))
+    again = fork.read(toy.experiment(), str(source), tmp_path / "new")
+    assert tree_sha256(again.state) == tree_sha256(state_of(source, 12)) and again.origin["step"] == 12
+
+
+@pytest.mark.parametrize(
+    ("ending", "keys", "words"),
+    [
+        ("@bets", {}, "after the @ comes latest, best or the step"),
+        ("@5", {}, "no checkpoint of step 5"),
+        ("/none", {}, "holds no run"),
+        ("", {"schedule__name": "learned(start='cosine')"}, "is not in the checkpoint|has no place in"),
+        ("", {"model__variance": "fixed_small", "objective__name": "simple"}, "the config wants"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(ending, keys, words, source, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        run(tmp_path / "new", f"{source}{ending}", **keys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_is_not_overwritten_by_a_fork(source, tmp_path):
+    run(tmp_path / "mine")
+    config = build.experiment(workdir.read_config(tmp_path / "mine"), toy.SHAPE, toy.LEVELS)
+    with pytest.raises(ValueError, match="mine holds a run that is no fork; take another --workdir"):
+        fork.read(config, str(source), tmp_path / "mine")
+    assert np.isfinite(state_of(tmp_path / "mine", 12).step)
