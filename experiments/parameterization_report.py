@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from experiments import tables
+from experiments import intervals, tables
 
 SYMBOLS = {"eps": "ε", "x0": r"$x_0$", "v": "v", "mean": r"$\tilde\mu$"}
 OBJECTIVES = {"vlb": "L, the bound", "simple": r"$L_{simple}$"}
@@ -33,9 +33,9 @@ def markdown(
             f"What each range of t contributes, for the errors of one network ({title}; unclipped, σ_t² = β̃_t; "
             f"its terms are the weight times the error to {deviation:.1e}):\n",
             _contributions(parts),
-            f"Trained for {steps} steps and scored on {images} test images: ± one standard error over images; x̂_0 "
-            "clipped except where the mean is predicted; bits/dim less v's with its 95% interval, paired by image. "
-            "Output 0: the bound, unclipped, of a network that outputs 0.\n",
+            f"Trained for {steps} steps and scored on {images} test images, x̂_0 clipped except where the mean is "
+            f"predicted. {intervals.caption(row['seeds'] for row in trained)}; less v's is paired by seed. Output 0: "
+            "the bound, unclipped, of a network that outputs 0, cosine schedule.\n",
             _trained(trained, of_zero),
         ]
     )
@@ -69,16 +69,17 @@ def _trained(trained: list[dict[str, Any]], of_zero: dict[str, float]) -> str:
     """A row per prediction and loss: the results of training."""
     rows = []
     for row in trained:
-        difference = "–"
-        if row["less_v_bpd"] and row["prediction"] != "v":
-            difference = "{:+.3f} ({:+.3f} … {:+.3f})".format(*row["less_v_bpd"])
-        bpd = f"{row['test_bpd']:.3f} ± {row['test_bpd_stderr']:.3f}"
-        by_seed = ", ".join(f"{value:.3f}" for value in row["test_bpd_by_seed"])
+        by_seed = row["test_bpd_by_seed"]
+        bpd = intervals.text(intervals.of_mean(by_seed), 3)
+        less = row["less_v_by_seed"] if row["prediction"] != "v" else []
+        difference = intervals.text(intervals.of_mean(less), 3, signed=True) if less else "–"
         objective = "L" if row["objective"] == "vlb" else "L_simple"
-        zero = f"{of_zero[row['prediction']]:,.1f}"
+        zero = f"{of_zero[row['prediction']]:,.1f}" if row["schedule"] == "cosine" else "–"
         parts_bpd = [f"{row[key]:.3f}" for key in ("decoder_bpd", "kl_bpd")]
-        rows.append([row["prediction"], objective, zero, bpd, by_seed, *parts_bpd, difference])
-    return tables.markdown(["prediction", "loss", "output 0", "bits/dim", "by seed", "L_0", "KL", "less v"], rows)
+        names = [row["schedule"], row["prediction"], objective, zero]
+        rows.append([*names, bpd, ", ".join(f"{value:.3f}" for value in by_seed), *parts_bpd, difference])
+    head = ["schedule", "prediction", "loss", "output 0", "bits/dim", "by seed", "L_0", "KL", "less v"]
+    return tables.markdown(head, rows)
 
 
 def plot_weights(path: Path, weights: dict[str, dict[str, Float[np.ndarray, " t"]]]) -> None:

@@ -11,7 +11,8 @@ run, resumed and skipped as in `sweep` (training.png). The numbers are in parame
 parameterizations.md.
 
 Cost     8 runs of 163,905 parameters, 400 steps of 32 images: 80 seconds of CPU time each, most of it compilation.
-         --seed=0,1 repeats them; --set train.num_steps=2000 eval.num_images=0 trains longer and scores every image.
+         --seed=0,1,2 repeats them; --schedule=linear --prediction=eps,v adds some with another schedule to the same
+         working directory; --set train.num_steps=2000 eval.num_images=0 trains longer and scores every image.
 """
 
 import functools
@@ -52,6 +53,7 @@ SMALL = {
     "eval.num_images": "100",
     "sample.num_images": "16",
 }
+NAMES = ("schedule", "objective", "prediction")  # of a row of trainings
 NETWORK_IMAGES = 256
 MARKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)  # t whose weights are written out
 
@@ -59,10 +61,13 @@ MARKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)  # t whose weights are wri
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line."""
     parser = sweep.argument_parser(__doc__)
+    parser.add_argument("--schedule", default="cosine", metavar="A,B,...", help="values of schedule.name")
+    parser.add_argument("--prediction", default=",".join(SYMBOLS), metavar="A,B,...", help="values of model.prediction")
     parser.add_argument("--network", type=Path, help="the run whose errors per t are shown")
     parser.add_argument("--checkpoint", default="latest", help="of --network: latest, best or a step")
     arguments = parser.parse_args(argv)
-    axes = AXES | {"seed": sweep.seeds(arguments, ["0"])}
+    axes = AXES | {axis: sweep.split_values(getattr(arguments, axis)) for axis in ("schedule", "prediction")}
+    axes |= {"seed": sweep.seeds(arguments, ["0"])}
     cells = sweep.grid(BASE, axes, SMALL | sweep.overrides(arguments.set))
     code = sweep.execute(arguments, cells, lambda run: None)
     if not arguments.list and arguments.index is None:
@@ -104,7 +109,7 @@ def write(directory: Path, network: Path, checkpoint: str = "latest") -> None:
     (directory / "parameterizations.md").write_text(text)
     plot_weights(directory / "weights.png", weights)
     plot_shares(directory / "shares.png", errors.title, parts)
-    plot_training(directory / "training.png", trained)
+    plot_training(directory / "training.png", [row for row in trained if row["schedule"] == trained[0]["schedule"]])
     print(text)
 
 
@@ -237,34 +242,34 @@ def output_of_zero() -> dict[str, float]:
 
 
 def training(runs: list[results.FinishedRun]) -> list[dict[str, Any]]:
-    """A row per prediction and objective: bits/dim over seeds and its parts, and what v needs less, paired by image."""
-    by_pair = {(row.setting["prediction"], row.setting["objective"]): row for row in results.rows(runs)[0]}
+    """A row per schedule, prediction and objective: bits/dim by seed and its parts, and less v's of the same seed."""
+    by_names = {tuple(row.setting[axis] for axis in NAMES): row for row in results.rows(runs)[0]}
     table = []
-    for (prediction, objective), row in by_pair.items():
-        v = by_pair.get(("v", objective))
-        less_v_bpd = None
-        if v and len(v.runs) == len(row.runs):
-            differences = [a.image_bpd - b.image_bpd for a, b in zip(row.runs, v.runs, strict=True)]
-            less = intervals.of_mean(np.mean(differences, axis=0))
-            less_v_bpd = less.mean, less.low, less.high
+    for (schedule, objective, prediction), row in by_names.items():
+        v = by_names.get((schedule, objective, "v"))
         table.append(
             {
+                "schedule": schedule,
                 "prediction": prediction,
                 "objective": objective,
                 "seeds": len(row.runs),
                 "test_bpd": row.mean("test_bpd"),
                 "test_bpd_stderr": row.stderr_bpd,
-                "test_bpd_by_seed": [run.summary["test_bpd"] for run in row.runs],
+                "test_bpd_by_seed": list(row.bpd.values()),
                 "decoder_bpd": row.mean("test_decoder_bpd"),
                 "kl_bpd": row.mean("test_kl_bpd"),
-                "less_v_bpd": less_v_bpd,
+                "less_v_by_seed": list(intervals.paired(row.bpd, v.bpd).values()) if v else [],
                 "terms_bpd": np.mean([run.terms_bpd for run in row.runs], axis=0).tolist(),
                 "steps": row.runs[0].config["train.num_steps"],
                 "images": len(row.runs[0].image_bpd),
             }
         )
     order = list(SYMBOLS)
-    return sorted(table, key=lambda entry: (entry["objective"] != "vlb", order.index(entry["prediction"])))
+
+    def place(entry: dict[str, Any]) -> tuple[str, bool, int]:
+        return entry["schedule"], entry["objective"] != "vlb", order.index(entry["prediction"])
+
+    return sorted(table, key=place)
 
 
 if __name__ == "__main__":
