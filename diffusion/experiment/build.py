@@ -201,6 +201,7 @@ def plan(config: ConfigDict) -> loop.Plan:
         num_steps=settings.num_steps,
         steps_per_call=1 if runs_on_cpu() else settings.steps_per_call,
         checkpoint_every=settings.checkpoint_every,
+        validate_every=settings.validate_every,
         sample_every=settings.sample_every,
         quality_every=config.quality.every,
         check_replicas_every=settings.check_replicas_every,

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import NoReturn, SupportsFloat
 
 import jax
@@ -45,6 +45,7 @@ class Plan:
     num_steps: int
     steps_per_call: int
     checkpoint_every: int
+    validate_every: int
     sample_every: int
     quality_every: int
     check_replicas_every: int
@@ -60,8 +61,8 @@ class Plan:
         Each length is a compilation, so there are two. No call goes beyond a step after which something happens: what
         is left before it is made of single steps.
         """
-        every = [log_every, self.checkpoint_every, self.sample_every, self.quality_every, self.check_replicas_every]
-        intervals = [interval for interval in every if interval]
+        own = self.checkpoint_every, self.validate_every, self.sample_every, self.quality_every
+        intervals = [interval for interval in (log_every, *own, self.check_replicas_every) if interval]
         longest = min([self.steps_per_call, self.num_steps, *intervals])
         left = min([self.num_steps - step, *(interval - step % interval for interval in intervals)])
         return longest if longest <= left else 1
@@ -115,15 +116,16 @@ def train(
             clock.count(len(steps))
             step = steps[-1]
             logs, saves = plan.is_due(step, training.log_every), plan.is_due(step, plan.checkpoint_every)
+            validates = saves or plan.is_due(step, plan.validate_every)
             stops = preemption.is_due() and step < plan.num_steps
-            if logs or saves or stops:
+            if logs or validates or stops:
                 window = state.part(lambda state: state.window).host()
                 _check_finite(unchecked, group_names, window, plan.skip_nonfinite)
                 unchecked = []
-            if plan.check_replicas_every and step % plan.check_replicas_every == 0:
-                _check_replicas(step, differing_replicas(state))
+            _check_replicas(plan, step, state, differing_replicas)
             row = _means(window) | {"images_per_second": clock.images_per_second()} if logs else {}
-            row |= _scores(plan, step, saves, state.part(lambda state: state.ema_params), monitor, quality)
+            with clock.stopped():
+                row |= _scores(plan, step, validates, state.part(lambda state: state.ema_params), monitor, quality)
             if row:
                 log.write(step, **row)
                 progress.set_postfix(_shown(row), refresh=False)
@@ -151,6 +153,13 @@ class Clock:
 
     def count(self, steps: int) -> None:
         self._steps += steps
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is done within it takes no time."""
+        begun = time.monotonic()
+        yield
+        self._started += time.monotonic() - begun
 
     def images_per_second(self) -> float:
         return self._steps * self._batch_size / (time.monotonic() - self._started)
@@ -204,13 +213,13 @@ def _check_finite(
 def _scores(
     plan: Plan,
     step: int,
-    saves: bool,
+    validates: bool,
     ema_params: Replicated,
     monitor: Monitor,
     quality: Callable[[Replicated], dict[str, float]],
 ) -> dict[str, float]:
-    """What is measured of the EMA after a step: the loss that ranks a checkpoint, and the quality of samples."""
-    row = monitor(ema_params) if saves else {}
+    """What is measured of the EMA after a step: the validation loss, which ranks a checkpoint, and samples' quality."""
+    row = monitor(ema_params) if validates else {}
     if not math.isfinite(row.get(VAL_LOSS, 0)):
         raise FloatingPointError(f"step {step}: {VAL_LOSS} = {row[VAL_LOSS]}; {LAST_GOOD}")
     if plan.quality_every and plan.is_due(step, plan.quality_every):
@@ -218,8 +227,12 @@ def _scores(
     return row
 
 
-def _check_replicas(step: int, differing: list[str]) -> None:
-    if differing:
+def _check_replicas(
+    plan: Plan, step: int, state: Replicated, differing_replicas: Callable[[Replicated], list[str]]
+) -> None:
+    """Raises a RuntimeError if it is time to look and the devices hold different states."""
+    is_due = plan.check_replicas_every and step % plan.check_replicas_every == 0
+    if is_due and (differing := differing_replicas(state)):
         raise RuntimeError(
             f"step {step}: the devices no longer hold the same state, {differing[0]} being the first of "
             f"{len(differing)} leaves that differ: a device may be faulty; {LAST_GOOD}"

@@ -22,7 +22,7 @@ from diffusion.training import loop, parallel
 
 pytestmark = pytest.mark.usefixtures("steps_compiled_once")
 
-EVERY = ("checkpoint_every", "sample_every", "quality_every", "check_replicas_every")
+EVERY = ("checkpoint_every", "validate_every", "sample_every", "quality_every", "check_replicas_every")
 
 
 def plan(**changes):
@@ -209,6 +209,48 @@ def test_a_signal_stops_at_a_call_s_end_and_the_run_goes_on_as_if_it_had_not_com
     assert taken == [1, 4, 1, 4, 1]
     assert tree_sha256(state) == tree_sha256(straight[1])
     assert_same_rows(tmp_path / "stopped", straight[0])
+
+
+def val_losses(directory):
+    return {row["step"]: row["val_loss"] for row in read_metrics(directory) if "val_loss" in row}
+
+
+def test_validation_at_its_own_interval_changes_nothing_else_also_after_a_signal(run, straight, tmp_path, monkeypatch):
+    toy.interrupt(monkeypatch, (6,), stop)  # in the call of the steps 6 to 9
+    with pytest.raises(Preempted):
+        run(4, tmp_path, train__validate_every=5)
+    state, _ = run(4, tmp_path, train__validate_every=5)
+    assert tree_sha256(state) == tree_sha256(straight[1])
+    found, at_checkpoints = val_losses(tmp_path), val_losses(straight[0])
+    assert list(found) == [5, 10, 15, 20] and list(at_checkpoints) == [10, 20]
+    assert {step: found[step] for step in at_checkpoints} == at_checkpoints
+    assert {row["validation_images"] for row in read_metrics(tmp_path)} == {64}
+
+
+def test_a_checkpoint_is_ranked_by_the_validation_loss_of_its_own_step(run, tmp_path, monkeypatch):
+    ranked, save = {}, Checkpoints.save
+
+    def noted(checkpoints, step, state, metrics):
+        ranked[step] = metrics["val_loss"]
+        save(checkpoints, step, state, metrics)
+
+    monkeypatch.setattr(Checkpoints, "save", noted)
+    keys = {"train__num_steps": 6, "train__log_every": 4, "train__checkpoint_every": 3, "train__validate_every": 2}
+    run(1, tmp_path, **keys)
+    found = val_losses(tmp_path)
+    assert list(found) == [2, 3, 4, 6] and [row["step"] for row in read_metrics(tmp_path)] == [2, 3, 4, 6]
+    assert ranked == {step: found[step] for step in (3, 6)}
+
+
+def test_scoring_takes_no_time_from_the_speed_of_training(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    clock = loop.Clock(batch_size=8)
+    clock.count(3)
+    with clock.stopped():
+        now[0] += 100.0
+    now[0] += 2.0
+    assert clock.images_per_second() == 3 * 8 / 2.0
 
 
 def test_a_run_from_disk_is_the_run_from_the_devices_also_after_a_signal(run, straight, tmp_path, monkeypatch):
