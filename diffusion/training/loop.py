@@ -126,9 +126,7 @@ def train(
             row = _means(window) | {"images_per_second": clock.images_per_second()} if logs else {}
             with clock.stopped():
                 row |= _scores(plan, step, validates, state.part(lambda state: state.ema_params), monitor, quality)
-            if row:
-                log.write(step, **row)
-                progress.set_postfix(_shown(row), refresh=False)
+            _write(log, progress, step, row)
             if plan.is_due(step, plan.sample_every) and step < plan.num_steps:
                 draw(step, state.part(lambda state: state.ema_params))
             if saves or stops:
@@ -186,9 +184,12 @@ def _batches(
     return prefetch.prefetched((steps, place(indices)) for steps, indices in calls)
 
 
-def _shown(row: dict[str, SupportsFloat]) -> dict[str, str]:
-    """A row as the progress bar has it."""
-    return {name: f"{value:.3g}" for name, value in row.items() if name != "validation_images"}
+def _write(log: MetricsLog, progress: Progress, step: int, row: dict[str, SupportsFloat]) -> None:
+    """Logs a row, unless it is empty, and shows it beside the progress bar."""
+    if row:
+        log.write(step, **row)
+        shown = {name: f"{value:.3g}" for name, value in row.items() if name != "validation_images"}
+        progress.set_postfix(shown, refresh=False)
 
 
 def _save(checkpoints: Checkpoints, step: int, state: Replicated, row: dict[str, SupportsFloat]) -> None:
