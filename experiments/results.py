@@ -173,8 +173,11 @@ def read(directory: Path) -> tuple[list[FinishedRun], dict[str, str]]:
         if not (folder / "summary.json").exists():
             unfinished[folder.name] = last_line(folder)
             continue
-        config = _with_every_key(config_lib.flatten(workdir.read_config(folder)))
         summary = json.loads((folder / "summary.json").read_text())
+        if "test_bpd" not in summary:
+            unfinished[folder.name] = "trained, and not scored (eval.num_images=-1)"
+            continue
+        config = _with_every_key(config_lib.flatten(workdir.read_config(folder)))
         bounds = None, None
         if not config["eval.terms_per_image"]:
             with np.load(folder / "bpd.npz") as saved:

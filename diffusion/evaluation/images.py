@@ -5,18 +5,22 @@ from jaxtyping import Int
 
 from diffusion.likelihood import PROTOCOLS
 
+NONE = -1  # eval.num_images of a run that is not scored
+
 
 def num_scored(wanted: int, protocol: str, num_test: int) -> int:
     """How many of the test images are scored, and at most as many training images.
 
     Args:
-        wanted: eval.num_images; 0 for all.
+        wanted: eval.num_images; 0 for all, -1 for none.
         protocol: eval.protocol.
         num_test: how many test images there are.
 
     Raises:
         ValueError: fewer exist than are wanted, or than the protocol needs.
     """
+    if wanted == NONE:
+        return 0
     num_images = wanted or num_test
     if num_images > num_test:
         raise ValueError(f"eval.num_images={wanted} exceeds the {num_test} images of the test split")

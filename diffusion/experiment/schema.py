@@ -184,7 +184,7 @@ KEYS: dict[str, Key] = {
         1000, integer(0), "steps between checks that all devices hold equal states; 0: never", FREE
     ),
     "eval.num_images": Key(
-        0, integer(0), "of the test set, and as many of the training set; 0: all of the test set", FREE
+        0, integer(-1), "of the test set, and as many of the training set; 0: all of the test set; -1: none", FREE
     ),
     "eval.batch_size": Key(256, integer(1), "pairs of image and t at a time, over all devices", FREE),
     "eval.protocol": Key(
@@ -192,7 +192,7 @@ KEYS: dict[str, Key] = {
     ),
     "eval.variance": Key("model", FOR_A_TRAINED_MEAN, "variance that is scored; model: as trained", FREE),
     "eval.terms_per_image": Key(0, TERMS, "terms of the bound; a few give an estimate with its standard error", FREE),
-    "sample.num_images": Key(64, integer(1), "how many images are drawn", FREE),
+    "sample.num_images": Key(64, integer(0), "how many images are drawn; 0: none, also during training", FREE),
     "sample.num_previews": Key(64, integer(1), "how many of the drawn images the grid shows", FREE),
     "sample.batch_size": Key(256, integer(1), "images at a time, over all devices", FREE),
     "sample.method": Key("ancestral", METHODS, "the sampler; for few steps dpm_solver_pp or heun", FREE),

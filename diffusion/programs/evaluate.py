@@ -34,7 +34,12 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     """Scores a checkpoint of `directory`, and leaves what the run itself wrote as it is.
 
     The results go into a folder that is named by what was measured; eval.json is a copy of the last ones.
+
+    Raises:
+        ValueError: no image is to be scored, besides what `workdir.load` raises.
     """
+    if config.eval.num_images == images.NONE:
+        raise ValueError("eval.num_images=-1 scores no image; --config.eval.num_images=0 scores all of the test set")
     num_test = build.describe_data(config).num_test
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, num_test)
     loaded = workdir.load(directory, checkpoint, config)
@@ -74,6 +79,8 @@ def score(
 
     A network that also knows images without their labels is scored without them, too, on the same test images.
 
+    With eval.num_images=-1 nothing is scored.
+
     Where every term is computed, process 0 writes bpd.npz, bpd.png and rate_distortion.png, and a call that was
     interrupted continues where it stopped.
 
@@ -88,7 +95,9 @@ def score(
     Returns:
         The entries of summary.json that say what was scored, how, and how well; on process 0 alone, {} elsewhere.
     """
-    config = experiment.config
+    config, about = experiment.config, _about(state, splits)
+    if config.eval.num_images == images.NONE:
+        return about if processes.is_first() else {}
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, len(splits.test))
     # Where the whole split is scored, a protocol drops its last images.
     is_whole = config.eval.num_images == 0
@@ -99,8 +108,7 @@ def score(
     if len(splits.validation):
         numbers["validation"] = images.subset(len(splits.validation), min(num_images, len(splits.validation)))
     sources = {split: getattr(splits, split) for split in numbers}
-    data_sha256 = processes.on_first(splits.sha256)
-    kept = directory / UNFINISHED / _key(config, model, [state.sha256, data_sha256], numbers)
+    kept = directory / UNFINISHED / _key(config, model, [state.sha256, about["data_sha256"]], numbers)
     bounds = _bounds(config, model, sources, numbers, kept, stop)
     if not processes.is_first():
         return {}
@@ -112,15 +120,24 @@ def score(
         _save_curves(directory, bounds, protocol, title, splits.test.num_levels)
         _forget(kept)
     return {
-        "step": int(state.step),
-        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.ema_params)),
+        "step": about["step"],
+        "num_params": about["num_params"],
         "protocol": protocol,
         **{name: value for split in numbers for name, value in bounds[split].summary(split).items()},
-        "validation_images": len(splits.validation),
         **_by_label(bounds, splits.test, numbers["test"], config.model.conditional),
         "prior_bpd": bounds["test"].prior_bpd.mean(),
+        **about,
+    }
+
+
+def _about(state: EmaState, splits: Splits) -> dict[str, Any]:
+    """What is known of weights and data without scoring them."""
+    return {
+        "step": int(state.step),
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.ema_params)),
+        "validation_images": len(splits.validation),
         "ema_sha256": state.sha256,
-        "data_sha256": data_sha256,
+        "data_sha256": processes.on_first(splits.sha256),
     }
 
 

@@ -30,7 +30,13 @@ ARCHIVE, GRID, TRAJECTORY = "samples.npz", "samples.png", "progressive.png"
 
 
 def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
-    """Draws from a checkpoint of `directory`, or goes on where an earlier call was stopped."""
+    """Draws from a checkpoint of `directory`, or goes on where an earlier call was stopped.
+
+    Raises:
+        ValueError: no image is to be drawn, besides what `workdir.load` raises.
+    """
+    if not config.sample.num_images:
+        raise ValueError("sample.num_images=0 draws no image; --config.sample.num_images=64 draws 64")
     loaded = workdir.load(directory, checkpoint, config)
     model = loaded.model_with(config.sample.variance)
     with Preemption() as preemption, memory.shortage_explained(loaded.experiment, "sample.batch_size"):

@@ -83,8 +83,9 @@ def run(
         trained = workdir.ema_of(state)
         plots.plot_loss(read_metrics(directory), directory / "loss.png")
         model = experiment.model(state.ema_params, config.sample.variance)
-        with memory.shortage_explained(experiment, "sample.batch_size"):
-            sample.save(experiment, directory, model, trained, between_batches, sampler)
+        if config.sample.num_images:
+            with memory.shortage_explained(experiment, "sample.batch_size"):
+                sample.save(experiment, directory, model, trained, between_batches, sampler)
         if experiment.learns_schedule:
             _plot_schedule(experiment, directory, state)
         with memory.shortage_explained(experiment, "eval.batch_size"):
@@ -94,10 +95,16 @@ def run(
         summary.write_json(directory / workdir.SUMMARY, scores)
     if processes.is_first():
         page.refresh(directory)
-        print("protocol: " + ", ".join(f"{name} {value}" for name, value in scores["protocol"].items()))
-        labels = f" given the labels, {of_both:.4f} with them" if (of_both := scores.get("test_with_label_bpd")) else ""
-        bpd = f"{scores['test_bpd']:.4f} bits/dim{labels}"
-        print(f"test {bpd}; see {directory / workdir.SUMMARY} and {page.NAME} beside it")
+        print(f"{_last_words(scores)}; see {directory / workdir.SUMMARY} and {page.NAME} beside it")
+
+
+def _last_words(scores: dict[str, Any]) -> str:
+    """The protocol and the bits/dim, if the run was scored."""
+    if "test_bpd" not in scores:
+        return f"trained to step {scores['step']:,} and not scored (eval.num_images=-1)"
+    protocol = ", ".join(f"{name} {value}" for name, value in scores["protocol"].items())
+    labels = f" given the labels, {of_both:.4f} with them" if (of_both := scores.get("test_with_label_bpd")) else ""
+    return f"protocol: {protocol}\ntest {scores['test_bpd']:.4f} bits/dim{labels}"
 
 
 def _about(directory: Path, stopwatch: Stopwatch) -> dict[str, Any]:
@@ -198,7 +205,7 @@ def check_data(config: ConfigDict, directory: Path, now: dict[str, str]) -> None
 def _shower(
     experiment: Experiment, directory: Path, sampler: Sampler, log: MetricsLog
 ) -> Callable[[int, Replicated], None]:
-    """Shows samples of EMA parameters as samples_STEP.png and in TensorBoard."""
+    """Shows samples of EMA parameters as samples_STEP.png and in TensorBoard, if any are wanted."""
     num_previews = min(experiment.config.sample.num_previews, experiment.config.sample.num_images)
 
     def drawn(ema_params: Replicated) -> UInt8[np.ndarray, "grid_h grid_w c"]:
@@ -208,9 +215,10 @@ def _shower(
             return sample.grid(experiment, sampler.images(model, num_previews))
 
     def show(step: int, ema_params: Replicated) -> None:
-        grid = drawn(ema_params)
-        pictures.save_png(directory / f"samples_{step}.png", grid)
-        log.images(step, "samples", grid)
+        if num_previews:
+            grid = drawn(ema_params)
+            pictures.save_png(directory / f"samples_{step}.png", grid)
+            log.images(step, "samples", grid)
         if processes.is_first():
             plots.plot_loss(read_metrics(directory), directory / "loss.png")
             page.refresh(directory)

@@ -14,6 +14,7 @@ from diffusion.evaluation import images
         (0, "ho2020", 10_000, 9_984),  # as the original code: the remainder of 256 is dropped
         (1000, "ho2020", 10_000, 768),
         (256, "ho2020", 299, 256),
+        (-1, "ho2020", 299, 0),
     ],
 )
 def test_how_many_images_a_protocol_scores(wanted, protocol, num_test, scored):

@@ -251,12 +251,17 @@ def test_report_is_rebuilt_from_the_folders(finished, tmp_path, capsys):
     cut.mkdir()
     (cut / "config.json").write_text("{}")
     (cut / "log.txt").write_text("$ python main.py\nerror: out of luck\n\n")
+    unscored = tmp_path / "eps-unscored"
+    unscored.mkdir()
+    (unscored / "config.json").write_text("{}")
+    (unscored / "summary.json").write_text('{"step": 3}')
     assert variance.main([f"--workdir={tmp_path}", "--report"]) == 0
     text = (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out
     best, worst = (finished[name].mean() for name in ("fixed_small", "fixed_large"))
     assert text.index(f"| {best:.4f} ±") < text.index(f"| {worst:.4f} ±")
     assert "eps-cut is not finished: error: out of luck" in text
+    assert "eps-unscored is not finished: trained, and not scored (eval.num_images=-1)" in text
     with (tmp_path / "table.csv").open() as file:
         lines = list(csv.DictReader(file))
     np.testing.assert_allclose([float(line["test_bpd"]) for line in lines], [best, worst])
@@ -264,7 +269,7 @@ def test_report_is_rebuilt_from_the_folders(finished, tmp_path, capsys):
         assert np.asarray(Image.open(tmp_path / name)).min() < 100
     page = (tmp_path / "report.html").read_text()
     assert all(f'<data value="{line["test_bpd"]}"' in page for line in lines)
-    assert "eps-cut" in page and "4 of 5 runs are finished" in page
+    assert "eps-cut" in page and "5 of 6 runs are finished" in page
 
 
 def write_quality(directory, name, distance, **changes):

@@ -139,6 +139,32 @@ def leg(tmp_path, monkeypatch, layer):
     return run
 
 
+def test_a_run_that_only_trains_is_finished_and_is_sampled_and_scored_later(leg, tmp_path, capsys):
+    changes = {"train__num_steps": 3, "train__sample_every": 2, "train__validate_every": 1}
+    summary, config = leg("run", **changes, eval__num_images=-1, sample__num_images=0)
+    run = tmp_path / "run"
+    whole, _ = leg("whole", **changes)
+    of_scores = {name for name in whole if "bpd" in name or name.endswith(("_distortion_rmse", "_stderr"))}
+    of_scores |= {"protocol", "test_images", "train_images"}
+    assert summary.keys() == whole.keys() - of_scores
+    assert all(summary[name] == whole[name] for name in summary.keys() - {"seconds"})
+    assert {"step", "num_params", "versions", "device", "params_sha256", "ema_sha256"} <= summary.keys()
+    assert not [*run.glob("samples*"), *run.glob("bpd*"), *run.glob("progressive*")] and (run / "loss.png").exists()
+    assert "trained to step 3 and not scored (eval.num_images=-1); see" in capsys.readouterr().out
+    page = (run / "report.html").read_text()
+    assert "finished at step 3" in page and "the run was not scored" in page
+    assert "the run was not scored" not in (tmp_path / "whole" / "report.html").read_text()
+    train.run(config, run)
+    assert "holds this run, finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="eval.num_images=-1 scores no image; --config.eval.num_images=0 scores"):
+        evaluate.run(config, run)
+    with pytest.raises(ValueError, match="sample.num_images=0 draws no image"):
+        sample.run(config, run)
+    config.eval.num_images = 2
+    evaluate.run(config, run)
+    assert json.loads((run / "eval.json").read_text())["test_bpd"] == whole["test_bpd"]
+
+
 def test_a_run_that_goes_on_with_other_means_is_the_run_that_had_them_all_along(leg, tmp_path):
     at_once, _ = leg("at_once", train__num_steps=8, train__log_every=1)
     first, _ = leg("legs", train__num_steps=5, train__log_every=2)

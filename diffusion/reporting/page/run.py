@@ -27,6 +27,7 @@ MISSING = {  # file: what it would show, and what makes it
     SAMPLES: "samples and their denoising trajectory: the end of the run, or --mode=sample",
     QUALITY: "Fréchet distance and other metrics of samples: --mode=quality",
 }
+NOT_SCORED = "bits/dim: the run was not scored: --mode=eval --config.eval.num_images=0."
 # With all its pictures a page stays below 12 MB: in base64 they are 4/3 as large, and the rest is text.
 MAX_BYTES, MAX_TRAJECTORY_BYTES, MAX_PLOT_BYTES, MAX_SMALL_BYTES = 2**21, 2**20, 2**19, 2**18
 MAX_EARLIER = 8  # pictures of samples during training
@@ -40,6 +41,8 @@ def page(contents: Contents) -> str:
     if numbers.is_of_other_weights(quality, scores):
         contents.problems.append(f"{QUALITY} is of other weights than the bits/dim")
     missing = [parts.element("p", f"{name}: {words}.") for name, words in MISSING.items() if not contents.has(name)]
+    if summary and "test_bpd" not in summary:
+        missing.append(parts.element("p", NOT_SCORED))
     plots = [parts.figure(contents, name, words, words, MAX_PLOT_BYTES, is_plot=True) for name, words in PLOTS.items()]
     sections = [
         ("samples", "Samples", _samples(contents, config)),
