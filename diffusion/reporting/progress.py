@@ -1,9 +1,14 @@
 """How much of a long job is done, and how long the rest will take."""
 
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 from tqdm import tqdm
+
+QUICK_SECONDS = 1.0  # what is compiled within it, or found in a cache, needs no line
 
 
 class Progress(tqdm):
@@ -23,5 +28,38 @@ class Progress(tqdm):
             "maxinterval": 10.0,
             "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n",
         }
-        style = terminal if sys.stderr.isatty() else log_file
+        self._on_terminal, self._compiled = sys.stderr.isatty(), set()
+        style = terminal if self._on_terminal else log_file
         super().__init__(total=total, initial=initial, desc=desc, unit=unit, disable=jax.process_index() > 0, **style)
+
+    @contextmanager
+    def compiling(self, program: int = 0) -> Iterator[None]:
+        """Around a call that compiles `program` when it is made first: the bar says so meanwhile.
+
+        What it takes does not count in the speed, nor in the time left. Later calls of the same program pass through.
+        """
+        if program in self._compiled or self.disable:
+            yield
+            return
+        self._compiled.add(program)
+        begun, done = self._time(), threading.Event()
+        thread = threading.Thread(target=self._tell, args=(begun, done), daemon=True)
+        if self._on_terminal:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if self._on_terminal:
+                thread.join()
+        seconds = self._time() - begun
+        self.start_t += seconds
+        self.last_print_t += seconds
+        if seconds >= QUICK_SECONDS and not self._on_terminal:
+            print(f"{self.desc.rstrip(': ')}: compiling took {seconds:.0f} s", file=sys.stderr)
+
+    def _tell(self, begun: float, done: threading.Event) -> None:
+        """Shows the seconds of compiling in the place of the bar, until it is done."""
+        words = self.desc.rstrip(": ")
+        while not done.wait(QUICK_SECONDS):
+            self.display(f"{words}: compiling, {self._time() - begun:.0f} s")

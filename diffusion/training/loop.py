@@ -108,7 +108,8 @@ def train(
         for steps, batch in batches:
             # What is timed is this call's start and the end of the one before, so their lengths tell what is usual.
             with watchdogs[len(steps), len(unchecked[-1][0]) if unchecked else 0].step():
-                state, metrics = train_steps(state, batch)
+                with progress.compiling(len(steps)):
+                    state, metrics = train_steps(state, batch)
                 if unchecked:  # wait for the call before: one call is in flight, and the progress shown is made
                     unchecked[-1][1].wait()
             unchecked.append((steps, metrics))
