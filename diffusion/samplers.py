@@ -18,6 +18,8 @@ from diffusion.gaussian import Gaussian
 from diffusion.reverse import Denoise, Denoised, Reverse
 from diffusion.schedules import Schedule
 
+AfterStep = Callable[[Schedule, Float[Array, "b h w c"], Key[Array, " b"]], Float[Array, "b h w c"]]
+
 
 class PastStep(NamedTuple):
     """x̂_0 as an earlier step saw it."""
@@ -67,6 +69,8 @@ def sample(
     shape: tuple[int, int, int],
     clip_x0: bool = True,
     num_frames: int = 1,
+    x_T: Float[Array, "b h w c"] | None = None,
+    after_step: AfterStep | None = None,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "frames b h w c"]]:
     """Draws x_T ~ N(0, I) and takes `step` for t = T…1. Ho et al. (2020), algorithm 2, if the step is `ancestral()`.
 
@@ -79,6 +83,9 @@ def sample(
         shape: an image's (H, W, C).
         clip_x0: clip x̂_0 to [-1, 1].
         num_frames: how many x̂_0 of the denoising trajectory to return.
+        x_T: where to start; None: drawn from N(0, I) with `keys`.
+        after_step: (row of t − 1, x_{t−1} [B, H, W, C], keys of this step [B]) -> x_{t−1}: called after every step, to
+            change what it made. After the last one the row is that of t = 0, and x_0 is what it returns.
 
     Returns:
         The samples, which are the mean of the last step: it adds no noise. And the denoising trajectory: x̂_0 from
@@ -107,11 +114,16 @@ def sample(
         p_prev, x0_hat = predict(row, x_t)
         drawn_from = step(StepState(row, next_row, x_t, p_prev, x0_hat, history, predict_x0))
         x_prev = jnp.where(row.t > 1, drawn_from.sample(noise(row.t - 1)), drawn_from.mean)
+        if after_step is not None:
+            x_prev = after_step(next_row, x_prev, jax.vmap(jax.random.fold_in, (0, None))(hook_keys, row.t))
         # A frame is overwritten until its last step, so the steps that are left out need no memory.
         frames = frames.at[(num_steps - row.t) * num_frames // num_steps].set(x0_hat)
         return (x_prev, (PastStep(x0_hat, row.log_snr), history[0]), frames), None
 
-    x_T = noise(0)  # a number that no step takes: the same start for any number of steps
+    # Other random bits than those of the steps' noise, and of x_T.
+    hook_keys = jax.vmap(lambda key: jax.random.fold_in(key, num_steps))(keys)
+    if x_T is None:
+        x_T = noise(0)  # a number that no step takes: the same start for any number of steps
     nothing = PastStep(jnp.zeros_like(x_T), jnp.float32(-jnp.inf))
     start = (x_T, (nothing, nothing), jnp.zeros((num_frames, *x_T.shape)))
     (x0, _, frames), _ = jax.lax.scan(body, start, (schedule[1:], schedule[:-1]), reverse=True)

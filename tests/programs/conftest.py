@@ -1,5 +1,6 @@
 """A run that was never trained, so that what the programs read from it is known: only the EMA can be used."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from diffusion.model import Model
 from diffusion.networks import NETWORKS
 from diffusion.runtime.checkpoint import Checkpoints
 
+ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 3  # T
 
 
@@ -45,6 +47,17 @@ def config(**changes) -> ConfigDict:
         "train__monitor_images": 2,
     }  # fmt: skip
     return toy.config(**small | changes)
+
+
+@pytest.fixture
+def untrained_demo(tiny, tiny_data_dir, tmp_path):
+    """A directory in which runs/digits is a U-Net before its first step, for the demo's; and an environment."""
+    config, demo = tiny(model__network="unet"), tmp_path / "runs" / "digits"
+    workdir.claim(config, demo)
+    start = jax.device_get(build.experiment(config, (8, 8, 1), 17).initial_state())
+    with Checkpoints(demo / "checkpoints") as checkpoints:
+        checkpoints.save(0, start, {"val_loss": 1.0})
+    return tmp_path, os.environ | {"PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(tiny_data_dir)}
 
 
 @pytest.fixture

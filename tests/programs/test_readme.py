@@ -1,31 +1,19 @@
 """README.md: its quickstart runs as it stands, its links lead somewhere, and it stays short."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
-
-from diffusion.experiment import build, workdir
-from diffusion.runtime.checkpoint import Checkpoints
-
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_quickstart_runs_after_the_demo(tiny, tiny_data_dir, tmp_path):
-    """A U-Net as it is before the first step stands for the demo's."""
-    config, demo = tiny(model__network="unet"), tmp_path / "runs" / "digits"
-    workdir.claim(config, demo)
-    start = jax.device_get(build.experiment(config, (8, 8, 1), 17).initial_state())
-    with Checkpoints(demo / "checkpoints") as checkpoints:
-        checkpoints.save(0, start, {"val_loss": 1.0})
+def test_the_quickstart_runs_after_the_demo(untrained_demo):
+    directory, environment = untrained_demo
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(tiny_data_dir)}
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     numbers = [float(number) for number in re.findall(r"\d+\.?\d*", result.stdout)]
     digit, bits_per_dim = numbers[:64], numbers[64:]
