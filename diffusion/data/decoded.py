@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import os
 import shutil
@@ -17,6 +16,7 @@ from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from diffusion.data import records
 from diffusion.data import tfds as prepared
 from diffusion.data.folder.decoding import MODES, Target, to_pixels
 from diffusion.runtime import files
@@ -116,11 +116,39 @@ class _Split:
         return prepared.num_classes(self.builder) > 0
 
     def load(self) -> Decoded:
-        """From the files beside the set, which are made if need be."""
-        stored, _ = prepared.records(self.name, self.builder, self.split)
-        of_split = f"{self.split}{self.resizing}-{_fingerprint(self.builder, stored)}.npy"
-        pixels, classes = (Path(self.builder.data_dir) / f"{what}-{of_split}" for what in ("decoded", "classes"))
-        return self._kept(pixels, classes) or self._made(pixels, classes)
+        """From the files beside the set, which are made if need be.
+
+        Their names have the sizes and times of the record files. If only the times changed, as in a copy of the set,
+        the content of the record files decides whether they fit.
+        """
+        paths = self._paths(records.fingerprint(self.builder, self._stored))
+        return self._kept(*paths) or self._renamed(*paths) or self._made(*paths)
+
+    @property
+    def _stored(self) -> str:
+        return prepared.records(self.name, self.builder, self.split)[0]
+
+    def _paths(self, fingerprint: str) -> list[Path]:
+        """The files of the pictures and of the classes."""
+        file_name = f"{self.split}{self.resizing}-{fingerprint}.npy"
+        return [Path(self.builder.data_dir) / f"{what}-{file_name}" for what in ("decoded", "classes")]
+
+    def _renamed(self, pixels_path: Path, classes_path: Path) -> Decoded | None:
+        """What was decoded from records of this content at another time, under today's names from now on; or None."""
+        sizes, sha256 = records.sizes(self.builder, self._stored), None
+        for fingerprint in records.known_fingerprints(self._paths("*")[0]):
+            pixels, classes = self._paths(fingerprint)
+            known = records.read_about(pixels)
+            if known.get("sizes") != sizes or self._kept(pixels, classes) is None:
+                continue
+            sha256 = sha256 or records.content_sha256(self.name, self.builder, self._stored)
+            if known.get("sha256") == sha256:
+                about = records.about(pixels), records.about(pixels_path)
+                for old, new in ((classes, classes_path), (pixels, pixels_path), about):
+                    with contextlib.suppress(OSError):  # read-only, or another process was faster
+                        os.replace(old, new)
+                return self._kept(pixels_path, classes_path) or self._kept(pixels, classes)
+        return None
 
     def _kept(self, pixels_path: Path, classes_path: Path) -> Decoded | None:
         """What was decoded before; None if it is absent, unreadable or incomplete."""
@@ -142,6 +170,7 @@ class _Split:
                     if classes is not None:
                         with files.replacing(classes_path) as classes_file:
                             np.save(classes_file, classes)
+                records.write_about(pixels_path, self.name, self.builder, self._stored)
                 return np.load(pixels_path, mmap_mode="r"), classes
         if not _has_room(temporary, num_bytes):
             raise OSError(
@@ -211,19 +240,8 @@ def _examples(
     # OpenCV where that is installed, whose JPEG pixels need not be Pillow's.
     wanted = ["image", "label"] if prepared.num_classes(builder) else ["image"]
     parser = tfds.features.FeaturesDict({feature: builder.info.features[feature] for feature in wanted})
-    records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
     for begin in range(0, len(numbers), RECORDS_PER_READ):
-        chunk = records.__getitems__(numbers[begin : begin + RECORDS_PER_READ].tolist())
+        chunk = source.__getitems__(numbers[begin : begin + RECORDS_PER_READ].tolist())
         parsed = [parser.deserialize_example_np(one, decoders={"image": tfds.decode.SkipDecoding()}) for one in chunk]
         yield [(example["image"], int(example.get("label", 0))) for example in parsed]
-
-
-def _fingerprint(builder: tfds.core.DatasetBuilder, split: str) -> str:
-    """A digest of the metadata and the record files' sizes and times: it changes when the set is prepared again."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(builder.data_dir).glob("*.json")):
-        digest.update(path.read_bytes())
-    for path in builder.info.splits[split].filepaths:
-        stat = os.stat(path)
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -78,9 +79,49 @@ def test_the_copies_are_used_and_notice_new_data(digits_copy, monkeypatch):
     again = load("test", digits_copy)
     np.testing.assert_array_equal(again.images(), first.images())
     np.testing.assert_array_equal(again.labels(), first.labels())
-    os.utime(digits_copy / "digits" / "1.0.0" / "digits-test.array_record-00000-of-00001", (0, 0))
+    records = digits_copy / "digits" / "1.0.0" / "digits-test.array_record-00000-of-00001"
+    content = bytearray(records.read_bytes())
+    content[len(content) // 2] ^= 1
+    records.write_bytes(content)
+    os.utime(records, (0, 0))
     with pytest.raises(ValueError, match="cannot decode"):
         load("test", digits_copy)
+
+
+@pytest.mark.parametrize("is_read_only", [False, True])
+def test_the_decoded_pictures_of_a_copied_set_are_used(digits_copy, tmp_path, monkeypatch, is_read_only):
+    first, train_images = load("test", digits_copy), np.array(load("train", digits_copy).images())
+    expected = np.array(first.images()), first.labels(), first.sha256()
+    copy = tmp_path / "copy"
+    shutil.copytree(digits_copy, copy, copy_function=shutil.copyfile)  # other times
+    monkeypatch.setattr(decoded, "RECORDS_PER_READ", None)  # decoding again fails
+    with monkeypatch.context() as patch:
+        if is_read_only:
+
+            def refuse(*args):
+                raise PermissionError("read-only")
+
+            patch.setattr(decoded.os, "replace", refuse)
+        second = load("test", copy)
+    np.testing.assert_array_equal(second.images(), expected[0])
+    np.testing.assert_array_equal(second.labels(), expected[1])
+    assert second.sha256() == expected[2]
+    np.testing.assert_array_equal(load("train", copy).images(), train_images)
+    # Their content was compared once: from now on size and time are enough.
+    load("test", copy)
+    monkeypatch.setattr(decoded.records, "content_sha256", None)
+    load("test", copy)
+    assert len(list(copy.rglob("decoded-test-*.npy"))) == 1
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", '{"sizes": 3}'])
+def test_without_a_word_on_the_records_a_copied_set_is_decoded_anew(digits_copy, tmp_path, content):
+    expected, copy = np.array(load("test", digits_copy).images()), tmp_path / "copy"
+    shutil.copytree(digits_copy, copy, copy_function=shutil.copyfile)
+    (about,) = copy.rglob("decoded-test-*.records")
+    about.unlink() if content is None else about.write_text(content)
+    np.save(next(copy.rglob("decoded-test-*.npy")), np.zeros_like(expected))  # would be seen
+    np.testing.assert_array_equal(load("test", copy).images(), expected)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "length", "missing"])

@@ -47,7 +47,7 @@ def test_two_processes_at_once_without_tensorflow(tmp_path):
         assert not [line for line in lines if line.strip() and "digits" not in line]
     left = sorted(path.name for path in (tmp_path / "digits").iterdir())
     assert left == ["1.0.0"]
-    assert len(list((tmp_path / "digits" / "1.0.0").glob("decoded-*"))) == 1
+    assert len(list((tmp_path / "digits" / "1.0.0").glob("decoded-*.npy"))) == 1
 
 
 def test_losing_the_race_takes_the_winners_result(digits_dir, tmp_path, monkeypatch):
