@@ -24,6 +24,7 @@ SETS = {
     "celebahq256": Description("celeb_a_hq/256", 28_500, 1500, (256, 256, 3), 256, 0),
     "lsun256": Description("lsun/bedroom", 3_033_042, 300, (256, 256, 3), 256, 0),
     "folder64": Description("photos", 4750, 250, (64, 64, 3), 256, 0),
+    "folder_small": Description("photos", 285, 15, (32, 32, 3), 256, 0),
     "cifar10_conditional": Description("cifar10", 50_000, 10_000, (32, 32, 3), 256, 10),
     "cifar10_small": Description("cifar10", 50_000, 10_000, (32, 32, 3), 256, 10),
     "digits_conditional": Description("digits", 1498, 299, (8, 8, 1), 17, 10),
