@@ -148,7 +148,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _of_run(argv: list[str]) -> list[str]:
-    """--config with the config of the run in --fork or in --workdir, where no other is given; [] otherwise."""
+    """--config with the config of the run in --workdir or else in --fork, where no other is given; [] otherwise."""
     if any(argument.lstrip("-").partition("=")[0] == "config" for argument in argv[1:]):
         return []
     given = flags.FlagValues()
@@ -156,9 +156,10 @@ def _of_run(argv: list[str]) -> list[str]:
         flags.DEFINE_string(name, "", "", flag_values=given)
     with contextlib.suppress(flags.Error):  # the whole command line is parsed afterwards
         given(argv, known_only=True)
-    run = given["fork"].value.partition("@")[0] or given["workdir"].value
-    directory = run and Path(run).expanduser()
-    return [f"--config={_OF_RUN}:{directory}"] if directory and (directory / "config.json").exists() else []
+    named = given["workdir"].value, given["fork"].value.rpartition("@")[0] or given["fork"].value
+    runs = [Path(name).expanduser() for name in named if name]
+    existing = [run for run in runs if (run / "config.json").exists()]
+    return [f"--config={_OF_RUN}:{existing[0]}"] if existing else []
 
 
 def _error_line(reason: Exception | str) -> str:

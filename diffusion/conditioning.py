@@ -1,4 +1,4 @@
-"""What a network is told of the noise in x_t: the table `network_t`, where it is not t − 1.
+"""What a network is conditioned on: the table `network_t`, where it is not t − 1.
 
 Both tables run to about 1000, the range that a time embedding is made for, and go with the schedule, so that training,
 the bound, the samplers and the codec tell the network the same. Their entry of t = 0 is below all others; no network is
@@ -28,7 +28,7 @@ def on_rescaled_t(schedule: Schedule) -> Schedule:
 
 
 def on_gamma(schedule: Schedule, low: ArrayLike, high: ArrayLike) -> Schedule:
-    """The schedule with network_t = 1000 (γ_t − low)/(high − low), so that a network is told how noisy x_t is.
+    """The schedule with network_t = 1000 (γ_t − low)/(high − low), the noise in x_t whatever T is.
 
     It is then the same network for every T. A learned γ_t passes its gradient through the network, too. Kingma et al.
     (2021, VDM), whose program rescales γ by its ends before training and multiplies by 1000.

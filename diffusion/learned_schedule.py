@@ -160,7 +160,7 @@ def losses(
     of t > 1 instead, which are the KL terms. Where the bound hardly depends on the logits, as for a large T, that
     minimises these losses' variance over t and ε, since E[L²] = Var L + (E L)². One backward pass serves both,
     because ∂L²/∂row = 2L ∂L/∂row for each example. VDM, appendix I.2. "fixed": the logits get no gradient, so only the
-    two ends are learned. Whatever a row has of γ, also what the network is told, passes its gradient, as in VDM.
+    two ends are learned. Whatever a row has of γ, also the network's input, passes its gradient, as in VDM.
 
     Args:
         losses_of: (params, rows with leaves [B]) -> each example's loss, and further results without a gradient.

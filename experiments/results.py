@@ -207,6 +207,7 @@ def rows(runs: list[FinishedRun]) -> tuple[list[Row], dict[str, str]]:
     if len(others) <= MAX_KEY_COLUMNS:
         columns, others = columns | {key: key for key in others}, []
     letters: dict[str, str] = {}
+    columns |= {key: key for key in _told_apart_by(runs, settings, [*columns.values(), *others])}
     groups = collections.defaultdict(list)
     for run, values in zip(runs, settings, strict=True):
         setting = {column: str(values.get(key)) for column, key in columns.items()}
@@ -216,6 +217,15 @@ def rows(runs: list[FinishedRun]) -> tuple[list[Row], dict[str, str]]:
         groups[tuple(setting.items())].append(run)
     table = [Row(dict(key), sorted(group, key=lambda run: run.config["seed"])) for key, group in groups.items()]
     return table, {letter: recipe for recipe, letter in letters.items()}
+
+
+def _told_apart_by(runs: list[FinishedRun], settings: list[dict[str, Any]], known: list[str]) -> list[str]:
+    """The keys that may differ within a row, such as those of sampling, where a sweep varies them with one seed."""
+    alike = collections.defaultdict(list)
+    for run, values in zip(runs, settings, strict=True):
+        alike[(run.config["seed"], *(str(values.get(key)) for key in known))].append(run.config)
+    free = sorted(WITHIN_A_ROW - {"seed", "data.data_dir"})
+    return [key for key in free if any(len({str(one.get(key)) for one in configs}) > 1 for configs in alike.values())]
 
 
 def _settings(runs: list[FinishedRun]) -> list[dict[str, Any]]:

@@ -116,7 +116,8 @@ def run_cells(cells: list[Cell], directory: Path) -> dict[str, str]:
 
 
 def _is_done(cell: Cell, directory: Path) -> bool:
-    return workdir.is_finished(directory) and quality.is_measured(cell.config(), directory)
+    config = workdir.continued(cell.config(), directory, cell.overrides)
+    return workdir.is_finished(directory, config) and quality.is_measured(config, directory)
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """Training images that are set aside: what chooses a checkpoint or a recipe sees these, not the test images.
 
 An image's own pixel values say whether it is set aside. So every run with the same data set and `data.validation` has
-the same validation images, wherever the files lie and in whatever order, and two equal images are on the same side.
+the same validation images, wherever the files lie and in whatever order. Of equal images A_TENTH takes all or none.
 """
 
 import dataclasses

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -61,13 +62,21 @@ def to_json(config: ConfigDict, lacking: Collection[str] = ()) -> str:
     return json.dumps({VERSION: __version__} | unflatten_dict(said, sep="."), indent=2, sort_keys=True) + "\n"
 
 
-def lacking(text: str) -> set[str]:
-    """The keys that the config in this JSON lacks, because they did not exist when the run began.
+def read(path: Path) -> ConfigDict:
+    """The config in a config.json. Raises what `from_json` does, with the file's name."""
+    try:
+        return from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
 
-    Raises:
-        ValueError: it is not the JSON of a config.
+
+def lacking(path: Path) -> set[str]:
+    """The keys that the config in a config.json lacks, because they did not exist when the run began.
+
+    Raises what `read` does.
     """
-    from_json(text)  # checks it
+    read(path)  # checks it
+    text = path.read_text()
     return all_keys().keys() - flatten_dict(json.loads(text), sep=".").keys()
 
 

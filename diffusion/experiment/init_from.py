@@ -1,6 +1,7 @@
 """Where training starts if not at random weights: `init_from`, a run or a directory of published weights."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,15 +13,17 @@ from ml_collections import ConfigDict
 
 from diffusion import interop
 from diffusion.experiment import config as config_lib
-from diffusion.experiment import names
+from diffusion.experiment import named_run, names
 from diffusion.experiment.schema import network_keys
 from diffusion.networks.named_tensors import first_few
+from diffusion.reverse import VARIANCES
 from diffusion.runtime.checkpoint import Checkpoints
 
 # What weights do not depend on.
 WEIGHTLESS = {"dropout", "convolution", "dtype", "remat", "parent", "name"}
 # What a network's input and output mean.
-MEANING = ("model.network", "model.prediction", "model.conditioning", "model.rescale_t")
+MEANING = ("model.network", "model.prediction", "model.variance", "model.conditioning", "model.rescale_t")
+MEANING += ("schedule.num_steps",)
 
 
 class Start(NamedTuple):
@@ -66,7 +69,7 @@ def load(config: ConfigDict, network: nn.Module, like: PyTree) -> Start:
     """
     found, there = (_of_run if _is_run(config.init_from) else _published)(config.init_from)
     here = _settings(network, config)
-    compared = [key for key in here if key in there and there[key] != here[key]]
+    compared = [key for key in here if key in there and there[key] != here[key] and _matters(key, there, here)]
     differing = [f"{key}: {there[key]!r} there, {here[key]!r} here" for key in compared]
     wanted = {"/".join(path): leaf.shape for path, leaf in flatten_dict(like).items()}
     if not config.init_adapt and (problems := differing or _other_shapes(found, wanted)):
@@ -77,6 +80,10 @@ def load(config: ConfigDict, network: nn.Module, like: PyTree) -> Start:
     leaves = {name: leaf for name, leaf in found.items() if wanted.get(name) == leaf.shape}
     rest = sorted(wanted.keys() & found.keys() - leaves.keys())
     resized = [name for name in rest if wanted[name] == (*found[name].shape[:-1], network.out_channels)]
+    new, old = config.data.validation, there.get("data.validation", 0)
+    if _is_run(config.init_from) and new and new != old:
+        words = "init_from=%s has seen validation images of data.validation=%s: val_loss is lower than of unseen ones"
+        logging.warning(words, config.init_from, new)
     leaves |= {name: _resized(found[name], network.out_channels) for name in resized}
     return Start(leaves, resized, sorted(wanted.keys() - leaves), sorted(found.keys() - leaves), differing)
 
@@ -90,22 +97,16 @@ def _settings(network: nn.Module, config: ConfigDict) -> dict[str, Any]:
 
 
 def _is_run(text: str) -> bool:
-    return (_directory(text) / "checkpoints").is_dir()
-
-
-def _directory(text: str) -> Path:
-    return Path(text.partition("@")[0]).expanduser()
+    directory = text.rpartition("@")[0] or text
+    return any((Path(path).expanduser() / "checkpoints").is_dir() for path in (text, directory))
 
 
 def _of_run(text: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The EMA of a run and its settings: DIR is its newest checkpoint, DIR@best its best, DIR@STEP that of a step."""
-    which = text.partition("@")[2] or "latest"
-    if which not in ("latest", "best") and not which.isdecimal():
-        raise ValueError(f"init_from={text!r}: after the @ comes latest, best or the step of a checkpoint")
-    with Checkpoints(_directory(text) / "checkpoints") as checkpoints:
-        step = int(which) if which.isdecimal() else checkpoints.best_step() if which == "best" else None
-        found = checkpoints.entry(step, "ema_params")
-    flat = config_lib.flatten(config_lib.from_json((_directory(text) / "config.json").read_text()))
+    """The EMA of a run, and its settings."""
+    run = named_run.parse(text, "init_from")
+    with Checkpoints(run.checkpoints) as checkpoints:
+        found = checkpoints.entry(run.step(checkpoints), "ema_params")
+    flat = config_lib.flatten(config_lib.read(run.directory / "config.json"))
     group, arguments = names.parse(flat["model.network"])
     defaults = {name: key.when_absent for name, key in network_keys().items() if name.startswith(f"{group}.")}
     return found, defaults | flat | {f"{group}.{name}": value for name, value in arguments.items()}
@@ -115,6 +116,15 @@ def _published(directory: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     network, params = interop.load_diffusers(directory)
     found = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     return found, {f"unet.{field.name}": getattr(network, field.name) for field in dataclasses.fields(network)}
+
+
+def _matters(key: str, there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether another value of this setting gives the same parameters another meaning."""
+    if key == "model.variance":  # fixed ones have no part in the network's output
+        return all(VARIANCES[of[key]].is_learned for of in (there, here))
+    if key == "schedule.num_steps":  # the range of t that the network is conditioned on
+        return here["model.conditioning"] == "t" and not here["model.rescale_t"]
+    return True
 
 
 def _other_shapes(found: dict[str, np.ndarray], wanted: dict[str, tuple]) -> list[str]:

@@ -148,17 +148,17 @@ RULES = (
     Rule(
         lambda it: it.config.sample.guidance_interval and it.config.model.conditioning != "t",
         "sample.guidance_interval={c.sample.guidance_interval} is in steps, of which a network with "
-        "model.conditioning={c.model.conditioning!r} is not told",
+        "model.conditioning={c.model.conditioning!r} knows nothing",
     ),
     Rule(
         lambda it: it.config.model.rescale_t and it.config.model.conditioning != "t",
         "model.rescale_t={c.model.rescale_t} rescales t, of which a network with "
-        "model.conditioning={c.model.conditioning!r} is not told",
+        "model.conditioning={c.model.conditioning!r} knows nothing",
     ),
     Rule(
         lambda it: it.config.sample.guidance_interval and it.config.model.rescale_t,
         "sample.guidance_interval={c.sample.guidance_interval} is in steps, of which a network with "
-        "model.rescale_t={c.model.rescale_t} is not told",
+        "model.rescale_t={c.model.rescale_t} knows nothing",
     ),
     Rule(
         lambda it: it.config.eval.terms_per_image >= it.config.schedule.num_steps,

@@ -152,7 +152,7 @@ KEYS: dict[str, Key] = {
     "model.prediction": Key("eps", Choice(reverse.PREDICTIONS), "what the network predicts"),
     "model.variance": Key("fixed_large", TRAINED_VARIANCES, "variance of the reverse process"),
     "model.conditioning": Key("t", one_of("t", "gamma"), "the network's noise input; gamma is −log SNR"),
-    "model.rescale_t": Key(False, FLAG, "whether a network with conditioning t is told t·1000/T in place of t"),
+    "model.rescale_t": Key(False, FLAG, "whether the network is conditioned on t·1000/T in place of t"),
     "model.decoder": Key(
         "network", one_of(*reverse.DECODERS), "p(x_0 | x_1): the network's, or bayes, in proportion to q(x_1 | x_0)"
     ),

@@ -90,7 +90,7 @@ def continued(config: ConfigDict, directory: Path, chosen: Collection[str] = ())
     if not path.exists():
         return config
     given, known = config_lib.flatten(config), all_keys()
-    lacking = config_lib.lacking(path.read_text()) & given.keys() - set(chosen)
+    lacking = config_lib.lacking(path) & given.keys() - set(chosen)
     then = {name: known[name].when_absent for name in sorted(lacking) if known[name].free is not True}
     for name, value in then.items():
         if value != given[name]:
@@ -110,7 +110,7 @@ def claim(config: ConfigDict, directory: Path) -> None:
     if summary.exists() and not is_finished(directory, config):
         os.replace(summary, summary.with_stem(f"summary_{read_config(directory).train.num_steps}"))
     path = directory / "config.json"
-    lacking = config_lib.lacking(path.read_text()) if path.exists() else set()
+    lacking = config_lib.lacking(path) if path.exists() else set()
     files.write_text(path, config_lib.to_json(config, lacking))
 
 
@@ -157,10 +157,7 @@ def read_config(directory: Path) -> ConfigDict:
     path = directory / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{directory} holds no run (no config.json)")
-    try:
-        return config_lib.from_json(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
+    return config_lib.read(path)
 
 
 def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:

@@ -4,14 +4,15 @@ What a run may not change, a fork may: it is another run, and fork.json says whe
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusion.experiment import workdir
+from diffusion.experiment import named_run, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.reporting.metrics_log import read_metrics
 from diffusion.runtime import files
-from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.checkpoint import DAMAGED, Checkpoints
 from diffusion.runtime.digests import tree_sha256
 from diffusion.training.step import TrainState
 
@@ -26,18 +27,6 @@ class Fork(NamedTuple):
     rows: list[dict[str, Any]]  # of metrics.jsonl, up to the state's step
 
 
-def parse(text: str) -> tuple[Path, str]:
-    """ "DIR@STEP" -> the run's directory, and which checkpoint: "latest" without @, "best" or a step.
-
-    Raises:
-        ValueError: what comes after the @ is none of these.
-    """
-    directory, _, which = text.partition("@")
-    if which not in ("", "latest", "best") and not which.isdecimal():
-        raise ValueError(f"--fork={text}: after the @ comes latest, best or the step of a checkpoint")
-    return Path(directory).expanduser(), which or "latest"
-
-
 def read(experiment: Experiment, text: str, directory: Path) -> Fork | None:
     """What `text` names; None if `directory` is a fork of it that has a checkpoint. Nothing is written.
 
@@ -45,22 +34,24 @@ def read(experiment: Experiment, text: str, directory: Path) -> Fork | None:
         FileNotFoundError: there is no such run or checkpoint.
         ValueError: `directory` is another run's, or the checkpoint does not fit the config.
     """
-    source, which = parse(text)
+    source = named_run.parse(text, "--fork")
     known = origin_of(directory)
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        began = checkpoints.latest_step() is not None
-    if began:
-        asked = {"directory": str(source.resolve())} | ({"step": int(which)} if which.isdecimal() else {})
+    if has_begun(directory):
+        asked = {"directory": str(source.directory.resolve())}
+        asked |= {"step": int(source.which)} if source.which.isdecimal() else {}
         if not known or asked.items() - known.items():
             comes_from = f"comes from {known['directory']}@{known['step']}" if known else "is no fork"
             raise ValueError(f"--fork={text}: {directory} holds a run that {comes_from}; take another --workdir")
         return None
-    workdir.read_config(source)  # or there is no run
-    with Checkpoints(source / "checkpoints") as checkpoints:
-        step = int(which) if which.isdecimal() else checkpoints.best_step() if which == "best" else None
-        state = checkpoints.restore(step, experiment.abstract_state())
-    origin = {"directory": str(source.resolve()), "step": int(state.step), "ema_sha256": tree_sha256(state.ema_params)}
-    return Fork(state, origin, [row for row in read_metrics(source) if row["step"] <= state.step])
+    old, new = workdir.read_config(source.directory).data, experiment.config.data
+    if new.validation and new.validation != old.validation:
+        words = "--fork=%s has seen validation images of data.validation=%s: val_loss is lower than of unseen ones"
+        logging.warning(words, text, new.validation)
+    with Checkpoints(source.checkpoints) as checkpoints:
+        state = checkpoints.restore(source.step(checkpoints), experiment.abstract_state())
+    origin = {"directory": str(source.directory.resolve()), "step": int(state.step)}
+    origin |= {"ema_sha256": tree_sha256(state.ema_params)}
+    return Fork(state, origin, [row for row in read_metrics(source.directory) if row["step"] <= state.step])
 
 
 def write(fork: Fork, directory: Path, data_sha256: dict[str, str]) -> None:
@@ -72,6 +63,19 @@ def write(fork: Fork, directory: Path, data_sha256: dict[str, str]) -> None:
     files.write_text(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in fork.rows))
     with Checkpoints(directory / "checkpoints", data_sha256=data_sha256) as checkpoints:
         checkpoints.save(int(fork.state.step), fork.state, {})
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether a run has saved a checkpoint there, even if it is damaged by now."""
+    saved = (directory / "checkpoints").glob("*")
+    return any(path.name.isdecimal() or path.name == DAMAGED for path in saved)
+
+
+def check_made(directory: Path) -> None:
+    """Raises a ValueError if a fork was killed before it had the state that it goes on from."""
+    if (known := origin_of(directory)) and not has_begun(directory):
+        again = f"--fork={known['directory']}@{known['step']}"
+        raise ValueError(f"{directory} is a fork that was stopped before its first checkpoint; give {again} again")
 
 
 def origin_of(directory: Path) -> dict[str, Any]:

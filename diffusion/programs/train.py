@@ -53,7 +53,8 @@ def run(
         MemoryError: a device has too little of it.
         Preempted: a signal asked to stop.
     """
-    experiment = prepare(config, directory)
+    experiment = prepare(config, directory, forked)
+    origin = processes.on_first(lambda: fork.read(experiment, forked, directory)) if forked else None
     if processes.bool_from_first(processes.is_first() and workdir.is_finished(directory, config)):
         if processes.is_first():
             print(f"{directory} holds this run, finished: see {directory / workdir.SUMMARY}")
@@ -61,7 +62,6 @@ def run(
     splits = build.load_splits(config)
     if not allow_other_data:
         processes.on_first(lambda: check_data(config, directory, splits.sha256()))
-    origin = processes.on_first(lambda: fork.read(experiment, forked, directory)) if forked else None
     sampler = sample.make_sampler(experiment)
 
     with (
@@ -71,8 +71,8 @@ def run(
     ):
         if base:
             workdir.save_base(directory, base)
-        if origin:  # on process 0
-            fork.write(origin, directory, splits.sha256())
+        if forked:
+            processes.on_first(lambda: fork.write(origin, directory, splits.sha256()) if origin else None)
 
         def between_batches() -> None:
             stopwatch.tick()
@@ -118,7 +118,7 @@ def _about(directory: Path, stopwatch: Stopwatch) -> dict[str, Any]:
     }
 
 
-def prepare(config: ConfigDict, directory: Path) -> Experiment:
+def prepare(config: ConfigDict, directory: Path, forked: str = "") -> Experiment:
     """The experiment, after every check that needs no data and no device."""
     parallel.check_batch_size(config.train.batch_size, config.train.grad_accum)
     described = build.describe_data(config)
@@ -135,7 +135,9 @@ def prepare(config: ConfigDict, directory: Path) -> Experiment:
             "of quality.reference='test'; take train or validation, or --mode=quality afterwards"
         )
     workdir.check(config, directory)
-    if not (directory / "checkpoints").exists():
+    if not forked:
+        fork.check_made(directory)
+    if not forked and not fork.has_begun(directory):
         _ = experiment.start  # or its refusal would come after the data
     return experiment
 

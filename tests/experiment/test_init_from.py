@@ -177,7 +177,7 @@ def test_a_run_starts_at_the_ema_of_the_checkpoint_that_is_named(ending, step, s
     [
         ({"model__variance": "learned_range"}, r"conv_out/bias \(3,\) there, \(6,\) here; conv_out/kernel .*; with"),
         ({"model__prediction": "eps"}, "model.prediction: 'v' there, 'eps' here; with init_adapt=True"),
-        ({"schedule__num_steps": 9}, r"schedule/\w+ \(4,\) there, \(8,\) here"),
+        ({"schedule__num_steps": 9}, "schedule.num_steps: 5 there, 9 here; with init_adapt=True"),
     ],
 )
 def test_another_network_is_refused_unless_it_may_be_adapted(keys, words, source):
@@ -209,6 +209,22 @@ def test_a_learned_variance_starts_in_the_middle_of_its_range_beside_the_trained
     )
     np.testing.assert_allclose(new_output[..., :3], old_output, rtol=1e-5, atol=1e-5 * np.abs(old_output).max())
     assert not np.any(new_output[..., 3:])
+
+
+def test_a_variance_that_is_learned_in_another_way_is_another_network(source, tmp_path):
+    wide = from_run(source[0], init_adapt=True, model__variance="learned_range")
+    workdir.claim(wide.config, tmp_path / "run")
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(1, jax.device_get(wide.initial_state()), {})
+    with pytest.raises(ValueError, match="model.variance: 'learned_range' there, 'learned' here"):
+        _ = from_run(tmp_path / "run", model__variance="learned").start
+
+
+def test_a_damaged_config_is_named(source, tmp_path):
+    shutil.copytree(source[0], tmp_path / "run@home")
+    (tmp_path / "run@home" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run@home/config.json is damaged: it is not the JSON of a config"):
+        _ = from_run(tmp_path / "run@home").start
 
 
 def test_labels_are_added_and_dropped_and_the_rest_is_taken(source, tmp_path):

@@ -227,6 +227,18 @@ def test_runs_of_another_recipe_are_another_row(finished, tmp_path):
     assert not results.between_variances(rows, rows[0]), "of another recipe"
 
 
+def test_runs_that_differ_in_how_they_are_sampled_are_rows_where_their_seed_is_the_same(finished, tmp_path):
+    """Without `--axis sample.method=…` such a key may differ within a row."""
+    def methods():
+        return [row.setting.get("sample.method") for row in results.rows(results.read(tmp_path)[0])[0]]
+
+    assert methods() == [None, None]
+    cell = sweep.grid(BASE, AXES, {})[0]
+    other = Cell("ddim", BASE, cell.overrides | {"sample.method": "ddim"})
+    write_run(tmp_path, "ddim", np.full(40, 2.0) + np.arange(40), other.config())
+    assert sorted(methods()) == ["ancestral", "ancestral", "ddim"]
+
+
 def test_where_many_keys_differ_the_table_has_a_letter_for_all_of_them(finished, tmp_path):
     keys = {"train.num_steps": "9", "optim.grad_clip": "2", "optim.warmup_steps": "3", "ema.decay": "0.5"}
     longer = Cell("longer", BASE, keys | {"model.variance": "fixed_small", "schedule.num_steps": "4"})

@@ -111,6 +111,39 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(ending, keys, w
     assert not (tmp_path / "new").exists()
 
 
+def test_a_fork_without_its_first_checkpoint_is_not_begun_anew_without_the_flag(source, tmp_path):
+    made = fork.read(toy.experiment(), f"{source}@8", tmp_path / "new")
+    run(tmp_path / "new", f"{source}@8", train__num_steps=12)
+    shutil.rmtree(tmp_path / "new" / "checkpoints")
+    (tmp_path / "new" / "summary.json").unlink()
+    again = rf"stopped before its first checkpoint; give --fork=.*source@{made.origin['step']} again"
+    with pytest.raises(ValueError, match=again):
+        run(tmp_path / "new")
+
+
+def test_a_fork_whose_checkpoints_are_damaged_is_not_begun_anew_over_its_metrics(source, tmp_path):
+    run(tmp_path / "new", f"{source}@8")
+    for folder in (tmp_path / "new" / "checkpoints").iterdir():
+        shutil.rmtree(folder / "state")
+    assert fork.read(toy.experiment(), f"{source}@8", tmp_path / "new") is None
+
+
+def test_a_finished_run_is_not_said_to_be_a_fork(source):
+    with pytest.raises(ValueError, match="source holds a run that is no fork; take another --workdir"):
+        run(source, f"{source}@8")
+
+
+def test_a_fork_does_not_need_what_the_old_run_started_from(source, tmp_path):
+    run(tmp_path / "second", init_from=str(source))
+    shutil.rmtree(source)
+    assert run(tmp_path / "third", f"{tmp_path / 'second'}@8", init_from=str(source))["forked_from"]["step"] == 8
+
+
+def test_validation_images_that_were_trained_on_are_told(source, tmp_path, caplog):
+    run(tmp_path / "new", f"{source}@8", data__validation=5)
+    assert "has seen validation images of data.validation=5" in caplog.text
+
+
 def test_a_run_is_not_overwritten_by_a_fork(source, tmp_path):
     run(tmp_path / "mine")
     config = build.experiment(workdir.read_config(tmp_path / "mine"), toy.SHAPE, toy.LEVELS)

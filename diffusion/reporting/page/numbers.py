@@ -98,6 +98,15 @@ def _is_score(entry: str, value: Any) -> bool:
     return entry.startswith("test_") and is_number(value) and not entry.endswith(ERROR)
 
 
+def _entry(scores: dict[str, Any], split: str, entry: str) -> Any:
+    """An entry of a split; validation_images is how many were set aside, and the protocol says how many were scored."""
+    said = (scores.get("protocol") or {}).get("validation_images")
+    if (split, entry) == ("validation", "images") and isinstance(said, str):
+        first = said.partition(" ")[0]
+        return int(first) if first.isdecimal() else None
+    return scores.get(f"{split}_{entry}")
+
+
 def _bound_table(scores: dict[str, Any], found: list[str]) -> str:
     """A row per part; entries that a later version of the program adds come last, under their own names."""
     known = [entry for entry in PARTS if entry in found]
@@ -106,7 +115,7 @@ def _bound_table(scores: dict[str, Any], found: list[str]) -> str:
     others = [entry for entry in found if entry not in (*PARTS, "distortion_bpd")]  # that is the decoder's term again
     for entry in known + others:
         words, form = PARTS.get(entry, (entry, ".4f"))
-        values = [(scores.get(f"{split}_{entry}"), scores.get(f"{split}_{entry}{ERROR}")) for split in splits]
+        values = [(_entry(scores, split, entry), scores.get(f"{split}_{entry}{ERROR}")) for split in splits]
         rows.append([words, *(with_error(value, error, form) for value, error in values)])
         if entry == "kl_bpd":
             rows.append(["prior", number(scores.get("prior_bpd"), ".2g"), *[UNKNOWN] * (len(splits) - 1)])

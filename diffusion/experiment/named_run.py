@@ -1,0 +1,41 @@
+"""A run and one of its checkpoints, as --fork and init_from name them: DIR, DIR@latest, DIR@best or DIR@STEP."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusion.runtime.checkpoint import Checkpoints
+
+
+class NamedRun(NamedTuple):
+    """The run's directory, and which checkpoint: "latest", "best" or a step."""
+
+    directory: Path
+    which: str
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints lie."""
+        return self.directory / "checkpoints"
+
+    def step(self, checkpoints: Checkpoints) -> int | None:
+        """The step of the checkpoint; None for the newest sound one. Raises what `Checkpoints.best_step` does."""
+        if self.which == "best":
+            return checkpoints.best_step()
+        return int(self.which) if self.which.isdecimal() else None
+
+
+def parse(text: str, key: str) -> NamedRun:
+    """What `text` names.
+
+    Args:
+        key: the flag or the config key that it is the value of, for messages.
+
+    Raises:
+        ValueError: what comes after the @ is none of latest, best and a step.
+    """
+    directory, at, which = text.rpartition("@")
+    if not at or Path(text).expanduser().exists():
+        directory, which = text, "latest"
+    if which not in ("latest", "best") and not which.isdecimal():
+        raise ValueError(f"{key}={text!r}: after the @ comes latest, best or the step of a checkpoint")
+    return NamedRun(Path(directory).expanduser(), which)
