@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion import data
 from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
 from diffusion.experiment import build, workdir
@@ -43,7 +42,7 @@ def test_the_network_is_scored_as_the_evaluation_scores_it(directory, results):
     run = workdir.load(directory)
     bound, model = full_bound(build.bound_settings(run.config)), devices.replicate(run.model)
     for split in ("train", "test"):
-        source = data.load("digits", split, run.config.data.data_dir)
+        source = build.load_data(run.config, split)
         expected = bound(model, source, subset(len(source), NUM_IMAGES)).terms_bpd.sum(axis=1).mean()
         np.testing.assert_allclose(results["bpd"][split][NETWORK]["mean"], expected, rtol=1e-5)
 
@@ -53,9 +52,9 @@ def test_the_exact_posterior_wins_on_training_images_and_pays_on_others(results)
     assert np.all(np.array(train[EXACT]["eps_mse"]["mean"]) <= train[NETWORK]["eps_mse"]["mean"])
     assert test[EXACT]["eps_mse"]["mean"][0] > 10 * test[NETWORK]["eps_mse"]["mean"][0]
     # Nothing codes a uniform choice among N images in less than log N.
-    assert np.log2(1498) / 64 < train[EXACT]["bpd"]["mean"] < 1 < 10 < test[EXACT]["bpd"]["mean"]
+    assert np.log2(1368) / 64 < train[EXACT]["bpd"]["mean"] < 1 < 10 < test[EXACT]["bpd"]["mean"]
     effective = np.array(train[EXACT]["effective_images"]["median"])
-    np.testing.assert_allclose(effective[[0, -1]], [1, 1498], rtol=1e-2)
+    np.testing.assert_allclose(effective[[0, -1]], [1, 1368], rtol=1e-2)
     assert np.all(np.diff(effective) > -1e-3)
 
 
