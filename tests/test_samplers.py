@@ -306,7 +306,8 @@ def test_what_is_done_after_a_step_sees_the_row_that_was_reached_and_its_result_
         jax.debug.callback(lambda t, noise: seen.append((int(t), noise)), row.t, jax.random.normal(keys[0], (16,)))
         return x
 
-    np.testing.assert_array_equal(drawn(after_step=note), drawn())
+    # The callback is a part of the loop's program, whose other operations XLA then fuses, and rounds, differently.
+    np.testing.assert_allclose(drawn(after_step=note), drawn(), atol=1e-5)
     jax.effects_barrier()
     assert [t for t, _ in sorted(seen, key=lambda pair: -pair[0])] == [5, 4, 3, 2, 1, 0]
     numbers = np.array([noise for _, noise in seen])
