@@ -1,7 +1,6 @@
 """Where training starts if not at random weights: `init_from`, a run or a directory of published weights."""
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +68,10 @@ def load(config: ConfigDict, network: nn.Module, like: PyTree) -> Start:
     """
     found, there = (_of_run if _is_run(config.init_from) else _published)(config.init_from)
     here = _settings(network, config)
+    if "data.validation" in there:  # a run's; of published weights nobody knows
+        named_run.warn_of_seen_images(
+            f"init_from={config.init_from}", config.data.validation, there["data.validation"]
+        )
     compared = [key for key in here if key in there and there[key] != here[key] and _matters(key, there, here)]
     differing = [f"{key}: {there[key]!r} there, {here[key]!r} here" for key in compared]
     wanted = {"/".join(path): leaf.shape for path, leaf in flatten_dict(like).items()}
@@ -80,10 +83,6 @@ def load(config: ConfigDict, network: nn.Module, like: PyTree) -> Start:
     leaves = {name: leaf for name, leaf in found.items() if wanted.get(name) == leaf.shape}
     rest = sorted(wanted.keys() & found.keys() - leaves.keys())
     resized = [name for name in rest if wanted[name] == (*found[name].shape[:-1], network.out_channels)]
-    new, old = config.data.validation, there.get("data.validation", 0)
-    if _is_run(config.init_from) and new and new != old:
-        words = "init_from=%s has seen validation images of data.validation=%s: val_loss is lower than of unseen ones"
-        logging.warning(words, config.init_from, new)
     leaves |= {name: _resized(found[name], network.out_channels) for name in resized}
     return Start(leaves, resized, sorted(wanted.keys() - leaves), sorted(found.keys() - leaves), differing)
 

@@ -1,5 +1,6 @@
 """A run and one of its checkpoints, as --fork and init_from name them: DIR, DIR@latest, DIR@best or DIR@STEP."""
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,18 @@ class NamedRun(NamedTuple):
         if self.which == "best":
             return checkpoints.best_step()
         return int(self.which) if self.which.isdecimal() else None
+
+
+def warn_of_seen_images(name: str, new: int, old: int) -> None:
+    """Warns where a run starts from one that has trained on some of its validation images.
+
+    Args:
+        name: what it starts from, as the user gave it.
+        new, old: data.validation of both runs.
+    """
+    if new and new != old:
+        words = "%s has seen validation images of data.validation=%s: val_loss is lower than of unseen ones"
+        logging.warning(words, name, new)
 
 
 def parse(text: str, key: str) -> NamedRun:

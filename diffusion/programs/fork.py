@@ -4,7 +4,6 @@ What a run may not change, a fork may: it is another run, and fork.json says whe
 """
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,9 +43,7 @@ def read(experiment: Experiment, text: str, directory: Path) -> Fork | None:
             raise ValueError(f"--fork={text}: {directory} holds a run that {comes_from}; take another --workdir")
         return None
     old, new = workdir.read_config(source.directory).data, experiment.config.data
-    if new.validation and new.validation != old.validation:
-        words = "--fork=%s has seen validation images of data.validation=%s: val_loss is lower than of unseen ones"
-        logging.warning(words, text, new.validation)
+    named_run.warn_of_seen_images(f"--fork={text}", new.validation, old.validation)
     with Checkpoints(source.checkpoints) as checkpoints:
         state = checkpoints.restore(source.step(checkpoints), experiment.abstract_state())
     origin = {"directory": str(source.directory.resolve()), "step": int(state.step)}

@@ -220,6 +220,13 @@ def test_a_variance_that_is_learned_in_another_way_is_another_network(source, tm
         _ = from_run(tmp_path / "run", model__variance="learned").start
 
 
+def test_validation_images_that_the_old_run_was_trained_on_are_told(source, caplog):
+    _ = from_run(source[0]).start
+    assert "validation" not in caplog.text
+    _ = from_run(source[0], data__validation=5).start
+    assert "has seen validation images of data.validation=5" in caplog.text
+
+
 def test_a_damaged_config_is_named(source, tmp_path):
     shutil.copytree(source[0], tmp_path / "run@home")
     (tmp_path / "run@home" / "config.json").write_text("{")
