@@ -43,7 +43,7 @@ def run(study: Study, weights: list[float]) -> None:
     if not config.model.label_dropout:
         raise ValueError(f"{directory} knows no images without labels: train with model.label_dropout > 0")
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
-    judge = features.classifier(train_set)
+    judge, test_labels = features.classifier(train_set), test_set.labels()
     rows, shown = [], {}
     for weight in [UNCONDITIONAL, *weights]:
         images = study.images({"sample.guidance": weight, "sample.labels": (), "sample.guidance_interval": ()})
@@ -53,7 +53,7 @@ def run(study: Study, weights: list[float]) -> None:
             row["accuracy"] = recognised(judge, images, labels.reshape(images.shape[:2]))
         rows.append(row)
         shown[weight] = images[0]
-    (accuracy,) = recognised(judge, test_set.images()[None], test_set.labels()[None])
+    (accuracy,) = recognised(judge, test_set.images()[None], test_labels[None])
     real = drawn.real_images(study, test_set) | {"accuracy": accuracy}
 
     text = markdown(rows, real, study)

@@ -26,7 +26,7 @@ class Source:
         name: of the data set.
         split: "train", "test" or "validation".
         pixels: uint8 [N, H, W, C], pixel values 0…num_levels − 1, in memory or in a file that is mapped into it.
-        classes: int32 [N], 0…num_classes − 1; None for a set without labels.
+        classes: int32 [N], 0…num_classes − 1, or −1 for an unknown one; None for a set without labels.
         num_levels: how many values a channel of a pixel can have.
         num_classes: 0 for a set without labels.
         file: what `pixels` is mapped from, whole; None for pixels in memory or in a file that goes with this process.
@@ -67,15 +67,27 @@ class Source:
         mapping.madvise(mmap.MADV_DONTNEED)
         return chosen
 
-    def labels(self, indices: Int[np.ndarray, " b"] | slice = slice(None)) -> Int32[np.ndarray, " b"]:
+    def labels(
+        self, indices: Int[np.ndarray, " b"] | slice = slice(None), complete: bool = True
+    ) -> Int32[np.ndarray, " b"]:
         """The classes of these examples.
 
+        Args:
+            complete: whether an example without a class is an error. TFDS gives it the label −1.
+
         Raises:
-            ValueError: the set has no labels.
+            ValueError: the set has no labels, or one of these labels is none of 0…num_classes − 1.
         """
         if self.classes is None:
             raise ValueError(f"data.name={self.name!r} has no labels")
-        return self.classes[self._stored(indices)]
+        labels = self.classes[self._stored(indices)]
+        unknown = labels[(labels < 0) | (labels >= self.num_classes)]
+        if complete and len(unknown):
+            raise ValueError(
+                f"data.name={self.name!r}: {len(unknown):,} of {len(labels):,} labels of the {self.split} split are "
+                f"none of 0…{self.num_classes - 1}, for example {unknown[0]} (TFDS writes -1 for an unknown label)"
+            )
+        return labels
 
     def parts(self) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
         """All images in order, IMAGES_PER_READ at a time."""

@@ -63,11 +63,12 @@ def train(train_set: Source, test_set: Source, seed: int) -> Trained:
     """Trains for ten epochs, or 600 steps if those are more; a function of the data and the seed.
 
     Raises:
-        ValueError: the set has no labels, or one class only.
+        ValueError: the set has no labels, or one class only, or an image whose label is unknown.
     """
     if train_set.num_classes < 2:
         has = "one class only" if train_set.num_classes else "no labels"
         raise ValueError(f"data.name={train_set.name!r} has {has}: there is nothing to classify")
+    train_labels, test_labels = train_set.labels(), test_set.labels()
     network, num_levels = Classifier(train_set.num_classes), train_set.num_levels
     num_steps = max(MIN_STEPS, EPOCHS * len(train_set) // BATCH_SIZE)
     rate = optax.cosine_decay_schedule(LEARNING_RATE, num_steps)
@@ -89,11 +90,11 @@ def train(train_set: Source, test_set: Source, seed: int) -> Trained:
     with Progress(num_steps, desc="classifier") as progress:
         for number in range(num_steps):
             chosen = batch_indices(seed, number, BATCH_SIZE, len(train_set))
-            params, state = step(params, state, train_set.images(chosen), train_set.labels(chosen))
+            params, state = step(params, state, train_set.images(chosen), train_labels[chosen])
             progress.update()
     params = jax.device_get(params)
     _, logits = _outputs(params, test_set.images(), num_levels, train_set.num_classes)
-    accuracy = float(np.mean(logits.argmax(axis=1) == test_set.labels()))
+    accuracy = float(np.mean(logits.argmax(axis=1) == test_labels))
     return Trained(
         params,
         Provenance(

@@ -45,6 +45,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
     loaded = workdir.load(directory, checkpoint, config)
     experiment, state, model = loaded.experiment, loaded.state, loaded.model_with(config.eval.variance)
     splits = build.load_splits(config)
+    check_labels(config, splits)
     data_sha256 = processes.on_first(splits.sha256)
     measured = short_sha256([state.sha256, data_sha256, tree_sha256(model.schedule.x0_variance)])
     out = directory / EVALUATIONS / f"{name(experiment, int(state.step), num_images)}-{measured}"
@@ -55,6 +56,19 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
             summary.write_json(directory / "eval.json", scores)
             page.refresh(directory)
             print(json.dumps(scores, indent=2))
+
+
+def check_labels(config: ConfigDict, splits: Splits) -> None:
+    """Raises a ValueError if a conditional network would train on, or be scored on, an image without a known label."""
+    if not config.model.conditional:
+        return
+    for source in (splits.train, splits.validation):
+        source.labels()
+    if config.eval.num_images != images.NONE:
+        try:
+            splits.test.labels()
+        except ValueError as error:
+            raise ValueError(f"{error}; eval.num_images=-1 trains without scoring") from error
 
 
 def name(experiment: Experiment, step: int, num_images: int) -> str:
@@ -173,8 +187,9 @@ def _by_label(bounds: dict[str, Bound], test_set: Source, numbers: np.ndarray, i
             given_bpd = bounds[split].summary(split)[f"{split}_bpd"]
             scores[f"{split}_with_label_bpd"] = given_bpd + scores["label_bpd"]
     if test_set.num_classes:
-        by_class = bounds["test"].bpd_by_class(test_set.labels(numbers), test_set.num_classes)
-        scores["test_bpd_by_class"] = by_class
+        by_class = bounds["test"].bpd_by_class(test_set.labels(numbers, complete=False), test_set.num_classes)
+        if any(bpd is not None for bpd in by_class):
+            scores["test_bpd_by_class"] = by_class
     if "unconditional" in bounds:
         without, given = bounds["unconditional"].summary("test"), bounds["test"].image_bpd
         saved = bounds["unconditional"].image_bpd - given  # image by image: what is common to both cancels

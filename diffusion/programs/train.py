@@ -60,6 +60,7 @@ def run(
             print(f"{directory} holds this run, finished: see {directory / workdir.SUMMARY}")
         return
     splits = build.load_splits(config)
+    evaluate.check_labels(config, splits)
     if not allow_other_data:
         processes.on_first(lambda: check_data(config, directory, splits.sha256()))
     sampler = sample.make_sampler(experiment)

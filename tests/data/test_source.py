@@ -65,6 +65,19 @@ def test_a_set_without_labels_is_read_and_refuses_labels(tmp_path, write_foreign
         loaded.labels(np.arange(2))
 
 
+@pytest.mark.parametrize("wrong", [-1, 3, 1000])
+def test_a_label_that_is_none_of_the_classes_is_refused_unless_it_is_asked_for(wrong):
+    """TFDS writes −1 for an unknown label, which a network would take for "no label"."""
+    classes = np.array([0, 2, wrong, 1, wrong], np.int32)
+    source = Source("cats", "test", np.zeros((5, 2, 2, 1), np.uint8), classes=classes, num_classes=3)
+    with pytest.raises(ValueError, match=rf"'cats': 2 of 5 labels of the test split are none of 0…2, .* {wrong} \("):
+        source.labels()
+    with pytest.raises(ValueError, match="1 of 2 labels"):
+        source.labels(np.array([1, 2]))
+    np.testing.assert_array_equal(source.labels(np.array([0, 1, 3])), [0, 2, 1])
+    np.testing.assert_array_equal(source.labels(complete=False), classes)
+
+
 # --- the decoded copies
 
 

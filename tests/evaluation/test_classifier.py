@@ -83,6 +83,14 @@ def test_without_two_classes_there_is_nothing_to_learn():
         classifier.train(bars("train", num_classes=1), bars("test"), 0)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_unknown_label_is_refused_and_is_not_the_last_class(split):
+    sets = {name: bars(name) for name in ("train", "test")}
+    sets[split] = dataclasses.replace(sets[split], classes=np.full(64, -1, np.int32))
+    with pytest.raises(ValueError, match=f"64 of 64 labels of the {split} split are none of 0…1"):
+        classifier.train(sets["train"], sets["test"], 0)
+
+
 @pytest.mark.slow
 def test_it_recognises_digits(tiny_data_dir):
     train_set, test_set = (data.load("digits", split, tiny_data_dir) for split in ("train", "test"))

@@ -1,5 +1,6 @@
 """A run with labels: what the network is given when it is scored and sampled, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,8 +12,9 @@ from PIL import Image
 
 from diffusion import data, guidance, likelihood, samplers
 from diffusion.data.levels import to_levels, to_unit
+from diffusion.evaluation.bound import Bound
 from diffusion.experiment import build, workdir
-from diffusion.programs import describe, evaluate, sample
+from diffusion.programs import describe, evaluate, sample, train
 from diffusion.runtime import randomness
 
 
@@ -115,6 +117,52 @@ def test_what_does_not_fit_is_refused_in_one_line(conditional, changes, message)
 def test_a_set_without_labels_is_refused(conditional):
     with pytest.raises(ValueError, match="model.conditional=True needs labels, and data.name='digits' has none"):
         build.experiment(conditional(), (8, 8, 1), 17)
+
+
+def without_labels(split, share):
+    """The splits of the digits, of which one has unknown labels."""
+    original = build.load_splits
+
+    def load(config):
+        splits = original(config)
+        source = getattr(splits, split)
+        classes = np.where(np.arange(len(source.classes)) < share * len(source.classes), -1, source.classes)
+        return splits._replace(**{split: dataclasses.replace(source, classes=classes)})
+
+    return load
+
+
+@pytest.mark.parametrize("split, share", [("test", 1.0), ("train", 0.01)])
+def test_unknown_labels_are_refused_before_anything_is_compiled_or_written(
+    conditional, labelled_run, tmp_path, monkeypatch, split, share
+):
+    monkeypatch.setattr(build, "load_splits", without_labels(split, share))
+    before = sorted(labelled_run.rglob("*"))
+    for run, directory in ((train.run, tmp_path / "new"), (evaluate.run, labelled_run)):
+        with pytest.raises(ValueError, match=f"labels of the {split} split are none of 0…9, for example -1"):
+            run(conditional(), directory)
+    assert not (tmp_path / "new").exists() and sorted(labelled_run.rglob("*")) == before
+
+
+def test_the_labels_of_a_test_split_that_is_not_scored_and_of_a_network_without_labels_may_be_unknown(
+    conditional, monkeypatch
+):
+    monkeypatch.setattr(build, "load_splits", without_labels("test", 1.0))
+    config = conditional()
+    with pytest.raises(ValueError, match="eval.num_images=-1 trains without scoring"):
+        evaluate.check_labels(config, build.load_splits(config))
+    for changes in ({"eval__num_images": -1}, {"model__conditional": False}):
+        config = conditional(**changes)
+        evaluate.check_labels(config, build.load_splits(config))
+
+
+def test_bits_by_class_are_left_out_where_no_label_is_known(conditional, monkeypatch):
+    part = np.arange(299.0)
+    bounds = {"test": Bound(part, part, part, part)}
+    for share, known in ((1.0, False), (0.9, True), (0.0, True)):
+        test_set = without_labels("test", share)(conditional()).test
+        found = evaluate._by_label(bounds, test_set, np.arange(299), is_given=False)
+        assert ("test_bpd_by_class" in found) == known
 
 
 def test_a_network_that_takes_no_labels_is_refused(conditional):
