@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
 from diffusion.reverse import Denoise
@@ -46,14 +47,18 @@ def classifier_free(
         network: trained with and without labels.
         labels: of each example.
         scale: w.
-        interval: (low, high): guided where low < t ≤ high, in steps of the schedule that was trained with, and
-            conditional elsewhere, for half of the work; () for every t.
+        interval: (low, high), any real numbers: guided where low < t ≤ high, in steps of the schedule that was trained
+            with, and conditional elsewhere, for half of the work; () for every t.
     """
     given_labels = conditional(network, labels)
     if scale == 0:
         return given_labels
     guided = jax.tree_util.Partial(_guided, _as_pytree(network), labels, scale)
-    return jax.tree_util.Partial(_guided_within, guided, given_labels, *interval) if interval else guided
+    if not interval:
+        return guided
+    # t is an integer, so the ends count as rounded down: exact, where float32 could round 2.9999999999 up to 3.
+    low, high = (float(np.floor(end)) for end in interval)
+    return jax.tree_util.Partial(_guided_within, guided, given_labels, low, high)
 
 
 def _conditional(
@@ -92,8 +97,9 @@ def _guided_within(
     x_t: Float[Array, "b h w c"],
     network_t: Real[Array, " b"],
 ) -> Float[Array, "b h w out"]:
-    """In a sampler all examples have the same t. network_t is t − 1: low < t ≤ high is low ≤ network_t < high."""
-    is_within = (low <= network_t[0]) & (network_t[0] < high)
+    """In a sampler all examples have the same t. network_t is t − 1."""
+    t = network_t[0] + 1
+    is_within = (low < t) & (t <= high)
     return jax.lax.cond(is_within, guided, given_labels, x_t, network_t)
 
 

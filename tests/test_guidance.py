@@ -81,6 +81,19 @@ def test_an_interval_holds_its_upper_end_and_not_its_lower_one(batch, t, is_guid
     np.testing.assert_allclose(within, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("interval", [(2.5, 4.5), (2, 4), (2.9999999999, 4.9999999999), (-1e299, 2.1), (3.5, 1e299)])
+def test_the_ends_of_an_interval_are_any_real_numbers(batch, interval):
+    """Guided where low < t ≤ high, whatever float32 makes of the ends."""
+    low, high = interval
+    within, always = (guidance.classifier_free(network, LABELS, 2.0, ends) for ends in (interval, ()))
+    guided = []
+    for t in range(1, 11):
+        times = jnp.full(3, SCHEDULE[t].network_t)
+        if np.allclose(within(batch[0], times), always(batch[0], times), rtol=1e-6):
+            guided.append(t)
+    assert guided == [t for t in range(1, 11) if low < t <= high]
+
+
 def test_an_interval_means_the_steps_of_the_schedule_that_was_trained_with_also_after_respacing():
     """Respaced to t = 2, 5, 10: guided within (3, 7] is guided at the second of the three steps."""
     respaced = schedules.respace(SCHEDULE, np.array([2, 5, 10]))
