@@ -13,12 +13,11 @@ from typing import BinaryIO
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, Int32, UInt8
-from PIL import Image
 from tqdm import tqdm
 
 from diffusion.data import records
 from diffusion.data import tfds as prepared
-from diffusion.data.folder.decoding import MODES, Target, to_pixels
+from diffusion.data.folder.decoding import MODES, Target, opened, to_pixels
 from diffusion.runtime import files
 
 RECORDS_PER_READ = 1000
@@ -56,7 +55,7 @@ class Resizing:
         if self.image_size:
             pixels = to_pixels(encoded, Target(self.image_size, self.image_size, channels))
         else:
-            with Image.open(io.BytesIO(encoded)) as picture:
+            with opened(io.BytesIO(encoded), formats=None) as picture:
                 pixels = np.atleast_3d(np.asarray(picture.convert(MODES[channels])))
         if not self.pad_to:
             return pixels
@@ -85,7 +84,7 @@ def _first_size(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int, int]
     """(height, width) of the first training picture."""
     stored, numbers = prepared.records(name, builder, "train")
     [(encoded, _)] = next(_examples(builder, stored, numbers[:1]))
-    with Image.open(io.BytesIO(encoded)) as picture:
+    with opened(io.BytesIO(encoded), formats=None) as picture:
         return picture.height, picture.width
 
 

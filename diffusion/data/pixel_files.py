@@ -10,8 +10,6 @@ from PIL import Image
 
 from diffusion.data.folder import decoding, listing
 
-_ORIENTATION = 0x0112  # the EXIF tag that says how a picture is turned; 1: not at all
-
 
 def read(path: Path, image_shape: tuple[int, int, int], num_levels: int) -> UInt8[np.ndarray, "n h w c"]:
     """The images in `path`, in its order; that of a folder is by the pictures' paths.
@@ -69,9 +67,9 @@ def _pictures(folder: Path, image_shape: tuple[int, int, int]) -> UInt8[np.ndarr
 
 def _picture(path: Path, target: decoding.Target) -> UInt8[np.ndarray, "h w c"]:
     try:
-        with Image.open(path, formats=decoding.FORMATS) as picture:
+        with decoding.opened(path) as picture:
             size, mode = picture.size, picture.mode
-            is_changed_by_decoding = picture.has_transparency_data or picture.getexif().get(_ORIENTATION, 1) != 1
+            is_changed_by_decoding = picture.has_transparency_data or decoding.orientation(picture) != 1
         if is_changed_by_decoding:
             raise ValueError(f"{path} is transparent or turned by its EXIF tag; save it as it should be seen")
         wanted = decoding.MODES[target.channels]

@@ -1,13 +1,19 @@
 """Picture files of any size and mode as pixel values of one size: orientation, transparency, crop, resize."""
 
+import contextlib
 import dataclasses
 import io
 import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, PngImagePlugin, UnidentifiedImageError
 
+from diffusion.data.folder import png
+
+VERSION = 2  # of what becomes of a file: shards of an interrupted call that another version wrote are written again
 # A file's content decides which of these it is. Pillow's other formats are not tried: some start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
@@ -18,6 +24,18 @@ RESIZE = {
 }
 CROP = ("center", "none")
 MODES = {1: "L", 3: "RGB"}  # by the number of channels
+# A colour profile or a text in a PNG file, unpacked; all texts of one file. Nothing of them is used.
+MAX_METADATA_BYTES, MAX_TEXTS_BYTES = 2**26, 2**28
+# What sets a picture upright, by the EXIF tag Orientation; without an entry it is.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Unreadable(ValueError):
@@ -79,8 +97,8 @@ def to_pixels(data: bytes, target: Target) -> UInt8[np.ndarray, "h w c"]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about oddities that Pillow gets over
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                upright = _as_8_bits(picture)
+            with opened(io.BytesIO(data)) as picture:
+                upright = _as_8_bits(picture, data)
             opaque = _without_transparency(upright, target)
             return np.asarray(_fitted(opaque, target)).reshape(target.shape)
     except MemoryError:
@@ -89,14 +107,42 @@ def to_pixels(data: bytes, target: Target) -> UInt8[np.ndarray, "h w c"]:
         raise Unreadable(_reason(error, data)) from error
 
 
-def _as_8_bits(picture: Image.Image) -> Image.Image:
+@contextlib.contextmanager
+def opened(file: io.BytesIO | Path, formats: Sequence[str] | None = FORMATS) -> Iterator[Image.Image]:
+    """A picture file as Pillow opens it; a PNG file may have more metadata than Pillow allows, 1 MiB."""
+    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = MAX_METADATA_BYTES, MAX_TEXTS_BYTES
+    try:
+        with Image.open(file, formats=formats) as picture:
+            yield picture
+    finally:
+        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = limits
+
+
+def orientation(picture: Image.Image) -> int:
+    """The EXIF tag Orientation, 1 for an upright picture. No other tag is read; a damaged block counts as none."""
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises different types for garbage
+        return 1
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    picture.load()  # which turns a TIFF file's picture already
+    turn = _TURNS.get(orientation(picture))
+    return picture.copy() if turn is None else picture.transpose(turn)
+
+
+def _as_8_bits(picture: Image.Image, data: bytes) -> Image.Image:
     """The picture the right way up, in a mode of 8 bits a channel."""
     if picture.mode in ("I", "F"):
         raise Unreadable("its pixel values are signed, 32-bit or real numbers")
     if not picture.mode.startswith("I;16"):
-        return ImageOps.exif_transpose(picture)
+        return _upright(png.with_transparency(picture, data) if picture.format == "PNG" else picture)
     top, is_negative = _levels(picture)
-    picture = ImageOps.exif_transpose(picture)
+    picture = _upright(picture)
     # Pillow's own convert("L") would clip at 255 instead.
     values = np.asarray(picture).astype(np.uint32)
     grey = ((values * 255 + top // 2) // top).astype(np.uint8)
@@ -147,6 +193,8 @@ def _reason(error: Exception, data: bytes) -> str:
     """What is wrong with a file, in words without an object's address or a path."""
     if not data:
         return "the file is empty"
+    if "MAX_TEXT" in str(error):
+        return f"its colour profile or a text in it has more than {MAX_METADATA_BYTES / 2**20:g} MiB"
     if isinstance(error, UnidentifiedImageError):
         return f"Pillow cannot read it as {NAMES}"
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):

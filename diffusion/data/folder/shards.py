@@ -78,7 +78,8 @@ def divide(pictures: list[Picture], name: str, records: Path, reports: Path) -> 
 
 def inputs_digest(shard: Shard, recipe: Recipe) -> str:
     """A digest of all that a shard's bytes depend on: its pictures, how they are decoded, the version of Pillow."""
-    everything = [PIL.__version__, dataclasses.asdict(recipe.target), recipe.classes, shard.pictures]
+    versions = [PIL.__version__, decoding.VERSION]
+    everything = [*versions, dataclasses.asdict(recipe.target), recipe.classes, shard.pictures]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 

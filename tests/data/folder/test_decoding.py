@@ -147,6 +147,37 @@ def test_a_picture_of_16_bits_is_turned_as_well(picture_format):
     np.testing.assert_array_equal(grey(data, 7, 8), np.rot90((values.astype(int) + 128) // 257, -1))
 
 
+def exif_with(tag, kind, count, value):
+    """An EXIF block of an orientation of 6 and another entry."""
+    entries = sorted([(0x0112, 3, 1, struct.pack("<I", 6)), (tag, kind, count, value)])
+    directory = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + directory + b"\0\0\0\0"
+
+
+MALFORMED = {
+    "text for a fraction": (0x011A, 2, 4, b"abc\0"),
+    "text for a number": (0x0103, 2, 4, b"abc\0"),
+    "not a number": (0x011A, 11, 1, struct.pack("<f", float("nan"))),
+    "bytes for a number": (0x0103, 7, 4, b"\xff\xff\xff\xff"),
+    "below zero": (0x011A, 9, 1, struct.pack("<i", -1)),
+    "a part that is itself": (0x8769, 4, 1, struct.pack("<I", 8)),
+    "beyond the end": (0x011A, 5, 1, struct.pack("<I", 10**6)),
+    "of no type": (0x0103, 99, 1, b"\0\0\0\0"),
+}
+
+
+@pytest.mark.parametrize("picture_format, options", [("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True})])
+def test_of_exif_only_the_orientation_is_read(picture_format, options):
+    stored = Image.fromarray(COLOURS[:5])
+    upright = np.rot90(to_pixels(encoded(stored, picture_format, **options), Target(5, 8)), -1)
+    for entry in MALFORMED.values():
+        data = encoded(stored, picture_format, exif=exif_with(*entry), **options)
+        np.testing.assert_array_equal(to_pixels(data, Target(8, 5)), upright)
+    for garbage in (b"Exif\0\0garbage!garbage", b"Exif\0\0", exif_with(*MALFORMED["below zero"])[:16]):
+        data = encoded(stored, picture_format, exif=garbage, **options)
+        np.testing.assert_array_equal(to_pixels(data, Target(5, 8)), np.rot90(upright))
+
+
 # --- Transparency
 
 BACKGROUND = (10, 200, 77)

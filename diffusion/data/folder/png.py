@@ -1,0 +1,64 @@
+"""Transparent colours of PNG files: what their tRNS chunk says, where Pillow reads it in other units or in part.
+
+PNG specification (W3C, third edition), 11.3.1.1: a grey or a colour is given in the file's own bits, 2 to 16 of them,
+and of a palette each entry has an alpha value.
+"""
+
+import io
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image
+
+SIGNATURE_BYTES = 8
+
+
+def with_transparency(picture: Image.Image, data: bytes) -> Image.Image:
+    """A PNG file's picture, loaded, with the transparency that the file gives it.
+
+    Args:
+        picture: as Pillow opened it.
+        data: the content of the file.
+    """
+    picture.load()
+    header, transparent = _chunk(data, b"IHDR"), _chunk(data, b"tRNS")
+    if "transparency" not in picture.info or header is None or transparent is None:
+        return picture
+    bits = header[8]
+    top = 2**bits - 1
+    # The chunk has 16 bits for each of one or three values, of which the lowest count.
+    values = [int.from_bytes(transparent[begin : begin + 2]) & top for begin in (0, 2, 4)]
+    if picture.mode == "P":
+        picture.info["transparency"] = transparent  # Pillow may see a single entry in it
+    elif picture.mode == "1":
+        picture.info["transparency"] = values[0] * 255
+    elif picture.mode == "L":
+        picture.info["transparency"] = values[0] * 255 // top
+    elif picture.mode == "RGB" and bits == 8:
+        picture.info["transparency"] = tuple(values)
+    elif picture.mode == "RGB":
+        del picture.info["transparency"]
+        is_opaque = _differs(picture, data, np.array(values))
+        picture.putalpha(Image.fromarray(is_opaque).convert("L"))
+    return picture
+
+
+def _differs(picture: Image.Image, data: bytes, colour: np.ndarray) -> Bool[np.ndarray, "h w"]:
+    """Which pixels of a picture of 16 bits a channel, of which Pillow keeps the upper 8, are not of this colour."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as lower:
+        lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]  # the second of two bytes
+        values = np.asarray(picture).astype(np.uint16) << 8 | np.asarray(lower)
+    return (values != colour).any(axis=-1)
+
+
+def _chunk(data: bytes, wanted: bytes) -> bytes | None:
+    """The content of the first chunk of this kind; None if there is none before the pixels."""
+    begin = SIGNATURE_BYTES
+    while begin + 8 <= len(data):
+        length, kind = int.from_bytes(data[begin : begin + 4]), data[begin + 4 : begin + 8]
+        if kind == wanted:
+            return data[begin + 8 : begin + 8 + length]
+        if kind == b"IDAT":
+            return None
+        begin += 12 + length  # the length, the kind and a checksum
+    return None
