@@ -7,7 +7,10 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from diffusion.experiment import config as config_lib
+from diffusion.runtime.digests import short_sha256
 from experiments.results import AXES
+
+MAX_NAME = 255  # letters of a folder's name
 
 
 class Cell(NamedTuple):
@@ -66,11 +69,14 @@ def grid(base: str, axes: dict[str, list[str]], extra: dict[str, str]) -> list[C
 def folder_name(values: dict[str, str]) -> str:
     """The values of the axes in letters that every file system and shell takes as they are.
 
+    A name that would be too long for a file system ends with a digest of the values.
+
     {"schedule": "linear(beta_end=0.03)", "T": "50", "data.flip": "True"} -> "linear_beta_end_0.03-T50-data.flip_True".
     """
     said = {axis: "" for axis in AXES} | {"T": "T", "seed": "seed"}
     plain = {axis: re.sub(r"[^A-Za-z0-9_.+-]+", "_", value).strip("_") for axis, value in values.items()}
-    return "-".join(f"{said.get(axis, f'{axis}_')}{value}" for axis, value in plain.items())
+    name = "-".join(f"{said.get(axis, f'{axis}_')}{value}" for axis, value in plain.items())
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 13]}-{short_sha256(values)}"
 
 
 def split_values(text: str) -> list[str]:

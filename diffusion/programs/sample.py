@@ -126,7 +126,7 @@ def name(about: dict[str, Any]) -> str:
     words = f"step{about['step']}-{about['method']}-{about['num_steps']}steps-{about['variance']}"
     if about.get("guidance"):
         words += f"-guidance{about['guidance']:g}"
-    readable = re.sub(r"[^\w.=+-]+", "_", words)[:MAX_NAME]
+    readable = re.sub(r"[^\w.=+-]+", "_", words, flags=re.ASCII)[:MAX_NAME]
     return f"{readable}-{short_sha256(about)}"
 
 

@@ -3,10 +3,11 @@
 import hashlib
 import os
 import urllib.request
-import uuid
 from pathlib import Path
 
 from tqdm import tqdm
+
+from diffusion.runtime import files
 
 BLOCK_BYTES = 1 << 20
 
@@ -22,7 +23,7 @@ def download(url: str, sha256: str, path: Path, num_bytes: int | None = None) ->
         OSError: the server or the disk failed; a ConnectionError if the download was cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    partial = files.unfinished(path, "partial")
     digest = hashlib.sha256()
     try:
         with urllib.request.urlopen(url, timeout=60) as response, partial.open("wb") as file:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+MAX_BEGIN_BYTES = 128  # of a temporary file's name; file systems take 255 bytes
 LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, which ends with the process
 
 
@@ -24,7 +25,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the file could not be written; the message names it.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = unfinished(path, "tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -36,6 +37,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def unfinished(path: Path, ending: str) -> Path:
+    """A name beside `path` that no other process takes, short enough wherever that of `path` is."""
+    begin = os.fsencode(path.name)[:MAX_BEGIN_BYTES].decode(errors="ignore")
+    return path.with_name(f"{begin}.{uuid.uuid4().hex}.{ending}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -101,6 +101,12 @@ def test_two_cells_never_share_a_folder():
         sweep.grid(BASE, axes(schedule=alike), {})
 
 
+def test_the_name_of_a_folder_is_one_that_file_systems_take_and_two_long_ones_differ():
+    long = {"init_from": [f"/{300 * letter}" for letter in "ab"] + [f"/{300 * 'a'}b"]}
+    names = [cell.name for cell in sweep.grid(BASE, axes(seed=["0", "1"]) | long, {})]
+    assert len(set(names)) == 6 and max(len(name.encode()) for name in names) == 255
+
+
 def test_exactly_the_pairs_that_cannot_be_trained_are_left_out():
     cells = sweep.grid(BASE, axes(**variance.DEFAULT_AXES), {})
     kept, excluded = sweep.possible(cells)

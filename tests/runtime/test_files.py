@@ -30,6 +30,12 @@ def test_what_breaks_off_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", [255 * "a", 85 * "\u20ac", "b" + 127 * "\xe9", 250 * "a" + "\udcff.npz"])
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path, name):
+    files.write_text(tmp_path / name, "whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.fixture
 def little_room():
     """No file of this process grows beyond 1,000 bytes; what is written then fails as on a full disk."""

@@ -21,6 +21,7 @@ from diffusion.data.folder.shards import VERSION, Recipe
 from diffusion.runtime import files
 
 TEST_FRACTION = 0.05
+MAX_NAME = 200  # letters: TFDS adds some to the names of record files
 SHOWN = 5  # how many names a message shows, of many
 
 
@@ -46,6 +47,8 @@ def place(name: str, data_dir: str | None) -> Path:
 
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise ValueError(f"--name={name} must begin with a small letter and have only small letters, digits and _")
+    if len(name) > MAX_NAME:
+        raise ValueError(f"--name={name[:20]}… has {len(name)} letters, but names of files have room for {MAX_NAME}")
     if tfds.is_own(name):
         raise ValueError(f"--name={name} is the name of a built-in data set; take another --name")
     root = tfds.resolve_data_dir(data_dir)

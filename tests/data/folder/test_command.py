@@ -204,6 +204,7 @@ def test_the_result_may_lie_in_the_folder_itself(tmp_path, capsys, monkeypatch):
     "flags, message",
     [
         (["--name=Pets"], "--name=Pets must begin with a small letter"),
+        ([f"--name={201 * 'a'}"], "--name=aaaaaaaaaaaaaaaaaaaa… has 201 letters, but names of files have room"),
         (["--name=digits"], "--name=digits is the name of a built-in data set"),
         (["--size=0"], "--size=0 must look like 64"),
         (["--size=8x"], "--size=8x must look like 64"),
