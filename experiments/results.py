@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,8 @@ from diffusion.experiment import config as config_lib
 from diffusion.experiment import schema, workdir
 from diffusion.programs import quality
 from diffusion.reporting.page import numbers
+from diffusion.reporting.summary import read_json
+from diffusion.runtime import files
 from diffusion.runtime.digests import short_sha256
 from experiments import intervals, tables
 
@@ -173,17 +174,29 @@ def read(directory: Path) -> tuple[list[FinishedRun], dict[str, str]]:
         if not (folder / "summary.json").exists():
             unfinished[folder.name] = last_line(folder)
             continue
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = read_json(folder / "summary.json")
+        if summary is None:
+            unfinished[folder.name] = "summary.json is damaged; the same command scores the run again"
+            continue
         if "test_bpd" not in summary:
             unfinished[folder.name] = "trained, and not scored (eval.num_images=-1)"
             continue
         config = _with_every_key(config_lib.flatten(workdir.read_config(folder)))
         bounds = None, None
         if not config["eval.terms_per_image"]:
-            with np.load(folder / "bpd.npz") as saved:
-                bounds = saved["test_image_bpd"], saved["test_terms_bpd"]
+            bounds = _bounds(folder / "bpd.npz")
         runs.append(FinishedRun(folder.name, config, summary, quality.read(folder), *bounds))
     return runs, unfinished
+
+
+def _bounds(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The bound of each test image, and the mean of each term, of a run that was scored in full."""
+    try:
+        with np.load(path) as saved:
+            return saved["test_image_bpd"], saved["test_terms_bpd"]
+    except files.DAMAGE as error:
+        again = f"delete {path.parent / 'summary.json'}, and the same command scores the run again"
+        raise ValueError(f"{path} is damaged ({error}); {again}") from error
 
 
 def _with_every_key(config: dict[str, Any]) -> dict[str, Any]:

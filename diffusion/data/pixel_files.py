@@ -1,7 +1,5 @@
 """Images out of files, with the very pixel values that are in them: .npy, .npz, or a folder of pictures."""
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +7,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from diffusion.data.folder import decoding, listing
+from diffusion.runtime import files
 
 
 def read(path: Path, image_shape: tuple[int, int, int], num_levels: int) -> UInt8[np.ndarray, "n h w c"]:
@@ -48,7 +47,7 @@ def _array(path: Path) -> np.ndarray:
             array = loaded[name]
     except KeyError as error:
         raise ValueError(f"{path} has several arrays and none is called images") from error
-    except (ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except files.DAMAGE as error:
         raise ValueError(f"{path} is neither an .npy or .npz file nor a folder, or it is damaged") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is a .zip file without NumPy arrays")

@@ -117,12 +117,18 @@ def open_directory(name: str, directory: Path) -> tfds.core.DatasetBuilder:
     """A builder that reads the prepared `directory`.
 
     Raises:
-      ValueError: it is not in ArrayRecord format.
+      ValueError: it is not in ArrayRecord format, or damaged.
       FileNotFoundError: some of its files are missing.
     """
     if not (directory / "features.json").exists():
         raise FileNotFoundError(f"{directory}/features.json is missing: copy all that TFDS prepared there")
-    builder = tfds.builder_from_directory(directory)
+    try:
+        builder = tfds.builder_from_directory(directory)
+        _ = builder.info.metadata  # TFDS reads it when it is asked for
+    except OSError:
+        raise
+    except Exception as error:  # JSON and protobuf raise different types for garbage
+        raise ValueError(f"a .json file in {directory} is damaged ({error}): copy or prepare the set again") from error
     formats = sorted(file_format.value for file_format in builder.info.available_file_formats())
     if "array_record" not in formats:
         raise ValueError(

@@ -1,6 +1,7 @@
 """The variational bound of every image of a split, in bits/dim: all terms, or an estimate from a few."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,9 +175,15 @@ def _prior(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"]) ->
 
 
 def _on_disk(path: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-    """An array of float32 that lives in a file and outlives the process; NaN at first."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(path) as file:
-            np.save(file, np.full(shape, np.nan, np.float32))
+    """An array of float32 that lives in a file and outlives the process; NaN at first, or if the file is damaged."""
+    if path.exists():
+        try:
+            kept = np.load(path, mmap_mode="r")  # to write, NumPy would fill a file that is cut with zeros
+            if kept.shape == shape and kept.dtype == np.float32:
+                return np.load(path, mmap_mode="r+")
+        except files.DAMAGE as error:
+            logging.warning("%s is damaged (%s); its terms are computed again", path, error)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as file:
+        np.save(file, np.full(shape, np.nan, np.float32))
     return np.load(path, mmap_mode="r+")

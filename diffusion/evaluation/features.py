@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +60,7 @@ class Features(NamedTuple):
         try:
             with np.load(path) as saved:
                 return Batch(saved["features"], saved["logits"])
-        except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent or damaged
+        except (FileNotFoundError, *files.DAMAGE):
             batch = self.extract(images)
         folder.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as file:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +49,7 @@ def cached(facts: dict[str, str], dimension: int, make: Callable[[], Reference])
     if path.exists():
         try:
             return _load(path, dimension)
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except files.DAMAGE as error:
             logging.warning("%s is damaged (%s); it is computed again", path, error)
     reference = make()
     try:
@@ -94,7 +93,7 @@ def published(path: Path, dimension: int) -> quality.States:
     try:
         with np.load(path) as saved:
             mean, cov = (np.asarray(saved[name], np.float64) for name in ("mu", "sigma"))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except files.DAMAGE as error:
         raise ValueError(f"quality.reference={str(path)!r} is no .npz file with mu and sigma ({error})") from error
     if mean.shape != (dimension,) or cov.shape != (dimension, dimension):
         raise ValueError(

@@ -46,7 +46,7 @@ class Sampler:
             guidance_scale: w of `guidance.classifier_free`.
             guidance_interval: the t that are guided, as there.
         """
-        self._step, self._shape = step, image_shape
+        self._step, self.image_shape = step, image_shape
         self._seed_key, self._batch_size, self._num_steps = randomness.stream(seed, "sample"), batch_size, num_steps
         self._labels, self._guidance = jnp.array(labels), (guidance_scale, guidance_interval)
         self._images = devices.over_batches(self._draw_images)
@@ -86,4 +86,5 @@ class Sampler:
         if model.takes_labels:
             labels = self._labels[numbers % len(self._labels)]
             denoise = guidance.classifier_free(denoise, labels, *self._guidance)
-        return samplers.sample(self._step, denoise, model.p, model.schedule, keys, self._shape, num_frames=num_frames)
+        schedule, shape = model.schedule, self.image_shape
+        return samplers.sample(self._step, denoise, model.p, schedule, keys, shape, num_frames=num_frames)

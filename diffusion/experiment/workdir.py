@@ -23,6 +23,7 @@ from diffusion.experiment import config as config_lib
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.schema import all_keys
 from diffusion.model import Model
+from diffusion.reporting.summary import read_json
 from diffusion.runtime import files, processes
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import tree_sha256
@@ -107,7 +108,7 @@ def claim(config: ConfigDict, directory: Path) -> None:
     check(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
     summary = directory / SUMMARY
-    if summary.exists() and not is_finished(directory, config):
+    if read_json(summary) is not None and not is_finished(directory, config):
         os.replace(summary, summary.with_stem(f"summary_{read_config(directory).train.num_steps}"))
     path = directory / "config.json"
     lacking = config_lib.lacking(path) if path.exists() else set()
@@ -162,7 +163,7 @@ def read_config(directory: Path) -> ConfigDict:
 
 def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:
     """Whether the run trained to its end and was scored; with a config, whether to the end that this one sets."""
-    if not (directory / SUMMARY).exists():
+    if read_json(directory / SUMMARY) is None:  # one that is damaged is written again
         return False
     return config is None or config.train.num_steps == read_config(directory).train.num_steps
 
@@ -283,15 +284,17 @@ def load_x0_variance(directory: Path, state: EmaState) -> X0Variance:
         ValueError: what was estimated belongs to other weights.
     """
     path = directory / X0_VARIANCE
+    again = f"python -m experiments.variance_accounting --workdir={directory} writes it"
     if not path.exists():
-        raise FileNotFoundError(
-            f"the optimal variance needs {path}, which python -m experiments.variance_accounting "
-            f"--workdir={directory} writes"
-        )
-    with np.load(path) as saved:
-        if saved["step"] != state.step or "ema_sha256" in saved and saved["ema_sha256"] != state.sha256:
-            raise ValueError(
-                f"{path} was estimated of the weights of step {saved['step']}, which are not those of this checkpoint, "
-                f"of step {state.step}; python -m experiments.variance_accounting --workdir={directory} writes it again"
-            )
-        return X0Variance(saved["analytic"], saved["analytic_stderr"])
+        raise FileNotFoundError(f"the optimal variance needs {path}; {again}")
+    try:
+        with np.load(path) as file:
+            saved = dict(file)
+        found = X0Variance(saved["analytic"], saved["analytic_stderr"])
+        step, ema_sha256 = int(saved["step"]), str(saved.get("ema_sha256", state.sha256))
+    except (TypeError, *files.DAMAGE) as error:
+        raise ValueError(f"{path} is damaged; {again}") from error
+    if step != state.step or ema_sha256 != state.sha256:
+        other = f"which are not those of this checkpoint, of step {state.step}"
+        raise ValueError(f"{path} was estimated of the weights of step {step}, {other}; {again}")
+    return found

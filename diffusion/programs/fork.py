@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from diffusion.experiment import named_run, workdir
 from diffusion.experiment.build import Experiment
+from diffusion.reporting import summary
 from diffusion.reporting.metrics_log import read_metrics
 from diffusion.runtime import files
 from diffusion.runtime.checkpoint import DAMAGED, Checkpoints
@@ -76,6 +77,9 @@ def check_made(directory: Path) -> None:
 
 
 def origin_of(directory: Path) -> dict[str, Any]:
-    """What fork.json of a run holds; {} for a run that is no fork."""
+    """What fork.json of a run holds; {} for a run that is no fork. Raises a ValueError if it is damaged."""
     path = directory / NAME
-    return json.loads(path.read_text()) if path.exists() else {}
+    found = summary.read_json(path)
+    if found is None and path.exists():
+        raise ValueError(f"{path} is damaged, which says where this run comes from; restore it")
+    return found or {}

@@ -62,9 +62,8 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
 
 def read(directory: Path) -> dict[str, Any]:
     """What quality.json holds, if it is of the weights and the data that summary.json is of; else {}."""
-    try:
-        scores, bound = (json.loads((directory / name).read_text()) for name in (NAME, workdir.SUMMARY))
-    except (FileNotFoundError, json.JSONDecodeError):
+    scores, bound = (summary.read_json(directory / name) for name in (NAME, workdir.SUMMARY))
+    if scores is None or bound is None:
         return {}
     weights, data = ([of.get(name) for of in (scores, bound)] for name in ("ema_sha256", "data_sha256"))
     # Files of earlier versions do not say which data they are of.

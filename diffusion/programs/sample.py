@@ -1,6 +1,7 @@
 """--mode=sample: images from a trained model, as a grid, as a denoising trajectory, and as arrays."""
 
 import contextlib
+import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,7 +175,7 @@ def _fill(sampler: Sampler, model: Model, folder: Path, num_images: int, stop: C
     """Draws the shards that are not there yet; the last one may be incomplete, and is then drawn again."""
     for begin in range(0, num_images, SHARD_IMAGES):
         end, path = min(begin + SHARD_IMAGES, num_images), shard(folder, begin // SHARD_IMAGES)
-        if processes.bool_from_first(processes.is_first() and _holds(path, end - begin)):
+        if processes.bool_from_first(processes.is_first() and _holds(path, (end - begin, *sampler.image_shape))):
             continue
         images = np.concatenate(list(sampler.batches(model, begin, end, num_images)))
         if processes.is_first():
@@ -184,9 +185,16 @@ def _fill(sampler: Sampler, model: Model, folder: Path, num_images: int, stop: C
             stop()
 
 
-def _holds(path: Path, num_images: int) -> bool:
-    """Whether a shard has so many images."""
-    return path.exists() and len(np.load(path, mmap_mode="r")) >= num_images
+def _holds(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a shard has images [N, H, W, C] of this shape, or more of them; one that is damaged has none."""
+    if not path.exists():
+        return False
+    try:
+        images = np.load(path, mmap_mode="r")
+    except files.DAMAGE as error:
+        logging.warning("%s is damaged (%s); its images are drawn again", path, error)
+        return False
+    return images.dtype == np.uint8 and images.shape[1:] == shape[1:] and len(images) >= shape[0]
 
 
 def shards(folder: Path, num_images: int) -> Iterator[UInt8[np.ndarray, "n h w c"]]:

@@ -83,7 +83,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
         ValueError: a row is damaged. (A killed run's half-written last row is skipped.)
     """
     path = Path(workdir) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -27,6 +27,15 @@ def write_json(path: Path, summary: dict[str, Any]) -> None:
     files.write_text(path, json.dumps(checked_finite(_plain(summary)), indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A summary; None if there is none, or it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _plain(value: Any) -> Any:
     """Returns the value with arrays as lists, and NumPy's and JAX's numbers as Python's."""
     if isinstance(value, dict):

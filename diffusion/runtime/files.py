@@ -7,10 +7,14 @@ import os
 import socket
 import time
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+# What NumPy raises for an .npy or .npz file that is cut or damaged; an OSError is the disk's.
+DAMAGE = (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 MAX_BEGIN_BYTES = 128  # of a temporary file's name; file systems take 255 bytes
 LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, which ends with the process
 
