@@ -151,13 +151,15 @@ def _of_run(argv: list[str]) -> list[str]:
     """--config with the config of the run in --workdir or else in --fork, where no other is given; [] otherwise."""
     if any(argument.lstrip("-").partition("=")[0] == "config" for argument in argv[1:]):
         return []
+    from diffusion.runtime import files
+
     given = flags.FlagValues()
     for name in ("workdir", "fork"):
         flags.DEFINE_string(name, "", "", flag_values=given)
     with contextlib.suppress(flags.Error):  # the whole command line is parsed afterwards
         given(argv, known_only=True)
     named = given["workdir"].value, given["fork"].value.rpartition("@")[0] or given["fork"].value
-    runs = [Path(name).expanduser() for name in named if name]
+    runs = [files.expanded(name) for name in named if name]
     existing = [run for run in runs if (run / "config.json").exists()]
     return [f"--config={_OF_RUN}:{existing[0]}"] if existing else []
 

@@ -13,6 +13,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
+from diffusion.runtime import files
+
+DEFAULT_DIR = "~/tensorflow_datasets"  # that of TFDS
 HELD_OUT = 20  # one of so many examples is for testing, where a set has training examples alone
 
 
@@ -38,12 +41,16 @@ def resolve_data_dir(data_dir: str | None) -> Path:
     """`data_dir`, or where TFDS itself keeps data when that is None or empty.
 
     Raises:
-      ValueError: it is a URL.
+      ValueError: it is a URL, or it is in a home directory that does not exist.
     """
-    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or DEFAULT_DIR
     if "://" in chosen:
         raise ValueError(f"data.data_dir={chosen} is not a local directory; mount the bucket and take its path there")
-    return Path(chosen).expanduser()
+    try:
+        return files.expanded(chosen)
+    except ValueError as error:
+        means = f"data.data_dir={data_dir or ''!r} means {chosen}"
+        raise ValueError(f"{means}, but {files.NO_HOME}; set data.data_dir") from error
 
 
 def own_builder(name: str, data_dir: Path) -> tfds.core.GeneratorBasedBuilder | None:

@@ -92,7 +92,7 @@ def inception(train_set: Source, path: str = "", batch_size: int = 8) -> Feature
         RuntimeError: PyTorch must read them first, and it is not installed.
         ValueError: they are not the published ones, damaged, or of another layout.
     """
-    file = Path(path).expanduser() if path else inception_network.published_weights()
+    file = files.expanded(path) if path else inception_network.published_weights()
     params = inception_network.load(file, check_digest=not path)
 
     def extract(images: UInt8[np.ndarray, "n h w c"]) -> Batch:
@@ -118,7 +118,7 @@ def classifier(train_set: Source, path: str = "") -> Features:
         FileNotFoundError: it was not trained yet.
         ValueError: its file is damaged, or it takes other images.
     """
-    file = Path(path).expanduser() if path else classifiers.path_of(train_set.sha256())
+    file = files.expanded(path) if path else classifiers.path_of(train_set.sha256())
     if not path and not file.exists():
         raise FileNotFoundError(
             f"quality.features='classifier' needs a classifier of data.name={train_set.name!r}, which the same "

@@ -45,7 +45,12 @@ def cached(facts: dict[str, str], dimension: int, make: Callable[[], Reference])
     """
     code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in (distances, frechet, quality)]
     about = json.dumps([facts, sorted(quality.METRICS), code], sort_keys=True)
-    path = files.cache_directory() / "references" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.npz"
+    try:
+        folder = files.cache_directory() / "references"
+    except FileNotFoundError as error:
+        logging.warning("%s; what is computed of the reference is not kept", error)
+        return make()
+    path = folder / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.npz"
     if path.exists():
         try:
             return _load(path, dimension)

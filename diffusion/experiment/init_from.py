@@ -1,7 +1,6 @@
 """Where training starts if not at random weights: `init_from`, a run or a directory of published weights."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from diffusion.experiment import named_run, names
 from diffusion.experiment.schema import network_keys
 from diffusion.networks.named_tensors import first_few
 from diffusion.reverse import VARIANCES
+from diffusion.runtime import files
 from diffusion.runtime.checkpoint import Checkpoints
 
 # What weights do not depend on.
@@ -97,7 +97,7 @@ def _settings(network: nn.Module, config: ConfigDict) -> dict[str, Any]:
 
 def _is_run(text: str) -> bool:
     directory = text.rpartition("@")[0] or text
-    return any((Path(path).expanduser() / "checkpoints").is_dir() for path in (text, directory))
+    return any((files.expanded(path) / "checkpoints").is_dir() for path in (text, directory))
 
 
 def _of_run(text: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

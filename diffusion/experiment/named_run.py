@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
+from diffusion.runtime import files
 from diffusion.runtime.checkpoint import Checkpoints
 
 
@@ -47,8 +48,8 @@ def parse(text: str, key: str) -> NamedRun:
         ValueError: what comes after the @ is none of latest, best and a step.
     """
     directory, at, which = text.rpartition("@")
-    if not at or Path(text).expanduser().exists():
+    if not at or files.expanded(text).exists():
         directory, which = text, "latest"
     if which not in ("latest", "best") and not which.isdecimal():
         raise ValueError(f"{key}={text!r}: after the @ comes latest, best or the step of a checkpoint")
-    return NamedRun(Path(directory).expanduser(), which)
+    return NamedRun(files.expanded(directory), which)

@@ -53,7 +53,7 @@ def parse(text: str) -> Path:
     """
     if "://" in text:
         raise ValueError(f"--workdir={text} is not a local directory; mount the bucket and take its path there")
-    return Path(text).expanduser()
+    return files.expanded(text)
 
 
 def check(config: ConfigDict, directory: Path) -> None:

@@ -22,7 +22,7 @@ from diffusion.experiment.build import Experiment
 from diffusion.experiment.config import first_spelling, flatten
 from diffusion.model import Model
 from diffusion.reporting.progress import Progress
-from diffusion.runtime import coded_file, devices
+from diffusion.runtime import coded_file, devices, files
 from diffusion.runtime.coded_file import Header
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
@@ -89,7 +89,7 @@ def new_file(output: str) -> Path:
     """
     if jax.process_count() > 1:
         raise ValueError("--mode=compress and --mode=decompress run in one process; leave out --coordinator")
-    path = Path(output).expanduser()
+    path = files.expanded(output)
     if path.exists():
         raise FileExistsError(f"--output={output} exists; delete it or take another name")
     if not path.parent.is_dir():
@@ -162,7 +162,7 @@ def _source(config: ConfigDict, experiment: Experiment, input: str) -> Source:
     if input in SPLITS:
         return build.load_data(config, input)
     num_levels = experiment.training.num_levels
-    images = pixel_files.read(Path(input).expanduser(), experiment.image_shape, num_levels)
+    images = pixel_files.read(files.expanded(input), experiment.image_shape, num_levels)
     return Source(input, "test", images, num_levels)
 
 

@@ -42,7 +42,7 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
     path = compress.new_file(output)
     if path.suffix != ".npz":
         raise ValueError(f"--output={output} must end in .npz")
-    header, words = coded_file.read(Path(input).expanduser())
+    header, words = coded_file.read(files.expanded(input))
     experiment, model = compress.coding_model(config, directory, checkpoint)
     _check(input, header, compress.identity(experiment, model))
     codec = Codec(model, experiment.image_shape, header.batch_size, header.precision)

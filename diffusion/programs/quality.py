@@ -21,7 +21,7 @@ from diffusion.experiment import build, memory, workdir
 from diffusion.programs import sample
 from diffusion.reporting import page, summary
 from diffusion.reporting.progress import Progress
-from diffusion.runtime import processes
+from diffusion.runtime import files, processes
 from diffusion.runtime.preemption import Preemption
 
 NAME = "quality.json"
@@ -81,7 +81,7 @@ def is_measured(config: ConfigDict, directory: Path) -> bool:
         "sampler": sample.described(config, variance),
     }
     is_split = wanted.reference in SPLITS
-    reference_name = f", {wanted.reference} split, " if is_split else _file_name(Path(wanted.reference).expanduser())
+    reference_name = f", {wanted.reference} split, " if is_split else _file_name(files.expanded(wanted.reference))
     return all(scores.get(key) == value for key, value in asked.items()) and reference_name in scores["reference"]
 
 
@@ -117,7 +117,7 @@ class Scorer:
 
     @property
     def _path(self) -> Path:
-        return Path(self._config.quality.reference).expanduser()
+        return files.expanded(self._config.quality.reference)
 
     def numbers(
         self,

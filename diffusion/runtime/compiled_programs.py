@@ -5,6 +5,7 @@ is a folder for each model of CPU. The rest is JAX's own cache. A file that a ki
 warning, and its program is compiled again.
 """
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -20,14 +21,15 @@ UNSAFE = "avx512f"
 def keep(on_cpu: bool) -> None:
     """Has JAX keep compiled programs in `files.cache_directory()`, unless JAX_COMPILATION_CACHE_DIR names a folder.
 
-    None are kept for CPUs that are UNSAFE or that Linux does not describe.
+    None are kept for CPUs that are UNSAFE or that Linux does not describe, nor without a home directory.
 
     Args:
         on_cpu: whether the programs are for a CPU.
     """
     cpu = _cpu() if on_cpu else ""
     if cpu is not None and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(files.cache_directory() / "compiled" / cpu))
+        with contextlib.suppress(FileNotFoundError):
+            jax.config.update("jax_compilation_cache_dir", str(files.cache_directory() / "compiled" / cpu))
 
 
 def _cpu() -> str | None:

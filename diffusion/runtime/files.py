@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+NO_HOME = "no home directory is known (HOME is not set, and the user is not in /etc/passwd)"
 # What NumPy raises for an .npy or .npz file that is cut or damaged; an OSError is the disk's.
 DAMAGE = (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 MAX_BEGIN_BYTES = 128  # of a temporary file's name; file systems take 255 bytes
@@ -79,6 +80,25 @@ def locked(directory: Path, advice: str) -> Iterator[None]:
         yield
 
 
+def expanded(text: str | Path) -> Path:
+    """The path, with a ~ at its beginning replaced by the home directory.
+
+    Raises:
+        ValueError: there is no such home directory.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text}: {NO_HOME}; write the whole path") from error
+
+
 def cache_directory() -> Path:
-    """`$XDG_CACHE_HOME/diffusion`, or ~/.cache/diffusion; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion"
+    """`$XDG_CACHE_HOME/diffusion`, or ~/.cache/diffusion; it need not exist.
+
+    Raises:
+        FileNotFoundError: there is no home directory. Whoever can do without a cache goes on.
+    """
+    try:
+        return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "diffusion"
+    except ValueError as error:
+        raise FileNotFoundError(f"there is no place for a cache: {NO_HOME}; set XDG_CACHE_HOME") from error
