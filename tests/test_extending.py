@@ -22,6 +22,7 @@ TOUCHED = {
     "A sampler": {"diffusion/samplers.py"},
     "A network": {"diffusion/networks/__init__.py", "diffusion/networks/mlp.py"},
     "A metric of samples": {"diffusion/evaluation/quality.py"},
+    "A logger": {"diffusion/reporting/loggers.py"},
     "A data set": {"diffusion/data/bars.py"},
 }
 
@@ -75,6 +76,7 @@ def test_all_of_them_together_run_as_the_page_says(copy):
     assert summary["protocol"]["schedule"] == "sigmoid(end=2.5)"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert "mae" in rows[-1]
+    assert f"{rows[-1]['step']},mae,{rows[-1]['mae']:.4g}" in (run / "metrics.csv").read_text().splitlines()
     quality = json.loads((run / "quality.json").read_text())
     assert quality["sampler"]["method"] == "tempered(temperature=0.8)"
     assert quality["distance_of_means"] > 0 and quality["reference"].startswith("bars")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,14 @@ from diffusion.evaluation.features import Features
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import init_from, names, rules
 from diffusion.experiment.init_from import Start
-from diffusion.experiment.schema import KEYS
+from diffusion.experiment.schema import KEYS, LOGGERS
 from diffusion.learned_schedule import Learned
 from diffusion.model import Model
 from diffusion.networks import NETWORKS
 from diffusion.networks.network import Network
+from diffusion.reporting import loggers
 from diffusion.reverse import Reverse
-from diffusion.runtime import randomness
+from diffusion.runtime import processes, randomness
 from diffusion.schedules import Schedule
 from diffusion.training import loop, optimizer
 from diffusion.training import schedule as trained_schedule
@@ -207,6 +209,13 @@ def plan(config: ConfigDict) -> loop.Plan:
         check_replicas_every=settings.check_replicas_every,
         skip_nonfinite=settings.skip_nonfinite,
     )
+
+
+def logger(config: ConfigDict, directory: Path, step: int) -> loggers.Logger:
+    """Who gets the rows of metrics.jsonl from `step` on, in process 0 alone."""
+    chosen = config.train.loggers if processes.is_first() else ()
+    arguments = directory, step, config.to_dict()
+    return loggers.together({text: functools.partial(LOGGERS.choice.bind(text), *arguments) for text in chosen})
 
 
 def bound_settings(config: ConfigDict) -> bound.Settings:

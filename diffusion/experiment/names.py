@@ -86,6 +86,22 @@ class Choice(NamedTuple):
         return functools.partial(self.table[name], **exact) if exact else self.table[name]
 
 
+class Several(NamedTuple):
+    """A config key that names any number of a table's entries, in a tuple."""
+
+    choice: Choice
+    words = "a tuple of names, or () for none"
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, to follow "config key KEY"; None if nothing is."""
+        if not isinstance(value, tuple):
+            return f"must be {self.words}, not {value!r}"
+        if problems := [problem for item in value if (problem := self.choice.problem(item))]:
+            return problems[0]
+        chosen = [parse(item).name for item in value]
+        return None if len({*chosen}) == len(chosen) else f"must name each once, not {value!r}"
+
+
 def accepts(annotation: Any, value: Any) -> bool:
     """Whether a literal is of the annotated type; integers are numbers, True and False are neither."""
     if annotation is float:

@@ -22,8 +22,9 @@ from diffusion.data.source import SPLITS
 from diffusion.evaluation import quality
 from diffusion.experiment import names
 from diffusion.experiment.constraints import FLAG, TEXT, Constraint, integer, number, of_type
-from diffusion.experiment.names import Choice
+from diffusion.experiment.names import Choice, Several
 from diffusion.networks import NETWORKS
+from diffusion.reporting import loggers
 from diffusion.training import optimizer
 
 
@@ -51,7 +52,7 @@ class Key(NamedTuple):
     """
 
     default: Any
-    allowed: Constraint | Choice
+    allowed: Constraint | Choice | Several
     help: str
     free: bool | Partly = False
     before: Any = None
@@ -105,6 +106,7 @@ ALL_SCHEDULES = Choice(
 TRAINED_VARIANCES = Choice({name: v for name, v in reverse.VARIANCES.items() if name != "optimal"})
 OBJECTIVES = Choice(objectives.OBJECTIVES, given=("setting",))
 METHODS = Choice(samplers.SAMPLERS)
+LOGGERS = Several(Choice(loggers.LOGGERS, given=("directory", "step", "config")))
 DECAYS = Choice(optimizer.DECAYS, given=("peak", "num_steps"))
 SIDE = integer(0, at_most=65_536)
 SHARE = number(0, 1 - 1e-12, "a number in [0, 1)")
@@ -172,6 +174,7 @@ KEYS: dict[str, Key] = {
     "train.grad_accum": Key(1, integer(1), "microbatches into which a device's share of the batch is split", FREE),
     "train.steps_per_call": Key(10, integer(1), "steps per compiled call on accelerators; a CPU takes 1", FREE),
     "train.log_every": Key(100, integer(1), "steps between rows of metrics.jsonl", FREE),
+    "train.loggers": Key(("tensorboard",), LOGGERS, "who gets the rows beside metrics.jsonl: tensorboard, wandb", FREE),
     "train.checkpoint_every": Key(5000, integer(1), "steps between checkpoints", FREE),
     "train.keep_checkpoints": Key(3, integer(1), "how many checkpoints are kept, besides the best", FREE),
     "train.validate_every": Key(0, integer(0), "steps between rows with val_loss; 0: at every checkpoint only", FREE),

@@ -36,7 +36,8 @@ BASE = "base.json"  # the config file that the run started from, by name and as 
 ADVICE = "wait for it, stop it or take another --workdir"  # where another process is at work
 # What a run or its evaluation writes, apart from the lock and config.json.
 WRITTEN = (
-    *("metrics.jsonl", "checkpoints", "tensorboard", "loss.png", "schedule.png", "x0_variance.npz"),
+    *("metrics.jsonl", "checkpoints", "loss.png", "schedule.png", "x0_variance.npz"),
+    *("tensorboard", "wandb", "wandb.json"),
     *("summary*.json", SECONDS),
     *("samples", "samples*.png", "samples.npz", "progressive.png"),
     *("quality.json", "unfinished_quality"),

@@ -17,11 +17,11 @@ from diffusion import schedules
 from diffusion.data.source import Splits
 from diffusion.evaluation import images
 from diffusion.evaluation.sampling import Sampler
-from diffusion.experiment import build, memory, workdir
+from diffusion.experiment import build, memory, names, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.programs import evaluate, fork, sample
 from diffusion.programs.quality import Scorer
-from diffusion.reporting import page, pictures, plots, summary
+from diffusion.reporting import loggers, page, pictures, plots, summary
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
 from diffusion.reporting.summary import Stopwatch
 from diffusion.runtime import processes
@@ -135,6 +135,8 @@ def prepare(config: ConfigDict, directory: Path, forked: str = "") -> Experiment
             f"quality.every={config.quality.every} scores samples during training, which must not see the test images "
             "of quality.reference='test'; take train or validation, or --mode=quality afterwards"
         )
+    for chosen in config.train.loggers:
+        loggers.check_installed(names.parse(chosen).name)
     workdir.check(config, directory)
     if not forked:
         fork.check_made(directory)
@@ -166,7 +168,8 @@ def train(
         state = resume(experiment, checkpoints)
         if state.step == plan.num_steps:
             return state
-        with MetricsLog(directory, int(state.step), after_row) as log:
+        logger = build.logger(config, directory, int(state.step))
+        with MetricsLog(directory, int(state.step), after_row, logger) as log:
             show = _shower(experiment, directory, sampler, log)
             quality_of = _quality_of(experiment, sampler, scorer)
             training = experiment.training
@@ -208,7 +211,7 @@ def check_data(config: ConfigDict, directory: Path, now: dict[str, str]) -> None
 def _shower(
     experiment: Experiment, directory: Path, sampler: Sampler, log: MetricsLog
 ) -> Callable[[int, Replicated], None]:
-    """Shows samples of EMA parameters as samples_STEP.png and in TensorBoard, if any are wanted."""
+    """Shows samples of EMA parameters as samples_STEP.png and to the loggers, if any are wanted."""
     num_previews = min(experiment.config.sample.num_previews, experiment.config.sample.num_images)
 
     def drawn(ema_params: Replicated) -> UInt8[np.ndarray, "grid_h grid_w c"]:

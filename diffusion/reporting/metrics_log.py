@@ -1,42 +1,69 @@
-"""metrics.jsonl, the source of truth for every curve, and the same numbers in TensorBoard."""
+"""metrics.jsonl, the source of truth for every curve, and who gets the same rows: see `loggers`."""
 
 import contextlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 from jaxtyping import UInt8
-from tensorboardX import SummaryWriter
 
 from diffusion.reporting.summary import checked_finite
 from diffusion.runtime import files
 
+Picture = UInt8[np.ndarray, "h w c"]
+
+
+def _ignore(*_: Any) -> None:
+    """For a logger without pictures, or with nothing to close."""
+
+
+class Logger(NamedTuple):
+    """What gets the rows of metrics.jsonl as they are written.
+
+    Attributes:
+        write: of a step and its row.
+        images: of a step, a name and a picture.
+        close: called once, when training ends or is stopped.
+    """
+
+    write: Callable[[int, dict[str, float]], None]
+    images: Callable[[int, str, Picture], None] = _ignore
+    close: Callable[[], None] = _ignore
+
+
+NOBODY = Logger(_ignore)
+
 
 class MetricsLog:
-    """Writes metrics.jsonl, one JSON object per step, and the same numbers to TensorBoard.
+    """Writes metrics.jsonl, one JSON object per step, and passes each row on.
 
     A run that resumes opens the log at its step. The rows after that step are dropped, because the run will write them
     again, and so is the half-written last row of a killed run. If a step's row is written before its checkpoint, no
     step is missing and none appears twice.
 
     Args:
-        workdir: gets metrics.jsonl (the source of truth) and tensorboard/.
+        workdir: gets metrics.jsonl.
         step: the step that the run starts from.
         after_row: called after each row.
+        logger: gets what is written, and the pictures.
     """
 
-    def __init__(self, workdir: str | Path, step: int = 0, after_row: Callable[[], None] | None = None):
-        self._last_step, self._after_row = step, after_row
+    def __init__(
+        self,
+        workdir: str | Path,
+        step: int = 0,
+        after_row: Callable[[], None] | None = None,
+        logger: Logger = NOBODY,
+    ):
+        self._last_step, self._after_row, self._logger = step, after_row, logger
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = path.open("a")
-        # Its thread ends when the disk is full; a short queue would then block the run forever.
-        self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), max_queue=10_000, purge_step=step + 1)
 
     def write(self, step: int, **scalars: SupportsFloat) -> None:
         """Appends one row; it is in the file when this returns.
@@ -55,19 +82,18 @@ class MetricsLog:
             os.fsync(self._rows.fileno())  # before the step's checkpoint, which could outlive a power failure
         except OSError as error:
             raise OSError(f"the metrics of step {step} could not be written to {self._rows.name} ({error})") from error
-        for name, value in row.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._logger.write(step, row)
         if self._after_row is not None:
             self._after_row()
 
-    def images(self, step: int, name: str, grid: UInt8[np.ndarray, "h w c"]) -> None:
-        """Shows a picture in TensorBoard."""
-        self._tensorboard.add_image(name, grid, step, dataformats="HWC")
+    def images(self, step: int, name: str, picture: Picture) -> None:
+        """Passes a picture on."""
+        self._logger.images(step, name, picture)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # `write` has raised its error already
             self._rows.close()
-            self._tensorboard.close()
+        self._logger.close()
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -8,7 +8,7 @@ import pytest
 from configs import cifar10, digits
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import names
-from diffusion.experiment.names import Call, Choice
+from diffusion.experiment.names import Call, Choice, Several
 from diffusion.experiment.schema import KEYS
 
 
@@ -175,11 +175,12 @@ def test_an_annotation_that_a_literal_cannot_have_is_the_program_s_mistake():
 
 
 CHOICES = {name: key.allowed for name, key in KEYS.items() if isinstance(key.allowed, Choice)}
+TABLES = CHOICES | {name: key.allowed.choice for name, key in KEYS.items() if isinstance(key.allowed, Several)}
 
 
-@pytest.mark.parametrize("key", CHOICES)
+@pytest.mark.parametrize("key", TABLES)
 def test_every_argument_of_every_choice_has_a_plain_annotation_that_its_default_fits(key):
-    choice = CHOICES[key]
+    choice = TABLES[key]
     for name in choice.table:
         for argument, parameter in choice.parameters(name).items():
             where = f"{key}: {name}({argument})"
@@ -190,10 +191,10 @@ def test_every_argument_of_every_choice_has_a_plain_annotation_that_its_default_
                 assert names.accepts(parameter.annotation, parameter.default), where
 
 
-@pytest.mark.parametrize("key", [key for key, choice in CHOICES.items() if choice.given])
+@pytest.mark.parametrize("key", [key for key, choice in TABLES.items() if choice.given])
 def test_what_the_program_passes_cannot_be_set_and_is_what_functions_take(key):
     """A misspelt `given` would hide nothing."""
-    choice = CHOICES[key]
+    choice = TABLES[key]
     taken = {name for entry in choice.table.values() for name in inspect.signature(entry).parameters}
     assert set(choice.given) <= taken
     settable = {argument for name in choice.table for argument in choice.parameters(name)}

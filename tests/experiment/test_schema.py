@@ -10,7 +10,7 @@ import pytest
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import schema
 from diffusion.experiment.constraints import Constraint
-from diffusion.experiment.names import Choice
+from diffusion.experiment.names import Choice, Several
 from diffusion.networks import NETWORKS
 from diffusion.networks.unet import UNet
 
@@ -28,9 +28,9 @@ def page() -> str:
     return INTRODUCTION + "\n".join(rows) + "\n"
 
 
-def allowed(of: Constraint | Choice) -> str:
+def allowed(of: Constraint | Choice | Several) -> str:
     """In words. The functions of a table are not named, so that adding one needs no change of the page."""
-    if isinstance(of, Constraint):
+    if not isinstance(of, Choice):
         return of.words
     is_of_words = all(value is None for value in of.table.values())
     return ", ".join(of.table) if is_of_words else "a name"

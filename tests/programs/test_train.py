@@ -13,7 +13,7 @@ from diffusion.data import Source
 from diffusion.experiment import build, workdir
 from diffusion.experiment import config as config_lib
 from diffusion.programs import evaluate, sample, train
-from diffusion.reporting import metrics_log
+from diffusion.reporting import loggers, metrics_log
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.preemption import Preemption
 from diffusion.training import loop
@@ -316,6 +316,13 @@ def test_a_loss_that_is_nan_stops_the_run_and_names_step_and_term(tiny, tmp_path
 def test_samples_are_not_compared_with_test_images_during_training(tiny, tmp_path):
     with pytest.raises(ValueError, match="quality.every=5 scores samples during training"):
         train.run(tiny(quality__every=5, quality__reference="test"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_logger_without_its_package_is_refused_before_anything_is_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(loggers.NEEDS, "wandb", "no_such_package")
+    with pytest.raises(ValueError, match="train.loggers has wandb, which needs the package no_such_package: pip inst"):
+        train.run(tiny(train__loggers=("wandb",)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -52,14 +52,6 @@ def test_a_nan_is_refused_by_name_and_not_written(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-def test_tensorboard_gets_the_numbers_and_the_pictures(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        log.write(1, val_loss=1.0)
-        log.images(1, "samples", np.zeros((4, 4, 1), np.uint8))
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"val_loss" in events.read_bytes() and b"samples" in events.read_bytes()
-
-
 def test_a_full_disk_is_a_one_line_error_and_the_rows_before_it_stay(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

@@ -14,7 +14,8 @@ import toy
 from diffusion import data, timesteps
 from diffusion.data import Source
 from diffusion.experiment import build
-from diffusion.reporting.metrics_log import MetricsLog, read_metrics
+from diffusion.reporting import loggers
+from diffusion.reporting.metrics_log import Logger, MetricsLog, read_metrics
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import named_leaves, tree_sha256
 from diffusion.runtime.preemption import Preempted, Preemption
@@ -215,12 +216,36 @@ def val_losses(directory):
     return {row["step"]: row["val_loss"] for row in read_metrics(directory) if "val_loss" in row}
 
 
-def test_validation_at_its_own_interval_changes_nothing_else_also_after_a_signal(run, straight, tmp_path, monkeypatch):
+@pytest.fixture
+def logged(monkeypatch):
+    """The loggers "kept(name=...)" and "broken": how the first was made, and the rows that it gets by their steps."""
+    made, rows = [], {}
+
+    def kept(directory, step, config, name: str):
+        made.append((directory, step, config["train"]["loggers"], name))
+        return Logger(rows.__setitem__)
+
+    def broken(directory, step, config):
+        raise ConnectionError("no route to host")
+
+    for maker in (kept, broken):
+        monkeypatch.setitem(loggers.LOGGERS, maker.__name__, maker)
+    return made, rows
+
+
+def test_validation_at_its_own_interval_and_loggers_change_nothing_else_also_after_a_signal(
+    run, straight, logged, tmp_path, monkeypatch, caplog
+):
+    keys = {"train__validate_every": 5, "train__loggers": ("broken", "kept(name='mine')")}
     toy.interrupt(monkeypatch, (6,), stop)  # in the call of the steps 6 to 9
     with pytest.raises(Preempted):
-        run(4, tmp_path, train__validate_every=5)
-    state, _ = run(4, tmp_path, train__validate_every=5)
+        run(4, tmp_path, **keys)
+    state, _ = run(4, tmp_path, **keys)
     assert tree_sha256(state) == tree_sha256(straight[1])
+    made, rows = logged
+    assert made == [(tmp_path, step, keys["train__loggers"], "mine") for step in (0, 9)]
+    assert [{"step": step} | row for step, row in rows.items()] == read_metrics(tmp_path)
+    assert caplog.text.count("the logger broken failed (ConnectionError: no route to host)") == 2  # once a leg
     found, at_checkpoints = val_losses(tmp_path), val_losses(straight[0])
     assert list(found) == [5, 10, 15, 20] and list(at_checkpoints) == [10, 20]
     assert {step: found[step] for step in at_checkpoints} == at_checkpoints
