@@ -138,7 +138,7 @@ def vlb_terms_bpd(
 ) -> tuple[Float[ArrayLike, "b steps"], Float[ArrayLike, "b steps"]]:
     """Every term of every image's bound, and the error of every x̂_0, for t = 1…T.
 
-    The sum of the terms over t plus `prior_bpd` is an unbiased estimate of the bound.
+    Their sum over t and `prior_bpd` make up `bound_bpd`.
 
     Args:
         denoise: (x_t [B, H, W, C], network_t [B]) -> output.
@@ -155,6 +155,24 @@ def vlb_terms_bpd(
         that of t.
     """
     return over_all_t(denoise, schedule, x0, keys, term_and_x0_mse(p, num_levels, clip_x0, decoder))
+
+
+def bound_bpd(
+    denoise: Denoise,
+    p: Reverse,
+    schedule: Schedule,
+    x0: Float[ArrayLike, "b h w c"],
+    keys: Key[Array, " b"],
+    num_levels: int = 256,
+    clip_x0: bool = True,
+    decoder: Callable[..., Array] | None = None,
+) -> Float[ArrayLike, " b"]:
+    """An unbiased estimate of every image's bound, in bits/dim: the sum of its terms, one ε each, and the prior's term.
+
+    Args: those of `vlb_terms_bpd`.
+    """
+    terms, _ = vlb_terms_bpd(denoise, p, schedule, x0, keys, num_levels, clip_x0, decoder)
+    return terms.sum(axis=1) + jax.vmap(lambda image: prior_bpd(schedule, image))(x0)
 
 
 def at_one_t(

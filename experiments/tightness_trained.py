@@ -101,11 +101,9 @@ def bound_bpd(model: Model, x0, keys, decoder, clip_x0: bool = True) -> Float[Ar
 
     @jax.jit
     def bound(model, x0, keys):
-        terms, _ = likelihood.vlb_terms_bpd(
+        return likelihood.bound_bpd(
             model.denoise, model.p, model.schedule, x0, keys, model.num_levels, clip_x0, decoder
         )
-        prior = jax.vmap(lambda image: likelihood.prior_bpd(model.schedule, image))(x0)
-        return terms.sum(axis=1) + prior
 
     return bound(model, x0, keys)
 
