@@ -1,7 +1,7 @@
 """python main.py --config=configs/cifar10.py [--workdir=runs/cifar10] [--mode=MODE]
 
-MODE is train, eval, sample, quality, classifier, compress, decompress or describe. For a run that exists its directory
-is enough: python main.py --workdir=runs/cifar10 --mode=MODE
+MODE is train, eval, sample, quality, classifier, compress, decompress, export or describe. For a run that exists its
+directory is enough: python main.py --workdir=runs/cifar10 --mode=MODE
 """
 
 import contextlib
@@ -24,10 +24,11 @@ _MODES = {
     "classifier": "classifier",
     "compress": "compress",
     "decompress": "decompress",
+    "export": "export",
     "describe": "describe",
 }
-_CODE = ("compress", "decompress")
-_READ_A_CHECKPOINT = ("eval", "sample", "quality", *_CODE)
+_TAKE = {"input": ("compress", "decompress"), "output": ("compress", "decompress", "export")}  # flags of some modes
+_READ_A_CHECKPOINT = ("eval", "sample", "quality", *_TAKE["output"])
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
@@ -44,7 +45,9 @@ _INPUT = flags.DEFINE_string(
     "Of compress: train, test, validation, an .npz or .npy file or a folder of pictures; of decompress: the file.",
 )
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "Of compress: the file to write; of decompress: where the images go, an .npz file."
+    "output",
+    None,
+    "Of compress: the file to write; of decompress: where the images go, an .npz file; of export: the new directory.",
 )
 _OTHER_DATA = flags.DEFINE_bool(
     "allow_other_data", False, "Of train: resume even if the data set is not the one that the run was trained with."
@@ -98,11 +101,11 @@ def main(argv: list[str]) -> None:
         of_train = {"base": base, "allow_other_data": _OTHER_DATA.value, "forked": _FORK.value}
         which |= of_train if _MODE.value == "train" else {}
         for name, value in (("input", _INPUT.value), ("output", _OUTPUT.value)):
-            if value is not None and _MODE.value not in _CODE:
+            if value is not None and _MODE.value not in _TAKE[name]:
                 raise ValueError(f"--{name}={value} has no part in --mode={_MODE.value}")
-            if value is None and _MODE.value in _CODE:
+            if value is None and _MODE.value in _TAKE[name]:
                 raise ValueError(f"--mode={_MODE.value} needs --{name}")
-            which |= {name: value} if _MODE.value in _CODE else {}
+            which |= {name: value} if _MODE.value in _TAKE[name] else {}
         try:
             directory = workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}")
             chosen = config_flags.get_override_values(flags.FLAGS["config"])

@@ -24,7 +24,7 @@ from diffusion.data import Source
 from diffusion.data.levels import to_unit
 from diffusion.evaluation.images import subset
 from diffusion.evaluation.pairs import ImageTimePairs, every_t
-from diffusion.experiment import build, workdir
+from diffusion.experiment import build, ema, workdir
 from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reverse import VARIANCES, Variance
@@ -90,7 +90,7 @@ def run(directory: Path, num_images: int, checkpoint: str = "latest", num_train:
     train_numbers = subset(len(train_set), min(num_train or num_images, len(train_set)))
     terms = estimate_x0_terms(config, model, train_set, train_numbers)
     analytic, error = X0Variance.over_images(terms.analytic), X0Variance.over_images(terms.error)
-    workdir.save_x0_variance(directory, analytic, error, trained.state)
+    ema.save_x0_variance(directory, analytic, error, trained.state)
     optimal = {OPTIMAL: analytic, OPTIMAL_FOR_MEAN: error}
     test_numbers = subset(len(test_set), num_images)
     splits = account(config, model, test_set, test_numbers, optimal)

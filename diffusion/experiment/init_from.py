@@ -1,4 +1,4 @@
-"""Where training starts if not at random weights: `init_from`, a run or a directory of published weights."""
+"""Where training starts if not at random weights: `init_from`, a run, an export or published weights."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffusion import interop
 from diffusion.experiment import config as config_lib
-from diffusion.experiment import named_run, names
+from diffusion.experiment import export, named_run, names
 from diffusion.experiment.schema import network_keys
 from diffusion.networks.named_tensors import first_few
 from diffusion.reverse import VARIANCES
@@ -66,9 +66,9 @@ def load(config: ConfigDict, network: nn.Module, like: PyTree) -> Start:
         FileNotFoundError: there is no such run, checkpoint or directory of weights.
         ValueError: they are damaged or, without config.init_adapt, of another network.
     """
-    found, there = (_of_run if _is_run(config.init_from) else _published)(config.init_from)
+    found, there = _read(config.init_from)
     here = _settings(network, config)
-    if "data.validation" in there:  # a run's; of published weights nobody knows
+    if "data.validation" in there:  # of a run or an export; of published weights nobody knows
         named_run.warn_of_seen_images(
             f"init_from={config.init_from}", config.data.validation, there["data.validation"]
         )
@@ -95,6 +95,17 @@ def _settings(network: nn.Module, config: ConfigDict) -> dict[str, Any]:
     return dict(sorted(of_network.items())) | {key: flat[key] for key in MEANING}
 
 
+def _read(text: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The parameters by their paths, and what is known of their network."""
+    directory = files.expanded(text)
+    if _is_run(text):
+        return _of_run(text)
+    if export.is_export(directory):
+        about = export.read(directory)
+        return export.read_params(directory, about), _all_settings(about.config)
+    return _published(text)
+
+
 def _is_run(text: str) -> bool:
     directory = text.rpartition("@")[0] or text
     return any((files.expanded(path) / "checkpoints").is_dir() for path in (text, directory))
@@ -105,10 +116,15 @@ def _of_run(text: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     run = named_run.parse(text, "init_from")
     with Checkpoints(run.checkpoints) as checkpoints:
         found = checkpoints.entry(run.step(checkpoints), "ema_params")
-    flat = config_lib.flatten(config_lib.read(run.directory / "config.json"))
+    return found, _all_settings(config_lib.read(run.directory / "config.json"))
+
+
+def _all_settings(config: ConfigDict) -> dict[str, Any]:
+    """Every key, with the fields of the network that are arguments of its name or that the config leaves out."""
+    flat = config_lib.flatten(config)
     group, arguments = names.parse(flat["model.network"])
     defaults = {name: key.when_absent for name, key in network_keys().items() if name.startswith(f"{group}.")}
-    return found, defaults | flat | {f"{group}.{name}": value for name, value in arguments.items()}
+    return defaults | flat | {f"{group}.{name}": value for name, value in arguments.items()}
 
 
 def _published(directory: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -1,7 +1,6 @@
 """The working directory of a run: which run it belongs to, whether that is finished, and its last checkpoint."""
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -9,28 +8,24 @@ import tempfile
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion.experiment import build
+from diffusion.experiment import build, export
 from diffusion.experiment import config as config_lib
 from diffusion.experiment.build import Experiment
+from diffusion.experiment.ema import EmaState, ema_of, load_x0_variance
 from diffusion.experiment.schema import all_keys
 from diffusion.model import Model
 from diffusion.reporting.summary import read_json
 from diffusion.runtime import files, processes
 from diffusion.runtime.checkpoint import Checkpoints
-from diffusion.runtime.digests import tree_sha256
-from diffusion.training.step import TrainState
-from diffusion.variances import X0Variance
+from diffusion.runtime.digests import named_leaves
 
-X0_VARIANCE = "x0_variance.npz"  # what the optimal variance needs
 SUMMARY, SECONDS = "summary.json", "seconds.json"
 BASE = "base.json"  # the config file that the run started from, by name and as it was
 ADVICE = "wait for it, stop it or take another --workdir"  # where another process is at work
@@ -64,6 +59,9 @@ def check(config: ConfigDict, directory: Path) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"--workdir={directory} is not a directory; take another --workdir")
+    if export.is_export(directory):
+        start = f"--config.init_from={directory}"
+        raise ValueError(f"--workdir={directory} is an export, not a run; take another --workdir, with {start}")
     if (directory / "config.json").exists():
         differing = config_lib.differing(config, read_config(directory))
         if differing:
@@ -169,23 +167,6 @@ def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:
     return config is None or config.train.num_steps == read_config(directory).train.num_steps
 
 
-@flax.struct.dataclass
-class EmaState:
-    """What evaluation, sampling and coding need of a training state, and all that they read of a checkpoint."""
-
-    step: Any  # int32 []: optimizer steps taken
-    ema_params: PyTree
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        """The digest of the parameters, by which results are found."""
-        return tree_sha256(self.ema_params)
-
-
-def ema_of(state: TrainState) -> EmaState:
-    return EmaState(state.step, state.ema_params)
-
-
 def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest") -> EmaState:
     """The EMA in a checkpoint, for evaluation or sampling; without any, the weights of config.init_from.
 
@@ -219,7 +200,7 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest")
 
 
 class LoadedRun(NamedTuple):
-    """A trained run: its config as objects, the EMA of a checkpoint, and where it lies."""
+    """A trained run or an export: its config as objects, the EMA of a checkpoint, and where it lies."""
 
     experiment: Experiment
     state: EmaState
@@ -244,58 +225,59 @@ class LoadedRun(NamedTuple):
         x0_variance = load_x0_variance(self.directory, self.state) if variance == "optimal" else None
         return self.experiment.model(self.state.ema_params, variance, x0_variance)
 
+    def export(self, directory: str | Path, license: str = "") -> None:
+        """Writes the model as two files, which `load` and `init_from` take without the run and without its data set.
+
+        Args:
+            directory: one that holds no other export.
+            license: of the parameters, for whoever gets them; the program does not read it.
+
+        Raises:
+            ValueError: `directory` holds something else, or this is an export already.
+            OSError: a file could not be written.
+        """
+        if export.is_export(self.directory):
+            raise ValueError(f"{self.directory} is an export already; copy its files")
+        step, network = int(self.state.step), self.experiment.training.network
+        num_classes = network.num_classes if self.experiment.training.conditional else 0
+        num_levels, sha256 = self.experiment.training.num_levels, self.state.sha256
+        about = export.Export(self.config, self.image_shape, num_levels, num_classes, step, sha256)
+        with Checkpoints(self.directory / "checkpoints") as checkpoints:
+            data_sha256 = checkpoints.trained_on(step)
+        facts = {"license": license, "data_sha256": data_sha256, "scores": export.scores_in(self.directory, sha256)}
+        export.write(Path(directory), about, dict(named_leaves(self.state.ema_params)), facts)
+
 
 def load(directory: str | Path, checkpoint: str = "latest", config: ConfigDict | None = None) -> LoadedRun:
-    """The run in `directory`, to sample from it, score it or study it.
+    """The run or the export in `directory`, to sample from it, score it or study it.
+
+    An export does not need its data set.
 
     Args:
         checkpoint: which one; see `restore`.
-        config: one that differs from the run's in what may change; None for the run's own.
+        config: of a run: one that differs from its own in what may change; None for its own.
 
     Raises:
-        FileNotFoundError: there is no run in it, or no checkpoint, or its data set is missing.
+        FileNotFoundError: there is neither in it, or no checkpoint, or the run's data set is missing.
         ValueError: the config or the checkpoint is damaged.
     """
     directory = Path(directory)
+    if config is None and export.is_export(directory):
+        return _exported(directory, checkpoint)
     config = read_config(directory) if config is None else config
     described = build.describe_data(config)
     experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
     return LoadedRun(experiment, restore(experiment, directory, checkpoint), directory)
 
 
-def save_x0_variance(directory: Path, analytic: X0Variance, error: X0Variance, state: EmaState) -> None:
-    """Writes x0_variance.npz: float32 [T + 1] tables of both estimates, and which weights they belong to."""
-    with files.replacing(directory / X0_VARIANCE) as file:
-        np.savez(
-            file,
-            analytic=analytic.mean,
-            analytic_stderr=analytic.stderr,
-            error=error.mean,
-            error_stderr=error.stderr,
-            step=state.step,
-            ema_sha256=state.sha256,
-        )
-
-
-def load_x0_variance(directory: Path, state: EmaState) -> X0Variance:
-    """The analytic estimate of these weights. A file without their digest is an old one, which is found by the step.
-
-    Raises:
-        FileNotFoundError: nothing was estimated yet.
-        ValueError: what was estimated belongs to other weights.
-    """
-    path = directory / X0_VARIANCE
-    again = f"python -m experiments.variance_accounting --workdir={directory} writes it"
-    if not path.exists():
-        raise FileNotFoundError(f"the optimal variance needs {path}; {again}")
+def _exported(directory: Path, checkpoint: str) -> LoadedRun:
+    about = export.read(directory)
+    if checkpoint not in ("latest", str(about.step)):
+        raise ValueError(f"{directory} is an export of step {about.step} alone; there is no checkpoint {checkpoint}")
     try:
-        with np.load(path) as file:
-            saved = dict(file)
-        found = X0Variance(saved["analytic"], saved["analytic_stderr"])
-        step, ema_sha256 = int(saved["step"]), str(saved.get("ema_sha256", state.sha256))
-    except (TypeError, *files.DAMAGE) as error:
-        raise ValueError(f"{path} is damaged; {again}") from error
-    if step != state.step or ema_sha256 != state.sha256:
-        other = f"which are not those of this checkpoint, of step {state.step}"
-        raise ValueError(f"{path} was estimated of the weights of step {step}, {other}; {again}")
-    return found
+        experiment = build.experiment(about.config, about.image_shape, about.num_levels, about.num_classes)
+    except ValueError as error:
+        raise ValueError(f"{directory / export.ABOUT}: {error}") from error
+    shapes = {name: leaf.shape for name, leaf in named_leaves(experiment.abstract_state().ema_params)}
+    params = export.read_params(directory, about, shapes)
+    return LoadedRun(experiment, EmaState(np.int32(about.step), unflatten_dict(params, sep="/")), directory)

@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 from safetensors.numpy import save_file
 
+from diffusion import learned_schedule
 from diffusion.interop import files
 from diffusion.interop.files import CONFIG_FILE, WEIGHTS_FILE
 from diffusion.networks.named_tensors import refuse_differences
@@ -103,19 +105,13 @@ def load_diffusers(directory: str | Path) -> tuple[UNet, PyTree]:
     return unet, unflatten_dict(params)
 
 
-def save_diffusers(directory: str | Path, unet: UNet, params: PyTree, sample_size: int) -> None:
+def save_diffusers(directory: str | Path, unet: nn.Module, params: PyTree, sample_size: int) -> None:
     """Write the network and its parameters as published weights, for images of sample_size x sample_size.
 
-    Raises ValueError if the layout has no place for a field of `unet`, or if `params` are not the network's.
+    Raises ValueError if the layout has no place for the network or a field of it, or if `params` are not the network's.
     """
-    needed = {"scale_shift_norm": False, "fourier_features": (), "num_heads": 1, "mid_attention": True}
-    for key, value in needed.items():
-        if getattr(unet, key) != value:
-            raise ValueError(
-                f"unet.{key}={getattr(unet, key)} has no place in the published layout, which needs {value}."
-            )
-    if unet.channel_mult[0] != 1:
-        raise ValueError(f"unet.channel_mult={unet.channel_mult} must begin with 1 in the published layout.")
+    if problem := _without_place(unet, params):
+        raise ValueError(f"{problem}; --mode=export holds any model of this project (docs/python.md)")
     image_shape = (sample_size, sample_size, params["conv_in"]["kernel"].shape[2])
     refuse_differences(
         *(
@@ -187,6 +183,21 @@ def _unet_of(config: dict[str, Any]) -> tuple[UNet, tuple[int, int, int]]:
     image_shape = (height, width, config["in_channels"])
     unet.check(image_shape)
     return unet, image_shape
+
+
+def _without_place(unet: nn.Module, params: PyTree) -> str:
+    """What the published layout has no place for; "" if it can hold the network."""
+    if not isinstance(unet, UNet):
+        return f"a {type(unet).__name__} has no place in the published layout, which needs a UNet"
+    needed = {"scale_shift_norm": False, "fourier_features": (), "num_heads": 1, "mid_attention": True}
+    for key, value in needed.items():
+        if getattr(unet, key) != value:
+            return f"unet.{key}={getattr(unet, key)} has no place in the published layout, which needs {value}"
+    if unet.channel_mult[0] != 1:
+        return f"unet.channel_mult={unet.channel_mult} must begin with 1 in the published layout"
+    if learned_schedule.SUBTREE in params:
+        return "a learned schedule has no place in the published layout"
+    return ""
 
 
 def _block_types(attends: list[bool]) -> dict[str, list[str]]:

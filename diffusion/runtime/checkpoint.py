@@ -104,9 +104,10 @@ class Checkpoints:
         metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
         return ranking.best_step(metrics, self.directory.parent)
 
-    def trained_on(self) -> dict[str, str]:
-        """The digests of what the newest checkpoint was trained on; {} if none says so."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+    def trained_on(self, only: int | None = None) -> dict[str, str]:
+        """The digests of what the newest checkpoint, or that of a step, was trained on; {} if none says so."""
+        steps = [step for step in self._manager.all_steps() if only in (None, step)]
+        for step in sorted(steps, reverse=True):
             with contextlib.suppress(ValueError):  # damaged JSON, which `resume` finds, too
                 return self._digests(step).get("data_sha256", {})
         return {}

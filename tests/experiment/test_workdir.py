@@ -12,7 +12,7 @@ import pytest
 
 from configs import digits_fixed
 from diffusion import data
-from diffusion.experiment import build, memory, workdir
+from diffusion.experiment import build, ema, memory, workdir
 from diffusion.experiment import config as config_lib
 from diffusion.runtime import files
 from diffusion.runtime.checkpoint import Checkpoints
@@ -144,24 +144,24 @@ def test_where_there_is_no_run_nothing_is_read(tmp_path):
 
 def test_the_estimated_variance_belongs_to_the_weights_it_was_estimated_of(tmp_path):
     def weights(step, value=1.0):
-        return workdir.EmaState(np.int32(step), {"w": np.full(3, value, np.float32)})
+        return ema.EmaState(np.int32(step), {"w": np.full(3, value, np.float32)})
 
     tables = [np.linspace(0, 1, 5, dtype=np.float32) * i for i in (1.0, 0.1, 0.9, 0.2)]
     analytic, error = X0Variance(*tables[:2]), X0Variance(*tables[2:])
     with pytest.raises(FileNotFoundError, match="experiments.variance_accounting --workdir=.* writes"):
-        workdir.load_x0_variance(tmp_path, weights(7))
-    workdir.save_x0_variance(tmp_path, analytic, error, weights(7))
-    loaded = workdir.load_x0_variance(tmp_path, weights(7))
+        ema.load_x0_variance(tmp_path, weights(7))
+    ema.save_x0_variance(tmp_path, analytic, error, weights(7))
+    loaded = ema.load_x0_variance(tmp_path, weights(7))
     np.testing.assert_array_equal(loaded.mean, analytic.mean)
     np.testing.assert_array_equal(loaded.stderr, analytic.stderr)
     for other in (weights(8), weights(7, 2.0)):
         with pytest.raises(ValueError, match="was estimated of the weights of step 7, which are not those of this"):
-            workdir.load_x0_variance(tmp_path, other)
+            ema.load_x0_variance(tmp_path, other)
     # Earlier versions wrote the step alone.
-    np.savez(tmp_path / workdir.X0_VARIANCE, analytic=tables[0], analytic_stderr=tables[1], step=7)
-    np.testing.assert_array_equal(workdir.load_x0_variance(tmp_path, weights(7, 2.0)).mean, analytic.mean)
+    np.savez(tmp_path / ema.X0_VARIANCE, analytic=tables[0], analytic_stderr=tables[1], step=7)
+    np.testing.assert_array_equal(ema.load_x0_variance(tmp_path, weights(7, 2.0)).mean, analytic.mean)
     with pytest.raises(ValueError, match="was estimated of the weights of step 7"):
-        workdir.load_x0_variance(tmp_path, weights(8))
+        ema.load_x0_variance(tmp_path, weights(8))
 
 
 def test_a_run_is_loaded_as_objects_with_the_averaged_parameters(tmp_path, monkeypatch):

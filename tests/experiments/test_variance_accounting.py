@@ -10,7 +10,7 @@ import pytest
 from diffusion import data
 from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
-from diffusion.experiment import build, config, workdir
+from diffusion.experiment import build, config, ema, workdir
 from diffusion.programs import evaluate, sample
 from diffusion.runtime import devices
 from diffusion.runtime.checkpoint import Checkpoints
@@ -69,7 +69,7 @@ def test_the_report_is_written(directory):
     text = (directory / "variance_accounting.md").read_text()
     assert "24 test images" in text and "| fixed_small | " in text and "clipped" in text
     assert (directory / "variance_accounting.png").stat().st_size > 10_000
-    assert workdir.load_x0_variance(directory, workdir.load(directory).state).mean.shape == (7,)
+    assert ema.load_x0_variance(directory, workdir.load(directory).state).mean.shape == (7,)
 
 
 @pytest.mark.parametrize("variance", ["fixed_large", "optimal"])
@@ -96,8 +96,8 @@ def test_a_checkpoint_is_sampled_with_the_optimal_variance(directory, tmp_path):
     assert np.any(drawn["model"] != drawn["optimal"])
     with pytest.raises(ValueError, match="the optimal variance needs a trained mean"):
         workdir.load(directory).experiment.model({}, variance="optimal")
-    with pytest.raises(FileNotFoundError, match="x0_variance.npz, which python -m experiments.variance_accounting"):
-        workdir.load_x0_variance(tmp_path, workdir.load(directory).state)
+    with pytest.raises(FileNotFoundError, match="x0_variance.npz; python -m experiments.variance_accounting"):
+        ema.load_x0_variance(tmp_path, workdir.load(directory).state)
 
 
 def test_a_mistake_prints_a_one_line_error(directory, tmp_path, monkeypatch, capsys):

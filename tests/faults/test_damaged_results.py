@@ -10,7 +10,7 @@ from diffusion import data, reverse, schedules
 from diffusion.evaluation import bound
 from diffusion.evaluation.features import Batch, Features
 from diffusion.evaluation.sampling import Sampler
-from diffusion.experiment import workdir
+from diffusion.experiment import ema, workdir
 from diffusion.experiment.schema import default_config
 from diffusion.model import Model
 from diffusion.programs import fork, quality, sample
@@ -128,12 +128,12 @@ def test_a_sweep_names_a_damaged_run_and_reports_the_others(tmp_path, damage):
 
 
 def test_what_cannot_be_made_again_is_named(tmp_path, damage):
-    state = workdir.EmaState(np.int32(7), {"w": np.ones(3, np.float32)})
+    state = ema.EmaState(np.int32(7), {"w": np.ones(3, np.float32)})
     estimate = X0Variance(np.ones(5, np.float32), np.ones(5, np.float32))
-    workdir.save_x0_variance(tmp_path, estimate, estimate, state)
-    damage(tmp_path / workdir.X0_VARIANCE)
+    ema.save_x0_variance(tmp_path, estimate, estimate, state)
+    damage(tmp_path / ema.X0_VARIANCE)
     with pytest.raises(ValueError, match="x0_variance.npz is damaged; python -m experiments.variance"):
-        workdir.load_x0_variance(tmp_path, state)
+        ema.load_x0_variance(tmp_path, state)
     files.write_text(tmp_path / fork.NAME, json.dumps({"directory": "/runs/old", "step": 7}))
     damage(tmp_path / fork.NAME)
     with pytest.raises(ValueError, match="fork.json is damaged, which says where this run comes from; restore it"):

@@ -50,6 +50,7 @@ MISTAKES = [
     ((DIGITS, "--mode=sample", "--output=a"), "--output=a has no part in --mode=sample"),
     ((DIGITS, "--mode=eval", "--allow_other_data"), "--allow_other_data has no part in"),
     ((DIGITS, "--mode=compress", "--input=test"), "--mode=compress needs --output"),
+    ((DIGITS, "--mode=export"), "--mode=export needs --output"),
     ((DIGITS, "--workdir=gs://a/b"), "error: --workdir=gs://a/b is not a local directory; mount the bucket and"),
     ((DIGITS, "--config.data.data_dir=gs://a/b"), "error: data.data_dir=gs://a/b is not a local directory; mount the"),
 ]
