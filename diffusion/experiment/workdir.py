@@ -32,8 +32,7 @@ ADVICE = "wait for it, stop it or take another --workdir"  # where another proce
 # What a run or its evaluation writes, apart from the lock and config.json.
 WRITTEN = (
     *("metrics.jsonl", "checkpoints", "loss.png", "schedule.png", "x0_variance.npz"),
-    *("tensorboard", "wandb", "wandb.json"),
-    *("summary*.json", SECONDS),
+    *("summary*.json", SECONDS, "tensorboard", "wandb", "wandb.json"),
     *("samples", "samples*.png", "samples.npz", "progressive.png"),
     *("quality.json", "unfinished_quality"),
     *("evaluations", "unfinished_eval", "eval.json", "bpd.npz", "bpd.png", "rate_distortion.png"),
