@@ -1,10 +1,14 @@
 """Tests run on eight CPU devices, with checked shape annotations and no silent broadcasting or promotion."""
 
+import dataclasses
 import fcntl
 import functools
 import gc
 import importlib.metadata
+import io
+import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +26,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax  # noqa: E402
-import matplotlib  # noqa: E402
+import matplotlib.figure  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -105,6 +109,72 @@ def steps_compiled_once(layer):
         patch.setattr(toy, "experiment", functools.cache(toy.experiment))
         patch.setattr(parallel, "train_steps", functools.cache(parallel.train_steps))
         yield
+
+
+@pytest.fixture(scope="module")
+def programs_compiled_once(layer):
+    """Of equal runs, only the first of a file traces and compiles its train steps and its sampler."""
+    from diffusion.evaluation import sampling
+    from diffusion.experiment import build, rules
+    from diffusion.experiment import config as config_lib
+    from diffusion.programs import sample
+    from diffusion.training import parallel
+
+    make, made = build.experiment, {}
+    of_plan = {f"train.{field.name}" for field in dataclasses.fields(build.loop.Plan)} - {"train.num_steps"}
+
+    def of_training(key):
+        return key not in of_plan and not key.startswith(("eval.", "sample.", "quality.", "compress."))
+
+    def experiment(config, *arguments, **keys):
+        if config.init_from:  # what lies there may change
+            return make(config, *arguments, **keys)
+        flat = {key: value for key, value in config_lib.flatten(config).items() if of_training(key)}
+        equal = json.dumps(flat), arguments, tuple(keys.items())
+        if equal not in made:
+            made[equal] = make(config, *arguments, **keys)
+        config_lib.check(config)
+        rules.check(config)
+        return dataclasses.replace(made[equal], config=config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "experiment", experiment)
+        patch.setattr(parallel, "train_steps", functools.cache(parallel.train_steps))
+        patch.setattr(sample, "Sampler", functools.cache(sampling.Sampler))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_kind_of_figure_is_drawn_once():
+    """Matplotlib takes a third of a second for one. Later figures of a function are the bytes of its first.
+
+    Yields a list of files whose figures are all drawn.
+    """
+    draw, drawn, exempt = matplotlib.figure.Figure.savefig, {}, []
+
+    def savefig(figure, file, **options):
+        frame = sys._getframe(1)
+        kind = frame.f_code, frame.f_back.f_code
+        if kind not in drawn or exempt:
+            buffer = io.BytesIO()
+            draw(figure, buffer, **options)
+            drawn[kind] = buffer.getvalue()
+        if hasattr(file, "write"):
+            file.write(drawn[kind])
+        else:
+            Path(file).write_bytes(drawn[kind])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+        yield exempt
+
+
+@pytest.fixture
+def every_figure(each_kind_of_figure_is_drawn_once):
+    """Every figure of the test is drawn."""
+    each_kind_of_figure_is_drawn_once.append(True)
+    yield
+    each_kind_of_figure_is_drawn_once.pop()
 
 
 @pytest.fixture(scope="session")

@@ -102,6 +102,10 @@ class Experiment:
 
     def abstract_state(self) -> TrainState:
         """The shapes and dtypes of the state, without computing it."""
+        return self._shapes
+
+    @functools.cached_property
+    def _shapes(self) -> TrainState:
         return jax.eval_shape(lambda: self._state(self.training.network.init))
 
     def _state(self, init: Callable, over: Start | None = None) -> TrainState:

@@ -15,6 +15,8 @@ from diffusion.experiment import build, workdir
 from diffusion.programs import sample
 from experiments import drawn, guidance, intervals, steps
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from diffusion.programs import compress, decompress
 from diffusion.runtime import coded_file
 from diffusion.runtime.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -17,6 +17,8 @@ from diffusion.programs import evaluate, train
 from diffusion.runtime import preemption, randomness
 from diffusion.runtime.preemption import Preempted
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 
 @pytest.fixture
 def run(straight, tmp_path):

@@ -16,7 +16,7 @@ from diffusion.runtime.digests import tree_sha256
 
 
 @pytest.fixture(autouse=True)
-def toy_data(monkeypatch, steps_compiled_once):
+def toy_data(monkeypatch, programs_compiled_once):
     monkeypatch.setattr(data, "load", toy.load)
     monkeypatch.setattr(data, "describe", toy.describe)
 

@@ -14,6 +14,8 @@ from diffusion.programs import evaluate, sample, train
 from diffusion.runtime import devices
 from diffusion.runtime.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 BY_SECOND_MOMENT = "learned(start='cosine', inner='second_moment')"
 
 

@@ -19,6 +19,8 @@ from diffusion.programs import classifier, sample
 from diffusion.programs import quality as program
 from diffusion.reporting.metrics_log import read_metrics
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):

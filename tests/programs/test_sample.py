@@ -17,6 +17,8 @@ from diffusion.programs import evaluate, quality, sample, train
 from diffusion.runtime import files, preemption, randomness
 from diffusion.runtime.preemption import Preempted
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 
 @pytest.fixture
 def run(straight, tmp_path):

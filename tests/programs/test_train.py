@@ -18,6 +18,8 @@ from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.preemption import Preemption
 from diffusion.training import loop
 
+pytestmark = pytest.mark.usefixtures("programs_compiled_once")
+
 
 def rows_without_time(directory):
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics_log.read_metrics(directory)]
