@@ -101,6 +101,7 @@ def test_the_work_of_ho_et_al_on_paper():
     np.testing.assert_allclose(one["checkpoint, GiB"], 4 * 35.746307e6 * 4 / 2**30, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_with_remat_and_two_devices_each_does_four_thirds_of_half_and_keeps_less():
     one, remat = (scaling.row("remat", 16, 32, 512, devices, devices == 2) for devices in (1, 2))
     np.testing.assert_allclose(remat["TFLOP per step and device"], one["TFLOP per step and device"] * 4 / 3 / 2)

@@ -97,6 +97,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path, monkeypatch, capsys):
     assert "holds no run (no config.json)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_likelihood_of_one_network(tmp_path, monkeypatch):
     """A network that is exact for N(0, 0.3²) on 2×2 pixels: the ODE's density is known, and the rest lies around it."""
     from experiments import tightness_trained

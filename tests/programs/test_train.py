@@ -65,9 +65,9 @@ def test_no_test_image_is_looked_at_before_the_run_is_scored(tiny, tmp_path, mon
     events, images, labels, score = [], Source.images, Source.labels, evaluate.score
 
     def noted(read):
-        def reading(source, *which):
+        def reading(source, *which, **how):
             events.append(source.split)
-            return read(source, *which)
+            return read(source, *which, **how)
 
         return reading
 
