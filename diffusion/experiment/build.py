@@ -201,25 +201,10 @@ def plan(config: ConfigDict) -> loop.Plan:
 
     On the CPU backend a call has one step, because gradients of convolutions are many times slower inside a loop.
     """
-    settings = config.train
-    return loop.Plan(
-        seed=config.seed,
-        num_steps=settings.num_steps,
-        steps_per_call=1 if runs_on_cpu() else settings.steps_per_call,
-        checkpoint_every=settings.checkpoint_every,
-        validate_every=settings.validate_every,
-        sample_every=settings.sample_every,
-        quality_every=config.quality.every,
-        check_replicas_every=settings.check_replicas_every,
-        skip_nonfinite=settings.skip_nonfinite,
-    )
-
-
-def logger(config: ConfigDict, directory: Path, step: int) -> loggers.Logger:
-    """Who gets the rows of metrics.jsonl from `step` on, in process 0 alone."""
-    chosen = config.train.loggers if processes.is_first() else ()
-    arguments = directory, step, config.to_dict()
-    return loggers.together({text: functools.partial(LOGGERS.choice.bind(text), *arguments) for text in chosen})
+    settings, fields = config.train, [field.name for field in dataclasses.fields(loop.Plan)]
+    own = {name: settings[name] for name in fields if name in settings}
+    own |= {"seed": config.seed, "quality_every": config.quality.every}
+    return loop.Plan(**own | ({"steps_per_call": 1} if runs_on_cpu() else {}))
 
 
 def bound_settings(config: ConfigDict) -> bound.Settings:
