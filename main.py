@@ -16,6 +16,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from diffusion.runtime import streams
+
 _MODES = {
     "train": "train",
     "eval": "evaluate",
@@ -202,4 +204,5 @@ def _stop(reason: str, code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    streams.guard()
     app.run(main, flags_parser=_parse)

@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from diffusion import reverse, schedules
 from diffusion.reporting import summary
+from diffusion.runtime import files
 from experiments import audit_bounds, audit_controls, audit_samples, audit_spaces, commands, tables
 from experiments.audit_bounds import Row
 from experiments.audit_quadrature import Variant, bound_bits
@@ -58,7 +59,7 @@ def main() -> int:
     print(text)
     if arguments.workdir is not None:
         arguments.workdir.mkdir(parents=True, exist_ok=True)
-        (arguments.workdir / "table.md").write_text(text)
+        files.write_text(arguments.workdir / "table.md", text)
         tables.save_csv(arguments.workdir / "table.csv", [row.as_printed() for row in found])
     return 0 if all(row.is_as_expected for row in found) else 1
 

@@ -26,7 +26,7 @@ from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reporting import summary
 from diffusion.reverse import PREDICTIONS
-from diffusion.runtime import devices
+from diffusion.runtime import devices, files
 from diffusion.schedules import Row
 from experiments import tables
 from experiments.commands import argument_parser, exit_with
@@ -78,7 +78,7 @@ def run(
     file = FILE if clip_x0 else f"{FILE}_unclipped"
     summary.write_json(directory / f"{file}.json", described | {"device": summary.device_name(), "rows": rows})
     text = markdown(rows, names[-1], described)
-    (directory / f"{file}.md").write_text(text)
+    files.write_text(directory / f"{file}.md", text)
     print(text)
 
 

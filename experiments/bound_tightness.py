@@ -14,6 +14,7 @@ from typing import Any
 
 from diffusion import schedules
 from diffusion.reporting import summary
+from diffusion.runtime import files
 from experiments import tables, tightness_capacity, tightness_known, tightness_plane, tightness_terms
 from experiments.commands import argument_parser, exit_with
 
@@ -59,7 +60,7 @@ def run(directory: Path, trained: Path | None, checkpoint: str = "latest") -> No
         *text,
     ]
     summary.write_json(directory / "bound_tightness.json", results)
-    (directory / "bound_tightness.md").write_text("\n".join(text))
+    files.write_text(directory / "bound_tightness.md", "\n".join(text))
     print("\n".join(text))
 
 

@@ -12,6 +12,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusion.runtime import files
 from experiments import intervals, sweep, tables, variance_accounting
 from experiments.commands import exit_with
 from experiments.results import AXES
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         for directory in directories:
             account(directory)
     text = accounting([directory for directory in directories if _is_accounted(directory)])
-    (arguments.workdir / "accounting.md").write_text(text)
+    files.write_text(arguments.workdir / "accounting.md", text)
     print(text)
     return 0
 

@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from diffusion.runtime import streams
+
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """A parser without flags; the description, a module's docstring, is shown as it is."""
@@ -12,6 +14,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 def exit_with(main: Callable[[], int | None]) -> None:
     """Ends the program with the exit code of `main`; what is wrong with its input prints one line, with code 2."""
+    streams.guard()
     try:
         sys.exit(main())
     except (ValueError, OSError, RuntimeError, ImportError) as error:

@@ -19,6 +19,7 @@ from diffusion.evaluation import features
 from diffusion.evaluation.features import Features
 from diffusion.experiment import build
 from diffusion.reporting import page, pictures
+from diffusion.runtime import files
 from experiments import drawn, tables
 from experiments.commands import exit_with
 from experiments.drawn import METRICS, REAL, Study
@@ -57,7 +58,7 @@ def run(study: Study, weights: list[float]) -> None:
     real = drawn.real_images(study, test_set) | {"accuracy": accuracy}
 
     text = markdown(rows, real, study)
-    (directory / f"{FILE}.md").write_text(text)
+    files.write_text(directory / f"{FILE}.md", text)
     drawn.save_csv(directory / f"{FILE}.csv", rows)
     plot(directory / f"{FILE}.png", rows, real, study)
     save_samples(directory / f"{FILE}_samples.png", shown, study)

@@ -29,7 +29,7 @@ from diffusion.experiment.build import Experiment
 from diffusion.model import Model
 from diffusion.reporting import summary
 from diffusion.reporting.progress import Progress
-from diffusion.runtime import devices
+from diffusion.runtime import devices, files
 from diffusion.training import parallel
 from experiments import intervals, tables
 from experiments.commands import argument_parser, exit_with
@@ -72,7 +72,7 @@ def run(directory: Path, num_steps: int, train_steps: int, seeds: list[int]) -> 
     setting |= {"validation_images": len(splits.validation), "test_images": len(splits.test)}
     summary.write_json(directory / f"{FILE}.json", setting | {"device": summary.device_name(), "runs": rows})
     text = markdown(rows, setting)
-    (directory / f"{FILE}.md").write_text(text)
+    files.write_text(directory / f"{FILE}.md", text)
     plot(directory / f"{FILE}.png", rows, f"digits, T = {num_steps}, {train_steps} steps, {len(seeds)} seeds")
     print(text)
 

@@ -29,7 +29,7 @@ from diffusion.data.levels import to_unit
 from diffusion.evaluation.images import subset
 from diffusion.experiment import build, workdir
 from diffusion.reporting import page, summary
-from diffusion.runtime import randomness
+from diffusion.runtime import files, randomness
 from diffusion.schedules import Schedule
 from experiments import intervals, results, sweep
 from experiments.commands import exit_with
@@ -106,7 +106,7 @@ def write(directory: Path, network: Path, checkpoint: str = "latest") -> None:
     }
     summary.write_json(directory / "parameterizations.json", numbers)
     text = markdown(checks, errors.title, errors.deviation, parts, of_zero, trained)
-    (directory / "parameterizations.md").write_text(text)
+    files.write_text(directory / "parameterizations.md", text)
     plot_weights(directory / "weights.png", weights)
     plot_shares(directory / "shares.png", errors.title, parts)
     plot_training(directory / "training.png", [row for row in trained if row["schedule"] == trained[0]["schedule"]])

@@ -163,7 +163,7 @@ def distance_kind(run: FinishedRun) -> DistanceKind | None:
 def last_line(folder: Path) -> str:
     """The last line that a run printed: its error, if it failed."""
     log = folder / LOG
-    lines = [line for line in log.read_text().splitlines() if line.strip()] if log.exists() else []
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
     return lines[-1].strip() if lines else "not started"
 
 

@@ -22,7 +22,7 @@ from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
 from diffusion.experiment import build
 from diffusion.reporting import page
-from diffusion.runtime import devices
+from diffusion.runtime import devices, files
 from diffusion.variances import X0Variance
 from experiments import drawn, tables
 from experiments.commands import exit_with
@@ -85,7 +85,7 @@ def run(study: Study, steps: list[int], num_scored: int) -> None:
 
     title = f"{config.data.name}, T = {config.schedule.num_steps}, step {study.trained.state.step} (EMA)"
     text = markdown(rows, real, study, title, len(numbers))
-    (directory / f"{FILE}.md").write_text(text)
+    files.write_text(directory / f"{FILE}.md", text)
     drawn.save_csv(directory / f"{FILE}.csv", rows)
     plot(directory / f"{FILE}.png", rows, real, study, title)
     page.refresh(directory)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.runtime import files
 from experiments import intervals, results, sweep_plots, tables
 from experiments.results import Difference, FinishedRun, Row, TargetOf, last_line
 
@@ -59,7 +60,7 @@ def write(directory: Path, target_of: TargetOf, order: Sequence[str] = ()) -> st
         _unmeasured(directory, runs),
     ]
     text = "\n".join(section for section in sections if section)
-    (directory / "table.md").write_text(text)
+    files.write_text(directory / "table.md", text)
     lines = [_numbers(row, target_of) | _less_base(less) for row, less in zip(table, to_base, strict=True)]
     tables.save_csv(directory / "table.csv", lines)
     sweep_plots.bpd(directory / "bpd.png", table, to_base, target_of)

@@ -28,7 +28,7 @@ from diffusion.experiment import build, ema, workdir
 from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reverse import VARIANCES, Variance
-from diffusion.runtime import devices
+from diffusion.runtime import devices, files
 from diffusion.schedules import Schedule
 from diffusion.variances import Split, X0Terms, X0Variance
 from experiments import tables
@@ -102,7 +102,7 @@ def run(directory: Path, num_images: int, checkpoint: str = "latest", num_train:
         f"{config.schedule.name} schedule, T = {config.schedule.num_steps}"
     )
     text = markdown(rows, own, title, len(terms.error), prior.mean())
-    (directory / f"{FILE}.md").write_text(text)
+    files.write_text(directory / f"{FILE}.md", text)
     tables.save_csv(directory / f"{FILE}.csv", [row._asdict() for row in rows])
     plot(directory / f"{FILE}.png", splits, optimal, own, model.schedule, title)
     print(text)

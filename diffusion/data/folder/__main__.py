@@ -14,6 +14,7 @@ from pathlib import Path
 from diffusion.data.folder import decoding, preparing
 from diffusion.data.folder.decoding import Target
 from diffusion.data.folder.listing import Unread
+from diffusion.runtime import streams
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,6 +87,6 @@ def _print_error(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid UTF-8
+    streams.guard()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from diffusion.reporting import page
+from diffusion.runtime import streams
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,4 +21,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    streams.guard()
     sys.exit(main())

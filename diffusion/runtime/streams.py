@@ -1,0 +1,72 @@
+"""Standard streams that stop no program: closed ones, readers that leave, terminals that go, letters without a code."""
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Container
+
+# The other end is gone: `| head -1` has read its line, the terminal was closed, or the descriptor is none any more.
+GONE = frozenset({errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF})
+EVERY = frozenset(errno.errorcode)
+
+
+class _Lasting(io.FileIO):
+    """A stream that throws away what it cannot write, for some errors."""
+
+    def __init__(self, descriptor: int, ignored: Container[int]):
+        super().__init__(descriptor, "w", closefd=False)
+        self._ignored = ignored
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in self._ignored:
+                raise
+            if error.errno in GONE:
+                _open_nowhere(self.fileno())  # what libraries write to the descriptor, too
+            return len(data)
+
+
+def guard() -> None:
+    """Makes this process's standard streams last; the first thing that a program does.
+
+    A closed one is opened to nowhere, so that no file gets its descriptor and with it a library's messages. What
+    cannot be written since nobody reads it is thrown away: a run goes on. On stderr, which nothing depends on, any
+    failure counts so. On stdout a full disk is an error. What an encoding has no code for is escaped.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            _open_nowhere(descriptor)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)
+    if sys.stdout is sys.__stdout__:  # a test or a notebook has put another one there
+        sys.stdout = sys.__stdout__ = _lasting(sys.stdout, 1, GONE)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = sys.__stderr__ = _lasting(sys.stderr, 2, EVERY)
+
+
+def _open_nowhere(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere == descriptor:
+        os.set_inheritable(descriptor, True)
+    else:
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def _lasting(before: io.TextIOWrapper | None, descriptor: int, ignored: Container[int]) -> io.TextIOWrapper:
+    """In the place of `before`, which Python makes None where the descriptor was closed."""
+    if before is not None:
+        before.flush()
+    raw = _Lasting(descriptor, ignored)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding="utf-8" if before is None else before.encoding,
+        errors="backslashreplace",
+        line_buffering=descriptor == 2 or before is not None and before.line_buffering,
+        write_through=before is not None and before.write_through,
+    )
