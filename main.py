@@ -62,6 +62,8 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
+# What flags and ml_collections raise for a command line that cannot be read.
+_MISTAKES = (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError, OSError)
 _HELP = ("help", "helpshort", "helpfull", "helpxml")
 _OF_RUN = Path(__file__).resolve().parent / "diffusion" / "experiment" / "of_run.py"  # a config file, of a run
 _LEAVE_SECONDS = 30  # how long a process that stops waits for the others
@@ -142,14 +144,25 @@ def _parse(argv: list[str]) -> list[str]:
     asks_for_help = [argument for argument in argv[1:] if argument.lstrip("-") in _HELP]
     try:
         return flags.FLAGS([argv[0], *asks_for_help, *_of_run(argv), *argv[1:]])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError, OSError) as error:
-        from diffusion.experiment import schema
+    except Exception as error:
+        from diffusion.experiment import config, schema
 
+        if fault := config.fault_of_file(_config_path(argv), error):
+            _fail(fault)
+        if not isinstance(error, _MISTAKES):
+            raise
         for argument in argv[1:]:
             key = argument.partition("=")[0].lstrip("-").removeprefix("config.")
             if argument.lstrip("-").startswith("config.") and key not in schema.all_keys():
                 _fail(schema.unknown(key))
         _fail(error)
+
+
+def _config_path(argv: list[str]) -> str:
+    """What --config is; "" where it is not given."""
+    following = dict(zip(argv, argv[1:], strict=False))
+    values = [argument.partition("=")[2] for argument in argv if argument.lstrip("-").startswith("config=")]
+    return (values or [following.get("--config", "")])[-1]
 
 
 def _of_run(argv: list[str]) -> list[str]:

@@ -17,10 +17,12 @@ def num_scored(wanted: int, protocol: str, num_test: int) -> int:
         num_test: how many test images there are.
 
     Raises:
-        ValueError: fewer exist than are wanted, or than the protocol needs.
+        ValueError: there are none, or fewer than are wanted, or than the protocol needs.
     """
     if wanted == NONE:
         return 0
+    if not num_test:
+        raise ValueError(f"eval.num_images={wanted}: the test split has no images; -1 trains without scoring")
     num_images = wanted or num_test
     if num_images > num_test:
         raise ValueError(f"eval.num_images={wanted} exceeds the {num_test} images of the test split")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import traceback
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"config key {name} {problem}")
 
 
-def completed(config: ConfigDict) -> ConfigDict:
+def completed(config: Any) -> ConfigDict:
     """The config, locked, with the default of each key that it lacks because it was written before the key existed.
 
     Raises:
-        ValueError: it has a key that does not exist.
+        ValueError: it is no ConfigDict, or has a key that does not exist.
     """
+    if getattr(config, "to_dict", None) is None:  # where there is no such file, the first use says so
+        raise ValueError(f"get_config() of the config file must return a ConfigDict, not {config!r:.60}")
     flat = flatten(config)
     for name in sorted(flat.keys() - all_keys().keys()):
         raise ValueError(unknown(name))
@@ -125,10 +128,27 @@ def from_file(path: str, overrides: dict[str, str]) -> ConfigDict:
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         values(argv)
-        holder.value.keys()  # where there is no such file, the first use says so
         return completed(holder.value)
-    except (flags.Error, TypeError, ValueError, ImportError, OSError) as error:
-        raise ValueError(str(error)) from error
+    except Exception as error:
+        if fault := fault_of_file(path, error):
+            raise ValueError(fault) from error
+        if isinstance(error, flags.Error | AttributeError | TypeError | ValueError | ImportError | OSError):
+            raise ValueError(str(error)) from error
+        raise
+
+
+def fault_of_file(path: str, error: BaseException) -> str:
+    """Where a config file fails, and Python's words for it; "" if the error is not raised in it.
+
+    Args:
+        path: what --config is, without what it gives to `get_config`.
+    """
+    file = Path(path.partition(":")[0]).resolve()
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):  # of a file that is not run: there is no frame of it
+        frames, error = [*frames, (error.filename or "", error.lineno)], SyntaxError(error.msg)
+    lines = [line for name, line in frames if Path(name).resolve() == file]
+    return f"--config={path}, line {lines[-1]}: {type(error).__name__}: {error}" if lines else ""
 
 
 def differing(config: ConfigDict, saved: ConfigDict) -> list[str]:

@@ -15,6 +15,8 @@ from diffusion.reverse import VARIANCES, Reverse
 from diffusion.samplers import Step
 from diffusion.schedules import Schedule
 
+MOSTLY = 0.5  # of an average: what it starts from
+
 
 class Combination(NamedTuple):
     """A config's values, all together, and the schedule and the sampler that follow from them."""
@@ -206,6 +208,19 @@ def check(config: ConfigDict) -> None:
     for rule in RULES:
         if rule.is_broken(combination):
             raise ValueError(rule.message.format(c=config))
+
+
+def hints(config: ConfigDict) -> list[str]:
+    """What is possible and probably not meant, a line each."""
+    found, num_steps = [], config.train.num_steps
+    still = config.ema.decay**num_steps
+    if still > MOSTLY:
+        shorter = max(0.0, 1 - float(f"{10 / num_steps:.0e}"))
+        found.append(
+            f"ema.decay={config.ema.decay} over train.num_steps={num_steps}: the average that is scored and sampled "
+            f"will still be {still:.0%} what it starts from; ema.decay={shorter:.6g} forgets it"
+        )
+    return found
 
 
 def check_labels(config: ConfigDict, num_classes: int) -> None:

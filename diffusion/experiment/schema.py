@@ -116,6 +116,10 @@ GUIDANCE = number(-1, 1000, "a number in [-1, 1000]")
 TERMS = Constraint(
     lambda v: names.accepts(int, v) and (v == 0 or v >= 3 and v % 2 == 1), "0 (all) or an odd number ≥ 3"
 )
+PLACE = Constraint(
+    lambda v: names.accepts(str, v) and v not in ("None", "none"),
+    'a path, or "" for none (./None is a folder of that name)',
+)
 LABELS = Constraint(
     lambda v: names.accepts(tuple[int, ...], v) and min(v, default=0) >= 0, "a tuple of integers ≥ 0, or () for all"
 )
@@ -135,10 +139,10 @@ def one_of(*words: str) -> Choice:
 
 KEYS: dict[str, Key] = {
     "seed": Key(0, integer(0), "seed of all randomness"),
-    "init_from": Key("", TEXT, 'DIR of published weights or an export, or a run: DIR, DIR@best, DIR@STEP; "": random'),
+    "init_from": Key("", PLACE, 'DIR of published weights or an export, or a run: DIR, DIR@best, DIR@STEP; "": random'),
     "init_adapt": Key(False, FLAG, "whether init_from may be another network, of which what fits is taken"),
     "data.name": Key("cifar10", TEXT, "cifar10, digits, or any image set that TFDS or diffusion.data.folder prepared"),
-    "data.data_dir": Key("", TEXT, 'where prepared sets lie; "": the default of TFDS, ~/tensorflow_datasets', FREE),
+    "data.data_dir": Key("", PLACE, 'where prepared sets lie; "": the default of TFDS, ~/tensorflow_datasets', FREE),
     "data.image_size": Key(0, SIDE, "N: the centre square of every picture is resized to N×N; 0: as it is"),
     "data.pad_to": Key(0, SIDE, "N: black is added around every picture up to N×N; 0: none"),
     "data.placement": Key(

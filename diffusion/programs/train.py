@@ -3,6 +3,7 @@
 What a run needs to go on is its config.json and its latest checkpoint: the same command resumes by itself.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from diffusion import schedules
 from diffusion.data.source import Splits
 from diffusion.evaluation import images
 from diffusion.evaluation.sampling import Sampler
-from diffusion.experiment import build, memory, names, workdir
+from diffusion.experiment import build, memory, names, rules, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.programs import evaluate, fork, sample
 from diffusion.programs.quality import Scorer
@@ -59,6 +60,8 @@ def run(
         if processes.is_first():
             print(f"{directory} holds this run, finished: see {directory / workdir.SUMMARY}")
         return
+    for hint in rules.hints(config) if processes.is_first() else ():
+        logging.warning(hint)
     splits = build.load_splits(config)
     evaluate.check_labels(config, splits)
     if not allow_other_data:

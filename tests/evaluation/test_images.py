@@ -30,6 +30,14 @@ def test_more_images_than_there_are_or_fewer_than_the_protocol_needs_are_refused
         images.num_scored(0, "ho2020", 200)
 
 
+def test_an_empty_test_split_is_named():
+    """As of a set of less than twenty training examples, of which each twentieth is for testing."""
+    for wanted in (0, 20):
+        with pytest.raises(ValueError, match=f"^eval.num_images={wanted}: the test split has no images; -1 trains"):
+            images.num_scored(wanted, "exact", 0)
+    assert images.num_scored(-1, "exact", 0) == 0
+
+
 def test_a_subset_is_drawn_from_all_images():
     chosen = images.subset(1000, 100)
     assert len(np.unique(chosen)) == 100 and np.all(np.diff(chosen) > 0)

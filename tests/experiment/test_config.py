@@ -4,11 +4,15 @@ import ast
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 import diffusion
+import main
 from configs import cifar10, digits
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import schema
@@ -66,7 +70,7 @@ INTEGER = "must be an integer in 1…2³¹ − 1"
     [
         ({"seed": -1}, "config key seed must be an integer in 0…2³¹ − 1, not -1"),
         ({"seed": True}, "config key seed must be an integer in 0…2³¹ − 1, not True"),
-        ({"init_from": 3}, "config key init_from must be a string, not 3"),
+        ({"init_from": 3}, "config key init_from must be a path, or"),
         ({"data__flip": 1}, "config key data.flip must be True or False, not 1"),
         ({"unet__channels": 128.0}, "config key unet.channels must be an integer, not 128.0"),
         ({"unet__channel_mult": (1, 2.0)}, "unet.channel_mult must be a tuple of integers, not (1, 2.0)"),
@@ -258,3 +262,56 @@ def test_a_file_is_resolved_as_the_command_line_does_it():
 def test_a_file_that_cannot_be_resolved_is_an_error_that_says_why(path, overrides, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         config_lib.from_file(path, overrides)
+
+
+# --- a file of the user's that fails
+
+IMPORT = "from configs import digits\n"
+FAILING = {
+    "syntax": ("def get_config():\n    return 1 +\n", "line 2: SyntaxError: invalid syntax"),
+    "encoding": ("x = '\xff'\n", "line 1: SyntaxError: (unicode error) 'utf-8' codec can't decode byte 0xff"),
+    "name": ("def get_config():\n    return conifg\n", "line 2: NameError: name 'conifg' is not defined"),
+    "zero": ("def get_config():\n    x = 0\n    return 1 / x\n", "line 3: ZeroDivisionError: division by zero"),
+    "key": (
+        f"{IMPORT}def get_config():\n    config = digits.get_config()\n    config.trian = 3\n    return config\n",
+        "line 4: AttributeError: 'Key \"trian\" does not exist",
+    ),
+    "module": ("\nimport nonexistent_module\n", "line 2: ModuleNotFoundError: No module named 'nonexistent_module'"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_a_config_file_that_fails_is_one_line_with_its_place(kind, tmp_path, capsys, monkeypatch):
+    text, words = FAILING[kind]
+    path = tmp_path / "mine.py"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError) as error:
+        config_lib.from_file(str(path), {})
+    assert str(error.value).startswith(f"--config={path}, {words}")
+    given = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=given)
+    monkeypatch.setattr(main.flags, "FLAGS", given)
+    for arguments in ([f"--config={path}"], ["--config", str(path)]):
+        with pytest.raises(SystemExit) as ended:
+            main._parse(["main.py", *arguments])
+        line = capsys.readouterr().err
+        assert ended.value.code == 2 and line.startswith(f"error: --config={path}, ") and line.count("\n") == 1
+
+
+def test_there_must_be_a_get_config_that_returns_a_config(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # where ml_collections keeps the last one
+    path = tmp_path / "mine.py"
+    path.write_text("")
+    with pytest.raises(ValueError, match="has no attribute 'get_config'"):
+        config_lib.from_file(str(path), {})
+    path.write_text("def get_config():\n    return {'seed': 3}\n")
+    with pytest.raises(ValueError, match=r"must return a ConfigDict, not \{'seed': 3\}"):
+        config_lib.from_file(str(path), {})
+
+
+@pytest.mark.parametrize("key", ["data.data_dir", "init_from"])
+def test_none_is_no_folder(key):
+    config = changed(**{key.replace(".", "__"): "None"})
+    with pytest.raises(ValueError, match=rf"^config key {key} must be a path, or \"\" .*, not 'None'$"):
+        config_lib.check(config)
+    config_lib.check(changed(**{key.replace(".", "__"): "./None"}))

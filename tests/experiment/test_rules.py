@@ -183,3 +183,19 @@ def test_every_pair_of_prediction_and_variance_has_an_objective():
 def test_every_prediction_has_every_weighting():
     for prediction, weighting in itertools.product(("eps", "x0", "v", "mean"), ("none", "p2", "min_snr(gamma=3)")):
         rules.check(changed(model__prediction=prediction, objective__weighting=weighting))
+
+
+@pytest.mark.parametrize(
+    "decay, num_steps, words",
+    [
+        (0.9999, 200, "will still be 98% what it starts from; ema.decay=0.95 forgets it"),
+        (0.999, 600, "will still be 55% what it starts from; ema.decay=0.98 forgets it"),
+        (0.99999, 50_000, "will still be 61% what it starts from; ema.decay=0.9998 forgets it"),
+        (0.9999, 8000, None),
+        (0.9999, 800_000, None),
+        (0.0, 1, None),
+    ],
+)
+def test_an_average_that_is_mostly_what_it_starts_from_is_told(decay, num_steps, words):
+    found = rules.hints(changed(ema__decay=decay, train__num_steps=num_steps))
+    assert [hint.partition("sampled ")[2] for hint in found] == ([words] if words else [])

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import posixpath
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,10 +31,10 @@ def find_labels(
         if wanted is None and len(labels) < len(paths):
             return "none", {}
         _refuse_unlabelled(paths, labels, "lie in no folder that could be their label", "--labels=folders")
-        return "folders", labels
+        return "folders", _of_one_form(labels)
     if Path(wanted).suffix.lower() not in (".csv", ".json"):
         raise ValueError(f"--labels={wanted} must be folders, none, or the name of a .csv or .json file")
-    labels = read_labels(Path(wanted))
+    labels = _by_path(read_labels(Path(wanted)), {*paths, *unread}, f"--labels={wanted}")
     _refuse_unlabelled(paths, labels, "have no label", f"--labels={wanted}")
     unknown = sorted(labels.keys() - {*paths, *unread})
     if unknown:
@@ -41,7 +42,39 @@ def find_labels(
             f"--labels={wanted}: {len(unknown):,} of {len(labels):,} labels are for files that are no pictures of the "
             f"folder, for example {unknown[0]}"
         )
-    return "file", {path: labels[path] for path in paths}
+    return "file", _of_one_form({path: labels[path] for path in paths})
+
+
+def _by_path(labels: dict[str, str], paths: set[str], flag: str) -> dict[str, str]:
+    """The labels by the paths that they mean: a name in another Unicode form counts where one path has it.
+
+    macOS writes é as e and an accent (NFD), other systems as one letter (NFC).
+
+    Raises:
+        ValueError: two names mean one path, and have two labels.
+    """
+    of_form: dict[str, list[str]] = {}
+    for path in paths:
+        of_form.setdefault(_form(path), []).append(path)
+    found: dict[str, str] = {}
+    for name, label in labels.items():
+        alike = of_form.get(_form(name), [])
+        path = alike[0] if name not in paths and len(alike) == 1 else name
+        if found.setdefault(path, label) != label:
+            raise ValueError(f"{flag} gives {path} two labels, {found[path]} and {label}")
+    return found
+
+
+def _of_one_form(labels: dict[str, str]) -> dict[str, str]:
+    """The same, with labels that differ in their Unicode form alone in one of them: they are one class."""
+    forms: dict[str, set[str]] = {}
+    for label in labels.values():
+        forms.setdefault(_form(label), set()).add(label)
+    return {path: _form(label) if len(forms[_form(label)]) > 1 else label for path, label in labels.items()}
+
+
+def _form(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def _refuse_unlabelled(paths: list[str], labels: dict[str, str], what: str, flag: str) -> None:

@@ -1,6 +1,7 @@
 """Labels from the names of folders, from CSV and from JSON files."""
 
 import os
+import unicodedata
 
 import pytest
 
@@ -52,6 +53,26 @@ def test_names_may_hold_commas_line_ends_and_what_is_not_utf_8(tmp_path):
     path = file_of(tmp_path, "labels.csv", f'"a, b\nc.png",1\n{ODD},{ODD[0]}2\n')
     assert labels.read_labels(tmp_path / "labels.csv") == {"a, b\nc.png": "1", ODD: r"\udcff2"}
     assert labels.find_labels(path, [ODD], {}, unread=["a, b\nc.png"]) == ("file", {ODD: r"\udcff2"})
+
+
+NFC, NFD = (unicodedata.normalize(form, "Zoë/été.png") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize("on_disk, in_file", [(NFC, NFD), (NFD, NFC), (NFC, NFC), (NFD, NFD)])
+def test_a_name_may_have_another_unicode_form_than_the_file_on_the_disk(tmp_path, on_disk, in_file):
+    path = file_of(tmp_path, "labels.csv", f"{in_file},cat\n1.png,dog\n")
+    assert labels.find_labels(path, [on_disk], {}, unread=["1.png"]) == ("file", {on_disk: "cat"})
+    both = file_of(tmp_path, "both.csv", f"{NFC},cat\n{NFD},dog\n")
+    assert labels.find_labels(both, [NFC, NFD], {}) == ("file", {NFC: "cat", NFD: "dog"})  # two files on the disk
+    with pytest.raises(ValueError, match=r"both.csv gives .* two labels, cat and dog"):
+        labels.find_labels(both, [on_disk], {})
+
+
+def test_classes_that_differ_in_their_unicode_form_alone_are_one():
+    """As of pictures from two systems; where there is one form, it stays: prepared sets keep their names."""
+    paths = [f"{text.split('/')[0]}/{number}.png" for number, text in enumerate((NFC, NFD, NFD))]
+    assert labels.find_labels("folders", paths, {})[1] == dict.fromkeys(paths, NFC.split("/")[0])
+    assert labels.find_labels("folders", paths[1:], {})[1] == dict.fromkeys(paths[1:], NFD.split("/")[0])
 
 
 @pytest.mark.parametrize(
