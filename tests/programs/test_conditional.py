@@ -134,7 +134,7 @@ def without_labels(split, share):
 
 @pytest.mark.parametrize("split, share", [("test", 1.0), ("train", 0.01)])
 def test_unknown_labels_are_refused_before_anything_is_compiled_or_written(
-    conditional, labelled_run, tmp_path, monkeypatch, split, share
+    conditional, labelled_run, tmp_path, monkeypatch, caplog, split, share
 ):
     monkeypatch.setattr(build, "load_splits", without_labels(split, share))
     before = sorted(labelled_run.rglob("*"))
@@ -142,6 +142,7 @@ def test_unknown_labels_are_refused_before_anything_is_compiled_or_written(
         with pytest.raises(ValueError, match=f"labels of the {split} split are none of 0…9, for example -1"):
             run(conditional(), directory)
     assert not (tmp_path / "new").exists() and sorted(labelled_run.rglob("*")) == before
+    assert "train.num_steps=6: the average that is scored and sampled will still be" in caplog.text  # of rules.hints
 
 
 def test_the_labels_of_a_test_split_that_is_not_scored_and_of_a_network_without_labels_may_be_unknown(
