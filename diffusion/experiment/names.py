@@ -126,7 +126,7 @@ def words(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, get_args(annotation)))
     if get_origin(annotation) is tuple:
-        return "a tuple of integers"
+        return "a tuple of integers" if get_args(annotation)[0] is int else "a tuple of numbers"
     options = get_args(annotation)
     return " or ".join(words(option) for option in options if not (option is int and float in options))
 

@@ -234,9 +234,10 @@ def network_keys() -> dict[str, Key]:
         for field in dataclasses.fields(module):
             if field.name not in NETWORK_GIVEN:
                 name, words = f"{network}.{field.name}", helps.get(field.name, "")
-                keys[name] = Key(field.default, of_type(field.type), words, free=name == "unet.remat")
+                keys[name] = Key(field.default, of_type(field.type), words, free=field.name == "remat")
     by_backend = one_of("auto", "xla", "winograd")
-    keys["unet.convolution"] = Key("auto", by_backend, "of 3×3 kernels; auto: winograd on CPUs, else xla", FREE)
+    for name in keys.keys() & {f"{network}.convolution" for network in NETWORKS}:
+        keys[name] = Key("auto", by_backend, "of 3×3 kernels; auto: winograd on CPUs, else xla", FREE)
     return keys
 
 

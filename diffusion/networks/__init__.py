@@ -7,7 +7,8 @@ One with a field `num_classes` can be trained with labels: where that is not 0, 
 numbers of the classes, or -1 for none.
 """
 
+from diffusion.networks.adm import ADM
 from diffusion.networks.unet import UNet
 
 # model.network -> the module's class.
-NETWORKS = {"unet": UNet}
+NETWORKS = {"unet": UNet, "adm": ADM}

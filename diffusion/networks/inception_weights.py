@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from diffusion.networks import pytorch_file
 from diffusion.networks.named_tensors import first_few, refuse_differences
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.download import download
@@ -227,21 +228,9 @@ def _read_torch(path: Path, sha256: str) -> dict[str, np.ndarray]:
 
 
 def _state_dict(path: Path) -> dict[str, np.ndarray]:
-    """What PyTorch reads from a file, without unpickling any object."""
-    try:
-        import torch
-    except ImportError as error:
-        raise RuntimeError(
-            f"{path} must be read by PyTorch once: pip install -e '.[inception]', or give a .safetensors file"
-        ) from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.detach().float().numpy() for name, tensor in state.items()}
-    except OSError:
-        raise  # no damage
-    except Exception as error:  # PyTorch raises nearly anything for a file that is something else
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"{path} is no PyTorch state_dict: {type(error).__name__}: {reason}") from error
+    """What PyTorch reads from a file; later loads need it no more. Raises what `pytorch_file.state_dict` does."""
+    remedy = "pip install -e '.[inception]', or give a .safetensors file"
+    return {name: tensor.float().numpy() for name, tensor in pytorch_file.state_dict(path, remedy).items()}
 
 
 def _checked(tensors: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:

@@ -42,6 +42,26 @@ def fourier_features(
     return jnp.concatenate([x] + [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)], axis=-1)
 
 
+def halved(h: Float[Array, "b h w c"]) -> Float[Array, "b h_half w_half c"]:
+    """The means over squares of 2 x 2."""
+    batch, height, width, channels = h.shape
+    return h.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
+
+
+def doubled(h: Float[Array, "b h w c"]) -> Float[Array, "b h_twice w_twice c"]:
+    """Each position four times, as a square of 2 x 2."""
+    return h.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def needed_labels(network: nn.Module, labels: Int[Array, " b"] | None, batch_size: int) -> Int[Array, " b"]:
+    """The labels that a network with classes was called with; only to be initialized it needs none."""
+    if labels is not None:
+        return labels
+    if not network.is_initializing():
+        raise ValueError(f"this network is given labels of {network.num_classes} classes: pass labels, -1 for none")
+    return jnp.full(batch_size, -1)
+
+
 class LabelEmbedding(nn.Module):
     """A learned vector for each class, and zero for a label that is none of 0 ... num_classes - 1, such as -1."""
 

@@ -24,8 +24,10 @@ from diffusion.networks.layers import (
     Dense,
     GroupNorm,
     LabelEmbedding,
+    doubled,
     fourier_features,
     near_zero,
+    needed_labels,
     time_embedding,
 )
 
@@ -37,7 +39,8 @@ class ResidualBlock(nn.Module):
     """h + conv(dropout(swish(norm(conv(swish(norm(h))) + embedding)))), h projected if its width changes.
 
     With `scale_shift_norm` the embedding scales and shifts what the second norm returns instead
-    (Nichol & Dhariwal, 2021).
+    (Nichol & Dhariwal, 2021). With `resample`, such as `layers.halved`, the map changes its size before the first
+    convolution and in the shortcut (Brock et al., 2019, BigGAN).
     """
 
     features: int
@@ -47,19 +50,21 @@ class ResidualBlock(nn.Module):
     dtype: str
     convolution: str = "xla"
     norm_eps: float = 1e-6
+    resample: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(
         self, h: Float[Array, "b h w c"], embedding: Float[Array, "b e"], dropout_keys: Key[Array, " b"] | None
-    ) -> Float[Array, "b h w {self.features}"]:
+    ) -> Float[Array, "b h_out w_out {self.features}"]:
         conv = CONVOLUTIONS[self.convolution]
-        shortcut = h
+        shortcut = h if self.resample is None else self.resample(h)
         if h.shape[-1] != self.features:
-            shortcut = Dense(self.features, dtype=self.dtype, name="shortcut")(h)
+            shortcut = Dense(self.features, dtype=self.dtype, name="shortcut")(shortcut)
         time_features = 2 * self.features if self.scale_shift_norm else self.features
         time = Dense(time_features, dtype=self.dtype, name="time")(nn.swish(embedding))[:, None, None, :]
 
         h = nn.swish(GroupNorm(self.num_groups, self.norm_eps, name="norm_1")(h))
+        h = h if self.resample is None else self.resample(h)
         h = conv(self.features, dtype=self.dtype, name="conv_1")(h)
         if not self.scale_shift_norm:
             h = h + time
@@ -179,7 +184,8 @@ class UNet(nn.Module):
         embedding = Dense(4 * self.channels, **EXACT, name="time_1")(time_embedding(network_t, self.channels))
         embedding = Dense(4 * self.channels, **EXACT, name="time_2")(nn.swish(embedding))
         if self.num_classes:
-            embedding = embedding + self._label_embedding(labels, len(x))
+            of_labels = LabelEmbedding(self.num_classes, 4 * self.channels, name="label")
+            embedding = embedding + of_labels(needed_labels(self, labels, len(x)))
         residual_block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
 
         def block(h: Array, features: int, name: str) -> Array:
@@ -195,13 +201,6 @@ class UNet(nn.Module):
         h = self._up(h, skips, block)
         h = nn.swish(GroupNorm(self.num_groups, self.norm_eps, name="norm_out")(h))
         return self._conv(self.out_channels, kernel_init=near_zero, **EXACT, name="conv_out")(h)
-
-    @nn.nowrap
-    def _label_embedding(self, labels: Array | None, batch_size: int) -> Array:
-        if labels is None and not self.is_initializing():
-            raise ValueError(f"this network is given labels of {self.num_classes} classes: pass labels, -1 for none")
-        labels = jnp.full(batch_size, -1) if labels is None else labels
-        return LabelEmbedding(self.num_classes, 4 * self.channels, name="label")(labels)
 
     @nn.nowrap
     def _down(self, h: Array, block: Callable[..., Array]) -> list[Array]:
@@ -235,8 +234,7 @@ class UNet(nn.Module):
                 h = block(h, self.channels * factor, f"up_{level}_block_{i}")
                 h = self._attention(h, f"up_{level}_attention_{i}")
             if level > 0:
-                h = h.repeat(2, axis=1).repeat(2, axis=2)
-                h = self._conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(h)
+                h = self._conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample")(doubled(h))
         return h
 
     @nn.nowrap

@@ -120,7 +120,7 @@ def test_weights_that_cannot_be_kept_are_used(published, tensors, torch, monkeyp
 
 def test_without_pytorch_one_line_says_what_to_do(published, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(RuntimeError, match=rf"{NAME} must be read by PyTorch once: pip install -e '.\[inception\]'"):
+    with pytest.raises(RuntimeError, match=rf"PyTorch must read or write .*{NAME}: pip install -e '.\[inception\]'"):
         inception.load(published)
 
 
