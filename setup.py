@@ -50,6 +50,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "compilers": ["jax[cuda12,tpu]"],  # benchmarks/compiled.py compiles for devices that are not there
         "inception": ["torch"],  # reads the published weights once
+        "openai": ["torch"],  # reads and writes checkpoints of improved-diffusion and guided-diffusion
         "peers": ["diffusers", "torch", "torch-fidelity", "torchvision"],  # to compare with; no program needs them
         "wandb": ["wandb>=0.31"],  # a logger; tried with 0.31.0
         "ode": ["diffrax>=0.7"],  # diffusion/exact/ode.py alone needs it

@@ -13,6 +13,8 @@ from diffusion import interop
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import export, named_run, names
 from diffusion.experiment.schema import network_keys
+from diffusion.interop import openai_flags
+from diffusion.networks import NETWORKS
 from diffusion.networks.named_tensors import first_few
 from diffusion.reverse import VARIANCES
 from diffusion.runtime import files
@@ -127,10 +129,20 @@ def _all_settings(config: ConfigDict) -> dict[str, Any]:
     return defaults | flat | {f"{group}.{name}": value for name, value in arguments.items()}
 
 
-def _published(directory: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    network, params = interop.load_diffusers(directory)
+def _published(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A diffusers directory, or a FILE.pt of OpenAI's programs with its flags in FILE.json."""
+    if path.endswith(".pt"):
+        flags = openai_flags.beside(path)
+        network, params = interop.load_adm(path, flags)
+        p = openai_flags.process(flags)
+        there = {"model.prediction": p.prediction, "model.variance": p.variance, "model.conditioning": "t"}
+        there |= {"model.rescale_t": flags["rescale_timesteps"], "schedule.num_steps": flags["diffusion_steps"]}
+    else:
+        (network, params), there = interop.load_diffusers(path), {}
+    group = next(name for name, module in NETWORKS.items() if type(network) is module)
     found = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
-    return found, {f"unet.{field.name}": getattr(network, field.name) for field in dataclasses.fields(network)}
+    fields = {f"{group}.{field.name}": getattr(network, field.name) for field in dataclasses.fields(network)}
+    return found, fields | there
 
 
 def _matters(key: str, there: dict[str, Any], here: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """Published weights in and out, one module per program that publishes them; `files` finds and reads the tensors."""
 
 from diffusion.interop.diffusers import load_diffusers, save_diffusers
+from diffusion.interop.openai import load_adm, load_openai, save_openai
 
-__all__ = ["load_diffusers", "save_diffusers"]
+__all__ = ["load_adm", "load_diffusers", "load_openai", "save_diffusers", "save_openai"]

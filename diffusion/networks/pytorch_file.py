@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -29,10 +29,10 @@ def state_dict(path: str | Path, remedy: str) -> dict[str, Any]:
         raise ValueError(f"{path} is no PyTorch state_dict: {type(error).__name__}: {reason}") from error
 
 
-def write(path: str | Path, tensors: Mapping[str, np.ndarray], remedy: str) -> None:
+def write(file: BinaryIO, tensors: Mapping[str, np.ndarray], remedy: str) -> None:
     """Write arrays as tensors of these names. Raises what `state_dict` does without PyTorch."""
-    torch = _torch(path, remedy)
-    torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, path)
+    torch = _torch(file.name, remedy)
+    torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, file)
 
 
 def _torch(path: str | Path, remedy: str) -> Any:

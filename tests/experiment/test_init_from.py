@@ -10,7 +10,8 @@ import pytest
 
 from configs import cifar10
 from diffusion import data, interop
-from diffusion.experiment import build, workdir
+from diffusion.experiment import build, init_from, workdir
+from diffusion.networks.adm import ADM
 from diffusion.networks.unet import UNet
 from diffusion.programs import evaluate, sample
 from diffusion.runtime.checkpoint import Checkpoints
@@ -124,6 +125,25 @@ def test_another_network_is_refused_by_field(tiny, keys, image_shape, words):
     with pytest.raises(ValueError, match=words) as error:
         _ = build.experiment(tiny(**keys), image_shape, 256).start
     assert str(error.value).startswith("init_from=")
+
+
+def test_a_file_of_openai_s_programs_is_found_with_its_flags(monkeypatch, tmp_path):
+    flags = {"package": "improved_diffusion", "image_size": "32", "learn_sigma": "True", "diffusion_steps": 4000}
+    (tmp_path / "ema.json").write_text(json.dumps(flags))
+    kernel = np.ones((1, 2), np.float32)
+    adm = ADM(channel_mult=(1, 2, 2, 2), num_res_blocks=2)
+    monkeypatch.setattr(interop, "load_adm", lambda path, flags: (adm, {"conv_in": {"kernel": kernel}}))
+    found, there = init_from._published(str(tmp_path / "ema.pt"))
+    np.testing.assert_array_equal(found["conv_in/kernel"], kernel)
+    assert there["adm.channel_mult"] == (1, 2, 2, 2) and "unet.channels" not in there
+    process = {"model.prediction": "eps", "model.variance": "learned_range", "model.conditioning": "t"}
+    process |= {"model.rescale_t": True, "schedule.num_steps": 4000}
+    assert process.items() <= there.items()
+    with pytest.raises(FileNotFoundError, match="other.json does not exist; it must hold the flags"):
+        init_from._published(str(tmp_path / "other.pt"))
+    (tmp_path / "ema.json").write_text('{"colour": 1, "package": "improved_diffusion"}')
+    with pytest.raises(ValueError, match="ema.json: improved_diffusion has no flag colour"):
+        init_from._published(str(tmp_path / "ema.pt"))
 
 
 def test_a_directory_without_weights_is_refused_before_anything_is_written(tiny, pictures, tmp_path):
