@@ -207,6 +207,13 @@ def plan(config: ConfigDict) -> loop.Plan:
     return loop.Plan(**own | ({"steps_per_call": 1} if runs_on_cpu() else {}))
 
 
+def logger(config: ConfigDict, directory: Path, step: int) -> loggers.Logger:
+    """Who gets the rows of metrics.jsonl from `step` on, in process 0 alone."""
+    chosen = config.train.loggers if processes.is_first() else ()
+    arguments = directory, step, config.to_dict()
+    return loggers.together({text: functools.partial(LOGGERS.choice.bind(text), *arguments) for text in chosen})
+
+
 def bound_settings(config: ConfigDict) -> bound.Settings:
     """How the bound is measured."""
     settings = config.eval
