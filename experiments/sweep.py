@@ -37,11 +37,14 @@ def possible(cells: list[Cell]) -> tuple[list[Cell], dict[str, list[str]]]:
     """The cells that can be trained, and the others' names by the reason why they cannot.
 
     Raises:
-        ValueError: no cell can be trained, or a key or a value does not exist: a mistake, not a gap in the grid.
+        ValueError: no cell can be trained, none would be scored, or a key or a value does not exist: a mistake, not a
+            gap in the grid.
     """
     kept, excluded = [], {}
     for cell in cells:
         config = cell.config()
+        if config.eval.num_images == -1:
+            raise ValueError("eval.num_images=-1 scores no image, and a sweep compares scores; take a small number")
         try:
             rules.check(config)
             kept.append(cell)

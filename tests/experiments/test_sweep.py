@@ -128,6 +128,7 @@ def test_exactly_the_pairs_that_cannot_be_trained_are_left_out():
         ({"T": ["many"]}, {}, "schedule.num_steps=many"),
         ({}, {"train.nun_steps": "3"}, "did you mean train.num_steps"),
         ({}, {"seed": "3"}, "use --seed=3"),
+        ({}, {"eval.num_images": "-1"}, "eval.num_images=-1 scores no image, and a sweep compares scores"),
         ({"objective": ["simple"]}, {}, "no cell of the sweep is possible: objective.name='simple'"),
     ],
 )
