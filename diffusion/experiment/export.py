@@ -5,10 +5,12 @@ a `Model` of them, and what a reader wants to know: config, step, digests, score
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -16,6 +18,7 @@ from safetensors.numpy import save
 from diffusion import __version__
 from diffusion.experiment import config as config_lib
 from diffusion.experiment.constraints import TEXT, Constraint, integer
+from diffusion.experiment.schema import all_keys
 from diffusion.networks.named_tensors import first_few, refuse_differences
 from diffusion.reporting.summary import read_json
 from diffusion.runtime import files
@@ -117,7 +120,7 @@ def read(directory: Path) -> Export:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; an export is {ABOUT} and {WEIGHTS}")
     try:
-        return _parsed(path.read_text())
+        return _parsed(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -164,6 +167,21 @@ def scores_in(directory: Path, ema_sha256: str) -> dict[str, Any]:
     return {}
 
 
+def command_in(directory: Path, config: ConfigDict) -> str:
+    """The command of the run in a directory: its config file, as it was then, and the keys that differ from it.
+
+    It is "" for a run that does not say which file that was. Where the data lay is left out.
+    """
+    base = read_json(directory / "base.json") or {}
+    if not isinstance(base.get("values"), dict):
+        return ""
+    then = {name: key.default for name, key in all_keys().items()} | flatten_dict(base["values"], sep=".")
+    now = config_lib.flatten(config)
+    changed = [name for name in now if name != "data.data_dir" and json.dumps(now[name]) != json.dumps(then.get(name))]
+    given = [f"--config.{name}={now[name]}" for name in sorted(changed)]
+    return shlex.join(["python", "main.py", f"--config={base.get('config')}", *given])
+
+
 def _without_places(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     with config.unlocked():
@@ -171,8 +189,8 @@ def _without_places(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _parsed(text: str) -> Export:
-    """What the text of a `model.json` says. Raises a ValueError with what is wrong, without the file's name."""
+def _parsed(text: bytes) -> Export:
+    """What the bytes of a `model.json` say. Raises a ValueError with what is wrong, without the file's name."""
     try:
         said = json.loads(text)
     except ValueError:

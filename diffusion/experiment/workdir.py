@@ -243,7 +243,8 @@ class LoadedRun(NamedTuple):
         about = export.Export(self.config, self.image_shape, num_levels, num_classes, step, sha256)
         with Checkpoints(self.directory / "checkpoints") as checkpoints:
             data_sha256 = checkpoints.trained_on(step)
-        facts = {"license": license, "data_sha256": data_sha256, "scores": export.scores_in(self.directory, sha256)}
+        facts = {"license": license, "command": export.command_in(self.directory, self.config)}
+        facts |= {"data_sha256": data_sha256, "scores": export.scores_in(self.directory, sha256)}
         export.write(Path(directory), about, dict(named_leaves(self.state.ema_params)), facts)
 
 

@@ -132,7 +132,7 @@ def test_the_same_export_gives_the_same_bytes_and_another_one_is_refused(source,
 def test_model_json_says_what_a_card_needs_and_no_place_of_this_machine(source, exported, tmp_path):
     run_directory, _, run = source
     said = json.loads((exported / "model.json").read_text())
-    assert said["license"] == "" and said["scores"] == {} and said["data_sha256"] == DATA[6]
+    assert said["license"] == said["command"] == "" and said["scores"] == {} and said["data_sha256"] == DATA[6]
     assert said["ema_sha256"] == tree_sha256(run.state.ema_params) and said["version"] == __version__
     assert said["config"]["data"]["validation"] == 5 and "/home/me" not in (exported / "model.json").read_text()
     assert said["num_params"] == sum(leaf.size for leaf in jax.tree.leaves(run.state.ema_params))
@@ -141,6 +141,8 @@ def test_model_json_says_what_a_card_needs_and_no_place_of_this_machine(source, 
     best = workdir.load(copy, "best")
     scored = {"test_bpd": 1.5, "test_bpd_stderr": 0.1, "protocol": {"name": "exact"}, "seconds": 9.0}
     (copy / "summary.json").write_text(json.dumps(scored | {"ema_sha256": run.state.sha256}))
+    values = config(seed=7, data__data_dir="", unet__channel_mult=(1,)).to_dict()
+    (copy / "base.json").write_text(json.dumps({"config": "configs/my toy.py", "values": values}))
     (copy / "evaluations" / "a").mkdir(parents=True)
     evaluated = scored | {"test_bpd": 2.5, "ema_sha256": best.state.sha256}
     (copy / "evaluations" / "a" / "eval.json").write_text(json.dumps(evaluated))
@@ -149,6 +151,8 @@ def test_model_json_says_what_a_card_needs_and_no_place_of_this_machine(source, 
         said = json.loads((tmp_path / str(step) / "model.json").read_text())
         assert said["scores"] == {name: scored[name] for name in scored if name != "seconds"} | {"test_bpd": bpd}
         assert (said["license"], said["step"], said["data_sha256"]) == ("CC0", step, DATA[step])
+        given = f"--config.seed=0 '--config.unet.channel_mult={run.config.unet.channel_mult}'"
+        assert said["command"] == f"python main.py '--config=configs/my toy.py' {given}"
 
 
 def change_weights(exported, **tensors):
