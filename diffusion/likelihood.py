@@ -36,6 +36,9 @@ PROTOCOLS: dict[str, Protocol] = {
     "exact": Protocol(None, "exact", 1),
     # What the original code of Ho et al. (2020) does: 9,984 of CIFAR-10's 10,000 test images.
     "ho2020": Protocol(gaussian.tanh_discretized_log_prob, "tanh approximation, masses clamped at 1e-12", 256),
+    # Nichol & Dhariwal (2021): discretized_gaussian_log_likelihood in losses.py of improved-diffusion, whose
+    # image_nll.py clips x̂_0 and scores as many images as it is told. Here these are all.
+    "nichol2021": Protocol(gaussian.tanh_discretized_log_prob, "tanh approximation, masses clamped at 1e-12", 1),
 }
 
 

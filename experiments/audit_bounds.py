@@ -78,14 +78,16 @@ def row_of(kind: str, what: str, space: Space, network: str, name: str, bits: Bi
 
 
 def variants(predictions: tuple[str, ...] = PREDICTIONS) -> dict[str, Variant]:
-    """Every variance × decoder × protocol, by name."""
-    found = {}
+    """Every variance × decoder × protocol, by name; of protocols with the same decoder the first."""
+    found, decoders = {}, {}
+    for protocol, choices in likelihood.PROTOCOLS.items():
+        decoders.setdefault(choices.decoder, protocol)
     for i, variance in enumerate(reverse.VARIANCES):
         prediction = predictions[i % len(predictions)]
         for decoder in reverse.DECODERS:
             p = reverse.make(prediction, variance, decoder)
-            for protocol, choices in likelihood.PROTOCOLS.items():
-                found[f"{prediction}, {variance}, {decoder}, {protocol}"] = Variant(p, choices.decoder)
+            for log_mass, protocol in decoders.items():
+                found[f"{prediction}, {variance}, {decoder}, {protocol}"] = Variant(p, log_mass)
     return found
 
 

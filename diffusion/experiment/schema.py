@@ -197,7 +197,10 @@ KEYS: dict[str, Key] = {
     ),
     "eval.batch_size": Key(256, integer(1), "pairs of image and t at a time, over all devices", FREE),
     "eval.protocol": Key(
-        "exact", Choice(likelihood.PROTOCOLS), "ho2020: decoder CDF and number of images of the original code", FREE
+        "exact",
+        Choice(likelihood.PROTOCOLS),
+        "ho2020: decoder CDF and number of images of the original code; nichol2021: that CDF, all images",
+        FREE,
     ),
     "eval.variance": Key("model", FOR_A_TRAINED_MEAN, "variance that is scored; model: as trained", FREE),
     "eval.terms_per_image": Key(0, TERMS, "terms of the bound; a few give an estimate with its standard error", FREE),

@@ -14,6 +14,7 @@ from diffusion.evaluation import images
         (0, "ho2020", 10_000, 9_984),  # as the original code: the remainder of 256 is dropped
         (1000, "ho2020", 10_000, 768),
         (256, "ho2020", 299, 256),
+        (0, "nichol2021", 10_000, 10_000),
         (-1, "ho2020", 299, 0),
     ],
 )

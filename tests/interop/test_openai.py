@@ -12,7 +12,7 @@ import numpy as np
 import openai_cases
 import pytest
 
-from diffusion import gaussian, guidance, interop, likelihood, process
+from diffusion import guidance, interop, likelihood, process
 from diffusion.interop import openai, openai_flags
 from diffusion.networks.adm import ADM
 
@@ -79,7 +79,8 @@ def test_outputs_and_terms_are_those_of_the_original_program(case, files):
     def both(denoise, row, x0, eps):
         x_t = jax.vmap(process.q_sample)(row, x0, eps)
         output = denoise(x_t, row.network_t)
-        term = jax.vmap(lambda *of: likelihood.vlb_term_bpd(model.p, *of, decoder=gaussian.tanh_discretized_log_prob))
+        decoder = likelihood.PROTOCOLS["nichol2021"].decoder
+        term = jax.vmap(lambda *of: likelihood.vlb_term_bpd(model.p, *of, decoder=decoder))
         return output, term(row, x0, x_t, output)
 
     output, terms = both(denoise, model.schedule[t], images, eps.reshape(images.shape))
@@ -181,55 +182,6 @@ def test_without_pytorch_one_line_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(RuntimeError, match=r"PyTorch must read or write blocks.pt: pip install -e '.\[openai\]'"):
         interop.load_openai("blocks.pt", BLOCKS)
-
-
-# The published checkpoints' flags, from the two READMEs, and what they make.
-PUBLISHED = {
-    "cifar10_uncond_50M_500K": (
-        "--image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True --dropout 0.3 "
-        "--diffusion_steps 4000 --noise_schedule cosine --package improved-diffusion",
-        ADM(channel_mult=(1, 2, 2, 2), dropout=0.3),
-    ),
-    "imagenet64_cond_270M_250K": (
-        "--image_size 64 --num_channels 192 --num_res_blocks 3 --learn_sigma True --class_cond True --diffusion_steps "
-        "4000 --noise_schedule cosine --rescale_learned_sigmas False --rescale_timesteps False",
-        ADM(channels=192, num_classes=1000),
-    ),
-    "lsun_uncond_100M_1200K_bs128": (
-        "--image_size 256 --num_channels 128 --num_res_blocks 2 --num_heads 1 --learn_sigma True "
-        "--use_scale_shift_norm False --attention_resolutions 16 --rescale_timesteps False",
-        ADM(
-            channel_mult=(1, 1, 2, 2, 4, 4),
-            num_res_blocks=2,
-            num_heads=1,
-            scale_shift_norm=False,
-            attention_resolutions=(16,),
-        ),
-    ),
-    "512x512_diffusion": (
-        "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --image_size 512 --learn_sigma True "
-        "--noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True "
-        "--use_fp16 False --use_scale_shift_norm True",
-        ADM(
-            channels=256,
-            channel_mult=(0.5, 1, 1, 2, 2, 4, 4),
-            num_res_blocks=2,
-            attention_resolutions=(32, 16, 8),
-            head_channels=64,
-            block_resampling=True,
-            num_classes=1000,
-        ),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_flags_make_the_published_networks(name):
-    text, wanted = PUBLISHED[name]
-    words = text.replace("--", "").split()
-    flags = openai_flags.read(dict(zip(words[::2], words[1::2], strict=True)))
-    assert openai_flags.network(flags) == wanted
-    assert openai_flags.process(flags).variance == "learned_range"
 
 
 def test_what_is_absent_is_the_program_s_default():

@@ -1,0 +1,149 @@
+"""The paper's bits/dim of a published checkpoint, and what this program measures of the same file.
+
+    python -m experiments.published cifar10_uncond_50M_500K.pt --data_dir=DIR            # an estimate, with its error
+    python -m experiments.published cifar10_uncond_50M_500K.pt --data_dir=DIR --full     # every term; resumes
+
+A checkpoint of improved-diffusion or guided-diffusion is recognized by its published name. Another one needs the flags
+that it was trained with, in --flags=FILE.json or in the JSON file of its own name. By default it is scored on the test
+split of the paper's data set by the paper's protocol. PyTorch reads the file: pip install -e '.[openai]'. Leaves
+published.json in the working directory.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion import data, interop, likelihood
+from diffusion.data import Source
+from diffusion.evaluation import bound, images
+from diffusion.interop import openai_flags
+from diffusion.model import Model
+from diffusion.reporting import summary
+from diffusion.runtime import devices, files
+from diffusion.runtime.digests import short_sha256, tree_sha256
+from experiments import published_rows, tables
+from experiments.commands import argument_parser, exit_with
+from experiments.published_rows import Row
+
+PROTOCOL = "nichol2021"
+PAPER = "Nichol & Dhariwal (2021)"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("weights", metavar="WEIGHTS", help="FILE.pt")
+    parser.add_argument("--flags", default="", help="JSON file with the flags that it was trained with")
+    parser.add_argument("--data", default="", help="data.name of the images; default: the paper's")
+    parser.add_argument("--data_dir", default="", help="where prepared data sets lie; default: TFDS's")
+    parser.add_argument("--protocol", default=PROTOCOL, choices=likelihood.PROTOCOLS, help="how it is scored")
+    parser.add_argument("--full", action="store_true", help="every term of every image, not an estimate")
+    parser.add_argument("--terms", type=int, default=9, help="terms of each image in the estimate, an odd number ≥ 3")
+    parser.add_argument("--num_images", type=int, default=0, help="of the test split; 0: all")
+    parser.add_argument("--batch_size", type=int, default=256, help="pairs of image and t at a time")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--workdir", default="", help="default: runs/published/NAME")
+    arguments = parser.parse_args(argv)
+    if not arguments.full and (arguments.terms < 3 or arguments.terms % 2 == 0):
+        raise ValueError(f"--terms={arguments.terms} must be an odd number ≥ 3")
+    weights = files.expanded(arguments.weights)
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights} does not exist")
+    flags, row = recognized(weights, arguments.flags)
+    name = arguments.data or (row.data if row else "")
+    if not name:
+        raise ValueError(f"{weights}: no data set is known for it; name one that is prepared with --data=NAME")
+    test_set = data.load(name, "test", arguments.data_dir)
+    check(flags, test_set)
+    model = interop.load_openai(weights, flags)
+    if model.takes_labels and (known := model.denoise.func.module.num_classes) != test_set.num_classes:
+        raise ValueError(f"data.name={name!r} has {test_set.num_classes} classes; the model knows {known}")
+    directory = files.expanded(arguments.workdir or f"runs/published/{weights.stem}")
+    settings = bound.Settings(arguments.seed, arguments.batch_size, arguments.protocol, arguments.terms)
+    # Heads, for one, are in the flags alone: no digest of the weights tells them apart.
+    kept = directory / short_sha256([flags, tree_sha256(model)]) if arguments.full else None
+    found = score(model, test_set, settings, arguments.num_images, kept)
+    compared = bool(row and name == row.data and row.test_bpd is not None)
+    about = {"weights": weights.name, "flags": flags, "data": name, "paper_bpd": row.test_bpd if compared else None}
+    about |= {"source": f"{PAPER}, {row.source}" if compared else ""}
+    summary.write_json(directory / "published.json", about | found | {"device": summary.device_name()})
+    print(markdown(about | found))
+
+
+def recognized(weights: Path, flags_file: str) -> tuple[dict[str, Any], Row | None]:
+    """The flags of a checkpoint, and the published row that they and its name belong to.
+
+    Raises:
+        FileNotFoundError: it is no published file, and its flags are nowhere.
+        ValueError: the flags cannot be read, or contradict the published ones of a file of this name.
+    """
+    row = published_rows.by_name(weights.stem)
+    if flags_file:
+        flags = openai_flags.beside(files.expanded(flags_file))
+    elif row and not weights.with_suffix(".json").is_file():
+        flags = openai_flags.read(row.flags)
+    else:
+        flags = openai_flags.beside(weights)
+    if row and not published_rows.agrees(row, flags):
+        raise ValueError(f"{weights} has a published name, and other flags than that file's: rename it or drop them")
+    return flags, row
+
+
+def check(flags: dict[str, Any], test_set: Source) -> None:
+    """Raises a ValueError if the model does not take these images or their labels."""
+    shape = (flags["image_size"], flags["image_size"], openai_flags.NUM_CHANNELS_OF_IMAGES)
+    if test_set.image_shape != shape:
+        raise ValueError(f"data.name={test_set.name!r} has images {test_set.image_shape}; the model takes {shape}")
+    if flags["class_cond"]:
+        test_set.labels()
+
+
+def score(
+    model: Model, test_set: Source, settings: bound.Settings, num_images: int, kept: Path | None
+) -> dict[str, Any]:
+    """Bits/dim with their standard errors, their parts, and how they were measured.
+
+    Args:
+        kept: a directory for this model's finished terms, all of which are computed; None for an estimate.
+    """
+    num = images.num_scored(num_images, settings.protocol, len(test_set))
+    numbers = images.subset(len(test_set), num)
+    replicated = devices.replicate(model)
+    if kept:
+        scored = short_sha256([test_set.sha256(), settings.seed, settings.protocol, numbers.tolist()])
+        found = bound.full_bound(settings)(replicated, test_set, numbers, kept / f"{scored}.npy")
+    else:
+        found = bound.estimated_bound(settings)(replicated, test_set, numbers)
+    protocol = {
+        "protocol": settings.protocol,
+        "decoder_cdf": likelihood.PROTOCOLS[settings.protocol].decoder_cdf,
+        "x0_clipped": True,
+        "terms": "every term" if kept else f"{settings.terms_per_image} terms per image",
+        "num_steps": model.schedule.num_steps,
+        "images": f"{num} of {len(test_set)}",
+        "seed": settings.seed,
+    }
+    return protocol | found.summary("test") | {"prior_bpd": found.prior_bpd.mean()}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Both numbers, one below the other, and how they were measured."""
+    paper = "–" if found["paper_bpd"] is None else f"{found['paper_bpd']:.2f}"
+    here, stderr = f"{found['test_bpd']:.4f}", found["test_bpd_stderr"]
+    here += "" if stderr is None else f" ± {stderr:.4f}"
+    estimated = f"{found['test_bpd_sampling_stderr']:.4f}" if found["terms"] != "every term" else "–"
+    rows = [
+        ["the paper", paper, "–", found["source"] or "it has no bits/dim for these weights and images"],
+        [
+            "here",
+            here,
+            estimated,
+            f"{found['data']}, {found['images']} test images, protocol {found['protocol']}, {found['terms']}",
+        ],
+    ]
+    columns = [found["weights"], "bits/dim ± standard error over images", "± of the estimate", "measured"]
+    return tables.markdown(columns, rows)
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,105 @@
+"""The published checkpoints of OpenAI's two programs: their flags, and the number that the paper has for each.
+
+Flags are those of the programs' READMEs. The bits/dim of Nichol & Dhariwal (2021), tables 1 and 2, were seen in
+transcriptions that agree, and not in the paper itself.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from diffusion.interop import openai_flags
+
+# Flags that change neither outputs nor terms.
+NO_MATTER = ("use_checkpoint", "use_fp16", "dropout", "timestep_respacing", "rescale_learned_sigmas")
+
+
+class Row(NamedTuple):
+    """A published model.
+
+    Attributes:
+        names: of the files, without .pt.
+        flags: as on the command line, with "package".
+        data: data.name of the images that it was scored on; "" where none is prepared by that name.
+        test_bpd: the paper's bits/dim; None where it has none.
+        source: of that number.
+    """
+
+    names: tuple[str, ...]
+    flags: dict[str, str]
+    data: str = ""
+    test_bpd: float | None = None
+    source: str = ""
+
+
+def flags_of(package: str, text: str) -> dict[str, str]:
+    """The flags of a command line, "--image_size 32 --learn_sigma True"."""
+    words = text.replace("--", "").split()
+    return {"package": package} | dict(zip(words[::2], words[1::2], strict=True))
+
+
+def _improved(names: str, text: str, data: str = "", test_bpd: float | None = None, source: str = "") -> Row:
+    return Row(tuple(names.split()), flags_of(openai_flags.IMPROVED, text), data, test_bpd, source)
+
+
+def _guided(names: str, text: str) -> Row:
+    return Row(tuple(names.split()), flags_of(openai_flags.GUIDED, text))
+
+
+CIFAR10 = "--image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True --dropout 0.3 "
+CIFAR10 += "--diffusion_steps 4000 --noise_schedule cosine "
+IMAGENET64 = "--image_size 64 --num_channels 128 --num_res_blocks 3 --learn_sigma True "
+IMAGENET64 += "--diffusion_steps 4000 --noise_schedule cosine "
+OLD_IMAGENET64 = "downsampled_imagenet/64x64"
+LSUN = "--image_size 256 --num_channels 128 --num_res_blocks 2 --num_heads 1 --learn_sigma True --diffusion_steps 1000 "
+LSUN += "--use_scale_shift_norm False --attention_resolutions 16 --noise_schedule linear "
+NO_RESCALING = "--rescale_learned_sigmas False --rescale_timesteps False "
+ADM = "--attention_resolutions 32,16,8 --diffusion_steps 1000 --learn_sigma True --resblock_updown True "
+ADM += "--use_scale_shift_norm True "
+WIDE = ADM + "--noise_schedule linear --num_channels 256 --num_res_blocks 2 "
+
+ROWS = [
+    _improved("cifar10_uncond_50M_500K", CIFAR10, "cifar10", 3.17, "table 2, cosine, T = 4000, L_hybrid"),
+    _improved(
+        "cifar10_uncond_vlb_50M_500K", CIFAR10 + "--use_kl True", "cifar10", 2.94, "table 2, cosine, T = 4000, L_vlb"
+    ),
+    _improved(
+        "imagenet64_uncond_100M_1500K", IMAGENET64, OLD_IMAGENET64, 3.57, "table 1, cosine, L_hybrid, 1.5M steps"
+    ),
+    _improved(
+        "imagenet64_uncond_vlb_100M_1500K",
+        IMAGENET64 + "--use_kl True",
+        OLD_IMAGENET64,
+        3.53,
+        "table 1, cosine, L_vlb, 1.5M steps",
+    ),
+    _improved(
+        "imagenet64_cond_270M_250K",
+        IMAGENET64.replace("128", "192") + "--class_cond True " + NO_RESCALING,
+    ),
+    _improved("lsun_uncond_100M_1200K_bs128 lsun_uncond_100M_2400K_bs64", LSUN + NO_RESCALING),
+    _guided(
+        "64x64_diffusion",
+        ADM + "--class_cond True --dropout 0.1 --image_size 64 --noise_schedule cosine --num_channels 192 "
+        "--num_head_channels 64 --num_res_blocks 3 --use_new_attention_order True --use_fp16 True",
+    ),
+    _guided("128x128_diffusion", WIDE + "--class_cond True --image_size 128 --num_heads 4 --use_fp16 True"),
+    _guided("256x256_diffusion", WIDE + "--class_cond True --image_size 256 --num_head_channels 64 --use_fp16 True"),
+    _guided("256x256_diffusion_uncond", WIDE + "--image_size 256 --num_head_channels 64 --use_fp16 True"),
+    _guided("512x512_diffusion", WIDE + "--class_cond True --image_size 512 --num_head_channels 64"),
+    _guided(
+        "lsun_bedroom lsun_cat lsun_horse",
+        WIDE + "--image_size 256 --num_head_channels 64 --dropout 0.1 --use_fp16 True",
+    ),
+    _guided("lsun_horse_nodropout", WIDE + "--image_size 256 --num_head_channels 64 --use_fp16 True"),
+]
+
+
+def by_name(name: str) -> Row | None:
+    """The row of a file, by its name without .pt."""
+    return next((row for row in ROWS if name in row.names), None)
+
+
+def agrees(row: Row, flags: Mapping[str, Any]) -> bool:
+    """Whether flags from `openai_flags.read` describe the row's model."""
+    wanted = openai_flags.read(row.flags)
+    return all(flags.get(name) == value for name, value in wanted.items() if name not in NO_MATTER)

@@ -1,0 +1,129 @@
+"""Published checkpoints: each name has its flags, and both numbers stand side by side, measured as the table says."""
+
+import json
+
+import numpy as np
+import pytest
+
+from diffusion import data, interop, reverse, schedules
+from diffusion.interop import openai_flags
+from diffusion.model import Model
+from diffusion.networks.adm import ADM
+from experiments import published, published_rows
+from experiments.published_rows import ROWS, Row, by_name, flags_of
+
+NETWORKS = {
+    "cifar10_uncond_vlb_50M_500K": ADM(channel_mult=(1, 2, 2, 2), dropout=0.3),
+    "imagenet64_uncond_100M_1500K": ADM(),
+    "imagenet64_cond_270M_250K": ADM(channels=192, num_classes=1000),
+    "lsun_uncond_100M_2400K_bs64": ADM(
+        channel_mult=(1, 1, 2, 2, 4, 4),
+        num_res_blocks=2,
+        num_heads=1,
+        scale_shift_norm=False,
+        attention_resolutions=(16,),
+    ),
+    "512x512_diffusion": ADM(
+        channels=256,
+        channel_mult=(0.5, 1, 1, 2, 2, 4, 4),
+        num_res_blocks=2,
+        attention_resolutions=(32, 16, 8),
+        head_channels=64,
+        block_resampling=True,
+        num_classes=1000,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_published_flags_make_the_published_networks(name):
+    flags = openai_flags.read(by_name(name).flags)
+    assert openai_flags.network(flags) == NETWORKS[name]
+    assert openai_flags.process(flags).variance == "learned_range"
+    assert flags["rescale_timesteps"] == (name.startswith(("cifar10", "imagenet64_uncond")))
+
+
+def test_every_row_can_be_read_and_each_name_is_one_row_s():
+    names = [name for row in ROWS for name in row.names]
+    assert len(set(names)) == len(names) == 16
+    for row in ROWS:
+        flags = openai_flags.read(row.flags)
+        openai_flags.network(flags)
+        assert published_rows.agrees(row, flags) and (row.test_bpd is None) == (row.source == "")
+    assert {row.test_bpd for row in ROWS} == {3.17, 2.94, 3.57, 3.53, None}
+
+
+def test_a_file_is_recognized_by_its_name_or_by_the_flags_beside_it(tmp_path):
+    known = tmp_path / "cifar10_uncond_50M_500K.pt"
+    flags, row = published.recognized(known, "")
+    assert row.test_bpd == 3.17 and flags["diffusion_steps"] == 4000
+    (tmp_path / "mine.json").write_text('{"package": "improved_diffusion", "num_heads": 2}')
+    for arguments in ((tmp_path / "mine.pt", ""), (tmp_path / "other.pt", str(tmp_path / "mine.json"))):
+        flags, row = published.recognized(*arguments)
+        assert row is None and flags["num_heads"] == 2
+    with pytest.raises(FileNotFoundError, match="other.json does not exist; it must hold the flags that "):
+        published.recognized(tmp_path / "other.pt", "")
+    with pytest.raises(ValueError, match="has a published name, and other flags than that file's"):
+        published.recognized(known, str(tmp_path / "mine.json"))
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """A function of arguments: the program on eight images and a network of no layer, and what it leaves."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
+    monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.Source(name, split, images))
+    row = Row(("toy",), flags_of("guided_diffusion", "--image_size 4 --channel_mult 1"), "noise", 7.25, "table 9")
+    monkeypatch.setattr(published_rows, "ROWS", [row])
+    calls = []
+
+    def denoise(x_t, network_t):
+        calls.append(len(x_t))
+        return 0.1 * x_t
+
+    model = Model(denoise, reverse.make("eps", "fixed_large"), schedules.cosine(5))
+    monkeypatch.setattr(interop, "load_openai", lambda path, flags: model)
+
+    (tmp_path / "toy.pt").touch()
+
+    def run(*arguments):
+        calls.clear()
+        published.main([str(tmp_path / "toy.pt"), f"--workdir={tmp_path}", "--batch_size=40", *arguments])
+        return json.loads((tmp_path / "published.json").read_text()), len(calls)
+
+    return run
+
+
+def test_both_numbers_are_printed_with_their_errors_and_finished_terms_are_not_computed_again(toy, capsys):
+    full, calls = toy("--full")
+    assert calls and full["paper_bpd"] == 7.25 and full["test_images"] == 8 and full["protocol"] == "nichol2021"
+    assert full["decoder_cdf"].startswith("tanh") and full["terms"] == "every term"
+    printed = capsys.readouterr().out
+    assert f"| here | {full['test_bpd']:.4f} ± {full['test_bpd_stderr']:.4f} | – | noise, 8 of 8 test images" in printed
+    assert "| the paper | 7.25 | – | Nichol & Dhariwal (2021), table 9 |" in printed
+    again, calls = toy("--full")
+    assert calls == 0 and again["test_bpd"] == full["test_bpd"]
+    estimate, _ = toy("--terms=3")
+    assert estimate["terms"] == "3 terms per image" and estimate["test_bpd_sampling_stderr"] > 0
+    assert abs(estimate["test_bpd"] - full["test_bpd"]) < 5 * estimate["test_bpd_sampling_stderr"]
+    other, _ = toy("--data=own")
+    assert other["paper_bpd"] is None and "it has no bits/dim for these weights and images" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_refused_before_the_weights_are_read(toy, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="--terms=4 must be an odd number ≥ 3"):
+        toy("--terms=4")
+    wide = np.zeros((8, 4, 8, 3), np.uint8)
+    monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.Source(name, split, wide))
+    monkeypatch.setattr(interop, "load_openai", None)
+    with pytest.raises(ValueError, match=r"'noise' has images \(4, 8, 3\); the model takes \(4, 4, 3\)"):
+        toy()
+    flags = {"package": "guided_diffusion", "image_size": 4, "channel_mult": "1", "class_cond": True}
+    (tmp_path / "labelled.json").write_text(json.dumps(flags))
+    with pytest.raises(FileNotFoundError, match="labelled.pt does not exist"):
+        published.main([str(tmp_path / "labelled.pt")])
+    (tmp_path / "labelled.pt").touch()
+    with pytest.raises(ValueError, match="labelled.pt: no data set is known for it; name one .* --data=NAME"):
+        published.main([str(tmp_path / "labelled.pt")])
+    monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.Source(name, split, wide[:, :, :4]))
+    with pytest.raises(ValueError, match="data.name='noise' has no labels"):
+        published.main([str(tmp_path / "labelled.pt"), "--data=noise"])
