@@ -210,10 +210,9 @@ def test_every_device_remembers_the_losses_of_the_whole_batch(steps):
 def test_the_step_learns_from_weighted_losses_and_remembers_unweighted_ones(steps):
     before, _ = steps.one(range(8))
     after, metrics = steps.one(range(9))
-    step_key = jax.random.fold_in(randomness.stream(0, "train"), 8)
-    t_key, examples_key, _ = jax.random.split(step_key, 3)
-    t, weight = loss_aware(before.timesteps, t_key, 32, 6)
-    keys = randomness.per_item(examples_key, jnp.arange(32))
+    own = randomness.of_step(jax.random.fold_in(randomness.stream(0, "train"), 8))
+    t, weight = loss_aware(before.timesteps, own.t, 32, 6)
+    keys = randomness.per_item(own.examples, jnp.arange(32))
     x0 = to_unit(jnp.asarray(steps.images[steps.indices(8)]), 17)
     _, (_, losses) = mean_loss(steps.training, before.params, Examples(x0, None, t, weight, keys))
     assert np.ptp(weight) > 0.1

@@ -25,6 +25,7 @@ from diffusion import (
     schedules,
     timesteps,
 )
+from diffusion.runtime import randomness
 from diffusion.training import schedule as trained_schedule
 from diffusion.training import step
 from diffusion.training.step import Examples, Training
@@ -106,8 +107,8 @@ def training(times, inner):
 KEYS = jax.random.split(jax.random.key(1), BATCH)
 X0 = jax.random.randint(jax.random.key(2), (BATCH, *SHAPE), 0, LEVELS) / 8 - 1
 # The noise that the step draws from these keys.
-EPS = jax.vmap(lambda key: jax.random.normal(jax.random.split(key)[0], SHAPE))(KEYS)
-EPS_0 = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), SHAPE))(KEYS)
+EPS = jax.vmap(lambda key: jax.random.normal(key, SHAPE))(randomness.of_example(KEYS).noise)
+EPS_0 = jax.vmap(lambda key: jax.random.normal(randomness.decoder_noise(key), SHAPE))(KEYS)
 REAL_T = jnp.array([1.02, 2.5, 4.0, 6.3, 8.99, 9.7])
 WHOLE_T = jnp.array([2, 3, 5, 7, 9, 10])
 

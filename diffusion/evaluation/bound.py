@@ -132,8 +132,7 @@ def estimated_bound(
         pilot_terms, _ = pairs.all(model, source, pilot, pilot_t, f"score {source.split}, pilot")
         q = estimators.proposal(pilot_terms)
         keys = randomness.per_item(jax.random.fold_in(seed_key, source.split_number), jnp.asarray(numbers))
-        # t = 0 has no ε, so its number is free to mean the choice of t.
-        offsets = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (2,)))(keys)
+        offsets = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, randomness.NO_T), (2,)))(keys)
         t = estimators.draw_t(q, np.asarray(offsets, np.float64), settings.terms_per_image)
         terms, x0_mse = pairs.all(model, source, numbers, t, f"score {source.split}")
         estimate = estimators.estimate(terms, t, q)

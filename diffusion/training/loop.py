@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import NoReturn, SupportsFloat
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
@@ -260,14 +259,14 @@ def monitor(
     about = {"validation_images": float(len(validation_set))}
     if not len(numbers):
         return lambda params: about
-    t_key, examples_key = jax.random.split(randomness.stream(seed, "monitor"))
+    own = randomness.of_step(randomness.stream(seed, "monitor"))
     sampler = timesteps.TIMES[training.schedule.times](timesteps.low_discrepancy())
-    t, _ = sampler.draw((), t_key, len(numbers), num_steps)
+    t, _ = sampler.draw((), own.t, len(numbers), num_steps)
     t = np.random.RandomState(0).permutation(np.asarray(t))  # images sorted by class must not meet t in order
 
     def one_batch(params, items):
         images, labels, t, position = items
-        x0, keys = to_unit(images, training.num_levels), randomness.per_item(examples_key, position)
+        x0, keys = to_unit(images, training.num_levels), randomness.per_item(own.examples, position)
         _, (_, losses) = mean_loss(training, params, Examples(x0, labels, t, jnp.ones(len(t)), keys), dropout=False)
         return losses
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Key, PyTree, Real
 
 from diffusion import continuous_time, learned_schedule, likelihood
 from diffusion.learned_schedule import Inner
+from diffusion.runtime import randomness
 from diffusion.schedules import Row, Schedule
 
 Losses = tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]
@@ -71,7 +72,7 @@ def _decoder_bpd(
     """The decoder's term of each example, with noise of its own. Only the decoder "bayes" needs no network for it."""
 
     def one(key: Key[Array, ""], image: Array) -> Array:
-        eps = jax.random.normal(jax.random.fold_in(key, 1), image.shape)
+        eps = jax.random.normal(randomness.decoder_noise(key), image.shape)
         return likelihood.bayes_decoder_bpd(row, image, eps, num_levels)
 
     return jax.vmap(one)(keys, x0)

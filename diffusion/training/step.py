@@ -97,14 +97,14 @@ def mean_loss(
         The mean, and besides the means of the loss and its parts by name, and each example's loss without its weight.
     """
     x0, labels, t, weight, keys = examples
-    noise_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_keys)
+    own = randomness.of_example(keys)
+    eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(own.noise)
     given = {"labels": labels} if training.conditional else {}
 
     def losses_at(params: PyTree, row: Row):  # a function of the rows: a learned schedule has its own gradient
         x_t = jax.vmap(process.q_sample)(row, x0, eps)  # eq. 4
-        own_keys = dropout_keys if dropout else None
-        output = training.network.apply({"params": params}, x_t, row.network_t, own_keys, **given)
+        dropout_keys = own.dropout if dropout else None
+        output = training.network.apply({"params": params}, x_t, row.network_t, dropout_keys, **given)
         return jax.vmap(training.objective)(row, x0, x_t, eps, output)
 
     loss, parts = training.schedule.at_rows(losses_at, params, t)
@@ -162,15 +162,14 @@ def train_step(
     """
     num_steps = training.schedule.of_params(state.params).num_steps
     position = jax.lax.axis_index(axis_name) * len(images) + jnp.arange(len(images))
-    step_key = jax.random.fold_in(randomness.stream(seed, "train"), state.step)
-    t_key, examples_key, flip_key, label_key = jax.random.split(step_key, 4)
-    batch_t, batch_weight = training.timesteps.draw(state.timesteps, t_key, training.batch_size, num_steps)
+    own = randomness.of_step(jax.random.fold_in(randomness.stream(seed, "train"), state.step))
+    batch_t, batch_weight = training.timesteps.draw(state.timesteps, own.t, training.batch_size, num_steps)
     examples = Examples(
-        x0=_augmented(training, images, position, flip_key),
-        labels=_known(training, labels, position, label_key),
+        x0=_augmented(training, images, position, own.flip),
+        labels=_known(training, labels, position, own.labels),
         t=batch_t[position],
         weight=batch_weight[position],
-        keys=randomness.per_item(examples_key, position),
+        keys=randomness.per_item(own.examples, position),
     )
     *local, losses = _gradients(training, state.params, examples)
     grads, metrics = jax.lax.pmean(local, axis_name)

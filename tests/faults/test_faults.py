@@ -86,7 +86,7 @@ def poisoned_steps(num_steps):
     for step in range(num_steps):
         step_key = jax.random.fold_in(randomness.stream(settings.seed, "train"), step)
         sampler = timesteps.SAMPLERS[settings.objective.timesteps]()
-        t, _ = sampler.draw((), jax.random.split(step_key, 3)[0], settings.train.batch_size, 50)
+        t, _ = sampler.draw((), randomness.of_step(step_key).t, settings.train.batch_size, 50)
         if POISONED_T in np.asarray(t):
             found.append(step + 1)
     return found
