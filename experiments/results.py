@@ -32,7 +32,9 @@ MAX_KEY_COLUMNS = 3  # besides the axes
 LOG = "log.txt"  # in a run's folder: what it printed
 # What may differ between the runs of one row: nothing here changes what is trained or how it is scored.
 WITHIN_A_ROW = {"seed"} | {
-    name for name, key in schema.all_keys().items() if key.free is True and not name.startswith("eval.")
+    name
+    for name, key in schema.all_keys().items()
+    if key.free is True and not name.startswith("eval.") and name != "train.patience"
 }
 
 

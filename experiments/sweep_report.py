@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.experiment import workdir
 from diffusion.runtime import files
 from experiments import intervals, results, sweep_plots, tables
 from experiments.results import Difference, FinishedRun, Row, TargetOf, last_line
@@ -122,12 +123,15 @@ def _less_base(difference: Difference | None) -> dict[str, Any]:
 def _head(runs: list[FinishedRun], table: list[Row]) -> str:
     steps = sorted({f"{run.config['train.num_steps']:,} × {run.config['train.batch_size']}" for run in runs})
     machines = sorted({f"{run.summary['device']}, jax {run.summary['versions']['jax']}" for run in runs})
+    early = [run.summary["step"] for run in runs if workdir.STOPPED_EARLY in run.summary]
+    ends = f"at step {min(early):,} to {max(early):,}" if early else ""
+    stopped = f"; {len(early)} of {len(runs)} runs stopped early, {ends}" if early else ""
     has_validation = all(row.validation_bpd for row in table)
     over_seeds = intervals.caption(len(row.bpd) for row in table)
     notes = NOTES.format(over_seeds=over_seeds, order=BY_VALIDATION if has_validation else BY_TEST)
     return (
         f"# {runs[0].config['data.name']}\n\n{notes}\n{runs[0].summary['test_images']:,} test images; trained for "
-        f"{', '.join(steps)} images; {'; '.join(machines)}.\n"
+        f"{', '.join(steps)} images{stopped}; {'; '.join(machines)}.\n"
     )
 
 

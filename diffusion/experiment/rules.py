@@ -195,6 +195,11 @@ RULES = (
         "images aside",
     ),
     Rule(
+        lambda it: it.config.train.patience > 0 and it.config.data.validation == 0,
+        "train.patience={c.train.patience} follows val_loss, and data.validation={c.data.validation} sets no training "
+        "images aside for it; take data.validation=-1 or a number",
+    ),
+    Rule(
         lambda it: it.config.sample.num_steps > it.config.schedule.num_steps,
         "sample.num_steps={c.sample.num_steps} exceeds schedule.num_steps={c.schedule.num_steps}",
     ),

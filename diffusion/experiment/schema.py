@@ -184,6 +184,9 @@ KEYS: dict[str, Key] = {
     "train.checkpoint_every": Key(5000, integer(1), "steps between checkpoints", FREE),
     "train.keep_checkpoints": Key(3, integer(1), "how many checkpoints are kept, besides the best", FREE),
     "train.validate_every": Key(0, integer(0), "steps between rows with val_loss; 0: at every checkpoint only", FREE),
+    "train.patience": Key(
+        0, integer(0), "validations in a row without a lower val_loss after which training stops; 0: never", FREE
+    ),
     "train.sample_every": Key(50_000, integer(0), "steps between pictures of samples; 0: only at the end", FREE),
     "train.monitor_images": Key(256, integer(1), "validation images, at most, whose loss ranks checkpoints"),
     "train.skip_nonfinite": Key(

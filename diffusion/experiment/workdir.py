@@ -27,6 +27,7 @@ from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import named_leaves
 
 SUMMARY, SECONDS = "summary.json", "seconds.json"
+STOPPED_EARLY = "stopped_early"  # in summary.json: why training stopped before its last step
 BASE = "base.json"  # the config file that the run started from, by name and as it was
 ADVICE = "wait for it, stop it or take another --workdir"  # where another process is at work
 # What a run or its evaluation writes, apart from the lock and config.json.
@@ -101,13 +102,14 @@ def claim(config: ConfigDict, directory: Path) -> None:
     """Makes `directory` this run's by writing config.json. Raises what `check` raises.
 
     A key that did not exist when the run began stays out of config.json while it means what the program did then.
-    Where a finished run is made longer, its summary.json becomes summary_STEP.json.
+    Where a finished run goes on, its summary.json becomes summary_STEP.json.
     """
     check(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
     summary = directory / SUMMARY
-    if read_json(summary) is not None and not is_finished(directory, config):
-        os.replace(summary, summary.with_stem(f"summary_{read_config(directory).train.num_steps}"))
+    if (found := read_json(summary)) is not None and not is_finished(directory, config):
+        step = found.get("step", read_config(directory).train.num_steps)
+        os.replace(summary, summary.with_stem(f"summary_{step}"))
     path = directory / "config.json"
     lacking = config_lib.lacking(path) if path.exists() else set()
     files.write_text(path, config_lib.to_json(config, lacking))
@@ -161,8 +163,11 @@ def read_config(directory: Path) -> ConfigDict:
 
 def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:
     """Whether the run trained to its end and was scored; with a config, whether to the end that this one sets."""
-    if read_json(directory / SUMMARY) is None:  # one that is damaged is written again
+    found = read_json(directory / SUMMARY)
+    if found is None:  # one that is damaged is written again
         return False
+    if config is not None and STOPPED_EARLY in found:
+        return 0 < config.train.patience <= found[STOPPED_EARLY]["validations"]
     return config is None or config.train.num_steps == read_config(directory).train.num_steps
 
 

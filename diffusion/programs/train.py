@@ -20,10 +20,11 @@ from diffusion.evaluation import images
 from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import build, memory, names, rules, workdir
 from diffusion.experiment.build import Experiment
-from diffusion.programs import evaluate, fork, sample
+from diffusion.programs import early_stopping, evaluate, fork, sample
 from diffusion.programs.quality import Scorer
 from diffusion.reporting import loggers, page, pictures, plots, summary
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
+from diffusion.reporting.page.run import ending
 from diffusion.reporting.summary import Stopwatch
 from diffusion.runtime import processes
 from diffusion.runtime.checkpoint import Checkpoints
@@ -39,7 +40,8 @@ def run(
 ) -> None:
     """Trains to config.train.num_steps, resuming if `directory` holds a part of this run; then samples and scores.
 
-    A run that is finished goes on if num_steps is larger now: see `config.differing` for what may change.
+    A run that is finished goes on if num_steps is larger now, and one that stopped early if patience is larger or 0:
+    see `config.differing` for what may change.
 
     Args:
         base: the config file that the config came from, which base.json then keeps.
@@ -58,7 +60,8 @@ def run(
     origin = processes.on_first(lambda: fork.read(experiment, forked, directory)) if forked else None
     if processes.bool_from_first(processes.is_first() and workdir.is_finished(directory, config)):
         if processes.is_first():
-            print(f"{directory} holds this run, finished: see {directory / workdir.SUMMARY}")
+            how = ending(summary.read_json(directory / workdir.SUMMARY))
+            print(f"{directory} holds this run, {how}: see {directory / workdir.SUMMARY}")
         return
     for hint in rules.hints(config) if processes.is_first() else ():
         logging.warning(hint)
@@ -96,6 +99,7 @@ def run(
             model = experiment.model(state.ema_params, config.eval.variance)
             scores = evaluate.score(experiment, directory, model, trained, splits, between_batches)
         scores |= {"params_sha256": tree_sha256(state.params)} | _about(directory, stopwatch)
+        scores |= early_stopping.of_summary(config, directory, int(state.step))
         summary.write_json(directory / workdir.SUMMARY, scores)
     if processes.is_first():
         page.refresh(directory)
@@ -103,12 +107,13 @@ def run(
 
 
 def _last_words(scores: dict[str, Any]) -> str:
-    """The protocol and the bits/dim, if the run was scored."""
+    """The protocol and the bits/dim, if the run was scored, and how it ended, if early."""
+    early = f"; {ending(scores)}" if workdir.STOPPED_EARLY in scores else ""
     if "test_bpd" not in scores:
-        return f"trained to step {scores['step']:,} and not scored (eval.num_images=-1)"
+        return f"trained to step {scores['step']:,} and not scored (eval.num_images=-1){early}"
     protocol = ", ".join(f"{name} {value}" for name, value in scores["protocol"].items())
     labels = f" given the labels, {of_both:.4f} with them" if (of_both := scores.get("test_with_label_bpd")) else ""
-    return f"protocol: {protocol}\ntest {scores['test_bpd']:.4f} bits/dim{labels}"
+    return f"protocol: {protocol}\ntest {scores['test_bpd']:.4f} bits/dim{labels}{early}"
 
 
 def _about(directory: Path, stopwatch: Stopwatch) -> dict[str, Any]:
@@ -161,6 +166,7 @@ def train(
     No test image is looked at: of the test split only the digest is asked for.
     """
     config, plan = experiment.config, build.plan(experiment.config)
+    is_over = early_stopping.rule(config, directory, len(splits.validation))
     seen = [splits.train, splits.validation]
     scorer = processes.on_first(lambda: Scorer(config, seen)) if config.quality.every else None
     num_monitored = min(config.train.monitor_images, len(splits.validation))
@@ -169,7 +175,7 @@ def train(
     data_sha256, keep = processes.on_first(splits.sha256), config.train.keep_checkpoints
     with Checkpoints(directory / "checkpoints", keep=keep, data_sha256=data_sha256) as checkpoints:
         state = resume(experiment, checkpoints)
-        if state.step == plan.num_steps:
+        if state.step == plan.num_steps or is_over(int(state.step)):
             return state
         logger = build.logger(config, directory, int(state.step))
         with MetricsLog(directory, int(state.step), after_row, logger) as log:
@@ -177,9 +183,8 @@ def train(
             quality_of = _quality_of(experiment, sampler, scorer)
             training = experiment.training
             on_devices = processes.bool_from_first(memory.keeps_images(experiment, len(splits.train)))
-            return loop.train(
-                training, plan, state, splits.train, on_devices, monitor, show, quality_of, checkpoints, log, preemption
-            )
+            given = training, plan, state, splits.train, on_devices
+            return loop.train(*given, monitor, is_over, show, quality_of, checkpoints, log, preemption)
 
 
 def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:

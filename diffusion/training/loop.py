@@ -74,13 +74,14 @@ def train(
     train_set: Source,
     on_devices: bool,
     monitor: Monitor,
+    is_over: Callable[[int], bool],
     draw: Callable[[int, Replicated], None],
     quality: Callable[[Replicated], dict[str, float]],
     checkpoints: Checkpoints,
     log: MetricsLog,
     preemption: Preemption,
 ) -> TrainState:
-    """Trains from `state` to plan.num_steps, and returns the last state.
+    """Trains from `state` to plan.num_steps, or until it is over; returns the last state.
 
     Args:
         training, plan: what defines a step, and when what happens.
@@ -88,10 +89,10 @@ def train(
         train_set: what is trained on.
         on_devices: whether every device keeps all images; else they are read from disk while a step runs.
         monitor: what is known of EMA parameters from validation images; its val_loss ranks the checkpoints.
+        is_over: (step) -> whether training ends there; asked after each validation's row is written.
         draw: (step, EMA parameters) -> shows samples.
         quality: EMA parameters -> metrics of samples.
-        checkpoints: where process 0 saves.
-        log: gets the rows.
+        checkpoints, log: where process 0 saves, and what gets the rows.
         preemption: says when a signal asks to stop.
 
     Raises:
@@ -102,7 +103,7 @@ def train(
     begin, group_names = int(state.step), groups(state.params)
     train_steps, differing_replicas = parallel.train_steps(training, plan.seed), parallel.differing_replicas()
     batches, state = _batches(training, plan, begin, train_set, on_devices), devices.replicate(state)
-    watchdogs, clock, unchecked = collections.defaultdict(Watchdog), Clock(training.batch_size), []
+    watchdogs, clock, unchecked = collections.defaultdict(Watchdog), Clock(training.batch_size, begin), []
     with Progress(plan.num_steps, initial=begin, desc="train") as progress, preemption.deferred(), closing(batches):
         for steps, batch in batches:
             # What is timed is this call's start and the end of the one before, so their lengths tell what is usual.
@@ -113,7 +114,6 @@ def train(
                     unchecked[-1][1].wait()
             unchecked.append((steps, metrics))
             progress.update(len(steps))
-            clock.count(len(steps))
             step = steps[-1]
             logs, saves = plan.is_due(step, training.log_every), plan.is_due(step, plan.checkpoint_every)
             validates = saves or plan.is_due(step, plan.validate_every)
@@ -121,36 +121,29 @@ def train(
             if logs or validates or stops:
                 window = state.part(lambda state: state.window).host()
                 _check_finite(unchecked, group_names, window, plan.skip_nonfinite)
-                unchecked = []
+                unchecked.clear()
             _check_replicas(plan, step, state, differing_replicas)
-            row = _means(window) | {"images_per_second": clock.images_per_second()} if logs else {}
+            row = _means(window) | {"images_per_second": clock.lap(step)} if logs else {}
             with clock.stopped():
                 row |= _scores(plan, step, validates, state.part(lambda state: state.ema_params), monitor, quality)
-            _write(log, progress, step, row)
-            if plan.is_due(step, plan.sample_every) and step < plan.num_steps:
-                draw(step, state.part(lambda state: state.ema_params))
-            if saves or stops:
-                _save(checkpoints, step, state, row)
+                _write(log, progress, step, row)
+                if plan.is_due(step, plan.sample_every) and step < plan.num_steps:
+                    draw(step, state.part(lambda state: state.ema_params))
+                if (ends := validates and is_over(step)) or saves or stops:
+                    _save(checkpoints, step, state, row)
             if stops:
                 _stop(checkpoints, step)
-            if logs:
-                clock.restart()
+            if ends:
+                break
         processes.on_first(checkpoints.wait)  # or a signal would interrupt the last save
     return state.host()
 
 
 class Clock:
-    """The speed of training since the last row: not of scoring, saving and drawing."""
+    """The speed of training since the last lap: not of scoring, saving and drawing."""
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self.restart()
-
-    def restart(self) -> None:
-        self._started, self._steps = time.monotonic(), 0
-
-    def count(self, steps: int) -> None:
-        self._steps += steps
+    def __init__(self, batch_size: int, step: int):
+        self._batch_size, self._step, self._started = batch_size, step, time.monotonic()
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -159,8 +152,12 @@ class Clock:
         yield
         self._started += time.monotonic() - begun
 
-    def images_per_second(self) -> float:
-        return self._steps * self._batch_size / (time.monotonic() - self._started)
+    def lap(self, step: int) -> float:
+        """Images per second up to `step`; the next lap begins there."""
+        now = time.monotonic()
+        speed = (step - self._step) * self._batch_size / (now - self._started)
+        self._step, self._started = step, now
+        return speed
 
 
 def _calls(

@@ -75,6 +75,7 @@ BREAKING = (
     {"sample__guidance": 1.5, "model__conditional": True},
     {"sample__guidance_interval": (10, 500)},
     {"quality__reference": "validation"},
+    {"train__patience": 2},
     {"sample__num_steps": 1001},
 )
 

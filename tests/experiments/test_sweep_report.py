@@ -227,6 +227,18 @@ def test_runs_of_another_recipe_are_another_row(finished, tmp_path):
     assert not results.between_variances(rows, rows[0]), "of another recipe"
 
 
+def test_runs_that_stopped_early_are_counted_and_another_patience_is_another_row(tmp_path):
+    for patience, step in (("2", 400), ("5", 1200), ("0", 1600)):
+        # Of other seeds, or the patience would be a column in any case.
+        keys = {"train.patience": patience, "data.validation": "-1", "seed": patience}
+        stopped = {"stopped_early": {"validations": int(patience)}} if step < 1600 else {}
+        write_run(tmp_path, patience, np.arange(4.0), Cell("", BASE, keys).config(), step=step, **stopped)
+    runs, _ = results.read(tmp_path)
+    table, _ = results.rows(runs)
+    assert {row.setting["train.patience"] for row in table} == {"0", "2", "5"} and len(table) == 3
+    assert "images; 2 of 3 runs stopped early, at step 400 to 1,200; cpu" in sweep_report._head(runs, table)
+
+
 def test_runs_that_differ_in_how_they_are_sampled_are_rows_where_their_seed_is_the_same(finished, tmp_path):
     """Without `--axis sample.method=…` such a key may differ within a row."""
     def methods():

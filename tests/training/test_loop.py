@@ -270,12 +270,12 @@ def test_a_checkpoint_is_ranked_by_the_validation_loss_of_its_own_step(run, tmp_
 def test_scoring_takes_no_time_from_the_speed_of_training(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    clock = loop.Clock(batch_size=8)
-    clock.count(3)
-    with clock.stopped():
-        now[0] += 100.0
-    now[0] += 2.0
-    assert clock.images_per_second() == 3 * 8 / 2.0
+    clock = loop.Clock(batch_size=8, step=10)
+    for step, seconds in ((13, 2.0), (14, 0.5)):
+        with clock.stopped():
+            now[0] += 100.0
+        now[0] += seconds
+        assert clock.lap(step) == {13: 3 * 8 / 2.0, 14: 8 / 0.5}[step]
 
 
 def test_a_run_from_disk_is_the_run_from_the_devices_also_after_a_signal(run, straight, tmp_path, monkeypatch):
@@ -344,9 +344,12 @@ def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_s
         measured.append(params.host())
         return {"fid": float(len(measured))}
 
+    def never(step):
+        return False
+
     start, plan = jax.device_get(made.initial_state()), build.plan(made.config)
     with Checkpoints(tmp_path) as checkpoints, MetricsLog(tmp_path) as log, Preemption() as preemption:
-        given = made.training, plan, start, toy.source("train"), True, monitor, draw, quality
+        given = made.training, plan, start, toy.source("train"), True, monitor, never, draw, quality
         end = loop.train(*given, checkpoints, log, preemption)
         saved = [checkpoints.restore(step, made.abstract_state()) for step in (2, 4)]
     assert tree_sha256(saved[1]) == tree_sha256(end)

@@ -71,10 +71,19 @@ def flat(groups: dict[str, Any]) -> dict[str, Any]:
 
 def _state(config: dict[str, Any], summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if summary:
-        return f"finished at step {text_of(summary.get('step'))}"
+        return ending(summary)
     if not rows:
         return "not trained yet"
     return f"unfinished: step {text_of(rows[-1]['step'])} of {text_of(config.get('train.num_steps'))}"
+
+
+def ending(summary: dict[str, Any]) -> str:
+    """How a run ended that has this summary."""
+    step, stopped = text_of(summary.get("step")), summary.get("stopped_early")
+    if not isinstance(stopped, dict):
+        return f"finished at step {step}"
+    count = text_of(stopped.get("validations"))
+    return f"stopped early at step {step}, after {count} validations without a lower val_loss"
 
 
 def _lead(config: dict[str, Any], scores: dict[str, Any]) -> str:

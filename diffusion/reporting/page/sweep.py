@@ -120,7 +120,7 @@ def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
         link = Markup('<a href="{}">{}</a>').format(urllib.parse.quote(path), run.name)
         rows.append(
             [
-                (link if contents.has(path) else run.name) + ("" if summary else " (not finished)"),
+                (link if contents.has(path) else run.name) + _note(summary),
                 *(with_error(summary.get(name), summary.get(f"{name}_stderr")) for name in bounds),
                 *(number(distance and distance.title == title and distance.value, ".4g") for title in titles),
                 *(number(summary.get(f"{part}_bpd")) for part in ("test_decoder", "test_kl", "train")),
@@ -134,6 +134,13 @@ def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
         "images, and the config keys that differ. Click a heading to sort."
     )
     return [parts.table(head, rows, caption, sortable=True)]
+
+
+def _note(summary: dict[str, Any]) -> str:
+    """What the name of a run is followed by."""
+    if "stopped_early" in summary:
+        return f" (stopped early at step {text_of(summary.get('step'))})"
+    return "" if summary else " (not finished)"
 
 
 def _tables(contents: Contents) -> list[str]:

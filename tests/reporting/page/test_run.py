@@ -42,6 +42,13 @@ def notes(found):
     return [text for around, text in found.texts if around[-3:] == ("main", "ul", "li")] if is_there else []
 
 
+def test_a_run_that_stopped_early_says_so(run_directory, read_page):
+    summary = json.loads((run_directory / "summary.json").read_text())
+    stopped = {"validations": 5, "lowest_val_loss": 1.5, "lowest_at_step": 20}
+    (run_directory / "summary.json").write_text(json.dumps(summary | {"step": 40, "stopped_early": stopped}))
+    assert "stopped early at step 40, after 5 validations without a lower val_loss" in read_page(run_directory).text()
+
+
 def test_the_page_of_a_trained_run_says_what_its_files_say(straight, read_page, tmp_path):
     found = read_page(straight)
     assert sections(found) == [name for name in SECTIONS if name != "quality"] + ["missing"]

@@ -36,9 +36,15 @@ def test_a_run_is_a_row_with_both_numbers_its_settings_and_its_page(sweep, read_
     assert {2.25, 2.0, 22.5, 20.0, 0.24} <= set(found.numbers)
     links = [attributes["href"] for attributes in found.all("a") if not attributes["href"].startswith("#")]
     assert len(links) == 3 and all((sweep / unquote(link)).is_file() for link in links)
-    assert found.text().count(" (not finished)") == 1
+    assert found.text().count(" (not finished)") == 1 and "stopped early" not in found.text()
     assert "2 of 3 runs are finished" in found.text()
     assert {"lowest bits/dim: vlb=1 #seed1", "lowest Fréchet distance (pixels): vlb=1 #seed1"} <= set(found.of("dt"))
+
+
+def test_a_run_that_stopped_early_is_named(sweep, read_page):
+    path = sweep / "vlb-seed0" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 40, "stopped_early": {"validations": 2}}))
+    assert read_page(sweep).text().count(" (stopped early at step 40)") == 1
 
 
 def test_distances_of_different_features_are_not_put_in_one_column(sweep, read_page):

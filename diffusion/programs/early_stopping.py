@@ -1,0 +1,64 @@
+"""Early stopping: training ends after train.patience validations in a row without a lower val_loss.
+
+It follows from what metrics.jsonl holds up to the step, so a run that was killed stops where it would have stopped. A
+fork counts its own validations.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from diffusion.experiment.workdir import STOPPED_EARLY
+from diffusion.programs import fork
+from diffusion.reporting.metrics_log import read_metrics
+from diffusion.runtime import processes
+from diffusion.runtime.ranking import VAL_LOSS
+
+
+class Stop(NamedTuple):
+    """Why training stopped, as summary.json has it."""
+
+    validations: int  # in a row without a lower val_loss; the last one is of the step where training stopped
+    lowest_val_loss: float
+    lowest_at_step: int
+
+
+def rule(config: ConfigDict, directory: Path, num_validation: int) -> Callable[[int], bool]:
+    """(step) -> whether training ends after it, on every process: process 0 reads its metrics.jsonl.
+
+    Raises:
+        ValueError: there is a patience, and of the `num_validation` images that val_loss is of there is none.
+    """
+    if config.train.patience and not num_validation:
+        raise ValueError(
+            f"train.patience={config.train.patience} follows val_loss, and data.validation={config.data.validation} "
+            f"sets none of the images of data.name={config.data.name!r} aside"
+        )
+
+    def is_over(step: int) -> bool:
+        if not config.train.patience:
+            return False
+        stop = processes.on_first(lambda: at(config, directory, step))
+        return processes.bool_from_first(stop is not None)
+
+    return is_over
+
+
+def at(config: ConfigDict, directory: Path, step: int) -> Stop | None:
+    """Why training stops after `step`; None if it goes on, or if it is the last step anyway."""
+    begin = fork.origin_of(directory).get("step", 0)
+    rows = [row for row in read_metrics(directory) if VAL_LOSS in row and begin < row["step"] <= step]
+    losses = {row["step"]: row[VAL_LOSS] for row in rows}
+    if not config.train.patience or step not in losses or step >= config.train.num_steps:
+        return None
+    lowest_at = min(losses, key=losses.get)  # the first of equals
+    validations = sum(validated > lowest_at for validated in losses)
+    return Stop(validations, losses[lowest_at], lowest_at) if validations >= config.train.patience else None
+
+
+def of_summary(config: ConfigDict, directory: Path, step: int) -> dict[str, Any]:
+    """What summary.json says of it."""
+    stop = at(config, directory, step)
+    return {STOPPED_EARLY: stop._asdict()} if stop else {}
