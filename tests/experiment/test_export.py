@@ -11,8 +11,8 @@ import pytest
 import toy
 from safetensors.numpy import load, save
 
-from diffusion import __version__, data, likelihood, samplers
-from diffusion.experiment import build, schema, workdir
+from diffusion import __version__, data, guidance, likelihood, samplers
+from diffusion.experiment import build, init_from, schema, workdir
 from diffusion.networks import NETWORKS
 from diffusion.programs import export as program
 from diffusion.runtime.checkpoint import Checkpoints
@@ -84,20 +84,18 @@ def bits(tree):
 
 
 @jax.jit
-def samples_and_bound(model, labels):
+def samples_and_bound(model):
     keys = jax.random.split(jax.random.key(0), 2)
     x0 = jnp.linspace(-1, 1, 17)[jnp.arange(2 * 64).reshape(2, *toy.SHAPE) % 17]
-    denoise = jax.tree_util.Partial(lambda x, t: model.denoise(x, t, *labels))
+    denoise = guidance.conditional(model.denoise, jnp.array([1, 9]))
     x, _ = samplers.sample(samplers.ancestral(), denoise, model.p, model.schedule, keys, toy.SHAPE)
     return x, likelihood.vlb_terms_bpd(denoise, model.p, model.schedule, x0, keys, toy.LEVELS)
 
 
-LABELLED = {"model__network": "labelled(dropout=0.2)", "model__conditional": True, "schedule__name": "cosine"}
-
-
-@pytest.mark.parametrize("keys", [{}, LABELLED])
-def test_it_is_the_model_of_the_run_bit_by_bit_without_run_and_data(keys, tmp_path, monkeypatch):
-    run = workdir.load(made(tmp_path / "run", config(**keys)), "best")
+def test_it_is_the_model_of_the_run_bit_by_bit_without_run_and_data(tmp_path, monkeypatch):
+    """With labels, a learned schedule and arguments of the network's name."""
+    labelled = config(model__network="labelled(dropout=0.2)", model__conditional=True)
+    run = workdir.load(made(tmp_path / "run", labelled), "best")
     run.export(tmp_path / "export")
     shutil.rmtree(tmp_path / "run")
     monkeypatch.delattr(data, "describe")
@@ -105,8 +103,7 @@ def test_it_is_the_model_of_the_run_bit_by_bit_without_run_and_data(keys, tmp_pa
     assert (found.state.step, found.image_shape, found.directory) == (3, toy.SHAPE, tmp_path / "export")
     assert jax.tree.structure(found.model) == jax.tree.structure(run.model)
     assert bits(found.model) == bits(run.model) and found.state.sha256 == run.state.sha256
-    labels = (jnp.array([1, 9]),) if run.model.takes_labels else ()
-    assert bits(samples_and_bound(found.model, labels)) == bits(samples_and_bound(run.model, labels))
+    assert bits(samples_and_bound(found.model)) == bits(samples_and_bound(run.model))
 
 
 def test_the_same_export_gives_the_same_bytes_and_another_one_is_refused(source, exported, tmp_path):
@@ -201,11 +198,11 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_one_line_that_names_the_file(name, exported):
+def test_damage_is_one_line_that_names_the_file(name, source, exported):
     damage, words = DAMAGE[name]
     damage(exported)
-    starts = build.experiment(config(init_from=str(exported)), toy.SHAPE, toy.LEVELS)
-    for read in (lambda: workdir.load(exported), lambda: starts.start):
+    start = config(init_from=str(exported)), toy.Layer(), source[2].state.ema_params
+    for read in (lambda: workdir.load(exported), lambda: init_from.load(*start)):
         with pytest.raises((ValueError, FileNotFoundError), match=rf"^{exported}/{words}") as error:
             read()
         assert "\n" not in str(error.value)
