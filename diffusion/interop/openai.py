@@ -150,12 +150,12 @@ def _said_and_seen(found: dict[str, tuple], adm: ADM, flags: Mapping[str, Any]) 
     per_level, rest = divmod(blocks, len(levels))
     wide = "channel_mult" if flags.get("channel_mult") else "image_size"
     two, outputs = 2 * openai_flags.NUM_CHANNELS_OF_IMAGES, size("out.2.weight")
-    strided = any("op" in parts for parts in names)
+    channels, strided = size("time_embed.0.weight", 1), any("op" in parts for parts in names)
     pairs = {
-        "num_channels": (adm.channels, size("time_embed.0.weight", 1)),
+        "num_channels": (adm.channels, channels),
         "num_res_blocks": (adm.num_res_blocks, per_level - 1 if per_level > 1 and not rest else None),
         f"{wide}, as levels,": (len(levels), blocks // (adm.num_res_blocks + 1) if rest else None),
-        "class_cond": (adm.num_classes > 0, "label_emb.weight" in found),
+        "class_cond": (adm.num_classes > 0, channels and "label_emb.weight" in found),
         "learn_sigma": (adm.out_channels == two, outputs and outputs == two),
         "resblock_updown": (adm.block_resampling, not strided if len(levels) > 1 else None),
     }
@@ -163,11 +163,13 @@ def _said_and_seen(found: dict[str, tuple], adm: ADM, flags: Mapping[str, Any]) 
         return pairs
     firsts = [f"input_blocks.{1 + level * (adm.num_res_blocks + 1)}" for level in levels]  # of each level
     widths = [size(f"{first}.0.out_layers.0.weight") for first in firsts]
+    if None in widths:  # another layout, of which its names tell more
+        return pairs
     of_time = size(f"{firsts[0]}.0.emb_layers.1.weight")
     attended = [flags["image_size"] >> level for level in levels if f"{firsts[level]}.1.qkv.weight" in found]
     return pairs | {
-        f"{wide}, as widths,": (adm.widths, None if None in widths else widths),
-        "use_scale_shift_norm": (adm.scale_shift_norm, of_time and widths[0] and of_time == 2 * widths[0]),
+        f"{wide}, as widths,": (adm.widths, widths),
+        "use_scale_shift_norm": (adm.scale_shift_norm, of_time and of_time == 2 * widths[0]),
         "attention_resolutions": (sorted(adm.attention_resolutions, reverse=True), attended),
     }
 

@@ -5,6 +5,7 @@ line ("True", "16,8") or the Python value. Source: their script_util.py and resp
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,14 @@ DEFAULTS = {
 CHANNEL_MULT = {
     IMPROVED: {32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)},
     GUIDED: {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)},
+}
+# A field of `ADM` -> its flag, where that has another name.
+FLAG_OF = {
+    "channels": "num_channels",
+    "num_heads_up": "num_heads_upsample",
+    "head_channels": "num_head_channels",
+    "scale_shift_norm": "use_scale_shift_norm",
+    "block_resampling": "resblock_updown",
 }
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
@@ -152,7 +161,10 @@ def network(flags: Mapping[str, Any], num_classes: int = NUM_CLASSES) -> ADM:
         out_channels=process(flags).output_channels(NUM_CHANNELS_OF_IMAGES),
         remat=flags["use_checkpoint"],
     )
-    adm.check((size, size, NUM_CHANNELS_OF_IMAGES))
+    try:
+        adm.check((size, size, NUM_CHANNELS_OF_IMAGES))
+    except ValueError as error:  # in the words of the command line
+        raise ValueError(re.sub(r"\badm\.(\w+)", lambda m: FLAG_OF.get(m[1], m[1]), str(error))) from error
     return adm
 
 

@@ -21,6 +21,8 @@ def state_dict(path: str | Path, remedy: str) -> dict[str, Any]:
     torch = _torch(path, remedy)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(name, str) for name in state):
+            raise TypeError("its keys are no names")
         return {name: tensor.detach() for name, tensor in state.items()}
     except OSError:
         raise  # no damage

@@ -138,7 +138,8 @@ def test_a_network_that_the_layout_has_no_place_for_is_refused(files):
         ({"timestep_respacing": "4,4"}, "timestep_respacing='4,4' cannot be had of diffusion_steps=7"),
         ({"timestep_respacing": "fast"}, "timestep_respacing='fast' must be like 250, 10,20 or ddim25"),
         ({"package": "diffusers"}, "package='diffusers' must be improved_diffusion or guided_diffusion"),
-        ({"num_channels": 48}, r"adm.num_groups=32 must divide the width of every level, \[48, 96\]"),
+        ({"num_channels": 48}, r"num_groups=32 must divide the width of every level, \[48, 96\]"),
+        ({"num_head_channels": 24}, r"num_head_channels=24 must divide the width of every map with attention, \[64\]"),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it(changes, message, files):
@@ -157,6 +158,14 @@ def test_a_wrong_flag_is_one_line_that_names_it(changes, message, files):
         (
             lambda held: held.update({"out.0.bias": Tensor(np.zeros(32, np.int64), "torch.int64")}),
             "blocks.pt: no floats of 32 or 16 bits: out.0.bias is int64",
+        ),
+        (
+            lambda held: held.update({7: held["out.0.bias"]}),
+            "blocks.pt is no PyTorch state_dict: TypeError: its keys are ",
+        ),
+        (
+            lambda held: [held.update({f"module.{name}": held.pop(name)}) for name in list(held)],
+            "blocks.pt: input_blocks.0.0.bias is missing; ",
         ),
         (lambda held: held.update({"out.0.bias": 3}), "blocks.pt is no PyTorch state_dict: AttributeError: "),
     ],
