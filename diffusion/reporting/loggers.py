@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.reporting.metrics_log import Logger, Picture, read_metrics
+from diffusion.reporting.summary import read_json
 from diffusion.runtime import files
 
 WANDB = "wandb.json"  # the id of the run at Weights & Biases, and the last step that it was given
@@ -48,7 +49,7 @@ def weights_and_biases(
     import wandb
 
     path = directory / WANDB
-    known = json.loads(path.read_text()) if path.exists() else {"id": secrets.token_hex(4), "step": 0}
+    known = read_json(path) or {"id": secrets.token_hex(4), "step": 0}
     files.write_text(path, json.dumps(known) + "\n")
     run = wandb.init(
         id=known["id"],

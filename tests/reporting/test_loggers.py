@@ -137,6 +137,13 @@ def test_rows_that_never_arrived_are_sent_at_the_next_start(server, tmp_path):
     assert rows == rows_of(tmp_path) and len(rows) == 7
 
 
+def test_where_the_name_of_the_run_is_damaged_all_rows_go_to_a_new_one(server, tmp_path):
+    write_leg(tmp_path, 0, 3)
+    (tmp_path / "wandb.json").write_text("")
+    write_leg(tmp_path, 3, 4)
+    assert list(server.rows.values())[-1] == rows_of(tmp_path) and len(server.rows) == 2
+
+
 def test_a_logger_that_is_chosen_later_gets_the_rows_so_far_and_a_fork_is_a_run_of_its_own(server, tmp_path):
     for name in ("old", "new"):
         (tmp_path / name).mkdir()

@@ -1,7 +1,7 @@
 """Transparent colours of PNG files: what their tRNS chunk says, where Pillow reads it in other units or in part.
 
-PNG specification (W3C, third edition), 11.3.1.1: a grey or a colour is given in the file's own bits, 2 to 16 of them,
-and of a palette each entry has an alpha value.
+PNG specification, tRNS: a grey or a colour is given in the file's own bits, 1 to 16 of them. In a palette each entry
+has an alpha value.
 """
 
 import io
