@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,10 +141,12 @@ def described(config: ConfigDict, variance: str) -> dict[str, Any]:
         "seed": config.seed,
     }
     if config.model.conditional:
+        # t is an integer: (2.5, 4.5) guides as (2, 4) does. An integral end stays as it is written, 2 or 2.0.
+        ends = [math.floor(end) if end % 1 else end for end in config.sample.guidance_interval]
         about |= {
             "labels": list(config.sample.labels) or "all in turn",
             "guidance": config.sample.guidance,
-            "guidance_interval": list(config.sample.guidance_interval) or "every t",
+            "guidance_interval": ends or "every t",
         }
     return about
 

@@ -100,6 +100,17 @@ def test_guided_samples_are_those_of_the_guided_network(run, conditional, interv
     assert (about["labels"], about["guidance_interval"]) == ([7, 3, 3], list(interval) or "every t")
 
 
+def test_intervals_that_guide_the_same_steps_are_the_same_samples(conditional):
+    """And none are those of versions that took (2.5, 4.5) for t = 4 and 5."""
+
+    def interval(*ends):
+        config = conditional(sample__guidance=1.0, sample__guidance_interval=ends)
+        return sample.described(config, "learned_range")["guidance_interval"]
+
+    assert interval(2.5, 4.5) == interval(2, 4) == interval(2.9, 4.01) == [2, 4]
+    assert repr(interval(2.0, 4)) == "[2.0, 4]" and interval() == "every t"
+
+
 REFUSED = [
     ({"sample__labels": (3, 10)}, "sample.labels=(3, 10): 10 is none of the labels 0…9"),
     ({"sample__guidance_interval": (5, 2), "sample__guidance": 1.0}, "sample.guidance_interval must be (low, high)"),
