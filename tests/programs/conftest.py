@@ -50,9 +50,9 @@ def config(**changes) -> ConfigDict:
 
 
 @pytest.fixture
-def untrained_demo(tiny, tiny_data_dir, tmp_path):
-    """A directory in which runs/digits is a U-Net before its first step, for the demo's; and an environment."""
-    config, demo = tiny(model__network="unet"), tmp_path / "runs" / "digits"
+def untrained_demo(tiny, tiny_data_dir, tmp_path, request):
+    """A directory in which runs/digits is a network before its first step, for the demo's; and an environment."""
+    config, demo = tiny(model__network=getattr(request, "param", "unet")), tmp_path / "runs" / "digits"
     workdir.claim(config, demo)
     start = jax.device_get(build.experiment(config, (8, 8, 1), 17).initial_state())
     with Checkpoints(demo / "checkpoints") as checkpoints:
