@@ -1,22 +1,27 @@
-"""The paper's bits/dim of a published checkpoint, and what this program measures of the same file.
+"""The paper's bits/dim of a published model, and what this program measures of the same weights.
 
     python -m experiments.published cifar10_uncond_50M_500K.pt --data_dir=DIR            # an estimate, with its error
     python -m experiments.published cifar10_uncond_50M_500K.pt --data_dir=DIR --full     # every term; resumes
 
 A checkpoint of improved-diffusion or guided-diffusion is recognized by its published name. Another one needs the flags
-that it was trained with, in --flags=FILE.json or in the JSON file of its own name. By default it is scored on the test
-split of the paper's data set by the paper's protocol. PyTorch reads the file: pip install -e '.[openai]'. Leaves
-published.json in the working directory.
+that it was trained with, in --flags=FILE.json or in the JSON file of its own name. PyTorch reads the file: pip install
+-e '.[openai]'. A directory is a pipeline of diffusers, with the settings of its scheduler; Ho et al.'s network for
+CIFAR-10 is recognized. By default a model is scored on the test split of the paper's data set by the paper's protocol.
+Leaves published.json in the working directory.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from diffusion import data, interop, likelihood
 from diffusion.data import Source
 from diffusion.evaluation import bound, images
 from diffusion.interop import openai_flags
+from diffusion.interop.files import find
 from diffusion.model import Model
 from diffusion.reporting import summary
 from diffusion.runtime import devices, files
@@ -25,18 +30,33 @@ from experiments import published_rows, tables
 from experiments.commands import argument_parser, exit_with
 from experiments.published_rows import Row
 
-PROTOCOL = "nichol2021"
-PAPER = "Nichol & Dhariwal (2021)"
+PROTOCOL = "exact"  # of a model that no paper is known of
+
+
+class Checkpoint(NamedTuple):
+    """What is given, and what is known of it.
+
+    Attributes:
+        model: of its weights.
+        image_shape: (H, W, C).
+        about: what tells it from others with the same weights.
+        row: the published row; None where there is none.
+    """
+
+    model: Model
+    image_shape: tuple[int, int, int]
+    about: dict[str, Any]
+    row: Row | None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("weights", metavar="WEIGHTS", help="FILE.pt")
+    parser.add_argument("weights", metavar="WEIGHTS", help="FILE.pt, or a directory")
     parser.add_argument("--flags", default="", help="JSON file with the flags that it was trained with")
     parser.add_argument("--data", default="", help="data.name of the images; default: the paper's")
     parser.add_argument("--data_dir", default="", help="where prepared data sets lie; default: TFDS's")
-    parser.add_argument("--protocol", default=PROTOCOL, choices=likelihood.PROTOCOLS, help="how it is scored")
+    parser.add_argument("--protocol", default="", choices=likelihood.PROTOCOLS, help="default: the paper's")
     parser.add_argument("--full", action="store_true", help="every term of every image, not an estimate")
     parser.add_argument("--terms", type=int, default=9, help="terms of each image in the estimate, an odd number ≥ 3")
     parser.add_argument("--num_images", type=int, default=0, help="of the test split; 0: all")
@@ -47,27 +67,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.full and (arguments.terms < 3 or arguments.terms % 2 == 0):
         raise ValueError(f"--terms={arguments.terms} must be an odd number ≥ 3")
     weights = files.expanded(arguments.weights)
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights} does not exist")
-    flags, row = recognized(weights, arguments.flags)
+    given = pipeline(weights) if weights.is_dir() else checkpoint(weights, arguments.flags)
+    model, row = given.model, given.row
     name = arguments.data or (row.data if row else "")
     if not name:
         raise ValueError(f"{weights}: no data set is known for it; name one that is prepared with --data=NAME")
     test_set = data.load(name, "test", arguments.data_dir)
-    check(flags, test_set)
-    model = interop.load_openai(weights, flags)
-    if model.takes_labels and (known := model.denoise.func.module.num_classes) != test_set.num_classes:
-        raise ValueError(f"data.name={name!r} has {test_set.num_classes} classes; the model knows {known}")
+    check(given, test_set)
+    protocol = arguments.protocol or (row.protocol if row else PROTOCOL)
+    settings = bound.Settings(arguments.seed, arguments.batch_size, protocol, arguments.terms)
     directory = files.expanded(arguments.workdir or f"runs/published/{weights.stem}")
-    settings = bound.Settings(arguments.seed, arguments.batch_size, arguments.protocol, arguments.terms)
     # Heads, for one, are in the flags alone: no digest of the weights tells them apart.
-    kept = directory / short_sha256([flags, tree_sha256(model)]) if arguments.full else None
+    kept = directory / short_sha256([given.about, tree_sha256(model)]) if arguments.full else None
     found = score(model, test_set, settings, arguments.num_images, kept)
     compared = bool(row and name == row.data and row.test_bpd is not None)
-    about = {"weights": weights.name, "flags": flags, "data": name, "paper_bpd": row.test_bpd if compared else None}
-    about |= {"source": f"{PAPER}, {row.source}" if compared else ""}
+    about = {"weights": weights.name, **given.about, "data": name}
+    about |= {"paper_bpd": row.test_bpd if compared else None, "source": row.source if compared else ""}
     summary.write_json(directory / "published.json", about | found | {"device": summary.device_name()})
     print(markdown(about | found))
+
+
+def pipeline(directory: Path) -> Checkpoint:
+    """A pipeline of diffusers. Raises what `interop.load_pipeline` does."""
+    model = interop.load_pipeline(directory)
+    settings = json.loads(find(directory).config.read_text())
+    height, width = np.broadcast_to(settings["sample_size"], 2).tolist()
+    row = published_rows.HO2020 if published_rows.is_ho2020(model) else None
+    about = {"network": str(model.denoise.func.module), "process": str(model.p)}
+    return Checkpoint(model, (height, width, settings["in_channels"]), about, row)
+
+
+def checkpoint(weights: Path, flags_file: str) -> Checkpoint:
+    """A checkpoint of OpenAI's programs. Raises what `recognized` and `interop.load_openai` do."""
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights} does not exist")
+    flags, row = recognized(weights, flags_file)
+    shape = (flags["image_size"], flags["image_size"], openai_flags.NUM_CHANNELS_OF_IMAGES)
+    return Checkpoint(interop.load_openai(weights, flags), shape, {"flags": flags}, row)
 
 
 def recognized(weights: Path, flags_file: str) -> tuple[dict[str, Any], Row | None]:
@@ -89,13 +125,17 @@ def recognized(weights: Path, flags_file: str) -> tuple[dict[str, Any], Row | No
     return flags, row
 
 
-def check(flags: dict[str, Any], test_set: Source) -> None:
+def check(given: Checkpoint, test_set: Source) -> None:
     """Raises a ValueError if the model does not take these images or their labels."""
-    shape = (flags["image_size"], flags["image_size"], openai_flags.NUM_CHANNELS_OF_IMAGES)
-    if test_set.image_shape != shape:
-        raise ValueError(f"data.name={test_set.name!r} has images {test_set.image_shape}; the model takes {shape}")
-    if flags["class_cond"]:
+    if test_set.image_shape != given.image_shape:
+        raise ValueError(
+            f"data.name={test_set.name!r} has images {test_set.image_shape}; the model takes {given.image_shape}"
+        )
+    if given.model.takes_labels:
         test_set.labels()
+        known = given.model.denoise.func.module.num_classes
+        if known != test_set.num_classes:
+            raise ValueError(f"data.name={test_set.name!r} has {test_set.num_classes} classes; the model knows {known}")
 
 
 def score(

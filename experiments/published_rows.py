@@ -1,4 +1,4 @@
-"""The published checkpoints of OpenAI's two programs: their flags, and the number that the paper has for each.
+"""Published models: the flags of OpenAI's checkpoints, Ho et al.'s network, and the number that a paper has for each.
 
 Flags are those of the programs' READMEs. The bits/dim of Nichol & Dhariwal (2021), tables 1 and 2, were seen in
 transcriptions that agree, and not in the paper itself.
@@ -7,7 +7,12 @@ transcriptions that agree, and not in the paper itself.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from diffusion import schedules
 from diffusion.interop import openai_flags
+from diffusion.model import Model
+from diffusion.networks.unet import UNet
 
 # Flags that change neither outputs nor terms.
 NO_MATTER = ("use_checkpoint", "use_fp16", "dropout", "timestep_respacing", "rescale_learned_sigmas")
@@ -18,10 +23,11 @@ class Row(NamedTuple):
 
     Attributes:
         names: of the files, without .pt.
-        flags: as on the command line, with "package".
+        flags: as on the command line, with "package"; {} of a model that has none.
         data: data.name of the images that it was scored on; "" where none is prepared by that name.
         test_bpd: the paper's bits/dim; None where it has none.
         source: of that number.
+        protocol: of the paper, one of `likelihood.PROTOCOLS`.
     """
 
     names: tuple[str, ...]
@@ -29,6 +35,7 @@ class Row(NamedTuple):
     data: str = ""
     test_bpd: float | None = None
     source: str = ""
+    protocol: str = "nichol2021"
 
 
 def flags_of(package: str, text: str) -> dict[str, str]:
@@ -38,6 +45,7 @@ def flags_of(package: str, text: str) -> dict[str, str]:
 
 
 def _improved(names: str, text: str, data: str = "", test_bpd: float | None = None, source: str = "") -> Row:
+    source = f"Nichol & Dhariwal (2021), {source}" if source else ""
     return Row(tuple(names.split()), flags_of(openai_flags.IMPROVED, text), data, test_bpd, source)
 
 
@@ -92,6 +100,15 @@ ROWS = [
     ),
     _guided("lsun_horse_nodropout", WIDE + "--image_size 256 --num_head_channels 64 --use_fp16 True"),
 ]
+
+HO2020 = Row((), {}, "cifar10", 3.75, "Ho et al. (2020), table 1, L_simple", "ho2020")
+
+
+def is_ho2020(model: Model) -> bool:
+    """Whether it is Ho et al.'s network for CIFAR-10 and their process, whatever the weights."""
+    network, p, wanted = model.denoise.func.module, model.p, schedules.linear(1000)
+    same_process = (p.prediction, p.variance) == ("eps", "fixed_large") and model.schedule.num_steps == wanted.num_steps
+    return same_process and network.copy(dropout=0.1) == UNet() and np.allclose(model.schedule.beta, wanted.beta)
 
 
 def by_name(name: str) -> Row | None:

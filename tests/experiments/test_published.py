@@ -1,7 +1,10 @@
 """Published checkpoints: each name has its flags, and both numbers stand side by side, measured as the table says."""
 
 import json
+import shutil
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +12,8 @@ from diffusion import data, interop, reverse, schedules
 from diffusion.interop import openai_flags
 from diffusion.model import Model
 from diffusion.networks.adm import ADM
+from diffusion.networks.network import Network
+from diffusion.networks.unet import UNet
 from experiments import published, published_rows
 from experiments.published_rows import ROWS, Row, by_name, flags_of
 
@@ -72,7 +77,9 @@ def toy(monkeypatch, tmp_path):
     """A function of arguments: the program on eight images and a network of no layer, and what it leaves."""
     images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
     monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.Source(name, split, images))
-    row = Row(("toy",), flags_of("guided_diffusion", "--image_size 4 --channel_mult 1"), "noise", 7.25, "table 9")
+    row = Row(
+        ("toy",), flags_of("guided_diffusion", "--image_size 4 --channel_mult 1"), "noise", 7.25, "A paper, table 9"
+    )
     monkeypatch.setattr(published_rows, "ROWS", [row])
     calls = []
 
@@ -99,7 +106,7 @@ def test_both_numbers_are_printed_with_their_errors_and_finished_terms_are_not_c
     assert full["decoder_cdf"].startswith("tanh") and full["terms"] == "every term"
     printed = capsys.readouterr().out
     assert f"| here | {full['test_bpd']:.4f} ± {full['test_bpd_stderr']:.4f} | – | noise, 8 of 8 test images" in printed
-    assert "| the paper | 7.25 | – | Nichol & Dhariwal (2021), table 9 |" in printed
+    assert "| the paper | 7.25 | – | A paper, table 9 |" in printed
     again, calls = toy("--full")
     assert calls == 0 and again["test_bpd"] == full["test_bpd"]
     estimate, _ = toy("--terms=3")
@@ -109,21 +116,48 @@ def test_both_numbers_are_printed_with_their_errors_and_finished_terms_are_not_c
     assert other["paper_bpd"] is None and "it has no bits/dim for these weights and images" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_refused_before_the_weights_are_read(toy, monkeypatch, tmp_path):
+def test_what_does_not_fit_is_refused(toy, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="--terms=4 must be an odd number ≥ 3"):
         toy("--terms=4")
+    with pytest.raises(FileNotFoundError, match="gone.pt does not exist"):
+        published.main([str(tmp_path / "gone.pt")])
     wide = np.zeros((8, 4, 8, 3), np.uint8)
     monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.Source(name, split, wide))
-    monkeypatch.setattr(interop, "load_openai", None)
     with pytest.raises(ValueError, match=r"'noise' has images \(4, 8, 3\); the model takes \(4, 4, 3\)"):
         toy()
-    flags = {"package": "guided_diffusion", "image_size": 4, "channel_mult": "1", "class_cond": True}
-    (tmp_path / "labelled.json").write_text(json.dumps(flags))
-    with pytest.raises(FileNotFoundError, match="labelled.pt does not exist"):
-        published.main([str(tmp_path / "labelled.pt")])
-    (tmp_path / "labelled.pt").touch()
-    with pytest.raises(ValueError, match="labelled.pt: no data set is known for it; name one .* --data=NAME"):
-        published.main([str(tmp_path / "labelled.pt")])
-    monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.Source(name, split, wide[:, :, :4]))
+    (tmp_path / "own.pt").touch()
+    (tmp_path / "own.json").write_text('{"package": "guided_diffusion", "image_size": 4, "channel_mult": "1"}')
+    with pytest.raises(ValueError, match="own.pt: no data set is known for it; name one .* --data=NAME"):
+        published.main([str(tmp_path / "own.pt")])
+
+
+def test_labels_that_the_model_does_not_know_are_refused():
+    images, labels = np.zeros((8, 4, 4, 3), np.uint8), np.arange(8, dtype=np.int32)
+    denoise = jax.tree_util.Partial(Network(ADM(num_classes=1000), 6), {})
+    model = Model(denoise, reverse.make("eps", "learned_range"), schedules.cosine(5), takes_labels=True)
+    given = published.Checkpoint(model, (4, 4, 3), {}, None)
     with pytest.raises(ValueError, match="data.name='noise' has no labels"):
-        published.main([str(tmp_path / "labelled.pt"), "--data=noise"])
+        published.check(given, data.Source("noise", "test", images))
+    with pytest.raises(ValueError, match="data.name='noise' has 8 classes; the model knows 1000"):
+        published.check(given, data.Source("noise", "test", images, classes=labels, num_classes=8))
+
+
+def test_ho_et_al_s_network_is_recognized_whatever_its_weights():
+    def model(network, variance="fixed_large", schedule=schedules.linear(1000)):  # noqa: B008
+        return Model(jax.tree_util.Partial(Network(network, 3), {}), reverse.make("eps", variance), schedule)
+
+    assert published_rows.is_ho2020(model(UNet(dropout=0.0)))
+    others = (UNet(channels=64), UNet(num_heads=2))
+    assert not any(published_rows.is_ho2020(model(network)) for network in others)
+    assert not published_rows.is_ho2020(model(UNet(), "fixed_small"))
+    assert not published_rows.is_ho2020(model(UNet(), schedule=schedules.cosine(1000)))
+    assert published_rows.HO2020.test_bpd == 3.75 and published_rows.HO2020.protocol == "ho2020"
+
+
+def test_a_directory_is_a_pipeline_of_diffusers(tmp_path):
+    golden = Path(__file__).parents[1] / "golden"
+    shutil.copyfile(golden / "unet_tiny.json", tmp_path / "config.json")
+    shutil.copyfile(golden / "unet_tiny.safetensors", tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler"}')
+    given = published.pipeline(tmp_path)
+    assert given.row is None and given.image_shape == (16, 16, 3) and given.model.schedule.num_steps == 1000

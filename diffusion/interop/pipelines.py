@@ -1,0 +1,137 @@
+"""A pipeline of diffusers: its U-Net and, from the settings of its scheduler, the process that it was trained for.
+
+Of all schedulers DDPM's and DDIM's are read. What concerns only how they sample is left out: `samplers` does that.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion import reverse, schedules
+from diffusion.interop import files
+from diffusion.interop.diffusers import load_diffusers
+from diffusion.model import Model
+from diffusion.networks.named_tensors import first_few
+from diffusion.networks.network import Network
+from diffusion.runtime.files import expanded
+from diffusion.schedules import Schedule
+
+SCHEDULER_FILE = "scheduler_config.json"
+NUM_LEVELS = 256
+# What an absent key means there.
+DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "variance_type": "fixed_small",  # DDIM's scheduler has no such key: at eta = 1 its variance is this one
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "thresholding": False,
+    "rescale_betas_zero_snr": False,
+}
+# How steps are chosen and taken in sampling.
+OF_SAMPLING = {"timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "sample_max_value"}
+OF_SAMPLING |= {"dynamic_thresholding_ratio", "clip_predicted_image", "tensor_format", "timestep_values"}
+CLASSES = ("DDPMScheduler", "DDIMScheduler")
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+VARIANCES = {
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large",
+    "fixed_large_log": "fixed_large",
+    "learned": "learned",
+    "learned_range": "learned_range",
+}
+
+
+def load_pipeline(directory: str | Path) -> Model:
+    """The model of a directory with a U-Net and a scheduler's settings, in folders of their own or side by side.
+
+    One with classes takes labels: `guidance.conditional(model.denoise, labels)` is a denoiser.
+
+    Raises:
+        FileNotFoundError: a file of the network or of the scheduler does not exist.
+        ValueError: what `load_diffusers` refuses, or a scheduler with what a `Model` cannot represent.
+    """
+    folder = expanded(directory)
+    path = next((found for found in _places(folder) if found.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{_places(folder)[0]} does not exist; a pipeline has its scheduler's settings there")
+    try:
+        settings = _checked(json.loads(path.read_text()))
+        p = reverse.make(PREDICTIONS[settings["prediction_type"]], VARIANCES[settings["variance_type"]])
+        schedule = _schedule(settings)
+        about = json.loads(files.find(folder).config.read_text())
+        if about.get("out_channels") != (wanted := p.output_channels(about.get("in_channels", 0))):
+            raise ValueError(
+                f"variance_type={settings['variance_type']!r} needs a network of {wanted} out_channels, "
+                f"not {about.get('out_channels')}"
+            )
+    except (ValueError, AttributeError, TypeError) as error:  # malformed JSON is the first, a list the second
+        raise ValueError(f"{path}: {error}") from error
+    unet, params = load_diffusers(folder)
+    denoise = jax.tree_util.Partial(Network(unet, unet.out_channels), params)
+    return Model(denoise, p, schedule, NUM_LEVELS, takes_labels=unet.num_classes > 0)
+
+
+def _places(folder: Path) -> tuple[Path, ...]:
+    return folder / "scheduler" / SCHEDULER_FILE, folder / SCHEDULER_FILE
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    """The scheduler's settings with their defaults."""
+    name = config.get("_class_name")
+    if name not in CLASSES:
+        raise ValueError(f"_class_name={name!r} cannot be represented, only {' and '.join(CLASSES)}")
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    if unknown := sorted(own.keys() - DEFAULTS.keys() - OF_SAMPLING):
+        logging.warning("the scheduler's %s is not known here and has no effect", first_few(unknown))
+    settings = DEFAULTS | {key: value for key, value in own.items() if key in DEFAULTS}
+    tables = {"prediction_type": PREDICTIONS, "variance_type": VARIANCES, "beta_schedule": BETAS}
+    for key, table in tables.items():
+        if settings[key] not in table:
+            raise ValueError(f"{key}={settings[key]!r} cannot be represented, only {', '.join(table)}")
+    kinds = {"num_train_timesteps": (int,), "beta_start": (int, float), "beta_end": (int, float)}
+    for key, kind in kinds.items():
+        if type(settings[key]) not in kind:
+            raise ValueError(f"{key}={settings[key]!r} must be {'an integer' if kind == (int,) else 'a number'}")
+    for key in ("thresholding", "rescale_betas_zero_snr"):
+        if settings[key]:
+            raise ValueError(f"{key}={settings[key]!r} cannot be represented, only False")
+    if settings["clip_sample"] and settings["clip_sample_range"] != 1:
+        raise ValueError(f"clip_sample_range={settings['clip_sample_range']!r} cannot be represented, only 1.0")
+    if not settings["clip_sample"]:
+        logging.warning("the scheduler does not clip x̂_0: samplers.sample(…, clip_x0=False) samples as it does")
+    return settings
+
+
+def _linear(start: float, end: float, num_steps: int) -> np.ndarray:
+    return np.linspace(start, end, num_steps)
+
+
+def _scaled_linear(start: float, end: float, num_steps: int) -> np.ndarray:
+    return np.linspace(start**0.5, end**0.5, num_steps) ** 2
+
+
+def _sigmoid(start: float, end: float, num_steps: int) -> np.ndarray:
+    return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, num_steps)))
+
+
+# beta_schedule -> β_1…β_T; not rescaled when T changes. The cosine is `schedules.cosine`.
+BETAS = {"linear": _linear, "scaled_linear": _scaled_linear, "sigmoid": _sigmoid, "squaredcos_cap_v2": None}
+
+
+def _schedule(settings: dict[str, Any]) -> Schedule:
+    if settings["trained_betas"] is not None:
+        return schedules.from_betas(settings["trained_betas"])
+    betas, num_steps = BETAS[settings["beta_schedule"]], settings["num_train_timesteps"]
+    if betas is None:
+        return schedules.cosine(num_steps)
+    return schedules.from_betas(betas(float(settings["beta_start"]), float(settings["beta_end"]), num_steps))
