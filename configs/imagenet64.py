@@ -14,7 +14,8 @@ Equals   the published command of improved-diffusion and its defaults: network, 
          decay, no warm-up, no clip, batch, EMA
 Differs  in what the network has from Ho et al.: initialization (theirs: PyTorch's, zeros at the ends), frequencies
          of the time embedding 10^(−4k/(n − 1)) (theirs: 10^(−4k/n)), downsampling padded at the bottom and right
-         (theirs: all around). The decoder's CDF is exact (theirs: approximate; eval.protocol=ho2020 scores with it)
+         (theirs: all around); --config.model.network=adm is their network but for the initialization. The decoder's
+         CDF is exact (theirs: approximate; eval.protocol=nichol2021 scores with it)
 """
 
 from ml_collections import ConfigDict
