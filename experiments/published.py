@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol = arguments.protocol or (row.protocol if row else PROTOCOL)
     settings = bound.Settings(arguments.seed, arguments.batch_size, protocol, arguments.terms)
     directory = files.expanded(arguments.workdir or f"runs/published/{weights.stem}")
+    directory.mkdir(parents=True, exist_ok=True)
     # Heads, for one, are in the flags alone: no digest of the weights tells them apart.
     kept = directory / short_sha256([given.about, tree_sha256(model)]) if arguments.full else None
     found = score(model, test_set, settings, arguments.num_images, kept)

@@ -15,7 +15,7 @@ from diffusion.model import Model
 from diffusion.networks.unet import UNet
 
 # Flags that change neither outputs nor terms.
-NO_MATTER = ("use_checkpoint", "use_fp16", "dropout", "timestep_respacing", "rescale_learned_sigmas")
+NO_MATTER = ("use_checkpoint", "use_fp16", "dropout", "rescale_learned_sigmas")
 
 
 class Row(NamedTuple):

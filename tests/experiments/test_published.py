@@ -70,6 +70,11 @@ def test_a_file_is_recognized_by_its_name_or_by_the_flags_beside_it(tmp_path):
         published.recognized(tmp_path / "other.pt", "")
     with pytest.raises(ValueError, match="has a published name, and other flags than that file's"):
         published.recognized(known, str(tmp_path / "mine.json"))
+    # On fewer steps it has another bound, which is not the paper's.
+    flags = by_name(known.stem).flags | {"timestep_respacing": "250"}
+    known.with_suffix(".json").write_text(json.dumps(flags))
+    with pytest.raises(ValueError, match="has a published name, and other flags than that file's"):
+        published.recognized(known, "")
 
 
 @pytest.fixture
@@ -94,13 +99,16 @@ def toy(monkeypatch, tmp_path):
 
     def run(*arguments):
         calls.clear()
-        published.main([str(tmp_path / "toy.pt"), f"--workdir={tmp_path}", "--batch_size=40", *arguments])
-        return json.loads((tmp_path / "published.json").read_text()), len(calls)
+        workdir = tmp_path / "new" / "run"
+        published.main([str(tmp_path / "toy.pt"), f"--workdir={workdir}", "--batch_size=40", *arguments])
+        return json.loads((workdir / "published.json").read_text()), len(calls)
 
     return run
 
 
 def test_both_numbers_are_printed_with_their_errors_and_finished_terms_are_not_computed_again(toy, capsys):
+    estimate, _ = toy("--terms=3")
+    capsys.readouterr()
     full, calls = toy("--full")
     assert calls and full["paper_bpd"] == 7.25 and full["test_images"] == 8 and full["protocol"] == "nichol2021"
     assert full["decoder_cdf"].startswith("tanh") and full["terms"] == "every term"
@@ -109,7 +117,6 @@ def test_both_numbers_are_printed_with_their_errors_and_finished_terms_are_not_c
     assert "| the paper | 7.25 | – | A paper, table 9 |" in printed
     again, calls = toy("--full")
     assert calls == 0 and again["test_bpd"] == full["test_bpd"]
-    estimate, _ = toy("--terms=3")
     assert estimate["terms"] == "3 terms per image" and estimate["test_bpd_sampling_stderr"] > 0
     assert abs(estimate["test_bpd"] - full["test_bpd"]) < 5 * estimate["test_bpd_sampling_stderr"]
     other, _ = toy("--data=own")
