@@ -109,12 +109,12 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
         ValueError: a row is damaged. (A killed run's half-written last row is skipped.)
     """
     path = Path(workdir) / "metrics.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except ValueError:  # also for bytes that are no text
             if number < len(lines):
                 raise ValueError(f"line {number} of {path} is damaged: {line[:60]!r}") from None
     return rows

@@ -67,7 +67,8 @@ def test_a_full_disk_is_a_one_line_error_and_the_rows_before_it_stay(tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_a_damaged_row_before_the_last_is_an_error(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+@pytest.mark.parametrize("row", [b'{"st', b'{"step": 2, "lo\xffs": 1.0}'], ids=["cut", "no text"])
+def test_a_damaged_row_before_the_last_is_an_error(tmp_path, row):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + row + b'\n{"step": 3}\n')
     with pytest.raises(ValueError, match="line 2 of .*metrics.jsonl is damaged"):
         read_metrics(tmp_path)
