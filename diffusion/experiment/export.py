@@ -30,6 +30,7 @@ FORMAT = 1  # of model.json: one more where an older version would misread it
 PLACES = {"data.data_dir": "", "init_from": "", "init_adapt": False}
 # What summary.json and eval.json say besides the scores and how they were measured.
 NO_SCORES = {"step", "num_params", "params_sha256", "ema_sha256", "data_sha256", "seconds", "forked_from"}
+NO_SCORES |= {"stopped_early"}
 
 
 def _is_shape(value: Any) -> bool:

@@ -157,7 +157,10 @@ def read_config(directory: Path) -> ConfigDict:
     """
     path = directory / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{directory} holds no run (no config.json)")
+        start = f", but an export, from which --config.init_from={directory} starts"
+        raise FileNotFoundError(
+            f"{directory} holds no run (no config.json){start if export.is_export(directory) else ''}"
+        )
     return config_lib.read(path)
 
 

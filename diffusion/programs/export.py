@@ -11,7 +11,7 @@ from diffusion.runtime import files, processes
 def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output: str = "") -> None:
     """Exports a checkpoint of `directory` to `output`. Raises what `workdir.load` and `LoadedRun.export` do."""
     loaded, out = workdir.load(directory, checkpoint, config), files.expanded(output)
+    processes.on_first(lambda: loaded.export(out))
     if processes.is_first():
-        loaded.export(out)
         size = (out / export.WEIGHTS).stat().st_size / 1e6
         print(f"step {int(loaded.state.step):,} of {directory}: {size:.1f} MB in {out}; {export.ABOUT} says what it is")

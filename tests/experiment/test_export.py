@@ -15,6 +15,8 @@ from diffusion import __version__, data, guidance, likelihood, samplers
 from diffusion.experiment import build, init_from, schema, workdir
 from diffusion.networks import NETWORKS
 from diffusion.programs import export as program
+from diffusion.programs import fork
+from diffusion.runtime import processes
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import tree_sha256
 
@@ -136,8 +138,9 @@ def test_model_json_says_what_a_card_needs_and_no_place_of_this_machine(source, 
 
     copy = shutil.copytree(run_directory, tmp_path / "run")
     best = workdir.load(copy, "best")
-    scored = {"test_bpd": 1.5, "test_bpd_stderr": 0.1, "protocol": {"name": "exact"}, "seconds": 9.0}
-    (copy / "summary.json").write_text(json.dumps(scored | {"ema_sha256": run.state.sha256}))
+    scored = {"test_bpd": 1.5, "test_bpd_stderr": 0.1, "protocol": {"name": "exact"}}
+    other = {"seconds": 9.0, "stopped_early": {"validations": 2}}
+    (copy / "summary.json").write_text(json.dumps(scored | other | {"ema_sha256": run.state.sha256}))
     values = config(seed=7, data__data_dir="", unet__channel_mult=(1,)).to_dict()
     (copy / "base.json").write_text(json.dumps({"config": "configs/my toy.py", "values": values}))
     (copy / "evaluations" / "a").mkdir(parents=True)
@@ -146,7 +149,7 @@ def test_model_json_says_what_a_card_needs_and_no_place_of_this_machine(source, 
     for step, bpd, of in ((6, 1.5, run._replace(directory=copy)), (3, 2.5, best)):
         of.export(tmp_path / str(step), license="CC0")
         said = json.loads((tmp_path / str(step) / "model.json").read_text())
-        assert said["scores"] == {name: scored[name] for name in scored if name != "seconds"} | {"test_bpd": bpd}
+        assert said["scores"] == scored | {"test_bpd": bpd}
         assert (said["license"], said["step"], said["data_sha256"]) == ("CC0", step, DATA[step])
         given = f"--config.seed=0 '--config.unet.channel_mult={run.config.unet.channel_mult}'"
         assert said["command"] == f"python main.py '--config=configs/my toy.py' {given}"
@@ -289,3 +292,16 @@ def test_the_mode_exports_the_chosen_checkpoint_and_an_export_is_no_run(source, 
         workdir.load(tmp_path / "best", "6")
     with pytest.raises(ValueError, match=f"{exported} is an export, not a run; .*--config.init_from={exported}"):
         workdir.load(exported, config=run.config)
+    with pytest.raises(FileNotFoundError, match=f"no config.json., but an export, .* --config.init_from={exported} "):
+        fork.read(run.experiment, str(exported), tmp_path / "fork")
+
+
+def test_no_process_goes_on_where_process_0_cannot_export(source, tmp_path, monkeypatch):
+    def failed(action):
+        raise ValueError("no room")
+
+    monkeypatch.setattr(processes, "on_first", failed)
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    monkeypatch.setattr(workdir, "load", lambda *_: source[2])
+    with pytest.raises(ValueError, match="no room"):
+        program.run(source[2].config, source[0], output=str(tmp_path / "export"))
