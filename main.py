@@ -29,8 +29,9 @@ _MODES = {
     "export": "export",
     "describe": "describe",
 }
-_TAKE = {"input": ("compress", "decompress"), "output": ("compress", "decompress", "export")}  # flags of some modes
-_READ_A_CHECKPOINT = ("eval", "sample", "quality", *_TAKE["output"])
+_NEED = {"input": ("compress", "decompress"), "output": ("compress", "decompress", "export")}  # flags of some modes
+_READ_A_CHECKPOINT = ("eval", "sample", "quality", *_NEED["output"])
+_TAKE = _NEED | {"output": _READ_A_CHECKPOINT}
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
@@ -49,7 +50,8 @@ _INPUT = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "Of compress: the file to write; of decompress: where the images go, an .npz file; of export: the new directory.",
+    "Of compress: the file to write; of decompress: where the images go, an .npz file; of export: the new directory; "
+    "of eval, sample and quality: a directory for the results, by default the run's own.",
 )
 _OTHER_DATA = flags.DEFINE_bool(
     "allow_other_data", False, "Of train: resume even if the data set is not the one that the run was trained with."
@@ -107,9 +109,9 @@ def main(argv: list[str]) -> None:
         for name, value in (("input", _INPUT.value), ("output", _OUTPUT.value)):
             if value is not None and _MODE.value not in _TAKE[name]:
                 raise ValueError(f"--{name}={value} has no part in --mode={_MODE.value}")
-            if value is None and _MODE.value in _TAKE[name]:
+            if not value and _MODE.value in _NEED[name]:
                 raise ValueError(f"--mode={_MODE.value} needs --{name}")
-            which |= {name: value} if _MODE.value in _TAKE[name] else {}
+            which |= {name: value} if value else {}
         try:
             directory = workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}")
             chosen = config_flags.get_override_values(flags.FLAGS["config"])

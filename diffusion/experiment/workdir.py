@@ -41,14 +41,14 @@ WRITTEN = (
 )
 
 
-def parse(text: str) -> Path:
+def parse(text: str, flag: str = "--workdir") -> Path:
     """The directory that a flag names.
 
     Raises:
         ValueError: it is a URL, which as a path would be a local folder of that name.
     """
     if "://" in text:
-        raise ValueError(f"--workdir={text} is not a local directory; mount the bucket and take its path there")
+        raise ValueError(f"{flag}={text} is not a local directory; mount the bucket and take its path there")
     return files.expanded(text)
 
 
@@ -174,11 +174,12 @@ def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:
     return config is None or config.train.num_steps == read_config(directory).train.num_steps
 
 
-def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest") -> EmaState:
+def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest", claims: bool = True) -> EmaState:
     """The EMA in a checkpoint, for evaluation or sampling; without any, the weights of config.init_from.
 
     Args:
         checkpoint: "latest"; "best", the one with the lowest val_loss of those that are kept; or a step.
+        claims: whether `directory` becomes the run of such weights. Otherwise nothing is written.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -193,7 +194,7 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest")
         with Checkpoints(directory / "checkpoints") as checkpoints:
             if experiment.config.init_from and checkpoints.latest_step() is None:
                 start = ema_of(experiment.initial_state())
-                if not (directory / "config.json").exists():
+                if claims and not (directory / "config.json").exists():
                     claim(experiment.config, directory)
                 return start
             step = int(checkpoint) if checkpoint.isdecimal() else None
@@ -256,13 +257,15 @@ class LoadedRun(NamedTuple):
         export.write(Path(directory), about, dict(named_leaves(self.state.ema_params)), facts)
 
 
-def load(directory: str | Path, checkpoint: str = "latest", config: ConfigDict | None = None) -> LoadedRun:
+def load(
+    directory: str | Path, checkpoint: str = "latest", config: ConfigDict | None = None, claims: bool = True
+) -> LoadedRun:
     """The run or the export in `directory`, to sample from it, score it or study it.
 
     An export does not need its data set.
 
     Args:
-        checkpoint: which one; see `restore`.
+        checkpoint, claims: see `restore`.
         config: of a run: one that differs from its own in what may change; None for its own.
 
     Raises:
@@ -275,7 +278,7 @@ def load(directory: str | Path, checkpoint: str = "latest", config: ConfigDict |
     config = read_config(directory) if config is None else config
     described = build.describe_data(config)
     experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
-    return LoadedRun(experiment, restore(experiment, directory, checkpoint), directory)
+    return LoadedRun(experiment, restore(experiment, directory, checkpoint, claims), directory)
 
 
 def _exported(directory: Path, checkpoint: str) -> LoadedRun:

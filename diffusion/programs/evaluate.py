@@ -17,7 +17,7 @@ from diffusion.data.source import Splits
 from diffusion.evaluation import images
 from diffusion.evaluation.bound import Bound, estimated_bound, full_bound
 from diffusion.evaluation.pairs import PRECISION
-from diffusion.experiment import build, memory, workdir
+from diffusion.experiment import build, memory, results, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.workdir import EmaState
 from diffusion.model import Model
@@ -30,31 +30,36 @@ EVALUATIONS = "evaluations"  # in the workdir: a folder for each evaluation that
 UNFINISHED = "unfinished_eval"  # beside the results: the terms that are done
 
 
-def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
+def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output: str = "") -> None:
     """Scores a checkpoint of `directory`, and leaves what the run itself wrote as it is.
 
     The results go into a folder that is named by what was measured; eval.json is a copy of the last ones.
 
+    Args:
+        output: a directory for both; "" for the run's own. With it, nothing is written into the run.
+
     Raises:
-        ValueError: no image is to be scored, besides what `workdir.load` raises.
+        ValueError: no image is to be scored, besides what `results.place` and `workdir.load` raise.
     """
     if config.eval.num_images == images.NONE:
         raise ValueError("eval.num_images=-1 scores no image; --config.eval.num_images=0 scores all of the test set")
     num_test = build.describe_data(config).num_test
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, num_test)
-    loaded = workdir.load(directory, checkpoint, config)
+    place = results.place(directory, output, EVALUATIONS)
+    loaded = workdir.load(directory, checkpoint, config, claims=not output)
     experiment, state, model = loaded.experiment, loaded.state, loaded.model_with(config.eval.variance)
     splits = build.load_splits(config)
     check_labels(config, splits)
     data_sha256 = processes.on_first(splits.sha256)
     measured = short_sha256([state.sha256, data_sha256, tree_sha256(model.schedule.x0_variance)])
-    out = directory / EVALUATIONS / f"{name(experiment, int(state.step), num_images)}-{measured}"
+    out = place / EVALUATIONS / f"{name(experiment, int(state.step), num_images)}-{measured}"
     with Preemption() as preemption, workdir.locked(out), memory.shortage_explained(experiment, "eval.batch_size"):
         scores = score(experiment, out, model, state, splits, preemption.check)
         if processes.is_first():
             summary.write_json(out / "eval.json", scores)
-            summary.write_json(directory / "eval.json", scores)
-            page.refresh(directory)
+            summary.write_json(place / "eval.json", scores)
+            if not output:
+                page.refresh(directory)
             print(json.dumps(scores, indent=2))
 
 

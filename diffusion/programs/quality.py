@@ -17,7 +17,7 @@ from diffusion.data.source import SPLITS
 from diffusion.evaluation import quality, reference
 from diffusion.evaluation.features import Batch
 from diffusion.evaluation.reference import Numbers, Reference
-from diffusion.experiment import build, memory, workdir
+from diffusion.experiment import build, memory, results, workdir
 from diffusion.programs import sample
 from diffusion.reporting import page, summary
 from diffusion.reporting.progress import Progress
@@ -31,17 +31,25 @@ USUAL_IMAGES = 50_000  # of published Fréchet distances
 FID_NAMES = {"frechet_distance": "fid", "frechet_infinity": "fid_infinity"}
 
 
-def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
-    """Draws from a checkpoint of `directory` what is not in its samples/ yet, writes quality.json and prints it."""
-    loaded = workdir.load(directory, checkpoint, config)
+def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output: str = "") -> None:
+    """Draws from a checkpoint of `directory` what is not in its samples/ yet, writes quality.json and prints it.
+
+    Args:
+        output: a directory for samples and quality.json; "" for the run's own. With it, nothing is written into the
+            run.
+
+    Raises what `results.place` and `workdir.load` do.
+    """
+    out = results.place(directory, output, sample.SAMPLES)
+    loaded = workdir.load(directory, checkpoint, config, claims=not output)
     model = loaded.model_with(config.sample.variance)
     splits = build.load_splits(config)
-    unfinished = directory / UNFINISHED
+    unfinished = out / UNFINISHED
     scorer = processes.on_first(lambda: Scorer(config, splits, unfinished))
     num_images = config.quality.num_images
     with Preemption() as preemption:
         with memory.shortage_explained(loaded.experiment, "sample.batch_size"):
-            folder = sample.fill(loaded.experiment, directory, model, loaded.state, num_images, preemption.check)
+            folder = sample.fill(loaded.experiment, out, model, loaded.state, num_images, preemption.check)
 
         def write() -> None:
             scores = scorer.scores(sample.shards(folder, num_images), num_images) | {
@@ -52,10 +60,11 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None
                 "device": summary.device_name(),
                 "versions": summary.versions(),
             }
-            summary.write_json(directory / NAME, scores)
+            summary.write_json(out / NAME, scores)
             shutil.rmtree(unfinished, ignore_errors=True)
             print(json.dumps(scores, indent=2, ensure_ascii=False))
-            page.refresh(directory)
+            if not output:
+                page.refresh(directory)
 
         processes.on_first(write)
 

@@ -13,7 +13,7 @@ from jaxtyping import Int32, UInt8
 from ml_collections import ConfigDict
 
 from diffusion.evaluation.sampling import Sampler
-from diffusion.experiment import memory, rules, workdir
+from diffusion.experiment import memory, results, rules, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.workdir import EmaState
 from diffusion.model import Model
@@ -31,21 +31,26 @@ MAX_NAME = 80  # letters of a folder's name, without its digest
 ARCHIVE, GRID, TRAJECTORY = "samples.npz", "samples.png", "progressive.png"
 
 
-def run(config: ConfigDict, directory: Path, checkpoint: str = "latest") -> None:
+def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output: str = "") -> None:
     """Draws from a checkpoint of `directory`, or goes on where an earlier call was stopped.
 
+    Args:
+        output: a directory for the samples; "" for the run's own. With it, nothing is written into the run.
+
     Raises:
-        ValueError: no image is to be drawn, besides what `workdir.load` raises.
+        ValueError: no image is to be drawn, besides what `results.place` and `workdir.load` raise.
     """
     if not config.sample.num_images:
         raise ValueError("sample.num_images=0 draws no image; --config.sample.num_images=64 draws 64")
-    loaded = workdir.load(directory, checkpoint, config)
+    out = results.place(directory, output, SAMPLES)
+    loaded = workdir.load(directory, checkpoint, config, claims=not output)
     model = loaded.model_with(config.sample.variance)
     with Preemption() as preemption, memory.shortage_explained(loaded.experiment, "sample.batch_size"):
-        folder = save(loaded.experiment, directory, model, loaded.state, preemption.check)
+        folder = save(loaded.experiment, out, model, loaded.state, preemption.check)
     if processes.is_first():
-        page.refresh(directory)
-        print(f"{config.sample.num_images} samples: {folder}; the last ones also as {directory / GRID}")
+        if not output:
+            page.refresh(directory)
+        print(f"{config.sample.num_images} samples: {folder}; the last ones also as {out / GRID}")
 
 
 def make_sampler(experiment: Experiment) -> Sampler:

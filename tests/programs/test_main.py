@@ -47,7 +47,7 @@ MISTAKES = [
     ((DIGITS, "--config.data.name=nowhere"), "data.name='nowhere'"),
     ((DIGITS, "extra"), "unexpected argument 'extra'"),
     ((DIGITS, "--mode=sample", "--workdir=nothing"), "no checkpoint"),
-    ((DIGITS, "--mode=sample", "--output=a"), "--output=a has no part in --mode=sample"),
+    ((DIGITS, "--mode=describe", "--output=a"), "--output=a has no part in --mode=describe"),
     ((DIGITS, "--mode=eval", "--allow_other_data"), "--allow_other_data has no part in"),
     ((DIGITS, "--mode=compress", "--input=test"), "--mode=compress needs --output"),
     ((DIGITS, "--mode=export"), "--mode=export needs --output"),
