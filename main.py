@@ -147,17 +147,15 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS([argv[0], *asks_for_help, *_of_run(argv), *argv[1:]])
     except Exception as error:
-        from diffusion.experiment import config, schema
+        from diffusion.experiment import config
 
         if fault := config.fault_of_file(_config_path(argv), error):
             _fail(fault)
         if not isinstance(error, _MISTAKES):
             raise
-        for argument in argv[1:]:
-            key = argument.partition("=")[0].lstrip("-").removeprefix("config.")
-            if argument.lstrip("-").startswith("config.") and key not in schema.all_keys():
-                _fail(schema.unknown(key))
-        _fail(error)
+        given = [argument.partition("=")[0].lstrip("-") for argument in argv[1:]]
+        keys = [name.removeprefix("config.") for name in given if name.startswith("config.")]
+        _fail(config.fault_of_key(keys, error) or error)
 
 
 def _config_path(argv: list[str]) -> str:

@@ -120,9 +120,6 @@ def from_file(path: str, overrides: dict[str, str]) -> ConfigDict:
     Raises:
         ValueError: the file cannot be read, a key does not exist, or a value cannot be read as what the file has.
     """
-    for name in overrides:
-        if name not in all_keys():
-            raise ValueError(unknown(name))
     argv = ["main.py", f"--config={path}", *(f"--config.{key}={value}" for key, value in overrides.items())]
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -130,11 +127,28 @@ def from_file(path: str, overrides: dict[str, str]) -> ConfigDict:
         values(argv)
         return completed(holder.value)
     except Exception as error:
-        if fault := fault_of_file(path, error):
+        if fault := fault_of_file(path, error) or fault_of_key(overrides, error):
             raise ValueError(fault) from error
         if isinstance(error, flags.Error | AttributeError | TypeError | ValueError | ImportError | OSError):
             raise ValueError(str(error)) from error
         raise
+
+
+def fault_of_key(given: Collection[str], error: BaseException) -> str:
+    """The first key that is given and does not exist, or is in a group that the config lacks; "" if there is none.
+
+    Args:
+        error: what setting the keys raised.
+    """
+    known = all_keys()
+    for name in given:
+        group, _, field = name.rpartition(".")
+        if name not in known:
+            return unknown(name)
+        if isinstance(error, KeyError) and repr(group) in str(error):
+            as_argument = f"model.network=\"{group}({field}=…)\""
+            return f"config key {name}: the config has no keys of {group}; {as_argument} sets a field of that network"
+    return ""
 
 
 def fault_of_file(path: str, error: BaseException) -> str:

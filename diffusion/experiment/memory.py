@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from diffusion.experiment import build
+from diffusion.experiment import build, names
 from diffusion.experiment.build import Experiment
 from diffusion.runtime import prefetch
 from diffusion.training.step import Examples, mean_loss
@@ -103,8 +103,11 @@ def shortage_explained(
 
 def _training_need(experiment: Experiment, num_train: int) -> str:
     """What training keeps, and the keys that lower it; a run may go on with another value of all but the last."""
-    num_images = local_batch(experiment)
-    keys = [] if getattr(experiment.training.network, "remat", True) else ["unet.remat=True"]
+    config, num_images = experiment.config, local_batch(experiment)
+    network = names.parse(config.model.network).name
+    # A network whose keys the config does not have is told in its name, which may not change.
+    has_keys = network in config and not getattr(experiment.training.network, "remat", True)
+    keys = [f"{network}.remat=True"] if has_keys else []
     keys += ["train.grad_accum higher"] if num_images > 1 else []
     keys += ["data.placement=disk"] if num_train and keeps_images(experiment, num_train) else []
     data = f" and {data_bytes(experiment, num_train) / 2**30:.2f} GiB of training images" if num_train else ""

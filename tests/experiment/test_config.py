@@ -1,6 +1,7 @@
 """Configs: real files, no dead keys, and a one-line error for every mistake."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import re
@@ -17,6 +18,7 @@ from configs import cifar10, digits
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import schema
 from diffusion.experiment.schema import KEYS
+from diffusion.training import loop
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +56,7 @@ def test_every_key_is_read_by_the_program():
                 attributes.add((getattr(owner, "attr", getattr(owner, "id", "")), node.attr))
             if isinstance(node, ast.Constant):
                 strings.add(node.value)
+    attributes |= {("train", field.name) for field in dataclasses.fields(loop.Plan)}  # which build.plan looks up
     aliases = {"train": ("train", "settings"), "eval": ("eval", "settings"), "sample": ("sample", "config")}
     for key in KEYS:
         group, _, name = key.rpartition(".")
@@ -264,9 +267,33 @@ def test_a_file_that_cannot_be_resolved_is_an_error_that_says_why(path, override
         config_lib.from_file(path, overrides)
 
 
+def test_a_key_of_a_network_that_the_config_has_no_keys_of_says_how_it_is_set(capsys, parsed):
+    words = 'config key adm.channels: the config has no keys of adm; model.network="adm(channels=…)" sets a field'
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
+        config_lib.from_file("configs/digits.py", {"seed": "3", "adm.channels": "32"})
+    with pytest.raises(SystemExit):
+        parsed("--config=configs/digits.py", "--config.seed=3", "--config.adm.channels=32")
+    assert capsys.readouterr().err.startswith(f"error: {words}")
+
+
 # --- a file of the user's that fails
 
 IMPORT = "from configs import digits\n"
+@pytest.fixture
+def parsed(monkeypatch):
+    """(flags) -> what main.py makes of them."""
+    given = flags.FlagValues()
+    monkeypatch.setattr(main.flags, "FLAGS", given)
+
+    def parse(*arguments):
+        argv = ["main.py", *arguments]
+        if "config" not in given:
+            config_flags.DEFINE_config_file("config", flag_values=given, sys_argv=argv)
+        return main._parse(argv)
+
+    return parse
+
+
 FAILING = {
     "syntax": ("def get_config():\n    return 1 +\n", "line 2: SyntaxError: invalid syntax"),
     "encoding": ("x = '\xff'\n", "line 1: SyntaxError: (unicode error) 'utf-8' codec can't decode byte 0xff"),
@@ -281,19 +308,16 @@ FAILING = {
 
 
 @pytest.mark.parametrize("kind", FAILING)
-def test_a_config_file_that_fails_is_one_line_with_its_place(kind, tmp_path, capsys, monkeypatch):
+def test_a_config_file_that_fails_is_one_line_with_its_place(kind, tmp_path, capsys, parsed):
     text, words = FAILING[kind]
     path = tmp_path / "mine.py"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError) as error:
         config_lib.from_file(str(path), {})
     assert str(error.value).startswith(f"--config={path}, {words}")
-    given = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=given)
-    monkeypatch.setattr(main.flags, "FLAGS", given)
     for arguments in ([f"--config={path}"], ["--config", str(path)]):
         with pytest.raises(SystemExit) as ended:
-            main._parse(["main.py", *arguments])
+            parsed(*arguments)
         line = capsys.readouterr().err
         assert ended.value.code == 2 and line.startswith(f"error: --config={path}, ") and line.count("\n") == 1
 

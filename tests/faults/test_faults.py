@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("steps_compiled_once")
 
 POISONED = "layer(poison=7.0)"  # network_t = 7 is t = 8
 POISONED_T = 8
+ADM = "adm(channels=4, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=2, num_heads=1)"
 
 
 def rows_without_time(directory):
@@ -171,7 +172,9 @@ def test_replicas_that_differ_stop_the_run_before_the_next_checkpoint(tmp_path, 
     assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["10"]
 
 
-@pytest.mark.parametrize(("network", "advice"), [("unet", "unet.remat=True, or train"), ("layer", "train")])
+@pytest.mark.parametrize(
+    ("network", "advice"), [("unet", "unet.remat=True, or train"), ("layer", "train"), (ADM, "train")]
+)
 def test_too_little_memory_is_a_one_line_error_that_names_the_keys(network, advice):
     experiment = toy.experiment(model__network=network)
     words = (
