@@ -116,7 +116,7 @@ def recognized(weights: Path, flags_file: str) -> tuple[dict[str, Any], Row | No
     """
     row = published_rows.by_name(weights.stem)
     if flags_file:
-        flags = openai_flags.beside(files.expanded(flags_file))
+        flags = openai_flags.from_file(files.expanded(flags_file))
     elif row and not weights.with_suffix(".json").is_file():
         flags = openai_flags.read(row.flags)
     else:

@@ -87,10 +87,15 @@ def read(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def beside(pt_file: str | Path) -> dict[str, Any]:
-    """The flags in the JSON file of the checkpoint's name, FILE.json beside FILE.pt. Raises what `read` does, too."""
+    """The flags in the JSON file of the checkpoint's name, FILE.json beside FILE.pt. Raises what `from_file` does."""
     path = expanded(pt_file).with_suffix(".json")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it must hold the flags that {pt_file} was trained with")
+    return from_file(path)
+
+
+def from_file(path: Path) -> dict[str, Any]:
+    """The flags in a JSON file. Raises what `read` does, with the file's name, or an OSError."""
     try:
         return read(dict(json.loads(path.read_text())))
     except (TypeError, ValueError) as error:

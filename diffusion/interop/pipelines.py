@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from diffusion import reverse, schedules
-from diffusion.interop import files
 from diffusion.interop.diffusers import load_diffusers
 from diffusion.model import Model
 from diffusion.networks.named_tensors import first_few
@@ -68,15 +67,14 @@ def load_pipeline(directory: str | Path) -> Model:
         settings = _checked(json.loads(path.read_text()))
         p = reverse.make(PREDICTIONS[settings["prediction_type"]], VARIANCES[settings["variance_type"]])
         schedule = _schedule(settings)
-        about = json.loads(files.find(folder).config.read_text())
-        if about.get("out_channels") != (wanted := p.output_channels(about.get("in_channels", 0))):
-            raise ValueError(
-                f"variance_type={settings['variance_type']!r} needs a network of {wanted} out_channels, "
-                f"not {about.get('out_channels')}"
-            )
     except (ValueError, AttributeError, TypeError) as error:  # malformed JSON is the first, a list the second
         raise ValueError(f"{path}: {error}") from error
     unet, params = load_diffusers(folder)
+    if unet.out_channels != (wanted := p.output_channels(params["conv_in"]["kernel"].shape[2])):
+        raise ValueError(
+            f"{path}: variance_type={settings['variance_type']!r} needs a network of {wanted} out_channels, "
+            f"not {unet.out_channels}"
+        )
     denoise = jax.tree_util.Partial(Network(unet, unet.out_channels), params)
     return Model(denoise, p, schedule, NUM_LEVELS, takes_labels=unet.num_classes > 0)
 

@@ -66,6 +66,8 @@ def test_a_file_is_recognized_by_its_name_or_by_the_flags_beside_it(tmp_path):
     for arguments in ((tmp_path / "mine.pt", ""), (tmp_path / "other.pt", str(tmp_path / "mine.json"))):
         flags, row = published.recognized(*arguments)
         assert row is None and flags["num_heads"] == 2
+    (tmp_path / "mine.txt").write_text('{"package": "improved_diffusion", "num_heads": 3}')
+    assert published.recognized(tmp_path / "other.pt", str(tmp_path / "mine.txt"))[0]["num_heads"] == 3
     with pytest.raises(FileNotFoundError, match="other.json does not exist; it must hold the flags that "):
         published.recognized(tmp_path / "other.pt", "")
     with pytest.raises(ValueError, match="has a published name, and other flags than that file's"):

@@ -87,6 +87,13 @@ def test_what_a_model_cannot_be_is_refused_by_name(changes, message, made):
     assert "\n" not in str(raised.value)
 
 
+def test_damage_of_the_network_is_not_the_scheduler_s(made, tmp_path):
+    (tmp_path / "unet" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="unet/config.json") as raised:
+        made()
+    assert "scheduler" not in str(raised.value)
+
+
 def test_without_a_scheduler_it_is_no_pipeline(tmp_path):
     with pytest.raises(FileNotFoundError, match="scheduler/scheduler_config.json does not exist; a pipeline has"):
         interop.load_pipeline(tmp_path)
