@@ -21,6 +21,7 @@ from typing import TextIO
 
 import numpy as np
 
+from diffusion.evaluation import images
 from diffusion.experiment import rules, workdir
 from diffusion.programs import quality
 from diffusion.reporting import page
@@ -43,7 +44,7 @@ def possible(cells: list[Cell]) -> tuple[list[Cell], dict[str, list[str]]]:
     kept, excluded = [], {}
     for cell in cells:
         config = cell.config()
-        if config.eval.num_images == -1:
+        if config.eval.num_images == images.NONE:
             raise ValueError("eval.num_images=-1 scores no image, and a sweep compares scores; take a small number")
         try:
             rules.check(config)

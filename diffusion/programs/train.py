@@ -20,6 +20,7 @@ from diffusion.evaluation import images
 from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import build, memory, names, rules, workdir
 from diffusion.experiment.build import Experiment
+from diffusion.experiment.ema import ema_of
 from diffusion.programs import early_stopping, evaluate, fork, sample
 from diffusion.programs.quality import Scorer
 from diffusion.reporting import loggers, page, pictures, plots, summary
@@ -87,7 +88,7 @@ def run(
 
         with memory.shortage_explained(experiment, num_train=len(splits.train)):
             state = train(experiment, directory, splits, sampler, preemption, stopwatch.tick)
-        trained = workdir.ema_of(state)
+        trained = ema_of(state)
         plots.plot_loss(read_metrics(directory), directory / "loss.png")
         model = experiment.model(state.ema_params, config.sample.variance)
         if config.sample.num_images:
