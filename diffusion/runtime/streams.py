@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import stat
 import sys
 from collections.abc import Container
 
@@ -34,7 +35,7 @@ def guard() -> None:
 
     A closed one is opened to nowhere, so that no file gets its descriptor and with it a library's messages. What
     cannot be written since nobody reads it is thrown away: a run goes on. On stderr, which nothing depends on, any
-    failure counts so. On stdout a full disk is an error. What an encoding has no code for is escaped.
+    failure counts so. On stdout a full or failing disk is an error. What an encoding has no code for is escaped.
     """
     for descriptor in range(3):
         try:
@@ -44,9 +45,14 @@ def guard() -> None:
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)
     if sys.stdout is sys.__stdout__:  # a test or a notebook has put another one there
-        sys.stdout = sys.__stdout__ = _lasting(sys.stdout, 1, GONE)
+        sys.stdout = sys.__stdout__ = _lasting(sys.stdout, 1, _gone(1))
     if sys.stderr is sys.__stderr__:
         sys.stderr = sys.__stderr__ = _lasting(sys.stderr, 2, EVERY)
+
+
+def _gone(descriptor: int) -> frozenset[int]:
+    """The errors by which nobody reads what is written; in a file, EIO is the disk's."""
+    return GONE - {errno.EIO} if stat.S_ISREG(os.fstat(descriptor).st_mode) else GONE
 
 
 def _open_nowhere(descriptor: int) -> None:

@@ -1,5 +1,6 @@
 """Standard streams that are closed, that nobody reads, or that lack letters stop no program."""
 
+import errno
 import os
 import re
 import subprocess
@@ -80,6 +81,14 @@ def test_only_a_full_disk_is_told_and_of_stdout_alone(opened, ignored):
     finally:
         stream.close()
         os.close(descriptor)
+
+
+def test_in_a_file_an_error_of_the_disk_is_told(tmp_path):
+    with (tmp_path / "table.md").open("w") as file:
+        assert streams._gone(file.fileno()) == streams.GONE - {errno.EIO}
+    descriptor = terminal_that_was_closed()
+    assert streams._gone(descriptor) == streams.GONE
+    os.close(descriptor)
 
 
 def test_streams_that_somebody_replaced_are_left_alone(capsys):
