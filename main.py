@@ -31,6 +31,7 @@ _MODES = {
 }
 _NEED = {"input": ("compress", "decompress"), "output": ("compress", "decompress", "export")}  # flags of some modes
 _READ_A_CHECKPOINT = ("eval", "sample", "quality", *_NEED["output"])
+_WRITE_NO_RESULTS = ("describe", "classifier")  # into a directory of the user's
 _TAKE = _NEED | {"output": _READ_A_CHECKPOINT}
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -114,6 +115,7 @@ def main(argv: list[str]) -> None:
             which |= {name: value} if value else {}
         try:
             directory = workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}")
+            _open(directory)
             chosen = config_flags.get_override_values(flags.FLAGS["config"])
             mode.run(workdir.continued(resolved, directory, chosen), directory, **which)
         except preemption.Preempted as stop:
@@ -125,6 +127,18 @@ def main(argv: list[str]) -> None:
         if not isinstance(error, OSError) and raised_in not in ours:
             raise
         _stop(_error_line(error), 2)
+
+
+def _open(directory: Path) -> None:
+    """Says where it runs and where the results go, before anything else."""
+    from diffusion.reporting import opening
+    from diffusion.runtime import processes
+
+    results = "" if _MODE.value in _WRITE_NO_RESULTS else _OUTPUT.value or str(directory)
+    if processes.is_first():
+        print(opening.line(_MODE.value, results), file=sys.stderr)
+    if hint := opening.missed_gpu():  # any process may be the one that misses it
+        print(f"warning: {hint}", file=sys.stderr)
 
 
 def _keep_freed_memory(config: ConfigDict) -> None:

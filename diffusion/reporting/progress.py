@@ -38,10 +38,11 @@ class Progress(tqdm):
 
         What it takes does not count in the speed, nor in the time left. Later calls of the same program pass through.
         """
-        if program in self._compiled or self.disable:
+        is_new = self.is_new(program)
+        self._compiled.add(program)
+        if not is_new or self.disable:
             yield
             return
-        self._compiled.add(program)
         begun, done = self._time(), threading.Event()
         thread = threading.Thread(target=self._tell, args=(begun, done), daemon=True)
         if self._on_terminal:
@@ -57,6 +58,10 @@ class Progress(tqdm):
         self.last_print_t += seconds
         if seconds >= QUICK_SECONDS and not self._on_terminal:
             print(f"{self.desc.rstrip(': ')}: compiling took {seconds:.0f} s", file=sys.stderr)
+
+    def is_new(self, program: int = 0) -> bool:
+        """Whether no call of `program` was made within `compiling`."""
+        return program not in self._compiled
 
     def _tell(self, begun: float, done: threading.Event) -> None:
         """Shows the seconds of compiling in the place of the bar, until it is done."""

@@ -3,9 +3,8 @@
 import collections
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import NoReturn, SupportsFloat
 
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from diffusion.runtime.ranking import VAL_LOSS
 from diffusion.runtime.watchdog import Watchdog
 from diffusion.training import parallel
 from diffusion.training.bookkeeping import groups
+from diffusion.training.clock import Clock
 from diffusion.training.parallel import Batch
 from diffusion.training.step import Examples, Training, TrainState, mean_loss
 
@@ -108,8 +108,8 @@ def train(
         for steps, batch in batches:
             # What is timed is this call's start and the end of the one before, so their lengths tell what is usual.
             with watchdogs[len(steps), len(unchecked[-1][0]) if unchecked else 0].step():
-                with progress.compiling(len(steps)):
-                    state, metrics = train_steps(state, batch)
+                given = train_steps, state, batch, len(steps)
+                state, metrics = _called(*given, unchecked[-1][1] if unchecked else None, progress, clock)
                 if unchecked:  # wait for the call before: one call is in flight, and the progress shown is made
                     unchecked[-1][1].wait()
             unchecked.append((steps, metrics))
@@ -122,9 +122,9 @@ def train(
                 window = state.part(lambda state: state.window).host()
                 _check_finite(unchecked, group_names, window, plan.skip_nonfinite)
                 unchecked.clear()
-            _check_replicas(plan, step, state, differing_replicas)
-            row = _means(window) | {"images_per_second": clock.lap(step)} if logs else {}
+            row = _means(window) | clock.lap(step) if logs else {}
             with clock.stopped():
+                _check_replicas(plan, step, state, differing_replicas)
                 row |= _scores(plan, step, validates, state.part(lambda state: state.ema_params), monitor, quality)
                 _write(log, progress, step, row)
                 if plan.is_due(step, plan.sample_every) and step < plan.num_steps:
@@ -139,25 +139,28 @@ def train(
     return state.host()
 
 
-class Clock:
-    """The speed of training since the last lap: not of scoring, saving and drawing."""
+def _called(
+    train_steps: parallel.TrainSteps,
+    state: Replicated,
+    batch: Batch,
+    length: int,
+    before: Replicated | None,
+    progress: Progress,
+    clock: Clock,
+) -> tuple[Replicated, Replicated]:
+    """The state and the metrics after one call; the first of its length, which compiles, is waited for.
 
-    def __init__(self, batch_size: int, step: int):
-        self._batch_size, self._step, self._started = batch_size, step, time.monotonic()
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """What is done within it takes no time."""
-        begun = time.monotonic()
-        yield
-        self._started += time.monotonic() - begun
-
-    def lap(self, step: int) -> float:
-        """Images per second up to `step`; the next lap begins there."""
-        now = time.monotonic()
-        speed = (step - self._step) * self._batch_size / (now - self._started)
-        self._step, self._started = step, now
-        return speed
+    Args:
+        before: the metrics of a call that may still be computed, and whose time counts.
+    """
+    if not progress.is_new(length):
+        return train_steps(state, batch)
+    if before is not None:
+        before.wait()
+    with progress.compiling(length), clock.stopped(length):
+        state, metrics = train_steps(state, batch)
+        metrics.wait()
+    return state, metrics
 
 
 def _calls(
