@@ -25,17 +25,17 @@ class Stop(NamedTuple):
     lowest_at_step: int
 
 
-def rule(config: ConfigDict, directory: Path, num_validation: int) -> Callable[[int], bool]:
-    """(step) -> whether training ends after it, on every process: process 0 reads its metrics.jsonl.
-
-    Raises:
-        ValueError: there is a patience, and of the `num_validation` images that val_loss is of there is none.
-    """
+def check(config: ConfigDict, num_validation: int) -> None:
+    """Raises a ValueError if there is a patience and no image that val_loss could be of, as in a tenth of very few."""
     if config.train.patience and not num_validation:
         raise ValueError(
             f"train.patience={config.train.patience} follows val_loss, and data.validation={config.data.validation} "
             f"sets none of the images of data.name={config.data.name!r} aside"
         )
+
+
+def rule(config: ConfigDict, directory: Path) -> Callable[[int], bool]:
+    """(step) -> whether training ends after it, on every process: process 0 reads its metrics.jsonl."""
 
     def is_over(step: int) -> bool:
         if not config.train.patience:

@@ -68,6 +68,7 @@ def run(
         logging.warning(hint)
     splits = build.load_splits(config)
     evaluate.check_labels(config, splits)
+    early_stopping.check(config, len(splits.validation))
     if not allow_other_data:
         processes.on_first(lambda: check_data(config, directory, splits.sha256()))
     sampler = sample.make_sampler(experiment)
@@ -167,7 +168,7 @@ def train(
     No test image is looked at: of the test split only the digest is asked for.
     """
     config, plan = experiment.config, build.plan(experiment.config)
-    is_over = early_stopping.rule(config, directory, len(splits.validation))
+    is_over = early_stopping.rule(config, directory)
     seen = [splits.train, splits.validation]
     scorer = processes.on_first(lambda: Scorer(config, seen)) if config.quality.every else None
     num_monitored = min(config.train.monitor_images, len(splits.validation))

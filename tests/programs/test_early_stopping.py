@@ -5,10 +5,12 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 import toy
 
 from diffusion import data
+from diffusion.data import validation
 from diffusion.experiment import build, rules, workdir
 from diffusion.programs import early_stopping, evaluate, fork, sample, train
 from diffusion.reporting import page, plots
@@ -196,15 +198,17 @@ def test_every_process_does_what_process_0_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "on_first", lambda action: None)  # as on another process
     for said in (True, False):
         monkeypatch.setattr(processes, "bool_from_first", lambda value, said=said: said)
-        assert early_stopping.rule(config, tmp_path, num_validation=8)(4) is said
+        assert early_stopping.rule(config, tmp_path)(4) is said
 
 
-def test_without_validation_images_it_is_refused(tmp_path):
+def test_without_validation_images_it_is_refused_before_anything_is_written(runs, tmp_path, monkeypatch):
     words = "train.patience=2 follows val_loss, and data.validation=0 sets no training images aside"
     with pytest.raises(ValueError, match=words):
         rules.check(toy.config(**KEYS | {"data__validation": 0}))
+    monkeypatch.setattr(validation, "set_aside", lambda source, wanted: np.zeros(len(source), bool))
     with pytest.raises(ValueError, match=r"data.validation=8 sets none of the images of data.name='digits' aside"):
-        early_stopping.rule(toy.config(**KEYS), tmp_path, num_validation=0)
+        runs(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_finishes_a_run_that_stopped_early(tmp_path):
