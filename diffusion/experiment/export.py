@@ -171,15 +171,19 @@ def scores_in(directory: Path, ema_sha256: str) -> dict[str, Any]:
 def command_in(directory: Path, config: ConfigDict) -> str:
     """The command of the run in a directory: its config file, as it was then, and the keys that differ from it.
 
-    It is "" for a run that does not say which file that was. Where the data lay is left out.
+    It is "" for a run that does not say which file that was. Where the data lay is left out, and of the run or the
+    weights that this one came from there is the last part of the path.
     """
     base = read_json(directory / "base.json") or {}
     if not isinstance(base.get("values"), dict):
         return ""
     then = {name: key.default for name, key in all_keys().items()} | flatten_dict(base["values"], sep=".")
     now = config_lib.flatten(config)
+    now["init_from"] = Path(now["init_from"]).name
     changed = [name for name in now if name != "data.data_dir" and json.dumps(now[name]) != json.dumps(then.get(name))]
     given = [f"--config.{name}={now[name]}" for name in sorted(changed)]
+    if origin := read_json(directory / "fork.json"):
+        given.append(f"--fork={Path(origin['directory']).name}@{origin['step']}")
     return shlex.join(["python", "main.py", f"--config={base.get('config')}", *given])
 
 

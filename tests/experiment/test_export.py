@@ -12,7 +12,7 @@ import toy
 from safetensors.numpy import load, save
 
 from diffusion import __version__, data, guidance, likelihood, samplers
-from diffusion.experiment import build, init_from, schema, workdir
+from diffusion.experiment import build, export, init_from, schema, workdir
 from diffusion.networks import NETWORKS
 from diffusion.programs import export as program
 from diffusion.programs import fork
@@ -153,6 +153,15 @@ def test_model_json_says_what_a_card_needs_and_no_place_of_this_machine(source, 
         assert (said["license"], said["step"], said["data_sha256"]) == ("CC0", step, DATA[step])
         given = f"--config.seed=0 '--config.unet.channel_mult={run.config.unet.channel_mult}'"
         assert said["command"] == f"python main.py '--config=configs/my toy.py' {given}"
+
+
+def test_the_command_says_where_a_run_came_from_without_the_place(tmp_path):
+    (tmp_path / "base.json").write_text(json.dumps({"config": "configs/toy.py", "values": config().to_dict()}))
+    assert export.command_in(tmp_path, config()) == "python main.py --config=configs/toy.py"
+    (tmp_path / "fork.json").write_text(json.dumps({"directory": "/home/me/old", "step": 3}))
+    started = config(init_from="/home/me/first@best")
+    words = "--config.init_from=first@best --fork=old@3"
+    assert export.command_in(tmp_path, started) == f"python main.py --config=configs/toy.py {words}"
 
 
 def change_weights(exported, **tensors):
