@@ -19,7 +19,7 @@ KNOWS_NOTHING_ELSE = "networks"  # not even the paper
 NETWORKS_AND_RUNTIME = "diffusion.networks.inception_weights"  # a file that is downloaded and converted once
 SEE_A_CONFIG = ("experiment", "programs")
 NAMES_PMAP = "diffusion.training.parallel"
-BUILT_ON_IT = {"experiments", "benchmarks", "configs", "tests", "main"}
+BUILT_ON_IT = {"experiments", "benchmarks", "configs", "examples", "tests", "main"}
 
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 70
@@ -37,7 +37,7 @@ every_module = pytest.mark.parametrize("module", PATHS)
 
 
 def repository_files() -> list[Path]:
-    folders = ("diffusion", "configs", "experiments", "benchmarks", "tests")
+    folders = ("diffusion", "configs", "experiments", "benchmarks", "examples", "tests")
     nested = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
     return sorted([*REPOSITORY.glob("*.py"), *nested])
 
@@ -236,7 +236,7 @@ def test_no_lambda_is_assigned_to_a_name():
     assert not found, f"write a def: {', '.join(found)}"
 
 
-@pytest.mark.parametrize("package", ["diffusion", "experiments", "benchmarks", "configs"])
+@pytest.mark.parametrize("package", ["diffusion", "experiments", "benchmarks", "configs", "examples"])
 def test_what_is_about_to_go_is_an_error_in_our_own_modules_alone(package):
     use = "import warnings; warnings.warn('about to go', DeprecationWarning)"
     exec(use, {"__name__": "numpy.planted"})
