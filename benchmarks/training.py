@@ -33,7 +33,7 @@ def main() -> None:
         parser.error("--data-dir is needed: where CIFAR-10 lies")
     train.run(short(args), args.workdir)
     rows = curve(args.workdir)
-    speed = timing.quartiles(np.array([row["images/s"] for row in rows]))
+    speed = timing.quartiles(np.array([row["images/s"] for row in rows if row["images/s"] is not None]))
     scores = json.loads((args.workdir / workdir.SUMMARY).read_text())
     found = {"images/s": speed, "test, bits/dim": scores["test_bpd"], "its standard error": scores["test_bpd_stderr"]}
     timing.finish(args.out, vars(args) | {"workdir": str(args.workdir)}, rows, **found)
@@ -56,9 +56,9 @@ def short(args) -> ConfigDict:
 
 
 def curve(directory: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that hold a mean loss."""
+    """The rows of metrics.jsonl that hold a mean loss; one whose steps compiled has no speed."""
     return [
-        {"step": row["step"], "loss": row["loss"], "images/s": row["images_per_second"]}
+        {"step": row["step"], "loss": row["loss"], "images/s": row.get("images_per_second")}
         for row in read_metrics(directory)
         if "loss" in row
     ]

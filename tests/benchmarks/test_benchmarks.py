@@ -1,6 +1,7 @@
 """What the benchmarks rest on: arms that take turns, ratios within a round, and a count of work that adds up."""
 
 import argparse
+import json
 import mmap
 import os
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import spawned
 
-from benchmarks import compiled, sampling, scaling, sides, timing
+from benchmarks import compiled, sampling, scaling, sides, timing, training
 from benchmarks.timing import Arm, Cost
 from diffusion.experiment import build, memory
 from diffusion.runtime import allocator
@@ -136,3 +137,11 @@ def test_the_programs_for_absent_devices_take_what_training_and_sampling_take(ti
     spaced = jax.eval_shape(lambda params: sampling.spaced(experiment.model(params), 4), state.params)
     chain = compiled.lower_sampling(experiment, 8, targets, steps=4)
     assert argument_bytes(chain) == memory.num_bytes(spaced) + 8 * 4
+
+
+def test_a_training_s_curve_has_no_speed_where_its_steps_compiled(tmp_path):
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "images_per_second": 9.0}, {"step": 3, "val_loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = training.curve(tmp_path)
+    assert [(row["step"], row["images/s"]) for row in found] == [(1, None), (2, 9.0)]
+    assert timing.table(found).count("\n") == 3
