@@ -44,13 +44,18 @@ class Arm(NamedTuple):
 Arms = dict[str, Arm]
 
 
+def num_cores() -> int:
+    """The cores that this process may use; where the system does not say (macOS), all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cost(call: Callable[[], Any]) -> Cost:
     """Of one call in this process."""
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     call()
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
     cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    busy = cpu_seconds / (seconds * len(os.sched_getaffinity(0)))
+    busy = cpu_seconds / (seconds * num_cores())
     return Cost(seconds, after.ru_minflt - before.ru_minflt, busy)
 
 
@@ -130,7 +135,7 @@ def finish(out: Path, settings: dict[str, Any], rows: list[dict[str, Any]], **mo
     facts = {
         "date": datetime.date.today().isoformat(),
         "device": summary.device_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)),
+        "cpu_cores": num_cores(),
         "load_average": os.getloadavg()[0],
         "versions": versions,
         "settings": {name: value for name, value in settings.items() if name != "out"},

@@ -45,7 +45,7 @@ def resolve_data_dir(data_dir: str | None) -> Path:
     """
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or DEFAULT_DIR
     if "://" in chosen:
-        raise ValueError(f"data.data_dir={chosen} is not a local directory; mount the bucket and take its path there")
+        raise ValueError(f"data.data_dir={chosen} is not a local directory; remote paths are not read")
     try:
         return files.expanded(chosen)
     except ValueError as error:

@@ -48,7 +48,7 @@ def parse(text: str, flag: str = "--workdir") -> Path:
         ValueError: it is a URL, which as a path would be a local folder of that name.
     """
     if "://" in text:
-        raise ValueError(f"{flag}={text} is not a local directory; mount the bucket and take its path there")
+        raise ValueError(f"{flag}={text} is not a local directory; remote paths are not read")
     return files.expanded(text)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import time
@@ -13,10 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows, where `streams.guard` ends every program
+    fcntl = None
+
 NO_HOME = "no home directory is known (HOME is not set, and the user is not in /etc/passwd)"
 # What NumPy raises for an .npy or .npz file that is cut or damaged; an OSError is the disk's.
 DAMAGE = (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 MAX_BEGIN_BYTES = 128  # of a temporary file's name; file systems take 255 bytes
+SWITCH = "DIFFUSION_LOCK"  # 0 does without a lock where the file system has none
 LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, which ends with the process
 
 
@@ -62,18 +67,20 @@ def locked(directory: Path, advice: str) -> Iterator[None]:
 
     Raises:
         ValueError: another process is at work there; the message names it and ends with `advice`.
-        OSError: the file system cannot lock files.
+        OSError: the file system cannot lock files, and DIFFUSION_LOCK is not 0.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise OSError(f"{directory} is on a file system that cannot lock files ({error})") from error
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise ValueError(f"{directory} is in use by {owner}; {advice}") from error
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise ValueError(f"{directory} is in use by {owner}; {advice}") from error
+            if os.environ.get(SWITCH) != "0":
+                without = f"if no other process works there, {SWITCH}=0 goes on without"
+                raise OSError(f"{directory}: its file system has no locks ({error.strerror}); {without}") from error
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}", file=file)
         file.flush()

@@ -1,14 +1,13 @@
 """Signals that ask a run to stop, as schedulers send them before they kill."""
 
 import contextlib
-import os
 import signal
 from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = os.EX_TEMPFAIL  # 75: the run is not finished, and the same command continues it
+EXIT_CODE = 75  # os.EX_TEMPFAIL: the run is not finished, and the same command continues it
 
 
 class Preempted(SystemExit):

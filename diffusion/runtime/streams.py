@@ -1,6 +1,7 @@
 """Standard streams that stop no program: closed ones, readers that leave, terminals that go, letters without a code."""
 
 import errno
+import importlib.util
 import io
 import os
 import stat
@@ -31,12 +32,15 @@ class _Lasting(io.FileIO):
 
 
 def guard() -> None:
-    """Makes this process's standard streams last; the first thing that a program does.
+    """Makes this process's standard streams last; the first thing that a program does. On Windows it ends it.
 
     A closed one is opened to nowhere, so that no file gets its descriptor and with it a library's messages. What
     cannot be written since nobody reads it is thrown away: a run goes on. On stderr, which nothing depends on, any
     failure counts so. On stdout a full or failing disk is an error. What an encoding has no code for is escaped.
     """
+    if importlib.util.find_spec("fcntl") is None:
+        print("error: this needs Linux or macOS; on Windows, run it in WSL 2", file=sys.stderr)
+        sys.exit(2)
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

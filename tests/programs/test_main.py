@@ -51,8 +51,8 @@ MISTAKES = [
     ((DIGITS, "--mode=eval", "--allow_other_data"), "--allow_other_data has no part in"),
     ((DIGITS, "--mode=compress", "--input=test"), "--mode=compress needs --output"),
     ((DIGITS, "--mode=export"), "--mode=export needs --output"),
-    ((DIGITS, "--workdir=gs://a/b"), "error: --workdir=gs://a/b is not a local directory; mount the bucket and"),
-    ((DIGITS, "--config.data.data_dir=gs://a/b"), "error: data.data_dir=gs://a/b is not a local directory; mount the"),
+    ((DIGITS, "--workdir=gs://a/b"), "error: --workdir=gs://a/b is not a local directory; remote paths are not read"),
+    ((DIGITS, "--config.data.data_dir=gs://a/b"), "error: data.data_dir=gs://a/b is not a local directory; remote paths are not read"),
 ]
 LAYER = f"--config={ROOT / 'tests' / 'faults' / 'digits_layer.py'}"
 DESCRIBE = (LAYER, "--mode=describe", "--workdir=described", "--config.eval.num_images=9")

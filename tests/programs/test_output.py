@@ -123,5 +123,5 @@ def test_an_output_that_is_another_run_or_no_place_is_one_line(tmp_path):
         results.place(theirs, str(file), "samples")
     with pytest.raises(OSError, match=rf"^--output={file}/a cannot be written to \(Not a directory\); take another"):
         results.place(theirs, f"{file}/a", "samples")
-    with pytest.raises(ValueError, match="^--output=gs://a is not a local directory; mount the bucket"):
+    with pytest.raises(ValueError, match="^--output=gs://a is not a local directory; remote paths"):
         results.place(theirs, "gs://a", "samples")

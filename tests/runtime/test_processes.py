@@ -195,7 +195,7 @@ def test_a_bug_on_process_0_stops_every_process(monkeypatch, error):
 @pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run", "file:///run"])
 def test_a_url_is_no_directory(url):
     for parse in (workdir.parse, tfds.resolve_data_dir):
-        with pytest.raises(ValueError, match=f"={url} is not a local directory; mount the bucket"):
+        with pytest.raises(ValueError, match=f"={url} is not a local directory; remote paths"):
             parse(url)
 
 

@@ -286,7 +286,7 @@ def test_compiling_takes_no_time_from_the_speed_of_training_nor_do_its_steps_cou
     """A call takes 100 s at first and 1 s a step later; on an accelerator it returns before its steps are computed."""
     now, done = [0.0], [0.0]  # the time, and when what was started is computed
     monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(Replicated, "wait", lambda metrics: now.__setitem__(0, max(now[0], done[0])))
+    monkeypatch.setattr(Replicated, "wait", lambda metrics: now.__setitem__(0, max(now[0], metrics.leaves)))
     measured, speeds, before, compiled = clock.Clock(batch_size=8, step=0), [], None, set()
 
     def train_steps(state, batch):
@@ -294,7 +294,7 @@ def test_compiling_takes_no_time_from_the_speed_of_training_nor_do_its_steps_cou
         now[0] += 0.0 if length in compiled else 100.0
         compiled.add(length)
         done[0] = max(now[0], done[0]) + length
-        return state, Replicated(length)
+        return state, Replicated(done[0])
 
     with Progress(9) as progress:
         for step, length in ((1, 1), (2, 1), (4, 2), (6, 2), (7, 1), (9, 2)):
