@@ -1,6 +1,7 @@
 """Signals that ask a run to stop, as schedulers send them before they kill."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 
@@ -19,10 +20,11 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """While entered, SIGTERM and SIGINT raise `Preempted` at once, or set `signal_name` inside `deferred`.
+    """While entered, SIGTERM, SIGHUP and SIGINT raise `Preempted` at once, or set `signal_name` inside `deferred`.
 
     A second SIGINT always interrupts at once: a person at the keyboard means it. In a multi-process run
-    JAX's coordination service receives SIGTERM and tells every process where to stop; SIGINT keeps its usual meaning.
+    JAX's coordination service receives SIGTERM and tells every process where to stop; SIGHUP is passed on to it as a
+    SIGTERM, and SIGINT keeps its usual meaning. A SIGHUP that is ignored (nohup) stays so.
     """
 
     def __init__(self):
@@ -31,8 +33,11 @@ class Preemption:
         self._asked = 0
 
     def __enter__(self) -> "Preemption":
-        handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        self._before = {number: signal.signal(number, self._receive) for number in handled}
+        alone = jax.process_count() == 1
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT) if alone else (), self._receive)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            handlers[signal.SIGHUP] = self._receive if alone else _pass_on
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -55,7 +60,8 @@ class Preemption:
         if jax.process_count() > 1:
             # JAX stops one past the furthest process, so this has to count by ones, which steps need not.
             self._asked += 1
-            return multihost_utils.reached_preemption_sync_point(self._asked)
+            if multihost_utils.reached_preemption_sync_point(self._asked):
+                self.signal_name = "a signal"  # JAX says so once; with the last step it is handled after `deferred`
         return bool(self.signal_name)
 
     def check(self) -> None:
@@ -74,3 +80,7 @@ class Preemption:
 
     def _stop(self) -> Preempted:
         return Preempted(f"stopped by {self.signal_name}; the same command goes on")
+
+
+def _pass_on(_number: int, _frame) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

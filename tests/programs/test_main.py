@@ -52,7 +52,7 @@ MISTAKES = [
     ((DIGITS, "--mode=compress", "--input=test"), "--mode=compress needs --output"),
     ((DIGITS, "--mode=export"), "--mode=export needs --output"),
     ((DIGITS, "--workdir=gs://a/b"), "error: --workdir=gs://a/b is not a local directory; remote paths are not read"),
-    ((DIGITS, "--config.data.data_dir=gs://a/b"), "error: data.data_dir=gs://a/b is not a local directory; remote paths are not read"),
+    ((DIGITS, "--config.data.data_dir=gs://a/b"), "error: data.data_dir=gs://a/b is not a local directory; remote"),
 ]
 LAYER = f"--config={ROOT / 'tests' / 'faults' / 'digits_layer.py'}"
 DESCRIBE = (LAYER, "--mode=describe", "--workdir=described", "--config.eval.num_images=9")

@@ -17,7 +17,7 @@ def send(number: signal.Signals) -> None:
 
 
 def handlers() -> tuple:
-    return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    return tuple(map(signal.getsignal, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)))
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def two_processes(monkeypatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_outside_the_loop_stops_at_once_and_the_old_handlers_come_back(number):
     before = handlers()
     with pytest.raises(Preempted, match="75") as stop, Preemption():
@@ -71,10 +71,40 @@ def test_a_second_interrupt_from_the_keyboard_does_not_wait():
                 time.sleep(10)
 
 
+def test_under_nohup_a_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption():
+            send(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_several_processes_leave_the_signals_to_jax(two_processes):
     before = handlers()
     with Preemption():
-        assert handlers() == before
+        assert handlers()[:2] == before[:2]
+    assert handlers() == before
+
+
+def test_several_processes_pass_a_hangup_on_to_jax_as_the_signal_that_it_handles(two_processes):
+    received, before = [], signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        with Preemption():
+            send(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
+
+
+def test_several_processes_are_stopped_after_the_last_step_if_jax_said_so_with_it(two_processes):
+    """JAX says so once: what follows the loop would not hear of it, and would be killed."""
+    with pytest.raises(Preempted, match="75") as stop, Preemption() as preemption:
+        with preemption.deferred():
+            assert [preemption.is_due() for _ in range(3)] == [False, False, True]
+        pytest.fail("it went on")
+    assert stop.value.reason == "stopped by a signal; the same command goes on"
 
 
 def test_several_processes_ask_for_the_signal_with_a_count_that_goes_up_by_one(two_processes):
