@@ -5,6 +5,7 @@ each of which rounds by 6e-8 of its result: some ten of them stay below TOLERANC
 """
 
 import ast
+import re
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ X0 = to_unit(np.random.default_rng(1).integers(0, NUM_LEVELS, (BATCH, *SHAPE), n
 
 
 class Layer(nn.Module):
-    """In the place of the U-Net where a gradient is compiled."""
+    """In the place of the U-Net, which takes longer to compile; one test has the U-Net itself."""
 
     @nn.compact
     def __call__(self, x_t, t):
@@ -153,8 +154,11 @@ def test_every_term_of_the_bound():
 
 
 def test_it_is_one_page_without_the_library():
-    source = Path(ddpm.__file__).read_text()
+    page = Path(ddpm.__file__)
+    source = page.read_text()
     assert len(source.splitlines()) <= 120
+    files = re.findall(r"diffusion/[\w/.]+\.py", source)
+    assert len(files) > 10 and all((page.parents[1] / file).exists() for file in files)
     nodes = list(ast.walk(ast.parse(source)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
