@@ -3,6 +3,7 @@
 What a run needs to go on is its config.json and its latest checkpoint: the same command resumes by itself.
 """
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -220,24 +221,36 @@ def check_data(config: ConfigDict, directory: Path, now: dict[str, str]) -> None
 
 def _shower(
     experiment: Experiment, directory: Path, sampler: Sampler, log: MetricsLog
-) -> Callable[[int, Replicated], None]:
+) -> loop.Draw:
     """Shows samples of EMA parameters as samples_STEP.png and to the loggers, if any are wanted."""
     num_previews = min(experiment.config.sample.num_previews, experiment.config.sample.num_images)
 
-    def drawn(ema_params: Replicated) -> UInt8[np.ndarray, "grid_h grid_w c"]:
+    def drawn(ema_params: Replicated, stops: Callable[[], bool]) -> UInt8[np.ndarray, "grid_h grid_w c"] | None:
         # A function of its own: a plotting library may keep its callers' frames, and with them the model's arrays.
-        model = experiment.model(ema_params.host(), experiment.config.sample.variance)
-        with memory.shortage_explained(experiment, "sample.batch_size"):
-            return sample.grid(experiment, sampler.images(model, num_previews))
+        model, images = experiment.model(ema_params.host(), experiment.config.sample.variance), []
+        with (
+            memory.shortage_explained(experiment, "sample.batch_size"),
+            contextlib.closing(sampler.batches(model, 0, num_previews, num_previews)) as batches,
+        ):
+            for batch in batches:
+                images.append(batch)
+                if sum(map(len, images)) < num_previews and stops():
+                    return None
+        return sample.grid(experiment, np.concatenate(images))
 
-    def show(step: int, ema_params: Replicated) -> None:
+    def show(step: int, ema_params: Replicated, stops: Callable[[], bool], only_missing: bool) -> bool:
+        path = directory / f"samples_{step}.png"
+        if only_missing and processes.bool_from_first(processes.is_first() and path.exists()):
+            return True
         if num_previews:
-            grid = drawn(ema_params)
-            pictures.save_png(directory / f"samples_{step}.png", grid)
+            if (grid := drawn(ema_params, stops)) is None:
+                return False
+            pictures.save_png(path, grid)
             log.images(step, "samples", grid)
         if processes.is_first():
             plots.plot_loss(read_metrics(directory), directory / "loss.png")
             page.refresh(directory)
+        return True
 
     return show
 

@@ -1,7 +1,6 @@
 """The training loop: it calls the compiled step, and between calls it logs, saves and samples."""
 
 import collections
-import dataclasses
 import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -27,44 +26,12 @@ from diffusion.training import parallel
 from diffusion.training.bookkeeping import groups
 from diffusion.training.clock import Clock
 from diffusion.training.parallel import Batch
+from diffusion.training.plan import Plan
 from diffusion.training.step import Examples, Training, TrainState, mean_loss
 
 Monitor = Callable[[Replicated], dict[str, float]]  # of EMA parameters
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How long training is, and what happens when between its steps; 0 is never. See the config group `train`.
-
-    Rows are logged every `Training.log_every` steps.
-    `steps_per_call` is 1 where several steps in one compiled call are slow: see `build.plan`.
-    """
-
-    seed: int
-    num_steps: int
-    steps_per_call: int
-    checkpoint_every: int
-    validate_every: int
-    sample_every: int
-    quality_every: int
-    check_replicas_every: int
-    skip_nonfinite: int
-
-    def is_due(self, step: int, every: int) -> bool:
-        """Whether what happens every so many steps happens after this one; at the last step all does."""
-        return step == self.num_steps or bool(every) and step % every == 0
-
-    def call_length(self, step: int, log_every: int) -> int:
-        """How many steps the compiled call after this step takes: as many as a call may have, or 1.
-
-        Each length is a compilation, so there are two. No call goes beyond a step after which something happens: what
-        is left before it is made of single steps.
-        """
-        own = self.checkpoint_every, self.validate_every, self.sample_every, self.quality_every
-        intervals = [interval for interval in (log_every, *own, self.check_replicas_every) if interval]
-        longest = min([self.steps_per_call, self.num_steps, *intervals])
-        left = min([self.num_steps - step, *(interval - step % interval for interval in intervals)])
-        return longest if longest <= left else 1
+# (step, EMA parameters, whether to stop, asked between batches; only if not shown before) -> whether it was not stopped
+Draw = Callable[[int, Replicated, Callable[[], bool], bool], bool]
 
 
 def train(
@@ -75,7 +42,7 @@ def train(
     on_devices: bool,
     monitor: Monitor,
     is_over: Callable[[int], bool],
-    draw: Callable[[int, Replicated], None],
+    draw: Draw,
     quality: Callable[[Replicated], dict[str, float]],
     checkpoints: Checkpoints,
     log: MetricsLog,
@@ -90,7 +57,7 @@ def train(
         on_devices: whether every device keeps all images; else they are read from disk while a step runs.
         monitor: what is known of EMA parameters from validation images; its val_loss ranks the checkpoints.
         is_over: (step) -> whether training ends there; asked after each validation's row is written.
-        draw: (step, EMA parameters) -> shows samples.
+        draw: shows samples of EMA parameters, after the step's save; what a signal stopped is shown when a run resumes.
         quality: EMA parameters -> metrics of samples.
         checkpoints, log: where process 0 saves, and what gets the rows.
         preemption: says when a signal asks to stop.
@@ -105,6 +72,7 @@ def train(
     batches, state = _batches(training, plan, begin, train_set, on_devices), devices.replicate(state)
     watchdogs, clock, unchecked = collections.defaultdict(Watchdog), Clock(training.batch_size, begin), []
     with Progress(plan.num_steps, initial=begin, desc="train") as progress, preemption.deferred(), closing(batches):
+        _draw_missing(plan, begin, state, checkpoints, draw, preemption.is_due)
         for steps, batch in batches:
             # What is timed is this call's start and the end of the one before, so their lengths tell what is usual.
             with watchdogs[len(steps), len(unchecked[-1][0]) if unchecked else 0].step():
@@ -118,7 +86,7 @@ def train(
             logs, saves = plan.is_due(step, training.log_every), plan.is_due(step, plan.checkpoint_every)
             validates = saves or plan.is_due(step, plan.validate_every)
             stops = preemption.is_due() and step < plan.num_steps
-            if logs or validates or stops:
+            if logs or validates or stops or plan.draws(step):
                 window = state.part(lambda state: state.window).host()
                 _check_finite(unchecked, group_names, window, plan.skip_nonfinite)
                 unchecked.clear()
@@ -127,10 +95,8 @@ def train(
                 _check_replicas(plan, step, state, differing_replicas)
                 row |= _scores(plan, step, validates, state.part(lambda state: state.ema_params), monitor, quality)
                 _write(log, progress, step, row)
-                if plan.is_due(step, plan.sample_every) and step < plan.num_steps:
-                    draw(step, state.part(lambda state: state.ema_params))
-                if (ends := validates and is_over(step)) or saves or stops:
-                    _save(checkpoints, step, state, row)
+                saves |= (ends := validates and is_over(step))
+                stops = _save_and_draw(plan, step, state, row, saves, stops, checkpoints, draw, preemption.is_due)
             if stops:
                 _stop(checkpoints, step)
             if ends:
@@ -196,6 +162,35 @@ def _save(checkpoints: Checkpoints, step: int, state: Replicated, row: dict[str,
     """Process 0 begins to save; where it cannot, or the save before has failed, every process raises it."""
     metrics = {VAL_LOSS: row[VAL_LOSS]} if VAL_LOSS in row else {}
     processes.on_first(lambda: checkpoints.save(step, state.host(), metrics))
+
+
+def _save_and_draw(
+    plan: Plan,
+    step: int,
+    state: Replicated,
+    row: dict[str, SupportsFloat],
+    saves: bool,
+    stops: bool,
+    checkpoints: Checkpoints,
+    draw: Draw,
+    is_due: Callable[[], bool],
+) -> bool:
+    """Saves, if the step or a signal asks for it, then shows samples; returns whether a signal asks to stop."""
+    if saves or stops:
+        _save(checkpoints, step, state, row)
+    if stops or not plan.draws(step) or draw(step, state.part(lambda state: state.ema_params), is_due, False):
+        return stops
+    if not saves:
+        _save(checkpoints, step, state, row)
+    return True
+
+
+def _draw_missing(
+    plan: Plan, begin: int, state: Replicated, checkpoints: Checkpoints, draw: Draw, is_due: Callable[[], bool]
+) -> None:
+    """Shows the samples of the step that a run resumes at, unless the leg before has; a signal stops it."""
+    if begin and plan.draws(begin) and not draw(begin, state.part(lambda state: state.ema_params), is_due, True):
+        _stop(checkpoints, begin)
 
 
 def _stop(checkpoints: Checkpoints, step: int) -> NoReturn:

@@ -11,6 +11,7 @@ import pytest
 import toy
 
 from diffusion import timesteps
+from diffusion.evaluation import sampling
 from diffusion.experiment import memory
 from diffusion.reporting import metrics_log
 from diffusion.runtime import devices, randomness
@@ -67,6 +68,46 @@ def test_a_signal_that_comes_with_the_last_step_is_handled_after_it(tmp_path, mo
     with pytest.raises(Preempted):
         toy.run(toy.experiment(), tmp_path)
     assert tree_sha256(toy.run(toy.experiment(), tmp_path)) == tree_sha256(straight[1])
+
+
+def test_samples_are_drawn_after_the_save_and_those_that_a_signal_stopped_when_the_run_goes_on(
+    tmp_path, monkeypatch, straight
+):
+    drawn, on_disk = [], []
+
+    class Drawn(sampling.Sampler):
+        """Draws two batches, and notes which are drawn and which checkpoints are there or on their way."""
+
+        def __init__(self):
+            """It needs nothing."""
+
+        def batches(self, model, begin, end, total):
+            on_disk.append(sorted(steps_of(tmp_path)))
+            for number in range(2):
+                drawn.append(number)
+                if len(drawn) in (3, 5):  # with the first batch of the second call, and with the last of the third
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield np.zeros((total // 2, *toy.SHAPE), np.uint8)
+
+    def steps_of(directory):
+        return [int(path.name.split(".")[0]) for path in (directory / "checkpoints").glob("[0-9]*")]
+
+    monkeypatch.setattr(toy.sample, "make_sampler", lambda experiment: Drawn())
+    monkeypatch.setattr(toy.train.page, "refresh", lambda directory: None)
+    monkeypatch.setattr(toy.train.plots, "plot_loss", lambda rows, path: None)
+    experiment = toy.experiment(train__sample_every=10, sample__num_images=4)
+    pictures = [tmp_path / f"samples_{step}.png" for step in (10, 20, 30)]
+    with pytest.raises(Preempted, match="75") as stop:
+        toy.run(experiment, tmp_path)
+    assert "at step 20, which is saved" in stop.value.reason and drawn == [0, 1, 0]
+    assert [path.exists() for path in pictures] == [True, False, False]
+    assert [step in found for step, found in zip((10, 20), on_disk, strict=True)] == [True, True]
+    with pytest.raises(Preempted):  # the signal came with the last batch, so the next step is the last one
+        toy.run(experiment, tmp_path)
+    assert [path.exists() for path in pictures] == [True, True, False] and drawn == [0, 1, 0, 0, 1]
+    state = toy.run(experiment, tmp_path)
+    assert drawn == [0, 1, 0, 0, 1] and tree_sha256(state) == tree_sha256(straight[1])
+    assert rows_without_time(tmp_path) == rows_without_time(straight[0])
 
 
 def test_the_last_save_is_done_before_a_signal_can_break_it_off(tmp_path, monkeypatch):

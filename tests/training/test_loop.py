@@ -368,8 +368,9 @@ def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_s
         monitored.append(params.host())
         return {"val_loss": 1.0}
 
-    def draw(step, params):
+    def draw(step, params, stops, only_missing):
         shown.append(params.host())
+        return True
 
     def quality(params):
         measured.append(params.host())
