@@ -82,9 +82,7 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; every argument is a --flag=value")
         if _CONFIG.value is None:
-            raise ValueError(
-                "no --config is given; for example --config=configs/digits.py, or --workdir with the directory of a run"
-            )
+            raise ValueError(_no_config(_WORKDIR.value or "", _FORK.value))
         # Imported here because JAX takes seconds that --help should not cost.
         from diffusion.experiment import build, config, workdir
         from diffusion.runtime import compiled_programs, orbax_noise, preemption, processes
@@ -96,7 +94,7 @@ def main(argv: list[str]) -> None:
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         compiled_programs.keep(on_cpu=build.runs_on_cpu())
         base = config_flags.get_config_filename(flags.FLAGS["config"])
-        base = "" if base == str(_OF_RUN) else base
+        base = "" if base.startswith(str(_OF_RUN)) else base
         mode = importlib.import_module(f"diffusion.programs.{_MODES[_MODE.value]}")
         if _CHECKPOINT.value != "latest" and _MODE.value not in _READ_A_CHECKPOINT:
             raise ValueError(f"--checkpoint={_CHECKPOINT.value} has no part in --mode={_MODE.value}")
@@ -165,6 +163,8 @@ def _parse(argv: list[str]) -> list[str]:
 
         if fault := config.fault_of_file(_config_path(argv), error):
             _fail(fault)
+        if "flag 'config." in str(error) and not _config_path(argv):
+            _fail(_no_config(*_named_runs(argv)))
         if not isinstance(error, _MISTAKES):
             raise
         given = [argument.partition("=")[0].lstrip("-") for argument in argv[1:]]
@@ -185,15 +185,28 @@ def _of_run(argv: list[str]) -> list[str]:
         return []
     from diffusion.runtime import files
 
+    workdir, fork = _named_runs(argv)
+    runs = [files.expanded(name) for name in (workdir, fork.rpartition("@")[0] or fork) if name]
+    existing = [run for run in runs if (run / "config.json").exists()]
+    return [f"--config={_OF_RUN}:{existing[0]}"] if existing else []
+
+
+def _named_runs(argv: list[str]) -> tuple[str, str]:
+    """What --workdir and --fork are; "" where they are not given."""
     given = flags.FlagValues()
     for name in ("workdir", "fork"):
         flags.DEFINE_string(name, "", "", flag_values=given)
     with contextlib.suppress(flags.Error):  # the whole command line is parsed afterwards
         given(argv, known_only=True)
-    named = given["workdir"].value, given["fork"].value.rpartition("@")[0] or given["fork"].value
-    runs = [files.expanded(name) for name in named if name]
-    existing = [run for run in runs if (run / "config.json").exists()]
-    return [f"--config={_OF_RUN}:{existing[0]}"] if existing else []
+    return given["workdir"].value, given["fork"].value
+
+
+def _no_config(workdir: str, fork: str) -> str:
+    """Why there is no config: neither --config nor the config.json of a run."""
+    named = {"--fork": fork, "--workdir": "" if fork else workdir}
+    without = [f"{flag}={value} holds no run (no config.json)" for flag, value in named.items() if value]
+    example = "for example --config=configs/digits.py, or --workdir with the directory of a run"
+    return f"{', and '.join(['no --config is given', *without])}; {example}"
 
 
 def _error_line(reason: Exception | str) -> str:

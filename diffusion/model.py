@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from diffusion import guidance
 from diffusion.reverse import Reverse
@@ -36,6 +37,11 @@ class Model:
     def __post_init__(self):
         if callable(self.denoise) and not isinstance(self.denoise, jax.tree_util.Partial):
             object.__setattr__(self, "denoise", jax.tree_util.Partial(self.denoise))
+
+    def __repr__(self) -> str:
+        size = sum(np.size(leaf) for leaf in jax.tree.leaves(self.denoise))
+        process = f"{self.p}, T = {self.schedule.num_steps}, {self.num_levels} levels"
+        return f"Model({process}, {size:,} parameters{', takes labels' if self.takes_labels else ''})"
 
     def without_labels(self) -> "Model":
         """The model with a denoiser that takes no labels; its network was trained with label dropout."""

@@ -92,11 +92,13 @@ def sample(
         noise to data.
 
     Raises:
-        ValueError: more frames than steps.
+        ValueError: more frames than steps, or another x_T than one for each key.
     """
     num_steps = schedule.num_steps
     if not 1 <= num_frames <= num_steps:
         raise ValueError(f"num_frames={num_frames} must be in 1…{num_steps}, the number of steps")
+    if x_T is not None and x_T.shape != (len(keys), *shape):
+        raise ValueError(f"x_T has the shape {x_T.shape}, not {(len(keys), *shape)}: an image for each of the keys")
 
     def predict(row: Schedule, x_t: Array) -> Denoised:
         output = denoise(x_t, jnp.full(len(x_t), row.network_t))

@@ -229,6 +229,8 @@ def test_more_frames_than_steps_are_refused():
     s, p = schedules.cosine(3), reverse.make("eps", "fixed_small")
     with pytest.raises(ValueError, match="num_frames=4 must be in 1…3, the number of steps"):
         samplers.sample(samplers.ancestral(), exact_eps(s), p, s, KEYS, (4, 4, 1), num_frames=4)
+    with pytest.raises(ValueError, match=r"x_T has the shape \(2, 4, 4, 3\), not \(2, 4, 4, 1\)"):
+        samplers.sample(samplers.ancestral(), exact_eps(s), p, s, KEYS, (4, 4, 1), x_T=jnp.zeros((2, 4, 4, 3)))
 
 
 def test_the_posterior_mean_is_what_ancestral_sampling_walks():

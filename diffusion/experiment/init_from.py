@@ -100,6 +100,9 @@ def _settings(network: nn.Module, config: ConfigDict) -> dict[str, Any]:
 def _read(text: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The parameters by their paths, and what is known of their network."""
     directory = files.expanded(text)
+    if not directory.exists() and not files.expanded(text.rpartition("@")[0] or text).exists():
+        words = "may be a run (DIR, DIR@best, DIR@STEP), an export or published weights"
+        raise FileNotFoundError(f"init_from={text!r} does not exist; it {words}")
     if _is_run(text):
         return _of_run(text)
     if export.is_export(directory):

@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from diffusion.experiment import build, export
+from diffusion.experiment import build, export, named_run
 from diffusion.experiment import config as config_lib
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.ema import EmaState, ema_of, load_x0_variance
@@ -67,7 +67,7 @@ def check(config: ConfigDict, directory: Path) -> None:
         if differing:
             raise ValueError(
                 f"{directory} holds a run with another config ({'; '.join(differing)}); "
-                "give those values again or take another --workdir"
+                "give those values again or take another --workdir (a --fork goes on from this run with other values)"
             )
     elif directory.exists():
         names = sorted(item.name for item in directory.iterdir())
@@ -214,6 +214,9 @@ class LoadedRun(NamedTuple):
     state: EmaState
     directory: Path
 
+    def __repr__(self) -> str:
+        return f"LoadedRun({str(self.directory)!r}, step {int(self.state.step)}, {self.model})"
+
     @property
     def config(self) -> ConfigDict:
         return self.experiment.config
@@ -265,6 +268,7 @@ def load(
     An export does not need its data set.
 
     Args:
+        directory: DIR, DIR@best or DIR@STEP.
         checkpoint, claims: see `restore`.
         config: of a run: one that differs from its own in what may change; None for its own.
 
@@ -272,6 +276,8 @@ def load(
         FileNotFoundError: there is neither in it, or no checkpoint, or the run's data set is missing.
         ValueError: the config or the checkpoint is damaged.
     """
+    if checkpoint == "latest":
+        directory, checkpoint = named_run.parse(str(directory), "directory")
     directory = Path(directory)
     if config is None and export.is_export(directory):
         return _exported(directory, checkpoint)

@@ -27,6 +27,18 @@ class Fork(NamedTuple):
     rows: list[dict[str, Any]]  # of metrics.jsonl, up to the state's step
 
 
+def check_target(text: str, directory: Path) -> None:
+    """Raises a ValueError if a run has begun in `directory` that is no fork of what `text` names."""
+    if not has_begun(directory):
+        return
+    source, known = named_run.parse(text, "--fork"), origin_of(directory)
+    asked = {"directory": str(source.directory.resolve())}
+    asked |= {"step": int(source.which)} if source.which.isdecimal() else {}
+    if not known or asked.items() - known.items():
+        comes_from = f"comes from {known['directory']}@{known['step']}" if known else "is no fork"
+        raise ValueError(f"--fork={text}: {directory} holds a run that {comes_from}; take another --workdir")
+
+
 def read(experiment: Experiment, text: str, directory: Path) -> Fork | None:
     """What `text` names; None if `directory` is a fork of it that has a checkpoint. Nothing is written.
 
@@ -34,15 +46,10 @@ def read(experiment: Experiment, text: str, directory: Path) -> Fork | None:
         FileNotFoundError: there is no such run or checkpoint.
         ValueError: `directory` is another run's, or the checkpoint does not fit the config.
     """
-    source = named_run.parse(text, "--fork")
-    known = origin_of(directory)
+    check_target(text, directory)
     if has_begun(directory):
-        asked = {"directory": str(source.directory.resolve())}
-        asked |= {"step": int(source.which)} if source.which.isdecimal() else {}
-        if not known or asked.items() - known.items():
-            comes_from = f"comes from {known['directory']}@{known['step']}" if known else "is no fork"
-            raise ValueError(f"--fork={text}: {directory} holds a run that {comes_from}; take another --workdir")
         return None
+    source = named_run.parse(text, "--fork")
     old, new = workdir.read_config(source.directory).data, experiment.config.data
     named_run.warn_of_seen_images(f"--fork={text}", new.validation, old.validation)
     with Checkpoints(source.checkpoints) as checkpoints:

@@ -132,6 +132,8 @@ def _about(directory: Path, stopwatch: Stopwatch) -> dict[str, Any]:
 
 def prepare(config: ConfigDict, directory: Path, forked: str = "") -> Experiment:
     """The experiment, after every check that needs no data and no device."""
+    if forked:
+        fork.check_target(forked, directory)
     parallel.check_batch_size(config.train.batch_size, config.train.grad_accum)
     described = build.describe_data(config)
     experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)

@@ -176,7 +176,10 @@ def test_a_run_is_loaded_as_objects_with_the_averaged_parameters(tmp_path, monke
     workdir.claim(small, tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(3, state.replace(step=np.int32(3), ema_params=average), {"val_loss": 1.0})
-    run = workdir.load(tmp_path)
+    run = workdir.load(f"{tmp_path}@3")
+    size = sum(leaf.size for leaf in jax.tree.leaves(average))
+    assert repr(run).startswith(f"LoadedRun('{tmp_path}', step 3, Model(") and f" {size:,} parameters)" in repr(run)
+    assert len(repr(run)) < 1000
     assert (run.state.step, run.image_shape, run.config.schedule.num_steps) == (3, (8, 8, 1), 5)
     assert (run.model.num_levels, run.model.p, run.model.schedule.num_steps) == (17, experiment.p, 5)
     jax.tree.map(np.testing.assert_array_equal, run.model.denoise.args[0], average)

@@ -128,6 +128,11 @@ def test_a_fork_whose_checkpoints_are_damaged_is_not_begun_anew_over_its_metrics
     assert fork.read(toy.experiment(), f"{source}@8", tmp_path / "new") is None
 
 
+def test_another_run_is_told_before_the_keys_that_differ_from_its_own(source, tmp_path):
+    with pytest.raises(ValueError, match="source holds a run that is no fork; take another --workdir"):
+        run(source, f"{tmp_path / 'old'}@8", optim__learning_rate=0.5)
+
+
 def test_a_finished_run_is_not_said_to_be_a_fork(source):
     with pytest.raises(ValueError, match="source holds a run that is no fork; take another --workdir"):
         run(source, f"{source}@8")

@@ -39,6 +39,8 @@ def test_help_comes_before_a_config_which_takes_seconds_to_read(tmp_path):
 
 MISTAKES = [
     ((), "no --config is given"),
+    (("--workdir=none", "--config.seed=3"), "no --config is given, and --workdir=none holds no run"),
+    (("--fork=none@5", "--workdir=new", "--config.seed=3"), "no --config is given, and --fork=none@5 holds no run"),
     (("--config=configs/none.py",), "configs/none.py"),
     ((DIGITS, "--mode=trian"), "trian"),
     ((DIGITS, "--config.unet.chanels=3"), "did you mean unet.channels?"),

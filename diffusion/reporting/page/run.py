@@ -152,8 +152,8 @@ def _config(contents: Contents, config: dict[str, Any], base: dict[str, Any]) ->
     if not config:
         return []
     values = flat(base["values"]) if isinstance(base.get("values"), dict) else {}
-    if values:
-        name = text_of(base.get("config"))
+    name = text_of(base.get("config"))
+    if values and not name.partition(":")[0].endswith("of_run.py"):  # which earlier versions wrote for forks
         keys = sorted(config.keys() | values.keys())
         changed = [key for key in keys if config.get(key, ABSENT) != values.get(key, ABSENT)]
         cells = [[key, *(text_of(of.get(key, ABSENT)) for of in (values, config))] for key in changed]
@@ -167,7 +167,10 @@ def _config(contents: Contents, config: dict[str, Any], base: dict[str, Any]) ->
             parts.element("pre", " \\\n    ".join(["python main.py", *map(shlex.quote, arguments)])),
         ]
     else:
-        made = [parts.element("p", f"There is no {BASE}, which says from which config file the run started.")]
+        made = [
+            parts.element("p", "The run's own config is all of it. This command continues where the run stopped:"),
+            parts.element("pre", shlex.join(["python", "main.py", f"--workdir={contents.directory}"])),
+        ]
     lines = "\n".join(f"{key} = {text_of(value)}" for key, value in sorted(config.items()))
     return [*made, parts.folded(f"All {len(config)} keys", lines)]
 

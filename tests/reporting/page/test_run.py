@@ -227,7 +227,7 @@ def test_the_command_on_the_page_makes_the_same_config(tmp_path, read_page):
 
 def test_a_run_without_its_base_says_so(run_directory, read_page):
     (run_directory / "base.json").unlink()
-    assert "There is no base.json" in read_page(run_directory).text()
+    assert f"python main.py --workdir={run_directory}" in read_page(run_directory).text()
 
 
 def test_samples_with_labels_are_said_to_have_a_row_per_class(tmp_path, make_run, read_page):
