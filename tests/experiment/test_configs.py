@@ -5,10 +5,11 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import imagenet64
-from diffusion import data
+from diffusion import data, learned_schedule
 from diffusion.data import Description
 from diffusion.experiment import build
 from diffusion.experiment import config as config_lib
@@ -41,7 +42,10 @@ def test_the_network_has_the_parameters_that_the_header_names(name):
     config = module.get_config()
     assert config.data.name == described.name
     experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
-    count = sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_state().params))
+    key, image, number = jax.random.key(0), jnp.zeros((1, *described.image_shape)), jnp.zeros(1)
+    params = jax.eval_shape(experiment.training.network.init, key, image, number)["params"]
+    params |= {"schedule": learned_schedule.init(experiment.start_schedule)} if experiment.learns_schedule else {}
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert re.search(r"Cost +([\d,]+) parameters", module.__doc__).group(1) == f"{count:,}"
 
 

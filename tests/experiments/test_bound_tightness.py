@@ -77,6 +77,7 @@ def test_the_loss_is_the_divergence_from_the_reversal_and_what_x0_adds(shift):
     assert found["information"] > 0
 
 
+@pytest.mark.slow
 def test_a_wider_network_has_a_smaller_gap(monkeypatch, tmp_path):
     small = {"WIDTHS": (2, 16), "SEEDS": (0, 1), "SCHEDULE": schedules.cosine(10), "NUM_STEPS": 300, "POINTS": 101}
     for name, value in small.items():
@@ -143,6 +144,7 @@ def test_every_likelihood_of_one_network(tmp_path, monkeypatch):
     assert "| bound_dequantized | uniformly dequantized" in bound_tightness.trained_table(result)
 
 
+@pytest.mark.slow
 def test_clipping_spoils_the_density_of_data_beyond_the_clip():
     """Dequantized pixel values reach ±1.0625 of 17 levels; a clipped x̂_0 cannot follow the exact one there."""
     from experiments import tightness_trained

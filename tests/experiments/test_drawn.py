@@ -36,10 +36,10 @@ def test_guidance_scores_every_weight_and_a_second_call_draws_nothing(labelled_r
 
     monkeypatch.setattr(features, "classifier", lambda train_set: Features(all_threes))
     study = drawn.study("guidance", run, "pixels", num_images=10, num_sets=2)
-    guidance.run(study, [0.0, 60.0])
+    guidance.run(study, [0.0])
     rows = rows_of(run / "guidance.csv")
-    assert [float(row["w"]) for row in rows] == [-1, 0, 60]
-    assert [row["accuracy"] for row in rows] == ["", "0.1", "0.1"]
+    assert [float(row["w"]) for row in rows] == [-1, 0]
+    assert [row["accuracy"] for row in rows] == ["", "0.1"]
     assert (run / "guidance.png").exists() and (run / "guidance_samples.png").exists()
 
     # The distance of the first row, from its samples alone.
@@ -61,7 +61,7 @@ def test_guidance_scores_every_weight_and_a_second_call_draws_nothing(labelled_r
     assert "mean ± 95% interval (Student's t, n = 2 sets)" in (run / "guidance.md").read_text()
 
     monkeypatch.setattr(Sampler, "batches", None)
-    guidance.run(study, [0.0, 60.0])
+    guidance.run(study, [0.0])
     assert rows_of(run / "guidance.csv") == rows
 
 
@@ -101,6 +101,7 @@ def test_test_images_are_scored_in_sets_as_large_as_the_samples(straight):
     assert drawn.real_images(whole, test_set)["frechet_distance"] == pytest.approx([of_all]) and of_all < min(by_set)
 
 
+@pytest.mark.slow
 def test_all_steps_with_the_run_s_own_variance_have_the_run_s_own_bound(straight, tmp_path, monkeypatch):
     run = shutil.copytree(straight, tmp_path / "run")
     monkeypatch.setattr(steps, "VARIANCES", ("model", "optimal"))

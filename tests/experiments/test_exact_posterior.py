@@ -38,6 +38,7 @@ def results(directory):
     return json.loads((directory / "exact_posterior.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_network_is_scored_as_the_evaluation_scores_it(directory, results):
     run = workdir.load(directory)
     bound, model = full_bound(build.bound_settings(run.config)), devices.replicate(run.model)
@@ -47,6 +48,7 @@ def test_the_network_is_scored_as_the_evaluation_scores_it(directory, results):
         np.testing.assert_allclose(results["bpd"][split][NETWORK]["mean"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_exact_posterior_wins_on_training_images_and_pays_on_others(results):
     train, test = results["per_t"]["train"], results["per_t"]["test"]
     assert np.all(np.array(train[EXACT]["eps_mse"]["mean"]) <= train[NETWORK]["eps_mse"]["mean"])
@@ -58,6 +60,7 @@ def test_the_exact_posterior_wins_on_training_images_and_pays_on_others(results)
     assert np.all(np.diff(effective) > -1e-3)
 
 
+@pytest.mark.slow
 def test_its_samples_are_training_images(results):
     neighbours = results["nearest_training_image"]
     assert neighbours[EXACT]["identical"] == SHOWN and neighbours[EXACT]["different_neighbours"] > SHOWN // 2
@@ -71,14 +74,15 @@ def test_the_nearest_neighbour_is_exact():
     assert index.tolist() == [5, 2] and rmse.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_the_pictures_are_written(directory):
     for name in ("gap", "samples", "nearest", "cost"):
         assert (directory / f"exact_posterior_{name}.png").stat().st_size > 10_000
 
 
-def test_a_mistake_prints_a_one_line_error(directory, monkeypatch, capsys):
+def test_a_mistake_prints_a_one_line_error(straight, monkeypatch, capsys):
     def fails(*arguments):
-        monkeypatch.setattr("sys.argv", ["exact_posterior", f"--workdir={directory}", *arguments])
+        monkeypatch.setattr("sys.argv", ["exact_posterior", f"--workdir={straight}", *arguments])
         with pytest.raises(SystemExit, match="2"):
             exit_with(exact_posterior.main)
         return capsys.readouterr().err.splitlines()[-1]

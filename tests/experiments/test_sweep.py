@@ -149,9 +149,9 @@ def test_indices_are_stable_contiguous_and_run_disjoint_cells(capsys, monkeypatc
     assert listed(capsys) == names
     ran = []
     monkeypatch.setattr(sweep, "run_cells", lambda cells, directory: ran.extend(cell.name for cell in cells) or {})
-    for index in names:
+    for index in (0, 9, 23):
         assert variance.main(["--workdir=none", f"--index={index}"]) == 0
-    assert ran == list(names.values())
+    assert ran == [names[index] for index in (0, 9, 23)]
     with pytest.raises(ValueError, match="--index=24 must be in 0…23"):
         variance.main(["--workdir=none", "--index=24"])
 

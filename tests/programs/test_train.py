@@ -168,13 +168,14 @@ def test_a_run_that_only_trains_is_finished_and_is_sampled_and_scored_later(leg,
 
 
 def test_a_run_that_goes_on_with_other_means_is_the_run_that_had_them_all_along(leg, tmp_path):
-    at_once, _ = leg("at_once", train__num_steps=8, train__log_every=1)
-    first, _ = leg("legs", train__num_steps=5, train__log_every=2)
+    at_once, _ = leg("at_once", train__num_steps=8, train__log_every=1, sample__num_images=0)
+    first, _ = leg("legs", train__num_steps=5, train__log_every=2, sample__num_images=0)
     shutil.copytree(tmp_path / "legs", tmp_path / "thrifty")
     (tmp_path / "legs" / "seconds.json").write_text('{"seconds": 5000.0}')
     others = {"train__checkpoint_every": 4, "train__keep_checkpoints": 1, "train__steps_per_call": 7}
+    others |= {"sample__num_images": 0}
     second, config = leg("legs", train__num_steps=8, train__log_every=3, **others)
-    thrifty, _ = leg("thrifty", train__num_steps=8, train__grad_accum=2, unet__remat=True)
+    thrifty, _ = leg("thrifty", train__num_steps=8, train__grad_accum=2, unet__remat=True, sample__num_images=0)
 
     assert (first["step"], second["step"]) == (5, 8)
     for key in at_once.keys() - {"seconds"}:
