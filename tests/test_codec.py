@@ -30,7 +30,10 @@ def exact_model(num_steps, make=schedules.cosine, std=0.25, decoder="network"):
     return Model(data.denoiser(p, schedule), p, schedule)
 
 
-@pytest.mark.parametrize(("num_steps", "make"), [(40, schedules.cosine), (1000, schedules.linear)])
+LONG = pytest.param(1000, schedules.linear, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("num_steps", "make"), [(40, schedules.cosine), LONG])
 def test_with_the_exact_denoiser_the_code_is_as_long_as_the_entropy_of_the_data(num_steps, make):
     """p_θ is the true reverse process, so every path x_1…x_T costs the same: −log p(x_0)."""
     images = normal_images(24)

@@ -93,6 +93,7 @@ def test_a_ratio_compares_the_best_of_each_side_round_by_round():
     assert ratio["theirs / ours"] == {"median": 2.0, "quartile_1": 2.0, "quartile_3": 2.0}
 
 
+@pytest.mark.slow
 def test_the_work_of_ho_et_al_on_paper():
     """35.7M parameters, 11.67 GFLOP per image forward."""
     one = scaling.row("devices", 32, 128, 128, devices=1, remat=False)

@@ -33,6 +33,7 @@ def statuses(states) -> dict[str, str]:
     return {name: state["status"] for name, state in states.items()}
 
 
+@pytest.mark.slow
 def test_a_rehearsal_measures_and_is_not_repeated(tmp_path, monkeypatch):
     chosen = [ALL["sampling"], ALL["cudnn_attention"]]
     states = gpu.run_all(chosen, tmp_path, settings())

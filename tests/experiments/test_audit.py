@@ -57,6 +57,7 @@ def test_every_control_fails_and_what_is_beside_it_passes():
     assert clamp.total - 1 == pytest.approx(4e-12, rel=0.01)
 
 
+@pytest.mark.slow
 def test_bounds_pass_in_discrete_and_continuous_time():
     networks = {"exact": LINE.exact(), "random": audit_spaces.random_network(1)}
     chosen = dict(list(audit_bounds.variants().items())[::5])

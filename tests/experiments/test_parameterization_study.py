@@ -88,6 +88,7 @@ def write_run(directory, prediction, objective, image_bpd):
     (folder / "summary.json").write_text(json.dumps(numbers))
 
 
+@pytest.mark.slow
 def test_the_report_is_made_from_folders(network, tmp_path, capsys, monkeypatch):
     checked = study.check(schedules.linear(60))
     monkeypatch.setattr(study, "check", lambda schedule: checked)  # the long schedules take seconds

@@ -135,7 +135,7 @@ def test_a_network_s_field_says_what_computes_its_convolutions(convolution, by_w
     assert made.count("= conv_3x3 ") == by_winograd
 
 
-@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("gradient", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_both_convolutions_are_one_network(gradient):
     unet = UNet(channels=16, channel_mult=(1, 2), num_groups=4, attention_resolutions=(), num_res_blocks=1)
     x, t = jax.random.normal(jax.random.key(0), (2, 4, 4, 3)), jnp.arange(2)

@@ -177,6 +177,7 @@ def test_bfloat16_is_close_to_float32_and_keeps_float32_outside(tiny_params):
     assert 1e-5 < error < 0.03  # it did compute in bfloat16, whose rounding is 2^-9
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_parameters_nor_values_nor_gradients():
     x, network_t = inputs(height=4, width=4)
     params = random_params(ONE_LEVEL, x, network_t)

@@ -171,6 +171,7 @@ def assert_calls_of_four_are_single_steps(run, directory, **keys):
     return four
 
 
+@pytest.mark.slow
 def test_what_the_draw_of_t_remembers_passes_from_step_to_step_of_a_call(run, tmp_path, monkeypatch):
     # In a lottery of 2^30 tickets a rounding of a loss changes all that is drawn afterwards; in one of 64 it does not.
     monkeypatch.setattr(timesteps, "TICKETS", 64)

@@ -64,21 +64,18 @@ def steps(steps_of):
     return steps_of()
 
 
-@pytest.fixture(scope="module")
-def unet_steps(steps_of):
-    """Of a U-Net, whose dropout must not depend on the device that an example comes to."""
-    return steps_of(**UNET)
-
-
 def assert_same_parameters(a, b):
     # Adam divides by √v, so a rounding in a gradient near 0 may move a parameter by a part of the learning rate.
     for one, other in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
 
-def test_eight_devices_take_the_same_steps_as_one(unet_steps):
-    many, metrics = unet_steps.on_all_devices(3)
-    one, one_metrics = unet_steps.on_one_device(3)
+@pytest.mark.parametrize("changes", [{"model__network": DROPOUT}, pytest.param(UNET, marks=pytest.mark.slow)])
+def test_eight_devices_take_the_same_steps_as_one(changes, steps_of):
+    """With dropout, which must not depend on the device that an example comes to."""
+    steps = steps_of(**changes)
+    many, metrics = steps.on_all_devices(3)
+    one, one_metrics = steps.on_one_device(3)
     np.testing.assert_allclose(metrics["loss"][0], one_metrics["loss"], rtol=1e-5)
     for leaf in jax.tree.leaves(many.leaves.params):
         copies = np.asarray(leaf)

@@ -168,6 +168,7 @@ def test_signals_stop_it_in_one_line_and_a_kill_leaves_no_worker(straight, tmp_p
     assert finish(pictures, root) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_end_is_the_same(straight, tmp_path, kills):
     pictures, wanted = straight
