@@ -22,13 +22,11 @@ from diffusion.networks.layers import (
     CONVOLUTIONS,
     EXACT,
     Attention,
-    Dense,
     GroupNorm,
-    LabelEmbedding,
+    conditioning_vector,
     doubled,
     halved,
     near_zero,
-    needed_labels,
 )
 from diffusion.networks.unet import MAX_BLOCKS, MAX_WIDTH, ResidualBlock
 
@@ -153,11 +151,7 @@ class ADM(nn.Module):
         each example, -1 for none, but not to be initialized.
         """
         self.check(x.shape[1:])
-        embedding = Dense(4 * self.channels, **EXACT, name="time_1")(time_embedding(network_t, self.channels))
-        embedding = Dense(4 * self.channels, **EXACT, name="time_2")(nn.swish(embedding))
-        if self.num_classes:
-            of_labels = LabelEmbedding(self.num_classes, 4 * self.channels, name="label")
-            embedding = embedding + of_labels(needed_labels(self, labels, len(x)))
+        embedding = conditioning_vector(self, time_embedding(network_t, self.channels), labels)
         residual_block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
 
         def block(h: Array, features: int, name: str, resample: Callable[[Array], Array] | None = None) -> Array:

@@ -158,3 +158,20 @@ Dense = partial(nn.Dense, kernel_init=fan_avg, dot_general=product_of_pixels)
 Conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=fan_avg)
 # A network's field `convolution` -> its 3×3 convolutions.
 CONVOLUTIONS = {"xla": Conv, "winograd": partial(Conv, conv_general_dilated=winograd)}
+
+
+def conditioning_vector(
+    network: nn.Module, of_time: Float[Array, "b d"], labels: Int[Array, " b"] | None
+) -> Float[Array, "b features"]:
+    """What every residual block is given: two layers of the time embedding, plus the vector of the label, if any.
+
+    Args:
+        network: whose modules these become; it has `channels` and `num_classes`.
+        of_time: the cosines and sines.
+    """
+    embedding = Dense(4 * network.channels, **EXACT, name="time_1")(of_time)
+    embedding = Dense(4 * network.channels, **EXACT, name="time_2")(nn.swish(embedding))
+    if not network.num_classes:
+        return embedding
+    of_labels = LabelEmbedding(network.num_classes, 4 * network.channels, name="label")
+    return embedding + of_labels(needed_labels(network, labels, len(of_time)))

@@ -23,11 +23,10 @@ from diffusion.networks.layers import (
     Attention,
     Dense,
     GroupNorm,
-    LabelEmbedding,
+    conditioning_vector,
     doubled,
     fourier_features,
     near_zero,
-    needed_labels,
     time_embedding,
 )
 
@@ -181,11 +180,7 @@ class UNet(nn.Module):
         each example, -1 for none, but not to be initialized.
         """
         self.check(x.shape[1:])
-        embedding = Dense(4 * self.channels, **EXACT, name="time_1")(time_embedding(network_t, self.channels))
-        embedding = Dense(4 * self.channels, **EXACT, name="time_2")(nn.swish(embedding))
-        if self.num_classes:
-            of_labels = LabelEmbedding(self.num_classes, 4 * self.channels, name="label")
-            embedding = embedding + of_labels(needed_labels(self, labels, len(x)))
+        embedding = conditioning_vector(self, time_embedding(network_t, self.channels), labels)
         residual_block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
 
         def block(h: Array, features: int, name: str) -> Array:
