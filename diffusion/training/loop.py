@@ -76,10 +76,10 @@ def train(
         for steps, batch in batches:
             # What is timed is this call's start and the end of the one before, so their lengths tell what is usual.
             with watchdogs[len(steps), len(unchecked[-1][0]) if unchecked else 0].step():
-                given = train_steps, state, batch, len(steps)
-                state, metrics = _called(*given, unchecked[-1][1] if unchecked else None, progress, clock)
-                if unchecked:  # wait for the call before: one call is in flight, and the progress shown is made
-                    unchecked[-1][1].wait()
+                before = unchecked[-1][1] if unchecked else None
+                state, metrics = _called(train_steps, state, batch, len(steps), before, progress, clock)
+                if before:  # wait for the call before: one call is in flight, and the progress shown is made
+                    before.wait()
             unchecked.append((steps, metrics))
             progress.update(len(steps))
             step = steps[-1]
