@@ -4,7 +4,7 @@
 
 Data     scikit-learn's, prepared on first use
 Cost     703,413 parameters; 1,600 steps of 32 images: 118 s with sampling and scoring, on 2 CPU cores;
-         make demo took 2:35 with its set-up (2026-11-29, one run)
+         make demo took 2:35 and 2:50 with its set-up (2026-11-29)
 Expect   1.838 ± 0.011 bits/dim on the 299 test images (mean and 95% interval over seeds 0 to 4, which lie in 1.831 to
          1.851; 2 CPU cores, 2026-11-29), and digits that look like digits
 Paper    none: a recipe of this project
