@@ -30,6 +30,7 @@ def bound_weight(p: Reverse, row: Row) -> Float[ArrayLike, ""]:
         x_0   ½ (SNR_{t−1} − SNR_t)                   Kingma et al. (2021), section 4
         ε     ½ (SNR_{t−1}/SNR_t − 1)                 the same; Ho et al. (2020), eq. 12
         v     ½ (SNR_{t−1} − SNR_t)/(1 + SNR_t)
+        u     ½ (SNR_{t−1} − SNR_t)/(1 + √SNR_t)²     the velocity ε − x_0
         μ̃    1/(2β̃_t)                                Ho et al. (2020), eq. 8
 
     but without their subtractions, which would cost float32 most of its digits where SNR_t falls slowly.

@@ -58,6 +58,13 @@ PREDICTIONS: dict[str, Prediction] = {
         target=lambda row, x0, x_t, eps: row.sqrt_alpha_bar * eps - row.sqrt_one_minus_alpha_bar * x0,
         to_x0=lambda row, x_t, v: row.sqrt_alpha_bar * x_t - row.sqrt_one_minus_alpha_bar * v,
     ),
+    # u = ε − x_0, the velocity of the linear path (1 − s) x_0 + s ε: Liu et al. (2023, rectified flow), eq. 1. The path
+    # is x_t/(√ᾱ_t + √(1−ᾱ_t)), so every schedule runs along it, `schedules.rectified_flow` in even steps of s.
+    "velocity": Prediction(
+        target=lambda row, x0, x_t, eps: eps - x0,
+        to_x0=lambda row, x_t, u: (x_t - row.sqrt_one_minus_alpha_bar * u)
+        / (row.sqrt_alpha_bar + row.sqrt_one_minus_alpha_bar),
+    ),
     # μ̃_t(x_t, x_0), eq. 7 of Ho et al. (2020), solved for x_0.
     "mean": Prediction(
         target=lambda row, x0, x_t, eps: process.q_posterior(row, x0, x_t).mean,

@@ -177,6 +177,23 @@ def linear_gamma(num_steps: int | np.integer, gamma_min: float = -13.3, gamma_ma
     return _tables(np.diff(log_alpha_bar, prepend=0.0), network_t=np.arange(num_steps))
 
 
+def rectified_flow(num_steps: int | np.integer, last: float = 1.0) -> Schedule:
+    """The log SNR of the linear path (1 − s) x_0 + s ε at s = `last`·t/T: γ_t = 2 log s/(1 − s).
+
+    Its x_t is that path divided by √((1−s)² + s²), so the bound and the samplers are those of the path itself. At
+    s = 1 nothing of x_0 is left; a `last` below 1 leaves γ_T finite. Liu et al. (2023, arXiv 2209.03003), eq. 1.
+
+    Raises:
+        ValueError: `last` is outside (0, 1].
+    """
+    if not 0 < last <= 1:
+        raise ValueError(f"rectified_flow: last={last} must be in (0, 1] (schedule.name)")
+    s = last * np.arange(1, _checked(num_steps) + 1) / num_steps
+    with np.errstate(divide="ignore"):  # log ᾱ_T = −∞ is allowed
+        log_alpha_bar = -np.logaddexp(0.0, 2 * (np.log(s) - np.log1p(-s)))
+    return _tables(np.diff(log_alpha_bar, prepend=0.0), network_t=np.arange(num_steps))
+
+
 SCHEDULES = {
     "linear": linear,
     "cosine": cosine,
@@ -185,6 +202,7 @@ SCHEDULES = {
     "warmup": warmup,
     "harmonic": harmonic,
     "linear_gamma": linear_gamma,
+    "rectified_flow": rectified_flow,
 }
 
 

@@ -83,6 +83,7 @@ def test_weights_in_their_limits(prediction):
         "eps": 1 / SNR,
         "x0": np.ones(40),
         "v": 1 / (1 + SNR),
+        "velocity": (1 + np.sqrt(SNR)) ** -2,
         "mean": np.asarray(ROWS.posterior_x0, np.float64) ** -2,
     }
     wanted = SNR * slope_squared[prediction]
@@ -104,7 +105,7 @@ def test_weights_are_finite_at_every_snr_and_vanish_without_signal(name):
 @pytest.mark.parametrize("objective", ["simple", "hybrid"])
 @pytest.mark.parametrize("name", DEFAULT_GAMMA)
 def test_a_weighted_loss_is_the_same_for_every_prediction(name, objective):
-    """One x̂_0, said in four ways: its weighted loss is a loss of x̂_0."""
+    """One x̂_0, said in the units of each prediction: its weighted loss is a loss of x̂_0."""
     x0_hat = 0.5 * X0 + 0.1
     raw_variance = 0.3 * jnp.ones_like(X0)
     variance = "learned_range" if objective == "hybrid" else "fixed_small"

@@ -64,8 +64,8 @@ def test_the_weighted_error_is_the_kl_at_every_t(name, prediction):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_one_guess_costs_the_same_said_in_four_ways(name):
-    """An x̂_0, and the ε̂, v̂ and mean that stand for it: four errors, four weights, one number."""
+def test_one_guess_costs_the_same_in_every_prediction(name):
+    """An x̂_0, and the ε̂, v̂ and mean that stand for it: an error and a weight of each, one number."""
     with jax.enable_x64(True):
         table, x0, x_t, eps, x0_hat = examples(float64_rows(name))
 
@@ -119,6 +119,7 @@ def test_weights_are_differences_of_snr(name):
         "x0": (snr_before - snr) / 2,
         "eps": (snr_before / snr - 1) / 2,
         "v": (snr_before - snr) / (1 + snr) / 2,
+        "velocity": (snr_before - snr) / (1 + np.sqrt(snr)) ** 2 / 2,
         "mean": 1 / (2 * beta_tilde),
     }
     for prediction, weight in closed.items():
@@ -189,6 +190,7 @@ SLOPES_SQUARED = {
     "eps": lambda snr: 1 / snr,
     "x0": np.ones_like,
     "v": lambda snr: 1 / (1 + snr),
+    "velocity": lambda snr: (1 + np.sqrt(snr)) ** -2,
 }
 
 

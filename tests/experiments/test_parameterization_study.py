@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import digits_fixed
-from diffusion import reverse, schedules
+from diffusion import schedules
 from diffusion.experiment import build, config, workdir
 from diffusion.runtime.checkpoint import Checkpoints
 from experiments import parameterizations as study
@@ -67,7 +67,7 @@ def test_shares_are_of_the_same_guess(errors):
     snr = 1 / np.expm1(-np.cumsum(np.float64(errors.schedule.log_alpha))[1:])
     drop, beta_tilde = snr[:-1] - snr[1:], np.float64(errors.schedule.beta_tilde[2:])
     weights = {"eps": drop / snr[1:], "x0": drop, "v": drop / (1 + snr[1:]), "mean": 1 / beta_tilde}
-    assert weights.keys() == reverse.PREDICTIONS.keys()
+    assert weights.keys() == study.SYMBOLS.keys()
     for prediction, weight in weights.items():
         # L_simple leaves out the weight of the bound's terms.
         unweighted, found = shares["L"][1:] / weight, shares[prediction][1:]
@@ -94,7 +94,7 @@ def test_the_report_is_made_from_folders(network, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(study, "check", lambda schedule: checked)  # the long schedules take seconds
     generator = np.random.default_rng(0)
     hardness = generator.normal(3.0, 0.5, 30)
-    for i, prediction in enumerate(reverse.PREDICTIONS):
+    for i, prediction in enumerate(study.SYMBOLS):
         for j, objective in enumerate(("vlb", "simple")):
             write_run(tmp_path, prediction, objective, hardness + i + 10 * j + generator.normal(0, 0.01, 30))
     assert study.main([f"--workdir={tmp_path}", f"--network={network}", "--report"]) == 0
@@ -102,7 +102,7 @@ def test_the_report_is_made_from_folders(network, tmp_path, capsys, monkeypatch)
     assert text in capsys.readouterr().out and "| cosine | x0 | L_simple | " in text and "trained with vlb" in text
     numbers = json.loads((tmp_path / "parameterizations.json").read_text())
     rows = numbers["training"]
-    assert [row["prediction"] for row in rows] == [*reverse.PREDICTIONS] * 2
+    assert [row["prediction"] for row in rows] == [*study.SYMBOLS] * 2
     by_pair = {(row["prediction"], row["objective"]): row for row in rows}
     # v is the third.
     np.testing.assert_allclose(by_pair["eps", "simple"]["less_v_by_seed"], [-2], atol=0.01)
