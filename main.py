@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; every argument is a --flag=value")
         if _CONFIG.value is None:
-            raise ValueError(_no_config(_WORKDIR.value or "", _FORK.value))
+            raise ValueError(_no_config(_WORKDIR.value or "", _FORK.value, ""))
         # Imported here because JAX takes seconds that --help should not cost.
         from diffusion.experiment import build, config, workdir
         from diffusion.runtime import compiled_programs, orbax_noise, preemption, processes
@@ -95,6 +95,8 @@ def main(argv: list[str]) -> None:
         compiled_programs.keep(on_cpu=build.runs_on_cpu())
         base = config_flags.get_config_filename(flags.FLAGS["config"])
         base = "" if base.startswith(str(_OF_RUN)) else base
+        if not base and _WORKDIR.value is None:
+            raise ValueError("without --config a start from a run or an export needs --workdir, a new run's directory")
         mode = importlib.import_module(f"diffusion.programs.{_MODES[_MODE.value]}")
         if _CHECKPOINT.value != "latest" and _MODE.value not in _READ_A_CHECKPOINT:
             raise ValueError(f"--checkpoint={_CHECKPOINT.value} has no part in --mode={_MODE.value}")
@@ -180,30 +182,32 @@ def _config_path(argv: list[str]) -> str:
 
 
 def _of_run(argv: list[str]) -> list[str]:
-    """--config with the config of the run in --workdir or else in --fork, where no other is given; [] otherwise."""
+    """--config with that of the run in --workdir, --fork or init_from, where no other is given; [] otherwise."""
     if any(argument.lstrip("-").partition("=")[0] == "config" for argument in argv[1:]):
         return []
     from diffusion.runtime import files
 
-    workdir, fork = _named_runs(argv)
-    runs = [files.expanded(name) for name in (workdir, fork.rpartition("@")[0] or fork) if name]
-    existing = [run for run in runs if (run / "config.json").exists()]
+    workdir, fork, start = _named_runs(argv)
+    of_export = files.expanded(start) / "model.json"
+    named = [workdir, *(name.rpartition("@")[0] or name for name in (fork, start))]
+    found = [*(files.expanded(name) / "config.json" for name in named if name), *([of_export] if start else [])]
+    existing = [path.parent for path in found if path.exists()]
     return [f"--config={_OF_RUN}:{existing[0]}"] if existing else []
 
 
-def _named_runs(argv: list[str]) -> tuple[str, str]:
-    """What --workdir and --fork are; "" where they are not given."""
-    given = flags.FlagValues()
-    for name in ("workdir", "fork"):
+def _named_runs(argv: list[str]) -> list[str]:
+    """What --workdir, --fork and --config.init_from are; "" where they are not given."""
+    given, names = flags.FlagValues(), ("workdir", "fork", "config.init_from")
+    for name in names:
         flags.DEFINE_string(name, "", "", flag_values=given)
     with contextlib.suppress(flags.Error):  # the whole command line is parsed afterwards
         given(argv, known_only=True)
-    return given["workdir"].value, given["fork"].value
+    return [given[name].value for name in names]
 
 
-def _no_config(workdir: str, fork: str) -> str:
+def _no_config(workdir: str, fork: str, start: str) -> str:
     """Why there is no config: neither --config nor the config.json of a run."""
-    named = {"--fork": fork, "--workdir": "" if fork else workdir}
+    named = {"--fork": fork, "--config.init_from": start, "--workdir": "" if fork or start else workdir}
     without = [f"{flag}={value} holds no run (no config.json)" for flag, value in named.items() if value]
     example = "for example --config=configs/digits.py, or --workdir with the directory of a run"
     return f"{', and '.join(['no --config is given', *without])}; {example}"

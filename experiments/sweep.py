@@ -6,7 +6,8 @@ r"""Many runs of main.py, each in a process and a folder of its own, so that one
 Every combination of the axes' values is a setting, and each is run with every seed. Any config key can be an axis.
 One without values has the base config's. The report has the mean over seeds with its interval, and the difference to
 the first setting, seed by seed. What is finished is skipped and what was cut resumes, so a sweep that was killed at
-any moment goes on when it is started again: it has lost what its running cell did since that cell's last checkpoint.
+any moment goes on when it is started again. After a signal nothing is lost, and the exit code is 75; after a kill, what
+the running cell did since its last checkpoint is.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from diffusion.programs import quality
 from diffusion.reporting import page
 from diffusion.reporting.metrics_log import read_metrics
 from diffusion.reporting.progress import Progress
+from diffusion.runtime import preemption
 from experiments import commands, sweep_report
 from experiments.results import AXES, LOG, TargetOf, last_line
 from experiments.sweep_grid import Cell, further_axes, grid, split_values
@@ -83,7 +85,7 @@ def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None]) -> str:
 
 
 def _run(cell: Cell, mode: str, directory: Path, log: TextIO, watch: Callable[[str], None]) -> int:
-    """The exit code of main.py."""
+    """The exit code of main.py, unless the run was stopped by a signal: then the sweep ends as it did."""
     command = [sys.executable, str(MAIN), *cell.arguments(), f"--mode={mode}", f"--workdir={directory}"]
     print("$", shlex.join(command), file=log, flush=True)
     watch(f"{mode} starts")
@@ -91,7 +93,10 @@ def _run(cell: Cell, mode: str, directory: Path, log: TextIO, watch: Callable[[s
     try:
         while True:
             try:
-                return process.wait(timeout=5)
+                code = process.wait(timeout=5)
+                if code == preemption.EXIT_CODE:
+                    sys.exit(code)
+                return code
             except subprocess.TimeoutExpired:
                 rows = read_metrics(directory)
                 if rows:
@@ -178,7 +183,8 @@ def overrides(settings: list[str]) -> dict[str, str]:
 
 def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetOf) -> int:
     """Does what the flags of `argument_parser` say; returns the exit code: 1 if a cell failed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the running cell ends, too
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(preemption.EXIT_CODE))  # so that the running cell ends, too
     failures = {}
     if not arguments.report:
         cells, excluded = possible(cells)

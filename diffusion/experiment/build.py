@@ -71,8 +71,12 @@ class Experiment:
             x0_variance: what the optimal variance needs.
 
         Raises:
-            ValueError: the optimal variance is wanted, and nothing is known of it.
+            ValueError: there is no such variance, the network lacks its output, or the optimal one is wanted and
+                nothing is known of it.
         """
+        of_any_mean = ["model", *(name for name, entry in reverse.VARIANCES.items() if not entry.is_learned)]
+        if variance not in (*of_any_mean, self.p.variance):
+            raise ValueError(f"the variance {variance!r} is none of {', '.join(of_any_mean)}")
         p = self.p if variance == "model" else dataclasses.replace(self.p, variance=variance)
         schedule = self.training.schedule.of_params(params)
         if variance == "optimal":

@@ -161,6 +161,8 @@ def _source(config: ConfigDict, experiment: Experiment, input: str) -> Source:
     """The images as a data set: a split, or those of a file, which count as a test split."""
     if input in SPLITS:
         return build.load_data(config, input)
+    if not files.expanded(input).exists():
+        raise FileNotFoundError(f"--input={input} is no file or folder, and none of {', '.join(SPLITS)}")
     num_levels = experiment.training.num_levels
     images = pixel_files.read(files.expanded(input), experiment.image_shape, num_levels)
     return Source(input, "test", images, num_levels)

@@ -13,5 +13,5 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output:
     loaded, out = workdir.load(directory, checkpoint, config), files.expanded(output)
     processes.on_first(lambda: loaded.export(out))
     if processes.is_first():
-        size = (out / export.WEIGHTS).stat().st_size / 1e6
-        print(f"step {int(loaded.state.step):,} of {directory}: {size:.1f} MB in {out}; {export.ABOUT} says what it is")
+        kilobytes = (out / export.WEIGHTS).stat().st_size / 1000
+        print(f"step {int(loaded.state.step):,} of {directory}: {kilobytes:,.0f} kB in {out}; see {export.ABOUT} there")

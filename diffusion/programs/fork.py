@@ -14,6 +14,7 @@ from diffusion.reporting.metrics_log import read_metrics
 from diffusion.runtime import files
 from diffusion.runtime.checkpoint import DAMAGED, Checkpoints
 from diffusion.runtime.digests import tree_sha256
+from diffusion.runtime.verification import OtherCheckpoint
 from diffusion.training.step import TrainState
 
 NAME = "fork.json"  # in the new run: where it comes from
@@ -52,8 +53,12 @@ def read(experiment: Experiment, text: str, directory: Path) -> Fork | None:
     source = named_run.parse(text, "--fork")
     old, new = workdir.read_config(source.directory).data, experiment.config.data
     named_run.warn_of_seen_images(f"--fork={text}", new.validation, old.validation)
-    with Checkpoints(source.checkpoints) as checkpoints:
-        state = checkpoints.restore(source.step(checkpoints), experiment.abstract_state())
+    try:
+        with Checkpoints(source.checkpoints) as checkpoints:
+            state = checkpoints.restore(source.step(checkpoints), experiment.abstract_state())
+    except OtherCheckpoint as error:
+        instead = f"--config.init_from={text} --config.init_adapt=True begins a new run with the parameters that fit"
+        raise ValueError(f"{error}; a fork keeps network and optimizer; without --fork, {instead}") from error
     origin = {"directory": str(source.directory.resolve()), "step": int(state.step)}
     origin |= {"ema_sha256": tree_sha256(state.ema_params)}
     return Fork(state, origin, [row for row in read_metrics(source.directory) if row["step"] <= state.step])

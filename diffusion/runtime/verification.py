@@ -16,6 +16,10 @@ class DamagedCheckpoint(ValueError):
     """What is stored is not what was saved."""
 
 
+class OtherCheckpoint(ValueError):
+    """What is stored is of another model or optimizer than the config's."""
+
+
 def is_complete(path: Path) -> bool:
     """Whether every part of a checkpoint is there; reading it finds out whether it is what was saved.
 
@@ -58,19 +62,19 @@ def differing(found: dict[str, Any], stored: dict[str, Any]) -> str:
 
 
 def check_fit(saved: dict[str, np.ndarray], like: PyTree, path: Path) -> None:
-    """Raises a ValueError that names the first leaf of which the checkpoint and `like` differ."""
+    """Raises an OtherCheckpoint that names the first leaf of which the checkpoint and `like` differ."""
     wanted = dict(named_leaves(like))
     for name, leaf in wanted.items():
         if name not in saved:
-            raise ValueError(f"{name}, which the config wants, is not in the checkpoint {path}")
+            raise OtherCheckpoint(f"{name}, which the config wants, is not in the checkpoint {path}")
         found = saved[name]
         if found.shape != leaf.shape or found.dtype != leaf.dtype:
-            raise ValueError(
+            raise OtherCheckpoint(
                 f"{name} has shape {found.shape} and dtype {found.dtype} in the checkpoint {path}, "
                 f"the config wants {leaf.shape} and {leaf.dtype}"
             )
     for name in sorted(saved.keys() - wanted.keys()):
-        raise ValueError(f"{name}, which is in the checkpoint {path}, has no place in the config's model")
+        raise OtherCheckpoint(f"{name}, which is in the checkpoint {path}, has no place in the config's model")
 
 
 class CompleteSteps:

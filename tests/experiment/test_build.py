@@ -188,6 +188,12 @@ def test_the_optimal_variance_needs_its_estimate(params):
     assert model.p.variance == "optimal"
 
 
+def test_a_variance_that_the_network_lacks_is_refused(params):
+    for variance in ("fixed_smal", "learned"):
+        with pytest.raises(ValueError, match=f"'{variance}' is none of model, fixed_small, fixed_large, optimal"):
+            made().model(params, variance)
+
+
 def test_models_of_equal_configs_are_one_program(params):
     traced = []
 

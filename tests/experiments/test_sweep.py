@@ -12,6 +12,7 @@ import pytest
 
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import workdir
+from diffusion.runtime import preemption
 from experiments import cifar10_small, ho2020, results, sweep, variance
 from experiments.sweep import Cell
 
@@ -340,7 +341,7 @@ def test_a_sweep_end_to_end(tmp_path, monkeypatch):
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(first / "metrics.jsonl")
     killed.send_signal(signal.SIGTERM)
-    assert killed.wait(30) == 128 + signal.SIGTERM and not (first / "summary.json").exists()
+    assert killed.wait(30) == preemption.EXIT_CODE and not (first / "summary.json").exists()
 
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

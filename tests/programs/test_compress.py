@@ -145,6 +145,8 @@ def test_what_is_missing_or_in_the_way_is_said_first(tiny, conditional, straight
             program.run(tiny(), straight, str(coded), str(tmp_path / "none" / "a.npz"))
         with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
             program.run(tiny(), tmp_path / "run", str(coded), str(tmp_path / "a.npz"))
+    with pytest.raises(FileNotFoundError, match="--input=tset is no file or folder, and none of train, test, valid"):
+        compress.run(tiny(), straight, "tset", str(tmp_path / "a.ddc"))
     with pytest.raises(ValueError, match="must end in .npz"):
         decompress.run(tiny(), straight, str(coded), str(tmp_path / "a.npy"))
     with pytest.raises(FileNotFoundError):

@@ -102,7 +102,7 @@ def test_a_fork_that_was_killed_before_its_checkpoint_is_made_again(source, tmp_
         ("@5", {}, "no checkpoint of step 5"),
         ("/none", {}, "holds no run"),
         ("", {"schedule__name": "learned(start='cosine')"}, "is not in the checkpoint|has no place in"),
-        ("", {"model__variance": "fixed_small", "objective__name": "simple"}, "the config wants"),
+        ("", {"model__variance": "fixed_small", "objective__name": "simple"}, "the config wants.*init_adapt=True"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(ending, keys, words, source, tmp_path):

@@ -41,6 +41,7 @@ MISTAKES = [
     ((), "no --config is given"),
     (("--workdir=none", "--config.seed=3"), "no --config is given, and --workdir=none holds no run"),
     (("--fork=none@5", "--workdir=new", "--config.seed=3"), "no --config is given, and --fork=none@5 holds no run"),
+    (("--config.init_from=none", "--workdir=new"), "no --config is given, and --config.init_from=none holds no run"),
     (("--config=configs/none.py",), "configs/none.py"),
     ((DIGITS, "--mode=trian"), "trian"),
     ((DIGITS, "--config.unet.chanels=3"), "did you mean unet.channels?"),
@@ -97,11 +98,16 @@ def test_the_directory_of_a_run_is_enough_and_keys_change_its_config(tmp_path, t
         [here, "--config.eval.num_image=9"],
         [f"--workdir={tmp_path / 'none'}", "--mode=describe"],
     ]
-    (code, described), *refused = forked.starts(given, tmp_path)
-    assert code == 0, described
-    printed = json.loads(described[described.index("{") : described.index("\n}\n") + 2])
-    assert printed["optim"]["learning_rate"] == 0.123 and printed["eval"]["num_images"] == 9
-    words = ["optim.learning_rate: 0.123 → 0.5", "did you mean eval.num_images?", "no --config is given"]
+    start = f"--config.init_from={tmp_path}"
+    given += [[start, "--mode=describe"], [start, "--mode=describe", "--workdir=new", "--config.eval.num_images=9"]]
+    *ends, of_start = forked.starts(given, tmp_path)
+    described, *refused = ends
+    for code, output in (described, of_start):
+        assert code == 0, output
+        printed = json.loads(output[output.index("{") : output.index("\n}\n") + 2])
+        assert printed["optim"]["learning_rate"] == 0.123 and printed["eval"]["num_images"] == 9
+    words = ["optim.learning_rate: 0.123 → 0.5"]
+    words += ["did you mean eval.num_images?", "no --config is given", "needs --workdir"]
     for (code, output), expected in zip(refused, words, strict=True):
         assert code == 2 and expected in output.strip().splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
