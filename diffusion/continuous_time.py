@@ -58,11 +58,36 @@ def resampled(schedule: Schedule, num_steps: int) -> Schedule:
     """
     if num_steps < 2:
         raise ValueError(f"a schedule with two ends has at least 2 steps, not {num_steps}")
+    passed = _gamma_passed(schedule)
+    where = np.linspace(0, schedule.num_steps - 1, num_steps)
+    return _through(schedule, np.interp(where, np.arange(len(passed)), passed), where)
+
+
+def visiting(schedule: Schedule, gamma: np.ndarray) -> Schedule:
+    """The process whose latents have these γ, on the same curve.
+
+    Args:
+        schedule: that of `resampled`.
+        gamma: from γ_1 to γ_T, strictly increasing, float64; at least 2.
+
+    Raises:
+        ValueError: fewer than 2.
+    """
+    if len(gamma) < 2:
+        raise ValueError(f"a schedule with two ends has at least 2 steps, not {len(gamma)}")
+    passed, from_start = _gamma_passed(schedule), gamma - gamma[0]
+    return _through(schedule, from_start, np.interp(from_start, passed, np.arange(len(passed))))
+
+
+def _gamma_passed(schedule: Schedule) -> np.ndarray:
+    """γ_t − γ_1 for t = 1…T. Not differences of the table, which would cancel: see `process.gamma_step`."""
     steps = np.asarray(jax.vmap(process.gamma_step)(schedule[2:]), np.float64)
-    passed = np.concatenate([[0.0], np.cumsum(steps)])  # γ_t − γ_1
-    where = np.linspace(0, len(steps), num_steps)
-    fine = np.diff(np.interp(where, np.arange(len(passed)), passed)).astype(np.float32)
+    return np.concatenate([[0.0], np.cumsum(steps)])
+
+
+def _through(schedule: Schedule, passed: np.ndarray, where: np.ndarray) -> Schedule:
+    """The process that has passed so much of γ since γ_1 at each of its latents, which lie `where` (t − 1) in this."""
     numbers = np.asarray(schedule.network_t, np.float64)[1:]
-    network_t = np.concatenate([[-1.0], np.interp(where, np.arange(len(passed)), numbers)])
-    found = from_gamma(-schedule.log_snr[1], jnp.asarray(fine))
+    network_t = np.concatenate([[-1.0], np.interp(where, np.arange(len(numbers)), numbers)])
+    found = from_gamma(-schedule.log_snr[1], jnp.asarray(np.diff(passed), jnp.float32))
     return dataclasses.replace(found, network_t=jnp.asarray(network_t, jnp.float32))

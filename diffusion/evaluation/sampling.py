@@ -9,6 +9,7 @@ from jaxtyping import Array, Int, UInt8
 
 from diffusion import guidance, samplers, schedules
 from diffusion.data.levels import to_levels
+from diffusion.grids import Grid
 from diffusion.model import Model
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import devices, randomness
@@ -33,6 +34,7 @@ class Sampler:
         labels: tuple[int, ...] = (),
         guidance_scale: float | int = 0.0,
         guidance_interval: tuple[float | int, ...] = (),
+        grid: Grid = schedules.evenly_spaced,
     ):
         """Nothing is compiled before the first image.
 
@@ -41,13 +43,15 @@ class Sampler:
             image_shape: (H, W, C).
             seed: of all noise.
             batch_size: how many images are drawn at once, on all devices together.
-            num_steps: evenly spaced ones of the model's schedule; None takes all of them.
+            num_steps: so many of the model's schedule, chosen by `grid`; None takes all of them.
             labels: those that images are drawn with, in turn, if the model takes labels.
             guidance_scale: w of `guidance.classifier_free`.
             guidance_interval: the t that are guided, as there.
+            grid: one of `grids.GRIDS`.
         """
         self._step, self.image_shape = step, image_shape
         self._seed_key, self._batch_size, self._num_steps = randomness.stream(seed, "sample"), batch_size, num_steps
+        self._grid = grid
         self._labels, self._guidance = jnp.array(labels), (guidance_scale, guidance_interval)
         self._images = devices.over_batches(self._draw_images)
         self._trajectories = devices.over_batches(self._draw_trajectories)
@@ -71,7 +75,7 @@ class Sampler:
 
     def _replicated(self, model: Model) -> devices.Replicated:
         if self._num_steps is not None:
-            model = dataclasses.replace(model, schedule=schedules.evenly_spaced(model.schedule, self._num_steps))
+            model = dataclasses.replace(model, schedule=self._grid(model.schedule, self._num_steps))
         return devices.replicate(model)
 
     def _draw_images(self, model: Model, numbers: Int[Array, " n"]) -> UInt8[Array, "n h w c"]:

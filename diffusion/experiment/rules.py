@@ -7,8 +7,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import learned_schedule, objectives, timesteps
-from diffusion.experiment import names
-from diffusion.experiment.schema import ALL_SCHEDULES, FIXED_SCHEDULES, METHODS
+from diffusion.experiment import names, sampling
+from diffusion.experiment.schema import ALL_SCHEDULES, FIXED_SCHEDULES
 from diffusion.learned_schedule import Learned
 from diffusion.parameterizations import x0_per_output
 from diffusion.reverse import VARIANCES, Reverse
@@ -50,6 +50,16 @@ class Combination(NamedTuple):
     def gamma_ends(self) -> bool:
         """Whether γ_T is finite, so that γ can be a network's input or an integral's variable."""
         return bool(np.isfinite(self.schedule.log_snr[-1]))
+
+    @property
+    def knows_between(self) -> bool:
+        """Whether the network can be asked about noise levels between the schedule's steps."""
+        is_trained = self.is_continuous or self.config.model.conditioning == "gamma"
+        return is_trained and self.config.model.prediction != "mean"
+
+    @property
+    def grid_is_continuous(self) -> bool:
+        return names.parse(self.config.sample.grid).arguments.get("continuous", False)
 
     @property
     def learns_variance(self) -> bool:
@@ -203,16 +213,28 @@ RULES = (
         lambda it: it.config.sample.num_steps > it.config.schedule.num_steps,
         "sample.num_steps={c.sample.num_steps} exceeds schedule.num_steps={c.schedule.num_steps}",
     ),
+    Rule(
+        lambda it: it.grid_is_continuous and not it.knows_between,
+        "sample.grid={c.sample.grid!r} lies between the steps, where a network with "
+        "objective.name={c.objective.name!r}, model.conditioning={c.model.conditioning!r} and "
+        "model.prediction={c.model.prediction!r} knows nothing; leave out continuous",
+    ),
+    Rule(
+        lambda it: it.grid_is_continuous and it.config.sample.variance == "optimal",
+        "sample.grid={c.sample.grid!r} lies between the steps, of which alone sample.variance={c.sample.variance!r} "
+        "is known; leave out continuous",
+    ),
 )
 
 
 def check(config: ConfigDict) -> None:
     """Raises a ValueError with one line on the first rule that a config breaks; `config.check` comes before."""
     schedule, learned = start_schedule(config)
-    combination = Combination(config, schedule, learned, sample_step(config))
+    combination = Combination(config, schedule, learned, sampling.step(config))
     for rule in RULES:
         if rule.is_broken(combination):
             raise ValueError(rule.message.format(c=config))
+    sampling.check_grid(config, schedule)
 
 
 def hints(config: ConfigDict) -> list[str]:
@@ -252,12 +274,3 @@ def start_schedule(config: ConfigDict) -> tuple[Schedule, Learned | None]:
     if problem := FIXED_SCHEDULES.problem(learned.start):
         raise ValueError(f"schedule.name={text!r}: start {problem}")
     return FIXED_SCHEDULES.bind(learned.start)(num_steps), learned
-
-
-def sample_step(config: ConfigDict) -> Step:
-    """The step that samples are drawn with. Raises a ValueError where its arguments are out of range."""
-    text = config.sample.method
-    try:
-        return METHODS.bind(text)()
-    except ValueError as error:
-        raise ValueError(f"sample.method={text!r}: {error}") from error

@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from diffusion import learned_schedule, likelihood, objectives, reverse, samplers, schedules, timesteps
+from diffusion import grids, learned_schedule, likelihood, objectives, reverse, samplers, schedules, timesteps
 from diffusion.data.source import SPLITS
 from diffusion.evaluation import quality
 from diffusion.experiment import names
@@ -106,6 +106,7 @@ ALL_SCHEDULES = Choice(
 TRAINED_VARIANCES = Choice({name: v for name, v in reverse.VARIANCES.items() if name != "optimal"})
 OBJECTIVES = Choice(objectives.OBJECTIVES, given=("setting",))
 METHODS = Choice(samplers.SAMPLERS)
+GRIDS = Choice(grids.GRIDS, given=("schedule", "num_steps"))
 LOGGERS = Several(Choice(loggers.LOGGERS, given=("directory", "step", "config")))
 DECAYS = Choice(optimizer.DECAYS, given=("peak", "num_steps"))
 SIDE = integer(0, at_most=65_536)
@@ -211,7 +212,8 @@ KEYS: dict[str, Key] = {
     "sample.num_previews": Key(64, integer(1), "how many of the drawn images the grid shows", FREE),
     "sample.batch_size": Key(256, integer(1), "images at a time, over all devices", FREE),
     "sample.method": Key("ancestral", METHODS, "the sampler; for few steps dpm_solver_pp or heun", FREE),
-    "sample.num_steps": Key(0, integer(0), "steps of the sampler, evenly spaced in 1…T; 0: all", FREE),
+    "sample.num_steps": Key(0, integer(0), "steps of the sampler, placed by sample.grid; 0: all", FREE),
+    "sample.grid": Key("even", GRIDS, "the steps' places: even in 1…T, or by log SNR (log_snr, karras)", FREE),
     "sample.variance": Key("model", FOR_A_TRAINED_MEAN, "variance of ancestral sampling; model: as trained", FREE),
     "sample.labels": Key((), LABELS, "labels of a conditional network's images, in turn; (): every class", FREE),
     "sample.guidance": Key(0.0, GUIDANCE, "w of (1 + w) ε_c − w ε_u; 0: no guidance", FREE),

@@ -13,7 +13,7 @@ from jaxtyping import Int32, UInt8
 from ml_collections import ConfigDict
 
 from diffusion.evaluation.sampling import Sampler
-from diffusion.experiment import memory, results, rules, workdir
+from diffusion.experiment import memory, results, sampling, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.workdir import EmaState
 from diffusion.model import Model
@@ -57,7 +57,7 @@ def make_sampler(experiment: Experiment) -> Sampler:
     """The config's sampler. A model that takes labels is given those of `classes`."""
     config = experiment.config.sample
     return Sampler(
-        rules.sample_step(experiment.config),
+        sampling.step(experiment.config),
         experiment.image_shape,
         experiment.config.seed,
         config.batch_size,
@@ -65,6 +65,7 @@ def make_sampler(experiment: Experiment) -> Sampler:
         classes(experiment),
         config.guidance,
         config.guidance_interval,
+        sampling.grid(experiment.config),
     )
 
 
@@ -145,6 +146,8 @@ def described(config: ConfigDict, variance: str) -> dict[str, Any]:
         "variance": variance,
         "seed": config.seed,
     }
+    if config.sample.grid != "even":
+        about["grid"] = config.sample.grid
     if config.model.conditional:
         # t is an integer: (2.5, 4.5) guides as (2, 4) does. An integral end stays as it is written, 2 or 2.0.
         ends = [math.floor(end) if end % 1 else end for end in config.sample.guidance_interval]

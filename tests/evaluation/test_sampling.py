@@ -1,14 +1,17 @@
 """Images of a model: each is its own number's, in whatever batch, with its label, and its trajectory ends on it."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import reverse, samplers, schedules
+from diffusion import grids, reverse, samplers, schedules
 from diffusion.evaluation.sampling import Sampler
 from diffusion.model import Model
 
 SHAPE = (4, 4, 1)
+X0 = reverse.make("x0", "fixed_small")
 MODEL = Model(lambda x, t: 0.3 * x, reverse.make("v", "fixed_small"), schedules.cosine(8), num_levels=17)
 
 
@@ -34,6 +37,16 @@ def test_a_trajectory_has_a_frame_of_each_step_and_ends_on_its_image(num_steps, 
     trajectories = drawn.trajectories(MODEL, 3)
     assert trajectories.shape == (3, frames, *SHAPE)
     np.testing.assert_array_equal(trajectories[:, -1], drawn.images(MODEL, 3))
+
+
+def test_the_steps_are_those_of_the_grid():
+    """With x̂_0 = network_t/10, whose mean is what x_0 ends on at the last step: t − 1 = 0."""
+    model = dataclasses.replace(MODEL, denoise=lambda x, t: jnp.ones_like(x) * t[:, None, None, None] / 10, p=X0)
+    frames = sampler(num_steps=3, grid=grids.log_snr).trajectories(model, 1)[0, :, 0, 0, 0]
+    chosen = np.asarray(grids.log_snr(MODEL.schedule, 3).network_t[:0:-1])
+    np.testing.assert_array_equal(frames, np.round(8 + 8 * chosen / 10))
+    even = sampler(num_steps=3).trajectories(model, 1)[0, :, 0, 0, 0]
+    assert (frames != even).any()
 
 
 @pytest.mark.parametrize(("scale", "levels"), [(0.0, [3, 7, 3, 7, 3]), (1.0, [7, 15, 7, 15, 7])])

@@ -11,7 +11,7 @@ import pytest
 from configs import cifar10, digits
 from diffusion import objectives, process, reverse, samplers, schedules
 from diffusion.experiment import config as config_lib
-from diffusion.experiment import rules
+from diffusion.experiment import rules, sampling
 
 
 def changed(**keys):
@@ -23,7 +23,7 @@ def changed(**keys):
 
 
 def combination(config):
-    return rules.Combination(config, *rules.start_schedule(config), rules.sample_step(config))
+    return rules.Combination(config, *rules.start_schedule(config), sampling.step(config))
 
 
 def refusal(**keys):
@@ -77,6 +77,13 @@ BREAKING = (
     {"quality__reference": "validation"},
     {"train__patience": 2},
     {"sample__num_steps": 1001},
+    {"sample__grid": "log_snr(continuous=True)", "sample__num_steps": 9},
+    {
+        "sample__grid": "karras(continuous=True)",
+        "sample__num_steps": 9,
+        "model__conditioning": "gamma",
+        "sample__variance": "optimal",
+    },
 )
 
 
@@ -149,11 +156,29 @@ def test_the_loss_of_eps_is_bounded_exactly_where_it_is_allowed(num_steps, is_bo
 
 
 def test_arguments_of_a_sampler_reach_its_step():
-    assert rules.sample_step(changed(sample__method="ddim(eta=1)")) == samplers.ddim(eta=1.0)
+    assert sampling.step(changed(sample__method="ddim(eta=1)")) == samplers.ddim(eta=1.0)
 
 
 def test_an_argument_that_a_sampler_refuses_is_refused_by_key():
     assert refusal(sample__method="ddim(eta=1.5)") == "sample.method='ddim(eta=1.5)': eta must be in [0, 1], not 1.5"
+
+
+def test_a_grid_that_cannot_be_is_refused_by_key():
+    message = refusal(sample__grid="karras(rho=0.5)", sample__num_steps=9)
+    assert message == "sample.grid='karras(rho=0.5)': rho must be at least 1, not 0.5"
+    assert "sample.grid='log_snr': cannot keep 0 of 1000 steps" in refusal(sample__grid="log_snr")
+    without_end = {"schedule__name": "harmonic", "model__prediction": "x0", "sample__num_steps": 9}
+    assert "sample.grid='log_snr': a grid of log SNR needs an end" in refusal(sample__grid="log_snr", **without_end)
+    rules.check(changed(sample__grid="even", **without_end))
+
+
+def test_between_the_steps_lies_a_grid_of_a_network_that_learned_so():
+    between = {"sample__grid": "karras(rho=5, continuous=True)", "sample__num_steps": 9}
+    rules.check(changed(**between, model__conditioning="gamma"))
+    rules.check(changed(**between, objective__name="vdm_continuous", **VDM))
+    assert "model.prediction='mean' knows nothing" in refusal(
+        **between, model__conditioning="gamma", model__prediction="mean"
+    )
 
 
 def test_arguments_of_a_schedule_reach_it():

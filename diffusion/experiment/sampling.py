@@ -1,0 +1,39 @@
+"""How samples are drawn, as a config says it: the step, and where the steps lie."""
+
+import contextlib
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from diffusion.experiment.schema import GRIDS, METHODS
+from diffusion.grids import Grid
+from diffusion.samplers import Step
+from diffusion.schedules import Schedule
+
+
+def step(config: ConfigDict) -> Step:
+    """How x_{t−1} follows from x_t. Raises a ValueError where an argument of the sampler is out of range."""
+    with _named(config, "sample.method"):
+        return METHODS.bind(config.sample.method)()
+
+
+def grid(config: ConfigDict) -> Grid:
+    """Which steps are taken."""
+    return GRIDS.bind(config.sample.grid)
+
+
+def check_grid(config: ConfigDict, schedule: Schedule) -> None:
+    """Raises a ValueError where there is no such grid of so many steps."""
+    if config.sample.grid != "even":
+        with _named(config, "sample.grid"):
+            grid(config)(schedule, config.sample.num_steps)
+
+
+@contextlib.contextmanager
+def _named(config: ConfigDict, key: str) -> Iterator[None]:
+    """Names the key in front of what its value is refused for."""
+    group, _, name = key.partition(".")
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}={config[group][name]!r}: {error}") from error
