@@ -3,7 +3,9 @@
     python main.py --config=configs/cifar10.py --workdir=runs/cifar10
 
 Data     official CIFAR-10 (163 MB, downloaded once), or a directory prepared by TFDS: --config.data.data_dir=DIR
-Cost     35,746,307 parameters; 800,000 steps of 128 images; about 35 GFLOP per image and step
+Cost     35,746,307 parameters; 800,000 steps of 128 images; about 35 GFLOP per image and step. The end scores all test
+         images, and as many training images, by 9 of their 1,000 terms: an estimate with its standard error.
+         --config.eval.terms_per_image=0 computes every term, which takes 102 times as many passes
 Expect   the paper: at most 3.75 bits/dim on test (3.72 on train), FID 3.17; not yet reproduced here
 Equals   the paper and its program (hojonathanho/diffusion): network and initialization, schedule, loss, Adam,
          warm-up, EMA, batch, flips; x̂_0 is clipped where samples are drawn and scored
@@ -51,5 +53,6 @@ def get_config() -> ConfigDict:
     config.train.num_steps = 800_000
     config.train.batch_size = 128
 
+    config.eval.terms_per_image = 9  # all 1,000 terms of both splits would be 2e7 passes through the network
     config.sample.method = "ancestral"
     return config

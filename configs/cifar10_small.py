@@ -30,7 +30,6 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 32
     config.train.checkpoint_every = 625
     config.train.sample_every = 0
-    config.eval.terms_per_image = 9
     config.sample.num_images = 64
     config.sample.num_steps = 100
     config.quality.num_images = 500

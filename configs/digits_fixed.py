@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
     config.train.log_every = 25
     config.train.checkpoint_every = 500
     config.train.sample_every = 500
+    config.eval.terms_per_image = 0  # all
     config.quality.num_images = 1000
     config.compress.batch_size = 32
     return config

@@ -39,7 +39,6 @@ def get_config() -> ConfigDict:
     config.train.num_steps = 200_000
     config.train.batch_size = 64
     config.train.sample_every = 5000
-    config.eval.terms_per_image = 9
     config.sample.method = "dpm_solver_pp"
     config.sample.num_steps = 50
     return config

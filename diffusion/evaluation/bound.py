@@ -98,17 +98,9 @@ def full_bound(settings: Settings, stop: Callable[[], None] | None = None) -> Ca
     pairs = _terms(settings, stop)
 
     def bound(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], kept: Path | None = None) -> Bound:
-        t = every_t(len(numbers), _num_steps(model))
-        shape = (2, *t.shape)
-        is_kept = kept is not None and processes.is_first()
-        scores = _on_disk(kept, shape) if is_kept else np.full(shape, np.nan, np.float32)
-        terms, mse = scores.reshape(2, -1)
-        missing = np.flatnonzero(processes.from_first(np.isnan(terms)))
-        for done, (term, x0_mse) in pairs.some(model, source, numbers, t, missing, f"score {source.split}"):
-            # The term last: it is what says that a pair is done.
-            mse[done] = _in_levels(x0_mse, source.num_levels)
-            terms[done] = term
-        terms_bpd, x0_mse = np.asarray(scores, np.float64)  # for the sums to come
+        t, scale = every_t(len(numbers), _num_steps(model)), _squared_levels(source.num_levels)
+        found = _measured(pairs, model, source, numbers, t, kept, f"score {source.split}", scale)
+        terms_bpd, x0_mse = np.asarray(found, np.float64)  # for the sums to come
         prior = _prior(model, source, numbers)
         kl = terms_bpd[:, 1:].sum(axis=1)
         return Bound(terms_bpd[:, 0], kl, prior, x0_mse[:, 0], terms_bpd=terms_bpd, x0_mse=x0_mse)
@@ -116,31 +108,60 @@ def full_bound(settings: Settings, stop: Callable[[], None] | None = None) -> Ca
     return bound
 
 
-def estimated_bound(
-    settings: Settings, stop: Callable[[], None] | None = None
-) -> Callable[[Replicated, Source, np.ndarray], Bound]:
-    """`full_bound` from a few terms of each image: see `estimators`.
+def estimated_bound(settings: Settings, stop: Callable[[], None] | None = None) -> Callable[..., Bound]:
+    """`full_bound` from a few terms of each image: see `estimators`. Takes and keeps what that does.
 
     A term is the number that the full evaluation would compute, with the same ε, so that what is estimated is
-    that evaluation's result.
+    that evaluation's result. The terms of the pilot are kept in a file of their own, beside the path that is given.
     """
     pairs, seed_key = _terms(settings, stop), randomness.stream(settings.seed, "eval")
 
-    def bound(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"]) -> Bound:
+    def bound(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], kept: Path | None = None) -> Bound:
         pilot = numbers[np.linspace(0, len(numbers) - 1, min(PILOT_IMAGES, len(numbers))).astype(int)]
-        pilot_t = every_t(len(pilot), _num_steps(model))
-        pilot_terms, _ = pairs.all(model, source, pilot, pilot_t, f"score {source.split}, pilot")
-        q = estimators.proposal(pilot_terms)
+        pilot_t, pilot_kept = every_t(len(pilot), _num_steps(model)), kept and kept.with_stem(f"{kept.stem}_pilot")
+        found = _measured(pairs, model, source, pilot, pilot_t, pilot_kept, f"score {source.split}, pilot")
+        # Process 0 alone has the terms of an earlier call, and all have to draw the same t.
+        q = processes.from_first(estimators.proposal(found[0]))
         keys = randomness.per_item(jax.random.fold_in(seed_key, source.split_number), jnp.asarray(numbers))
         offsets = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, randomness.NO_T), (2,)))(keys)
         t = estimators.draw_t(q, np.asarray(offsets, np.float64), settings.terms_per_image)
-        terms, x0_mse = pairs.all(model, source, numbers, t, f"score {source.split}")
-        estimate = estimators.estimate(terms, t, q)
-        decoded_mse = _in_levels(x0_mse[:, 0], source.num_levels)
+        found = _measured(pairs, model, source, numbers, t, kept, f"score {source.split}")
+        terms_bpd, x0_mse = np.asarray(found, np.float64)
+        estimate = estimators.estimate(terms_bpd, t, q)
+        decoded_mse = x0_mse[:, 0] * _squared_levels(source.num_levels)
         prior = _prior(model, source, numbers)
         return Bound(estimate.decoder_bpd, estimate.kl_bpd, prior, decoded_mse, estimate.sampling_stderr)
 
     return bound
+
+
+def _measured(
+    pairs: ImageTimePairs,
+    model: Replicated,
+    source: Source,
+    numbers: Int[np.ndarray, " n"],
+    t: Int[np.ndarray, "n k"],
+    kept: Path | None,
+    desc: str,
+    scale: float = 1.0,
+) -> Float[np.ndarray, "2 n k"]:
+    """The terms and the errors of these pairs; those that are kept on disk are not measured again.
+
+    Args:
+        kept: where process 0 keeps them; with it, the result is whole there alone, and NaN where it was kept elsewhere.
+        scale: of the errors.
+    """
+    shape = (2, *t.shape)
+    is_kept = kept is not None and processes.is_first()
+    scores = _on_disk(kept, shape) if is_kept else np.full(shape, np.nan, np.float32)
+    terms, mse = scores.reshape(2, -1)
+    is_done = processes.from_first(~np.isnan(terms))
+    for measured, (term, x0_mse) in pairs.some(model, source, numbers, t, desc, is_done):
+        # The term last: it is what says that a pair is done.
+        is_new = ~is_done[measured]
+        mse[measured[is_new]] = x0_mse[is_new] * scale
+        terms[measured[is_new]] = term[is_new]
+    return scores
 
 
 def _terms(settings: Settings, stop: Callable[[], None] | None) -> ImageTimePairs:
@@ -157,9 +178,9 @@ def _num_steps(model: Replicated) -> int:
     return model.part(lambda model: model.schedule.t).host().shape[0] - 1
 
 
-def _in_levels(mse: Float[np.ndarray, "*shape"], num_levels: int) -> Float[np.ndarray, "*shape"]:
-    """A mean squared error of data in [-1, 1] in squared pixel values."""
-    return mse * ((num_levels - 1) / 2) ** 2
+def _squared_levels(num_levels: int) -> float:
+    """What a squared error of data in [-1, 1] is multiplied by to be in squared pixel values."""
+    return ((num_levels - 1) / 2) ** 2
 
 
 def _prior(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
@@ -169,8 +190,9 @@ def _prior(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"]) ->
     def prior(image: Array) -> Array:
         return likelihood.prior_bpd(schedule, to_unit(image, source.num_levels))
 
-    in_parts = jax.jit(lambda images: jax.lax.map(prior, images, batch_size=PRIOR_IMAGES))
-    return np.asarray(in_parts(source.images(numbers)), np.float64)
+    of_images = jax.jit(jax.vmap(prior))
+    parts = [numbers[begin : begin + PRIOR_IMAGES] for begin in range(0, len(numbers), PRIOR_IMAGES)]
+    return np.concatenate([np.asarray(of_images(source.images(part)), np.float64) for part in parts])
 
 
 def _on_disk(path: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, PyTree, Real
+from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from diffusion import continuous_time, guidance, likelihood
 from diffusion.data import Source
@@ -45,12 +45,12 @@ class ImageTimePairs:
     ):
         seed_key = randomness.stream(seed, stream)
 
-        def one_batch(shared: PyTree, items: tuple[Array, Array]) -> PyTree:
-            model, (images, labels, numbers, split_number) = shared
-            image, t = items
-            denoise = guidance.conditional(model.denoise, labels[image]) if model.takes_labels else model.denoise
-            x0 = to_unit(images[image], model.num_levels)
-            keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), numbers[image])
+        def one_batch(shared: PyTree, items: tuple[Array, Array | None, Array, Array]) -> PyTree:
+            model, split_number = shared
+            images, labels, numbers, t = items
+            denoise = guidance.conditional(model.denoise, labels) if model.takes_labels else model.denoise
+            x0 = to_unit(images, model.num_levels)
+            keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), numbers)
             with jax.default_matmul_precision(PRECISION):
                 rows = continuous_time.rows(model.schedule, t)
                 return likelihood.at_one_t(denoise, rows, x0, keys, measure_of(model))
@@ -64,21 +64,34 @@ class ImageTimePairs:
         source: Source,
         numbers: Int[np.ndarray, " n"],
         t: Real[np.ndarray, "n k"],
-        wanted: Int[np.ndarray, " pairs"],
         desc: str,
+        is_done: Bool[np.ndarray, " pairs"] | None = None,
     ) -> Measured:
-        """Measures the wanted ones of the n × k pairs: image numbers[i] at t[i, j] is pair i·k + j.
+        """Measures the n × k pairs: image numbers[i] at t[i, j] is pair i·k + j.
+
+        Args:
+            is_done: of each pair. A batch of such pairs alone is left out, and the others are those that all pairs make
+                up, so that a value has the same bits whatever was done before.
 
         Returns:
-            An iterator of (the pairs that are done [b], their measures [b, ...]), batch by batch.
+            An iterator of (the pairs that are measured [b], their measures [b, ...]), batch by batch.
         """
         labels = source.labels(numbers) if model.leaves.takes_labels else None
-        data = devices.replicate((source.images(numbers), labels, numbers, np.int32(source.split_number)))
-        items = (wanted // t.shape[1], t.ravel()[wanted])
-        with Progress(t.size, initial=t.size - len(wanted), desc=desc, unit="term") as progress:
-            for done, measures in self._batches((model, data), items, self._batch_size):
-                yield wanted[done], measures
-                progress.update(len(done))
+
+        def load(items: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+            """What the devices get: of all images those of their own pairs alone, each of which is read once."""
+            image, t = items
+            of_batch, which = np.unique(image, return_inverse=True)
+            images = source.images(numbers[of_batch])[which.reshape(image.shape)]
+            return images, None if labels is None else labels[image], numbers[image], t
+
+        shared = model, devices.replicate(np.int32(source.split_number))
+        items = np.arange(t.size) // t.shape[1], t.ravel()
+        is_done = np.zeros(t.size, bool) if is_done is None else is_done
+        with Progress(t.size, initial=int(is_done.sum()), desc=desc, unit="term") as progress:
+            for measured, measures in self._batches(shared, items, self._batch_size, load, is_done):
+                yield measured, measures
+                progress.update(int((~is_done[measured]).sum()))
                 if self._stop is not None:
                     self._stop()
 
@@ -86,9 +99,7 @@ class ImageTimePairs:
         self, model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], t: Real[np.ndarray, "n k"], desc: str
     ) -> PyTree:
         """Measures every pair: a tree of float64 arrays [n, k, ...]."""
-        found: list[PyTree] = []
-        for _, measures in self.some(model, source, numbers, t, np.arange(t.size), desc):
-            found.append(measures)
+        found = [measures for _, measures in self.some(model, source, numbers, t, desc)]
 
         def joined(*parts: np.ndarray) -> np.ndarray:
             whole = np.concatenate(parts).astype(np.float64)

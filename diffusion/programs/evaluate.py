@@ -100,8 +100,8 @@ def score(
 
     With eval.num_images=-1 nothing is scored.
 
-    Where every term is computed, process 0 writes bpd.npz, bpd.png and rate_distortion.png, and a call that was
-    interrupted continues where it stopped.
+    A call that was interrupted continues where it stopped. Where every term is computed, process 0 writes bpd.npz,
+    bpd.png and rate_distortion.png.
 
     Args:
         experiment: says how it is scored.
@@ -137,7 +137,7 @@ def score(
     if not config.eval.terms_per_image:
         title = f"{splits.test.name}, {num_images} test images, protocol {config.eval.protocol}"
         _save_curves(directory, bounds, protocol, title, splits.test.num_levels)
-        _forget(kept)
+    _forget(kept)
     return {
         "step": about["step"],
         "num_params": about["num_params"],
@@ -168,7 +168,7 @@ def _bounds(
     kept: Path,
     stop: Callable[[], None] | None,
 ) -> dict[str, Bound]:
-    """The bound by split: from a few terms of each image, or from every term, which are kept on disk meanwhile.
+    """The bound by split, from a few terms of each image or from every term, which are kept on disk meanwhile.
 
     A network trained with label dropout also gets "unconditional", the test split's bound without labels.
     """
@@ -176,10 +176,7 @@ def _bounds(
     scored = {split: (replicated, sources[split], numbers[split]) for split in sources}
     if config.model.label_dropout:
         scored["unconditional"] = (replicated.part(Model.without_labels), sources["test"], numbers["test"])
-    if settings.terms_per_image:
-        estimate = estimated_bound(settings, stop)
-        return {name: estimate(*what) for name, what in scored.items()}
-    bound = full_bound(settings, stop)
+    bound = (estimated_bound if settings.terms_per_image else full_bound)(settings, stop)
     return {name: bound(*what, kept / f"{name}.npy") for name, what in scored.items()}
 
 
@@ -211,7 +208,8 @@ def _key(config: ConfigDict, model: Model, digests: list[Any], numbers: dict[str
     """A name for where finished terms are kept, made of all that a term depends on: nothing else finds them."""
     variance = model.p.variance, tree_sha256(model.schedule.x0_variance)
     scored = [chosen.tolist() for chosen in numbers.values()]
-    return short_sha256([*digests, config.seed, config.eval.protocol, variance, *scored])
+    few = [config.eval.terms_per_image] if config.eval.terms_per_image else []
+    return short_sha256([*digests, config.seed, config.eval.protocol, variance, *few, *scored])
 
 
 def _forget(kept: Path) -> None:

@@ -87,7 +87,7 @@ def on_each(fn: Callable[..., PyTree], devices: Sequence[jax.Device] | None = No
     return jax.jit(jax.shard_map(on_own_rows, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
 
 
-InBatches = Callable[[PyTree, PyTree, int], Iterator[tuple[np.ndarray, PyTree]]]
+InBatches = Callable[..., Iterator[tuple[np.ndarray, PyTree]]]
 
 
 def over_batches(fn: Callable[[PyTree, PyTree], PyTree]) -> InBatches:
@@ -100,14 +100,26 @@ def over_batches(fn: Callable[[PyTree, PyTree], PyTree]) -> InBatches:
         (a tree of `Replicated`, items with leaves [N, ...] on the host, batch size) -> an iterator of the numbers [n]
         of the items that are done and their results [n, ...] on the host. Every item comes once, on every process.
         One batch is computed while the one before is fetched.
+
+        `load`, if it is given, makes of a batch's items [devices, b] what `fn` gets, on the host, for this process's
+        devices alone. A batch of items that `is_done` [N] says are done is left out; the others stay what they are.
     """
     compiled, on_rows = on_each(fn), sharding()
 
-    def run(shared: PyTree, items: PyTree, batch_size: int) -> Iterator[tuple[np.ndarray, PyTree]]:
+    def run(
+        shared: PyTree,
+        items: PyTree,
+        batch_size: int,
+        load: Callable[[PyTree], PyTree] | None = None,
+        is_done: np.ndarray | None = None,
+    ) -> Iterator[tuple[np.ndarray, PyTree]]:
         on_devices = jax.tree.map(lambda tree: tree.leaves, shared, is_leaf=lambda tree: isinstance(tree, Replicated))
         running = None
         for numbers, num_real in _padded_batches(len(jax.tree.leaves(items)[0]), batch_size):
+            if is_done is not None and is_done[numbers].all():
+                continue
             batch = jax.tree.map(lambda leaf: local_rows(leaf[numbers]), items)  # noqa: B023
+            batch = batch if load is None else load(batch)
             started = numbers.ravel()[:num_real], compiled(on_devices, jax.device_put(batch, on_rows))
             if running is not None:
                 yield _fetched(*running)

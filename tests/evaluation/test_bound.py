@@ -1,5 +1,6 @@
 """The bound of a split: every term of every image once, what was cut goes on, and the estimate is of the same sum."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -93,6 +94,26 @@ def test_a_bound_that_was_cut_computes_what_is_missing(replicated, source, full,
     again = bound(replicated, source, NUMBERS, kept).terms_bpd
     np.testing.assert_array_equal(again[:3], 7.0)
     np.testing.assert_allclose(again[3:], full.terms_bpd[3:], rtol=1e-5)
+
+
+def test_an_estimate_that_is_cut_after_any_batch_ends_with_the_same_bits(replicated, source, tmp_path):
+    """Each call is stopped after one more batch, in the pilot and after it; nothing is measured twice."""
+    settings, calls = Settings(seed=0, batch_size=16, terms_per_image=3), []
+
+    def stop():
+        calls.append(None)
+        raise InterruptedError
+
+    straight = estimated_bound(settings)(replicated, source, NUMBERS)
+    bound = estimated_bound(settings, stop)
+    for _ in range(10):
+        with contextlib.suppress(InterruptedError):
+            resumed = bound(replicated, source, NUMBERS, tmp_path / "test.npy")
+            break
+    # 8 images × 6 terms in the pilot, 11 × 3 after it, 16 at a time.
+    assert len(calls) == 3 + 3
+    for field in ("decoder_bpd", "kl_bpd", "prior_bpd", "decoded_mse", "sampling_stderr"):
+        np.testing.assert_array_equal(getattr(resumed, field), getattr(straight, field), err_msg=field)
 
 
 def test_the_estimate_is_of_the_full_evaluation(replicated, source):

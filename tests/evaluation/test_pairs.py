@@ -54,18 +54,35 @@ def test_neither_batch_size_nor_order_changes_a_value(replicated, source, table,
         np.testing.assert_allclose(ours, whole[image[:, None], t - 1], rtol=1e-5)
 
 
-def test_a_part_of_the_pairs_comes_once_each_and_with_its_numbers(replicated, source, table):
-    wanted = np.array([28, 3, 9, 17, 22, 5, 0, 1, 2])
-    pairs = ImageTimePairs(terms_of, SEED, batch_size=8)
-    done, terms = [], []
-    for numbers, (term, _) in pairs.some(replicated, source, NUMBERS, every_t(5, 6), wanted, "test"):
-        done.append(numbers)
+def test_batches_that_are_done_are_left_out_and_the_others_have_the_same_bits(replicated, source):
+    """30 pairs are 4 batches of 8; what is done of a batch does not change which pairs it has."""
+    pairs, t, is_done = ImageTimePairs(terms_of, SEED, batch_size=8), every_t(5, 6), np.zeros(30, bool)
+    whole, _ = pairs.all(replicated, source, NUMBERS, t, "test")
+    is_done[[*range(8), 9, *range(16, 24)]] = True
+    measured, terms = [], []
+    for numbers, (term, _) in pairs.some(replicated, source, NUMBERS, t, "test", is_done):
+        measured.append(numbers)
         terms.append(term)
-    assert len(done) == 2  # 9 pairs, 8 at a time
-    np.testing.assert_array_equal(np.concatenate(done), wanted)
-    np.testing.assert_allclose(np.concatenate(terms), table[0].ravel()[wanted], rtol=1e-5)
-    nothing = pairs.some(replicated, source, NUMBERS, every_t(5, 6), wanted[:0], "test")
-    assert list(nothing) == []
+    assert [of_batch.tolist() for of_batch in measured] == [list(range(8, 16)), list(range(24, 30))]
+    np.testing.assert_array_equal(np.concatenate(terms), whole.ravel()[np.concatenate(measured)])
+    assert list(pairs.some(replicated, source, NUMBERS, t, "test", np.ones(30, bool))) == []
+
+
+def test_an_image_is_read_once_for_a_batch_and_no_other_with_it(replicated, source):
+    """Neither the host nor a device holds all the images that are scored."""
+    read, pairs = [], ImageTimePairs(terms_of, SEED, batch_size=8)
+    images_of = type(source).images
+
+    class Counted(type(source)):
+        def images(self, indices=slice(None)):
+            read.append(indices)
+            return images_of(self, indices)
+
+    counted = Counted(source.name, source.split, source.pixels, source.num_levels)
+    pairs.all(replicated, counted, NUMBERS, every_t(5, 6), "test")
+    # The pairs 0…7 are six of the first image and two of the second, and so on.
+    assert [set(indices) for indices in read] == [{29, 4}, {4, 17}, {17, 0}, {11}]
+    assert all(len(indices) == len(set(indices)) for indices in read)
 
 
 def test_a_measure_may_be_any_tree_and_the_noise_belongs_to_seed_stream_split_image_and_t(replicated, source):

@@ -56,6 +56,14 @@ def test_its_header_says_what_equals_the_paper_and_what_differs_or_that_there_is
     assert entries[-2:] == ["Equals", "Differs"] or entries[-1] == "Paper" and "Paper    none: " in header
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_what_takes_millions_of_passes_to_score_in_full_is_estimated(name):
+    """Of the test split; as many training images are scored beside it."""
+    config, images = importlib.import_module(f"configs.{name}").get_config(), SETS[name].num_test
+    passes = (config.eval.num_images or images) * config.schedule.num_steps
+    assert config.eval.terms_per_image or passes < 1e6
+
+
 def test_the_two_recipes_of_nichol_and_dhariwal_agree():
     found = config_lib.flatten(imagenet64.get_config())
     wanted = config_lib.flatten(sweep.Cell("cifar10", "configs/cifar10.py", ho2020.IMPROVED).config())

@@ -135,6 +135,8 @@ def test_it_says_so_and_the_same_command_does_nothing(runs, copy, stopped, monke
     ends = f"stopped early at step {step}, after 2 validations without a lower val_loss"
     assert [line.split(": see")[0] for line in said] == 3 * [f"{copy} holds this run, {ends}"]
     assert train._last_words(stopped[1]).endswith(f"test 1.0000 bits/dim; {ends}")
+    words = train._last_words(stopped[1] | {"test_bpd_sampling_stderr": 0.0125})
+    assert "1.0000 bits/dim, an estimate, standard error 0.013 against the sum of all terms;" in words
 
 
 def test_with_more_patience_it_goes_on_and_without_any_to_the_end_as_if_it_had_not_stopped(
