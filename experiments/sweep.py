@@ -173,11 +173,11 @@ def expected(cells: list[Cell], directory: Path) -> str:
     return f"{words}; how long is known once the first one has logged some steps"
 
 
-def overrides(settings: list[str]) -> dict[str, str]:
+def overrides(settings: list[str], flag: str = "--set") -> dict[str, str]:
     """["train.num_steps=500"] -> {"train.num_steps": "500"}."""
     for setting in settings:
         if "=" not in setting:
-            raise ValueError(f"--set {setting} must be KEY=VALUE, for example train.num_steps=500")
+            raise ValueError(f"{flag} {setting} must be KEY=VALUE, for example train.num_steps=500")
     return dict(setting.split("=", 1) for setting in settings)
 
 

@@ -1,0 +1,123 @@
+r"""Which of several changes does what: runs with none of them, with each alone, with all but each, and with all.
+
+    python -m experiments.changes --base=configs/digits_fixed.py --workdir=runs/changes --seeds=3 \
+        --change model.prediction=eps --change objective.timesteps=uniform
+
+What a change does depends on the others. So each has two rows: what it does alone, and what it does beside all the
+others. Both are differences between runs of the same seed, in bits/dim of the validation images where some are set
+aside (data.validation), and so may choose; else of the test images. Everything else is as in `experiments.sweep`.
+Leaves a sweep's report in the working directory, and changes.md.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+
+from diffusion.runtime import files
+from experiments import intervals, results, sweep, tables
+from experiments.commands import exit_with
+from experiments.results import FinishedRun
+from experiments.sweep_grid import Cell
+
+NONE, ALL = "none", "all"
+FILE = "changes.md"
+PARTS = {"bits/dim": "bpd", "L_0": "decoder_bpd", "KL": "kl_bpd"}  # of summary.json, after the name of a split
+
+
+def cells(base: str, changes: Mapping[str, str], seeds: Sequence[str], extra: Mapping[str, str]) -> list[Cell]:
+    """The runs with each seed; of one change, with and without it.
+
+    Args:
+        changes: config key -> the value that changes it.
+        extra: config key -> value, of every run.
+
+    Raises:
+        ValueError: `extra` sets what is changed.
+    """
+    if both := sorted(changes.keys() & extra.keys()):
+        raise ValueError(f"--set {both[0]}={extra[both[0]]} is a change of this study")
+    settings = {NONE: {}} | {_only(key): {key: value} for key, value in changes.items()}
+    if len(changes) > 1:
+        settings |= {_without(left): _but(changes, left) for left in changes} | {ALL: dict(changes)}
+    return [
+        Cell(_folder(name, seed), base, dict(extra) | keys | {"seed": seed})
+        for name, keys in settings.items()
+        for seed in seeds
+    ]
+
+
+def _but(changes: Mapping[str, str], left: str) -> dict[str, str]:
+    return {key: value for key, value in changes.items() if key != left}
+
+
+def _only(key: str) -> str:
+    return f"only-{key}"
+
+
+def _without(key: str) -> str:
+    return f"without-{key}"
+
+
+def _folder(name: str, seed: str) -> str:
+    return f"{name}-seed{seed}"
+
+
+def report(runs: Sequence[FinishedRun], changes: Mapping[str, str], seeds: Sequence[str]) -> str:
+    """The bits/dim without and with all changes, and what each change does alone and beside all others."""
+    by_name = {run.name: run for run in runs}
+    split = "validation" if all("validation_bpd" in run.summary for run in runs) else "test"
+
+    def values(name: str, part: str) -> dict[str, float]:
+        found = {seed: by_name.get(_folder(name, seed)) for seed in seeds}
+        return {seed: run.summary[f"{split}_{part}"] for seed, run in found.items() if run}
+
+    def row(words: str, name: str, less: str = "") -> list[str]:
+        of_parts = [values(name, part) for part in PARTS.values()]
+        if less:
+            pairs = zip(of_parts, PARTS.values(), strict=True)
+            of_parts = [intervals.paired(of_part, values(less, part)) for of_part, part in pairs]
+        return [words, *(_text(list(of_part.values()), signed=bool(less)) for of_part in of_parts)]
+
+    absolute = [row("none of them", NONE), *([row("all of them", ALL)] if len(changes) > 1 else [])]
+    alone = [row(f"`{key}={value}`", _only(key), NONE) for key, value in changes.items()]
+    beside = [row(f"`{key}={value}`", ALL, _without(key)) for key, value in changes.items() if len(changes) > 1]
+    heads = {
+        "with": absolute,
+        "one change, less none": alone,
+        "all changes, less all but this one": beside,
+    }
+    written = [tables.markdown([words, *PARTS], lines) for words, lines in heads.items() if lines]
+    caption = f"Bits/dim of the {split} images: {intervals.caption([len(seeds)])}."
+    return "\n".join([f"# {len(changes)} changes", "", caption, "", *written])
+
+
+def _text(values: Sequence[float], signed: bool) -> str:
+    return intervals.text(intervals.of_mean(values), 3, signed) if values else "–"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line."""
+    parser = sweep.argument_parser(__doc__)
+    parser.add_argument("--base", default="configs/digits_fixed.py", help="the config file without a change")
+    words = "a config key and the value that changes it; can be given several times"
+    parser.add_argument("--change", action="append", required=True, metavar="KEY=VALUE", help=words)
+    arguments = parser.parse_args(argv)
+    changes, seeds = _changes(arguments), sweep.seeds(arguments, ["0", "1", "2"])
+    runs = cells(arguments.base, changes, seeds, sweep.overrides(arguments.set))
+    code = sweep.execute(arguments, runs, lambda run: None)
+    if code or arguments.list or arguments.index is not None:
+        return code
+    text = report(results.read(arguments.workdir)[0], changes, seeds)
+    files.write_text(arguments.workdir / FILE, text)
+    print(text)
+    return 0
+
+
+def _changes(arguments: argparse.Namespace) -> dict[str, str]:
+    found = sweep.overrides(arguments.change, "--change")
+    if len(found) < len(arguments.change):
+        raise ValueError("--change names a key twice")
+    return found
+
+
+if __name__ == "__main__":
+    exit_with(main)

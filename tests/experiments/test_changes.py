@@ -1,0 +1,66 @@
+"""Which change does what: the runs of the study, and the differences it takes."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import changes
+from experiments.results import FinishedRun
+
+BASE = str(Path(__file__).parents[2] / "configs" / "digits_fixed.py")
+CHANGES = {"model.prediction": "eps", "objective.timesteps": "uniform", "optim.grad_clip": "0.0"}
+
+
+def test_every_change_has_a_run_with_it_alone_and_one_with_all_others():
+    found = {cell.name: cell.overrides for cell in changes.cells(BASE, CHANGES, ["0", "1"], {"train.num_steps": "9"})}
+    assert len(found) == 2 * (1 + 3 + 3 + 1)
+    of_all = {"seed": "1", "train.num_steps": "9"}
+    assert found["none-seed1"] == of_all
+    assert found["only-model.prediction-seed1"] == of_all | {"model.prediction": "eps"}
+    both = {"model.prediction": "eps", "objective.timesteps": "uniform"}
+    assert found["without-optim.grad_clip-seed1"] == of_all | both
+    assert found["all-seed1"] == of_all | CHANGES
+
+
+def test_one_change_needs_two_settings():
+    assert {cell.name for cell in changes.cells(BASE, {"ema.decay": "0.9"}, ["0"], {})} == {
+        "none-seed0", "only-ema.decay-seed0"
+    }  # fmt: skip
+
+
+def test_a_key_is_a_change_or_common_to_all_and_changed_once():
+    with pytest.raises(ValueError, match="--set ema.decay=0.9 is a change"):
+        changes.cells(BASE, {"ema.decay": "0.99"}, ["0"], {"ema.decay": "0.9"})
+    with pytest.raises(ValueError, match="names a key twice"):
+        changes.main(["--workdir=none", "--change", "ema.decay=0.9", "--change", "ema.decay=0.8"])
+    with pytest.raises(ValueError, match="--change ema.decay must be KEY=VALUE"):
+        changes.main(["--workdir=none", "--change", "ema.decay"])
+
+
+def run(name, bpd, split):
+    summary = {f"{split}_bpd": bpd, f"{split}_decoder_bpd": bpd / 4, f"{split}_kl_bpd": bpd * 3 / 4}
+    return FinishedRun(name, {}, summary, {}, None, None)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_differences_are_taken_seed_by_seed_and_against_all_the_others(split):
+    values = {"none": 4.0, "only-a": 3.75, "only-b": 3.875, "without-a": 3.875, "without-b": 3.75, "all": 3.25}
+    runs = [run(f"{name}-seed{seed}", bpd + 0.125 * seed, split) for name, bpd in values.items() for seed in (0, 1)]
+    text = changes.report(runs, {"a": "1", "b": "2"}, ["0", "1"])
+    assert f"of the {split} images" in text and "n = 2 seeds" in text
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    numbers = {(section, line[0].strip("| ")): line[1] for section, line in sections(lines)}
+    assert numbers["with", "none of them"].startswith("4.062 ±")
+    assert numbers["one change, less none", "`a=1`"] == "-0.250 (all 2 equal)"
+    assert numbers["all changes, less all but this one", "`b=2`"] == "-0.500 (all 2 equal)"
+    assert numbers["all changes, less all but this one", "`a=1`"] == "-0.625 (all 2 equal)"
+
+
+def sections(lines):
+    """Each line of a table with the table's first heading."""
+    section = ""
+    for line in lines:
+        if line[1] == "bits/dim":
+            section = line[0].strip("| ")
+        else:
+            yield section, line
