@@ -149,9 +149,13 @@ def ddim(eta: float | int = 0.0) -> Step:
     Raises:
         ValueError: η is outside [0, 1].
     """
+    return Step(_ddim, (_share_of_noise(eta),))
+
+
+def _share_of_noise(eta: float | int) -> float | int:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], not {eta}")
-    return Step(_ddim, (eta,))
+    return eta
 
 
 def _ddim(now: StepState, eta: float | int) -> Gaussian:
@@ -170,24 +174,28 @@ def ddim_step(
     return Gaussian(mean, jnp.full_like(mean, jnp.log(eta**2 * row.beta_tilde)))  # log 0 = −∞: no noise
 
 
-def dpm_solver_pp() -> Step:
-    """DPM-Solver++(2M): DDIM's ODE to second order, with one network evaluation per step.
+def dpm_solver_pp(eta: float | int = 0.0) -> Step:
+    """DPM-Solver++(2M): DDIM's ODE to second order, with one network evaluation per step; an SDE with η > 0.
 
-    A DDIM step (η = 0) solves the probability-flow ODE exactly for an x̂_0 that stays what it is during the step. Here
-    it gets x̂_0 at the middle of the step, in log SNR, extrapolated from this step and the one before; the first step
-    is plain DDIM, and so is the last one, which ends at infinite SNR.
+    A DDIM step solves the probability-flow ODE (η = 0) or the reverse SDE (η = 1) exactly for an x̂_0 that stays what it
+    is during the step. Here it gets x̂_0 at the middle of the step, in log SNR, extrapolated from this step and the one
+    before; the first step is plain DDIM, and so is the last one, which ends at infinite SNR. With η = 1 it is
+    SDE-DPM-Solver++(2M): for Gaussian data its means and variances, too, are of second order.
 
-    Source: Lu et al. (2022, arXiv 2211.01095), algorithm 2.
+    Source: Lu et al. (2022, arXiv 2211.01095), algorithm 2 for η = 0, and their SDE-DPM-Solver++ for η = 1.
+
+    Raises:
+        ValueError: η is outside [0, 1].
     """
-    return Step(_dpm_solver_pp)
+    return Step(_dpm_solver_pp, (_share_of_noise(eta),))
 
 
-def _dpm_solver_pp(now: StepState) -> Gaussian:
+def _dpm_solver_pp(now: StepState, eta: float | int) -> Gaussian:
     last, _ = now.history
     ratio = (now.next_row.log_snr - now.row.log_snr) / (now.row.log_snr - last.log_snr)
     has_middle = jnp.isfinite(now.next_row.log_snr) & jnp.isfinite(last.log_snr)
     halfway = jnp.where(has_middle, ratio / 2, 0.0)
-    return ddim_step(now.row, now.x_t, now.x0_hat + halfway * (now.x0_hat - last.x0_hat))
+    return ddim_step(now.row, now.x_t, now.x0_hat + halfway * (now.x0_hat - last.x0_hat), eta)
 
 
 def heun() -> Step:

@@ -280,6 +280,7 @@ def test_steps_are_equal_if_their_arguments_are():
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.01, float("nan")])
-def test_an_eta_outside_its_range_is_refused(eta):
+@pytest.mark.parametrize("sampler", [samplers.ddim, samplers.dpm_solver_pp])
+def test_an_eta_outside_its_range_is_refused(sampler, eta):
     with pytest.raises(ValueError, match=r"eta must be in \[0, 1\], not"):
-        samplers.ddim(eta=eta)
+        sampler(eta=eta)
