@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from diffusion.reverse import PREDICTIONS, VARIANCES, Reverse
+from diffusion.reverse import VARIANCES, Reverse
 from diffusion.schedules import Instant, Row
 
 
@@ -19,7 +19,7 @@ def x0_per_output(p: Reverse, row: Row) -> Float[ArrayLike, ""]:
     Its square is what a squared error of the output means as a squared error of x̂_0.
     """
     zero = jnp.zeros_like(row.log_snr)
-    return PREDICTIONS[p.prediction].to_x0(row, zero, zero + 1)
+    return p.meaning.to_x0(row, zero, zero + 1)
 
 
 def bound_weight(p: Reverse, row: Row) -> Float[ArrayLike, ""]:

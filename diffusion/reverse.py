@@ -5,6 +5,7 @@ entry. Everything is for one example and one row of the schedule.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,7 +44,37 @@ class Variance(NamedTuple):
     is_learned: bool
 
 
-PREDICTIONS: dict[str, Prediction] = {
+def edm(sigma_data: float = 0.5) -> Prediction:
+    """The network F of x̂_0 = c_skip x + c_out F, where x = x_t/√ᾱ_t has noise of σ = 1/√SNR_t.
+
+    With c_skip and c_out of Karras et al. (2022, EDM), eq. 7 and table 1, F has the variance 1 for data of the standard
+    deviation `sigma_data`, and its squared error is their weighted loss. At sigma_data = 1 it is −v. The network is
+    given x_t, which then is c_in x; for others it is c_in x times a factor between sigma_data and 1.
+
+    Raises:
+        ValueError: sigma_data ≤ 0.
+    """
+    if sigma_data <= 0:
+        raise ValueError(f"model.prediction: sigma_data={sigma_data} of edm must be above 0")
+
+    def std(row: Row) -> Array:
+        """Of x_t: √ᾱ_t/c_in."""
+        return jnp.hypot(sigma_data * row.sqrt_alpha_bar, row.sqrt_one_minus_alpha_bar)
+
+    def target(row: Row, x0: Array, x_t: Array, eps: Array) -> Array:
+        signal, noise = sigma_data * row.sqrt_alpha_bar, row.sqrt_one_minus_alpha_bar
+        return (noise * x0 / sigma_data - signal * eps) / std(row)
+
+    def to_x0(row: Row, x_t: Array, f: Array) -> Array:
+        c_out = sigma_data * row.sqrt_one_minus_alpha_bar / std(row)
+        of_x_t = sigma_data**2 * row.sqrt_alpha_bar / std(row) ** 2  # c_skip/√ᾱ_t, which is finite at ᾱ_T = 0
+        return of_x_t * x_t + c_out * f
+
+    return Prediction(target, to_x0)
+
+
+# A name -> what it means, or a function of a config's arguments that says it: see `Reverse.meaning`.
+PREDICTIONS: dict[str, Prediction | Callable[..., Prediction]] = {
     # x_0 = (x_t − √(1−ᾱ_t) ε)/√ᾱ_t: eq. 4 of Ho et al. (2020) solved for x_0; their choice.
     "eps": Prediction(
         target=lambda row, x0, x_t, eps: eps,
@@ -65,6 +96,7 @@ PREDICTIONS: dict[str, Prediction] = {
         to_x0=lambda row, x_t, u: (x_t - row.sqrt_one_minus_alpha_bar * u)
         / (row.sqrt_alpha_bar + row.sqrt_one_minus_alpha_bar),
     ),
+    "edm": edm,
     # μ̃_t(x_t, x_0), eq. 7 of Ho et al. (2020), solved for x_0.
     "mean": Prediction(
         target=lambda row, x0, x_t, eps: process.q_posterior(row, x0, x_t).mean,
@@ -127,6 +159,13 @@ class Reverse:
     prediction: str
     variance: str
     decoder: str = "network"
+    arguments: tuple[tuple[str, float], ...] = ()  # of the prediction
+
+    @functools.cached_property
+    def meaning(self) -> Prediction:
+        """What the prediction means."""
+        found = PREDICTIONS[self.prediction]
+        return found if isinstance(found, Prediction) else found(**dict(self.arguments))
 
     @property
     def learns_variance(self) -> bool:
@@ -153,7 +192,7 @@ class Reverse:
         eps: Float[ArrayLike, "*shape"],
     ) -> Float[ArrayLike, "*shape"]:
         """What a perfect network would predict."""
-        return PREDICTIONS[self.prediction].target(row, x0, x_t, eps)
+        return self.meaning.target(row, x0, x_t, eps)
 
     def __call__(
         self,
@@ -183,7 +222,7 @@ class Reverse:
                 f"not {output.shape[-1]}"
             )
         predicted, raw = self.split(output)
-        x0_hat = PREDICTIONS[self.prediction].to_x0(row, x_t, predicted)
+        x0_hat = self.meaning.to_x0(row, x_t, predicted)
         if clip_x0:
             x0_hat = jnp.clip(x0_hat, -1.0, 1.0)
         mean = predicted if self.prediction == "mean" else process.q_posterior(row, x0_hat, x_t).mean
@@ -215,18 +254,19 @@ class Reverse:
         return jnp.exp(jax.vmap(log_prob, out_axes=-1)(jnp.linspace(-1.0, 1.0, num_levels)))
 
 
-def make(prediction: str, variance: str, decoder: str = "network") -> Reverse:
+def make(prediction: str, variance: str, decoder: str = "network", **arguments: float) -> Reverse:
     """The reverse process of a named prediction, a named variance and a named decoder.
 
     Args:
-        prediction: "eps", "x0", "v" or "mean".
+        prediction: one of PREDICTIONS.
         variance: "fixed_small" (β̃_t), "fixed_large" (β_t), "optimal" (σ*_t², estimated from data and the trained
             mean), "learned" (the network outputs log σ_t²) or "learned_range" (it outputs where between β̃_t and
             β_t, on a log scale).
         decoder: "network" (p(x_0 | x_1) is what the network says, on bins) or "bayes" (in proportion to q(x_1 | x_0)).
+        arguments: the prediction's own, such as edm's sigma_data.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or an argument out of its range.
     """
     if prediction not in PREDICTIONS:
         raise ValueError(f"model.prediction={prediction!r} is not one of {', '.join(PREDICTIONS)}")
@@ -234,4 +274,6 @@ def make(prediction: str, variance: str, decoder: str = "network") -> Reverse:
         raise ValueError(f"model.variance={variance!r} is not one of {', '.join(VARIANCES)}")
     if decoder not in DECODERS:
         raise ValueError(f"model.decoder={decoder!r} is not one of {', '.join(DECODERS)}")
-    return Reverse(prediction, variance, decoder)
+    made = Reverse(prediction, variance, decoder, tuple(sorted(arguments.items())))
+    _ = made.meaning  # or its refusal would come later
+    return made

@@ -25,7 +25,6 @@ from diffusion.experiment import build, workdir
 from diffusion.likelihood import Measure
 from diffusion.model import Model
 from diffusion.reporting import summary
-from diffusion.reverse import PREDICTIONS
 from diffusion.runtime import devices, files
 from diffusion.schedules import Row
 from experiments import tables
@@ -119,11 +118,11 @@ def image_bpd(
 
 def measure_of(model: Model, clip_x0: bool) -> Measure:
     """The KL term of t > 1, the continuous-time loss of an instant, the decoder's and prior's terms of t = 1."""
-    of_x0 = dataclasses.replace(model.p, prediction="x0")
+    of_x0 = dataclasses.replace(model.p, prediction="x0", arguments=())
 
     def measure(row: Row, x0: Array, x_t: Array, eps: Array, output: Array) -> Array:
         predicted, _ = model.p.split(output)
-        x0_hat = PREDICTIONS[model.p.prediction].to_x0(row, x_t, predicted)
+        x0_hat = model.p.meaning.to_x0(row, x_t, predicted)
         x0_hat = jnp.clip(x0_hat, -1.0, 1.0) if clip_x0 else x0_hat
         # As a distance of x̂_0, because the two means of a KL agree to more digits than float32 has where T is large.
         kl = likelihood.bits_per_dim(parameterizations.bound_weight(of_x0, row) * (x0 - x0_hat) ** 2)

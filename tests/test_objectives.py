@@ -83,6 +83,7 @@ def test_weights_in_their_limits(prediction):
         "eps": 1 / SNR,
         "x0": np.ones(40),
         "v": 1 / (1 + SNR),
+        "edm": 0.25 / (1 + 0.25 * SNR),  # c_out² of Karras et al. (2022), table 1, at σ_data = ½
         "velocity": (1 + np.sqrt(SNR)) ** -2,
         "mean": np.asarray(ROWS.posterior_x0, np.float64) ** -2,
     }

@@ -190,6 +190,7 @@ SLOPES_SQUARED = {
     "eps": lambda snr: 1 / snr,
     "x0": np.ones_like,
     "v": lambda snr: 1 / (1 + snr),
+    "edm": lambda snr: 0.25 / (1 + 0.25 * snr),
     "velocity": lambda snr: (1 + np.sqrt(snr)) ** -2,
 }
 

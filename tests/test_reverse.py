@@ -82,6 +82,50 @@ def test_batches_gradients_and_channels():
     assert np.isfinite(gradient).all() and (gradient != 0).all()
 
 
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+@pytest.mark.parametrize("t", [1, 300, 1000])
+def test_edm_is_the_network_of_its_preconditioning(t, sigma_data):
+    """Karras et al. (2022), eq. 7, table 1 and λ(σ) = 1/c_out², for x = x_0 + σ n in float64."""
+    p = reverse.make("edm", "fixed_small", sigma_data=sigma_data)
+    a, b = np.float64(S[t].sqrt_alpha_bar), np.float64(S[t].sqrt_one_minus_alpha_bar)
+    x, sigma = np.float64(X0) + b / a * np.float64(EPS), b / a
+    c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+    c_out = sigma * sigma_data / np.sqrt(sigma**2 + sigma_data**2)
+    x_t = process.q_sample(S[t], X0, EPS)
+    f = jnp.flip(EPS)
+    x0_hat = p(S[t], x_t, f, clip_x0=False).x0_hat
+    np.testing.assert_allclose(x0_hat, c_skip * x + c_out * np.float64(f), rtol=1e-5, atol=1e-6)
+    # The squared error of F is λ(σ) ‖D − x_0‖², so L_simple without a weight is their loss.
+    error = np.float64(p.target(S[t], X0, x_t, EPS)) - np.float64(f)
+    theirs = (np.float64(X0) - c_skip * x - c_out * np.float64(f)) / c_out
+    np.testing.assert_allclose(error, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [1, 300, 1000])
+def test_edm_is_minus_v_for_data_of_variance_1(t):
+    x_t = process.q_sample(S[t], X0, EPS)
+    edm, v = reverse.make("edm", "fixed_small", sigma_data=1.0), reverse.make("v", "fixed_small")
+    np.testing.assert_allclose(edm.target(S[t], X0, x_t, EPS), -v.target(S[t], X0, x_t, EPS), rtol=1e-6, atol=1e-6)
+    x0_hat = v(S[t], x_t, -EPS, clip_x0=False).x0_hat
+    np.testing.assert_allclose(edm(S[t], x_t, EPS, clip_x0=False).x0_hat, x0_hat, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.7])
+def test_edm_has_a_target_of_variance_1_at_every_t(sigma_data):
+    """For data of the standard deviation σ_data: E F² is the sum of squares of its factors of x_0/σ_data and ε."""
+    p = reverse.make("edm", "fixed_small", sigma_data=sigma_data)
+    one, zero = jnp.ones(()), jnp.zeros(())
+    of_x0 = jax.vmap(lambda row: p.target(row, sigma_data * one, zero, zero))(S[1:])
+    of_eps = jax.vmap(lambda row: p.target(row, zero, zero, one))(S[1:])
+    np.testing.assert_allclose(of_x0**2 + of_eps**2, 1, rtol=1e-6)
+
+
+def test_an_argument_of_a_prediction_is_checked():
+    assert reverse.make("edm", "fixed_small", sigma_data=1.0) != reverse.make("edm", "fixed_small")
+    with pytest.raises(ValueError, match="model.prediction: sigma_data=0.0 of edm must be above 0"):
+        reverse.make("edm", "fixed_small", sigma_data=0.0)
+
+
 @pytest.mark.parametrize(
     ("prediction", "variance", "words"),
     [

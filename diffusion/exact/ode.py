@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from diffusion import gaussian
 from diffusion.gaussian import Gaussian
-from diffusion.reverse import PREDICTIONS, Reverse
+from diffusion.reverse import Reverse
 from diffusion.schedules import Schedule
 
 try:
@@ -99,7 +99,7 @@ def eps_predictor(
         # The two numbers by which a prediction other than the mean becomes x̂_0; a row of no step has no others.
         row = dataclasses.replace(schedule[1], sqrt_alpha_bar=signal, sqrt_one_minus_alpha_bar=noise)
         predicted, _ = p.split(denoise(x[None], jnp.interp(log_snr, knots, numbers)[None])[0])
-        x0_hat = PREDICTIONS[p.prediction].to_x0(row, x, predicted)
+        x0_hat = p.meaning.to_x0(row, x, predicted)
         return (x - signal * (jnp.clip(x0_hat, -1.0, 1.0) if clip_x0 else x0_hat)) / noise
 
     return predict_eps

@@ -174,7 +174,7 @@ def experiment(
     schedule, learned = rules.start_schedule(config)
     if learned is not None:
         learned_schedule.init(schedule)  # or its refusal would come with the first state
-    p = reverse.make(config.model.prediction, config.model.variance, config.model.decoder)
+    p = rules.reverse_process(config)
     times = objectives.TIMES.get(names.parse(config.objective.name).name, "every_term")
     on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
     network = _network(config, image_shape, p.output_channels(image_shape[-1]), num_classes, on_cpu)

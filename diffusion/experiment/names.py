@@ -78,12 +78,16 @@ class Choice(NamedTuple):
             return {}
         return {k: p for k, p in inspect.signature(entry).parameters.items() if k not in self.given}
 
-    def bind(self, text: str) -> Any:
-        """The entry that `text` names; a function with the arguments bound."""
+    def call(self, text: str) -> Call:
+        """The name in `text` and its arguments, of the types that are annotated."""
         name, arguments = parse(text)
         parameters = self.parameters(name)
-        exact = {k: float(v) if parameters[k].annotation is float else v for k, v in arguments.items()}
-        return functools.partial(self.table[name], **exact) if exact else self.table[name]
+        return Call(name, {k: float(v) if parameters[k].annotation is float else v for k, v in arguments.items()})
+
+    def bind(self, text: str) -> Any:
+        """The entry that `text` names; a function with the arguments bound."""
+        name, arguments = self.call(text)
+        return functools.partial(self.table[name], **arguments) if arguments else self.table[name]
 
 
 class Several(NamedTuple):

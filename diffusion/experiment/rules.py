@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import learned_schedule, objectives, timesteps
+from diffusion import learned_schedule, objectives, reverse, timesteps
 from diffusion.experiment import names, sampling
-from diffusion.experiment.schema import ALL_SCHEDULES, FIXED_SCHEDULES
+from diffusion.experiment.schema import ALL_SCHEDULES, FIXED_SCHEDULES, PREDICTIONS
 from diffusion.learned_schedule import Learned
 from diffusion.parameterizations import x0_per_output
 from diffusion.reverse import VARIANCES, Reverse
@@ -25,6 +25,10 @@ class Combination(NamedTuple):
     schedule: Schedule  # of a learned one, as it starts
     learned: Learned | None
     step: Step  # of the sampler
+
+    @property
+    def p(self) -> Reverse:
+        return reverse_process(self.config)
 
     @property
     def objective(self) -> Callable:
@@ -68,8 +72,7 @@ class Combination(NamedTuple):
     @property
     def loses_x0(self) -> bool:
         """Whether at t = T the network's output says nothing of x_0: of ε, where ᾱ_T = 0."""
-        p = Reverse(self.config.model.prediction, self.config.model.variance)
-        return not np.isfinite(x0_per_output(p, self.schedule[self.schedule.num_steps]))
+        return not np.isfinite(x0_per_output(self.p, self.schedule[self.schedule.num_steps]))
 
     @property
     def has_weighting(self) -> bool:
@@ -139,7 +142,7 @@ RULES = (
         "model.variance={c.model.variance!r}",
     ),
     Rule(
-        lambda it: it.is_continuous and it.config.model.prediction == "mean",
+        lambda it: it.is_continuous and it.p.prediction == "mean",
         "objective.name={c.objective.name!r} has steps of no length, in which model.prediction='mean' says nothing of "
         "x_0; use eps, x0 or v",
     ),
@@ -259,6 +262,12 @@ def check_labels(config: ConfigDict, num_classes: int) -> None:
             f"sample.labels={config.sample.labels}: {beyond[0]} is none of the labels 0…{num_classes - 1} of "
             f"data.name={config.data.name!r}"
         )
+
+
+def reverse_process(config: ConfigDict) -> Reverse:
+    """The reverse process that a config names. Raises a ValueError where an argument is out of range."""
+    prediction, arguments = PREDICTIONS.call(config.model.prediction)
+    return reverse.make(prediction, config.model.variance, config.model.decoder, **arguments)
 
 
 def start_schedule(config: ConfigDict) -> tuple[Schedule, Learned | None]:

@@ -104,6 +104,7 @@ ALL_SCHEDULES = Choice(
 )
 # The optimal variance follows from a trained mean, so nothing is trained with it.
 TRAINED_VARIANCES = Choice({name: v for name, v in reverse.VARIANCES.items() if name != "optimal"})
+PREDICTIONS = Choice(reverse.PREDICTIONS)
 OBJECTIVES = Choice(objectives.OBJECTIVES, given=("setting",))
 METHODS = Choice(samplers.SAMPLERS)
 GRIDS = Choice(grids.GRIDS, given=("schedule", "num_steps"))
@@ -158,7 +159,7 @@ KEYS: dict[str, Key] = {
     "schedule.name": Key("linear", ALL_SCHEDULES, "the noise schedule"),
     "schedule.num_steps": Key(1000, integer(1, at_most=1_000_000), "T, the number of diffusion steps"),
     "model.network": Key("unet", Choice(NETWORKS, given=NETWORK_GIVEN), "its fields are the keys of its group"),
-    "model.prediction": Key("eps", Choice(reverse.PREDICTIONS), "what the network predicts"),
+    "model.prediction": Key("eps", PREDICTIONS, "what the network predicts"),
     "model.variance": Key("fixed_large", TRAINED_VARIANCES, "variance of the reverse process"),
     "model.conditioning": Key("t", one_of("t", "gamma"), "the network's noise input; gamma is −log SNR"),
     "model.rescale_t": Key(False, FLAG, "whether the network is conditioned on t·1000/T in place of t"),

@@ -181,6 +181,11 @@ def test_between_the_steps_lies_a_grid_of_a_network_that_learned_so():
     )
 
 
+def test_arguments_of_a_prediction_reach_it():
+    assert combination(changed(model__prediction="edm(sigma_data=0.7)")).p.arguments == (("sigma_data", 0.7),)
+    assert "sigma_data=-1.0 of edm" in refusal(model__prediction="edm(sigma_data=-1)")
+
+
 def test_arguments_of_a_schedule_reach_it():
     schedule, learned = rules.start_schedule(changed(schedule__name="linear(beta_end=0.03)"))
     assert learned is None
