@@ -3,12 +3,15 @@
 Each sampler draws for the whole global batch, so the numbers do not depend on how devices share it.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree, Real
+
+from diffusion.schedules import Schedule
 
 TICKETS = 2**30
 INSTANTS = 2**23
@@ -19,7 +22,7 @@ class TimestepSampler(NamedTuple):
 
     init: (T) -> the memory before the first step, an empty tuple where there is none.
     draw: (memory, key, batch size, T) -> t [B] and the weights [B] that make the mean of weight × loss unbiased
-        for the mean over uniform t.
+        for the mean over uniform t; of those in LOSS_SHAPING the weights are 1.
     update: (memory, t [B], unweighted losses [B]) -> the memory after the step.
     """
 
@@ -51,6 +54,48 @@ def _without_memory(draw: Callable[[Key[Array, ""], int, int], Int[Array, " b"]]
         return draw(key, batch_size, num_steps), jnp.ones(batch_size)
 
     return TimestepSampler(lambda num_steps: (), draw_unweighted, lambda memory, t, losses: memory)
+
+
+def log_normal(schedule: Schedule, mean: float = -1.2, std: float = 1.2) -> TimestepSampler:
+    """The step whose σ_t = 1/√SNR_t is nearest to a draw of ln σ ~ N(mean, std²). Karras et al. (2022, EDM), table 1.
+
+    No weight undoes the draw: as in that paper, how often a noise level comes is part of the loss.
+
+    Raises:
+        ValueError: std ≤ 0.
+    """
+    _check_std(std, "log_normal")
+    log_sigma = -0.5 * schedule.log_snr[1:]
+    between = 0.5 * (log_sigma[1:] + log_sigma[:-1])
+
+    def draw(key, batch_size, num_steps):
+        drawn = mean + std * jax.random.normal(key, (batch_size,))
+        return jnp.searchsorted(between, drawn).astype(jnp.int32) + 1
+
+    return _without_memory(draw)
+
+
+def logit_normal(mean: float = 0.0, std: float = 1.0) -> TimestepSampler:
+    """t/T = s with logit s ~ N(mean, std²). Esser et al. (2024, Stable Diffusion 3), section 3.1.
+
+    No weight undoes the draw, as in `log_normal`. On the linear path, `schedules.rectified_flow`, both are the same:
+    there ln σ_t is logit s.
+
+    Raises:
+        ValueError: std ≤ 0.
+    """
+    _check_std(std, "logit_normal")
+
+    def draw(key, batch_size, num_steps):
+        s = jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch_size,)))
+        return jnp.minimum((s * num_steps).astype(jnp.int32) + 1, num_steps)
+
+    return _without_memory(draw)
+
+
+def _check_std(std: float, name: str) -> None:
+    if std <= 0:
+        raise ValueError(f"objective.timesteps: std={std} of {name} must be above 0")
 
 
 def loss_aware(history_length: int = 10, uniform_share: float = 0.001) -> TimestepSampler:
@@ -155,4 +200,18 @@ def every_term(sampler: TimestepSampler) -> TimestepSampler:
 
 # Which t there are to draw; see `objectives.TIMES`.
 TIMES = {"every_term": every_term, "kl_terms": kl_terms, "continuous": continuous}
-SAMPLERS = {"uniform": uniform, "low_discrepancy": low_discrepancy, "loss_aware": loss_aware}
+SAMPLERS = {
+    "uniform": uniform,
+    "low_discrepancy": low_discrepancy,
+    "loss_aware": loss_aware,
+    "log_normal": log_normal,
+    "logit_normal": logit_normal,
+}
+# Those whose draw is meant to weight the loss, so that a bound's mean over t is no bound.
+LOSS_SHAPING = ("log_normal", "logit_normal")
+
+
+def make(entry: Callable[..., TimestepSampler], schedule: Schedule, times: str) -> TimestepSampler:
+    """The sampler of an entry of SAMPLERS, its arguments bound, for the t that TIMES[times] has."""
+    takes_schedule = "schedule" in inspect.signature(entry).parameters
+    return TIMES[times](entry(schedule) if takes_schedule else entry())

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from scipy.special import logit
+from scipy.stats import norm
 
 from diffusion import objectives, reverse, schedules, timesteps
 from diffusion.data import Source
@@ -18,6 +20,7 @@ from diffusion.training import optimizer, parallel
 from diffusion.training import schedule as trained_schedule
 from diffusion.training.step import Examples, Training, initial_state, mean_loss, train_step
 
+UNBIASED = [name for name in timesteps.SAMPLERS if name not in timesteps.LOSS_SHAPING]
 T = 10
 LOSSES = np.array([9.0, 0.0, 0.5, 3.0, 1.0, 1.0, 0.2, 0.01, 4.0, 2.0], np.float32)  # of t = 1…T
 DRAWS = 200_000
@@ -30,7 +33,7 @@ def loss_aware(history, key, batch_size=DRAWS, num_steps=T, uniform_share=0.001)
     return sampler.draw(history, key, batch_size, num_steps)
 
 
-@pytest.mark.parametrize("name", timesteps.SAMPLERS)
+@pytest.mark.parametrize("name", UNBIASED)
 def test_before_any_loss_is_known_every_t_is_drawn_equally_often(name):
     sampler = timesteps.SAMPLERS[name]()
     memory = sampler.init(T)
@@ -126,6 +129,61 @@ def test_the_share_of_uniform_draws_is_what_is_asked_for():
     expected = DRAWS * 0.25 / T
     np.testing.assert_allclose((np.asarray(t) == 2).sum(), expected, atol=4 * expected**0.5)
     np.testing.assert_allclose(np.asarray(weight)[np.asarray(t) == 2], 4.0, rtol=1e-4)
+
+
+def assert_frequencies(t, probability):
+    counts = np.bincount(np.asarray(t), minlength=len(probability) + 1)[1:]
+    assert (np.abs(counts - DRAWS * probability) <= 4 * np.sqrt(DRAWS * probability * (1 - probability)) + 1e-6).all()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"mean": 1.0, "std": 2.0}])
+def test_log_normal_draws_the_nearest_step_of_ln_sigma(arguments):
+    """Also where σ_T = ∞, as in the cosine schedule without its clip; both ends take what lies beyond them."""
+    for schedule in (schedules.cosine(T), schedules.harmonic(T)):
+        t, weight = timesteps.log_normal(schedule, **arguments).draw((), jax.random.key(3), DRAWS, T)
+        mean, std = ({"mean": -1.2, "std": 1.2} | arguments).values()
+        alpha_bar = np.asarray(schedule.alpha_bar, np.float64)[1:]
+        with np.errstate(divide="ignore"):
+            log_sigma = 0.5 * (np.log1p(-alpha_bar) - np.log(alpha_bar))
+        edges = np.concatenate([[-np.inf], 0.5 * (log_sigma[1:] + log_sigma[:-1]), [np.inf]])
+        assert_frequencies(t, np.diff(norm.cdf(edges, mean, std)))
+        np.testing.assert_array_equal(weight, 1)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"mean": -0.5, "std": 0.6}])
+def test_logit_normal_draws_by_its_density(arguments):
+    """Esser et al. (2024): 1/(s(1−s)) N(logit s; mean, std²), summed over ((t − 1)/T, t/T]."""
+    t, weight = timesteps.logit_normal(**arguments).draw((), jax.random.key(4), DRAWS, T)
+    mean, std = ({"mean": 0.0, "std": 1.0} | arguments).values()
+    s = (np.arange(100 * T) + 0.5) / (100 * T)
+    density = np.exp(-0.5 * ((logit(s) - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi) * s * (1 - s))
+    assert_frequencies(t, density.reshape(T, 100).mean(axis=1) / T)
+    np.testing.assert_array_equal(weight, 1)
+
+
+def test_on_the_linear_path_both_are_one():
+    """ln σ = logit s: what EDM draws for its σ is what Stable Diffusion 3 draws for its s."""
+    flow = schedules.rectified_flow(500)
+    keys = jax.random.split(jax.random.key(5))
+    by_sigma, _ = timesteps.log_normal(flow, mean=0.3, std=0.8).draw((), keys[0], DRAWS, 500)
+    by_s, _ = timesteps.logit_normal(mean=0.3, std=0.8).draw((), keys[1], DRAWS, 500)
+    shares = [np.cumsum(np.bincount(np.asarray(t), minlength=501)) / DRAWS for t in (by_sigma, by_s)]
+    # Half a step of a density of at most 2, and 4 standard deviations of two counts.
+    assert np.abs(shares[0] - shares[1]).max() < 0.5 / 500 * 2 + 4 * (0.5 / DRAWS) ** 0.5
+
+
+@pytest.mark.parametrize("name", timesteps.SAMPLERS)
+def test_a_sampler_is_made_for_its_schedule(name):
+    sampler = timesteps.make(timesteps.SAMPLERS[name], schedules.cosine(T), "every_term")
+    t, _ = sampler.draw(sampler.init(T), jax.random.key(0), 64, T)
+    assert t.dtype == jnp.int32 and 1 <= t.min() and t.max() <= T
+
+
+@pytest.mark.parametrize("name", timesteps.LOSS_SHAPING)
+def test_a_spread_of_nothing_is_refused_by_its_config_key(name):
+    made = partial(timesteps.SAMPLERS[name], std=0.0)
+    with pytest.raises(ValueError, match=f"objective.timesteps: std=0.0 of {name} must be above 0"):
+        timesteps.make(made, schedules.cosine(T), "every_term")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +303,7 @@ def test_real_t_is_uniform_between_the_ends(name):
         assert len(np.unique(t)) == 4000
 
 
-@pytest.mark.parametrize("name", list(timesteps.SAMPLERS))
+@pytest.mark.parametrize("name", UNBIASED)
 def test_kl_terms_are_all_but_the_decoder_s(name):
     sampler = timesteps.kl_terms(timesteps.SAMPLERS[name]())
     memory = sampler.init(6)

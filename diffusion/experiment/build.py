@@ -181,7 +181,7 @@ def experiment(
     training = Training(
         network=network,
         objective=_objective(config, p, num_levels),
-        timesteps=timesteps.TIMES[times](_chosen(config, "objective.timesteps")()),
+        timesteps=timesteps.make(_chosen(config, "objective.timesteps"), schedule, times),
         schedule=trained_schedule.make(
             _schedule_of(config, schedule, learned), learned.inner if learned else None, times
         ),

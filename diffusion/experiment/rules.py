@@ -79,8 +79,12 @@ class Combination(NamedTuple):
         return names.parse(self.config.objective.weighting).name != "none"
 
     @property
+    def timesteps(self) -> str:
+        return names.parse(self.config.objective.timesteps).name
+
+    @property
     def is_loss_aware(self) -> bool:
-        return timesteps.SAMPLERS[names.parse(self.config.objective.timesteps).name] is timesteps.loss_aware
+        return timesteps.SAMPLERS[self.timesteps] is timesteps.loss_aware
 
 
 class Rule(NamedTuple):
@@ -105,6 +109,11 @@ RULES = (
         lambda it: it.is_bound and it.has_weighting,
         "objective.weighting={c.objective.weighting!r} weights the simple loss, which "
         "objective.name={c.objective.name!r} does not have; use none, or simple or hybrid",
+    ),
+    Rule(
+        lambda it: it.is_bound and it.timesteps in timesteps.LOSS_SHAPING,
+        "objective.timesteps={c.objective.timesteps!r} weights the loss by how often it draws a t, after which "
+        "objective.name={c.objective.name!r} is no bound; use uniform or low_discrepancy, or simple or hybrid",
     ),
     Rule(
         lambda it: it.loses_x0,

@@ -106,6 +106,7 @@ ALL_SCHEDULES = Choice(
 TRAINED_VARIANCES = Choice({name: v for name, v in reverse.VARIANCES.items() if name != "optimal"})
 PREDICTIONS = Choice(reverse.PREDICTIONS)
 OBJECTIVES = Choice(objectives.OBJECTIVES, given=("setting",))
+TIMESTEPS = Choice(timesteps.SAMPLERS, given=("schedule",))
 METHODS = Choice(samplers.SAMPLERS)
 GRIDS = Choice(grids.GRIDS, given=("schedule", "num_steps"))
 LOGGERS = Several(Choice(loggers.LOGGERS, given=("directory", "step", "config")))
@@ -170,7 +171,7 @@ KEYS: dict[str, Key] = {
     "model.label_dropout": Key(0.0, SHARE, "share of the training images whose label is left out; for guidance"),
     "objective.name": Key("simple", OBJECTIVES, "the loss"),
     "objective.weighting": Key("none", Choice(objectives.WEIGHTINGS, given=("p",)), "weights of the simple loss"),
-    "objective.timesteps": Key("uniform", Choice(timesteps.SAMPLERS), "how t is drawn in training"),
+    "objective.timesteps": Key("uniform", TIMESTEPS, "how t is drawn in training"),
     "optim.name": Key("adam", Choice(optimizer.OPTIMIZERS, given=("learning_rate",)), "the optimizer"),
     "optim.learning_rate": Key(2e-4, RATE, "peak learning rate"),
     "optim.warmup_steps": Key(5000, integer(0), "steps in which the learning rate rises from 0"),
