@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffusion import likelihood
+from diffusion import likelihood, process
 from diffusion.parameterizations import weighted_error, x0_per_output
 from diffusion.reverse import Reverse
 from diffusion.schedules import Row, Schedule
@@ -41,7 +41,7 @@ def p2(p: Reverse, gamma: float = 1.0) -> Weighting:
 
     It takes weight from the large SNR, where only imperceptible detail is left to learn.
     """
-    return _of_x0_error(p, lambda log_snr: log_snr - gamma * jax.nn.softplus(log_snr))
+    return _of_x0_error(p, lambda row: row.log_snr - gamma * jax.nn.softplus(row.log_snr))
 
 
 def min_snr(p: Reverse, gamma: float = 5.0) -> Weighting:
@@ -54,23 +54,39 @@ def min_snr(p: Reverse, gamma: float = 5.0) -> Weighting:
     """
     if gamma <= 0:
         raise ValueError(f"objective.weighting: gamma={gamma} of min_snr must be above 0")
-    return _of_x0_error(p, lambda log_snr: jnp.minimum(log_snr, math.log(gamma)))
+    return _of_x0_error(p, lambda row: jnp.minimum(row.log_snr, math.log(gamma)))
 
 
-def _of_x0_error(p: Reverse, log_weight: Callable[[Array], Array]) -> Weighting:
-    """exp(log_weight(log SNR)) times the squared error of x̂_0, as a weight of the prediction's own squared error.
+def sigmoid(p: Reverse, k: float = 2.0) -> Weighting:
+    """w(λ) = sigmoid(k − λ) of Kingma & Gao (2023), λ = log SNR: the bound of data with noise, for it falls with λ.
+
+    Their weighted loss is L_w = ½ ∫ w(λ) E‖ε − ε̂‖² dλ, whatever the schedule. So the weight of t is the integral of w
+    over the step, from λ_t to λ_{t−1}, and L_w is T/2 times the mean loss, per dimension.
+    """
+
+    def log_weight(row: Schedule) -> Array:
+        # softplus(k − λ_t) − softplus(k − λ_{t−1}), without their subtraction; λ_0 = ∞.
+        step = -jnp.log1p(jax.nn.sigmoid(k - row.log_snr) * jnp.expm1(-process.gamma_step(row)))
+        # Where nothing of x_0 is left the step is infinite, but the SNR falls faster.
+        return jnp.where(jnp.isfinite(row.log_snr), jnp.log(step) + row.log_snr, -jnp.inf)
+
+    return _of_x0_error(p, log_weight)
+
+
+def _of_x0_error(p: Reverse, log_weight: Callable[[Schedule], Array]) -> Weighting:
+    """exp(log_weight(row)) times the squared error of x̂_0, as a weight of the prediction's own squared error.
 
     Given x_t the prediction is affine in x̂_0, so every such loss is a weighted loss of x̂_0: Salimans & Ho (2022),
     section 4.
     """
 
     def weight(row: Schedule) -> Array:
-        return jnp.exp(log_weight(row.log_snr) + 2 * jnp.log(jnp.abs(x0_per_output(p, row))))
+        return jnp.exp(log_weight(row) + 2 * jnp.log(jnp.abs(x0_per_output(p, row))))
 
     return weight
 
 
-WEIGHTINGS = {"none": unweighted, "p2": p2, "min_snr": min_snr}
+WEIGHTINGS = {"none": unweighted, "p2": p2, "min_snr": min_snr, "sigmoid": sigmoid}
 
 
 def simple(setting: Setting) -> Objective:

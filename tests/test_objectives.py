@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from diffusion import likelihood, objectives, process, reverse, schedules
 
@@ -101,6 +102,41 @@ def test_weights_are_finite_at_every_snr_and_vanish_without_signal(name):
             assert np.isfinite(jax.vmap(weight)(s[1:])).all(), prediction
         if prediction != "eps":  # which cannot be predicted at ᾱ_T = 0
             assert weight(schedules.harmonic(10)[10]) == 0, prediction
+
+
+def sigmoid_weights(schedule, k=2.0, prediction="eps"):
+    weighting = objectives.sigmoid(reverse.make(prediction, "fixed_small"), k)
+    return np.asarray(jax.vmap(weighting)(schedule[1:]), np.float64)
+
+
+@pytest.mark.parametrize("k", [2.0, -1.0])
+def test_the_sigmoid_weight_of_a_step_is_its_share_of_the_integral(k):
+    """Kingma & Gao (2023): w falls with λ, so its mean over a step lies between its values at the step's ends."""
+    for schedule in (schedules.linear(1000), schedules.cosine(40), schedules.rectified_flow(40, last=0.99)):
+        weight = sigmoid_weights(schedule, k)
+        log_snr = np.asarray(schedule.log_snr, np.float64)[1:]
+        np.testing.assert_allclose(weight.sum(), np.logaddexp(0, k - log_snr[-1]), rtol=1e-5)
+        w, step = expit(k - log_snr), np.asarray(jax.vmap(process.gamma_step)(schedule[2:]), np.float64)
+        assert (w[:-1] * (1 - 1e-5) < weight[1:] / step).all() and (weight[1:] / step < w[1:] * (1 + 1e-5)).all()
+
+
+def test_the_sigmoid_loss_depends_on_no_schedule():
+    """Gaussian data of variance s²: E(ε − ε̂)² = s² SNR/(1 + s² SNR), and ½ ∫ w(λ) E(ε − ε̂)² dλ by quadrature."""
+    variance, k = 0.3, 1.5
+    for schedule in (schedules.linear(1000), schedules.rectified_flow(1000, last=0.99)):
+        log_snr = np.asarray(schedule.log_snr, np.float64)[1:]
+        found = 0.5 * np.sum(sigmoid_weights(schedule, k) * expit(log_snr + np.log(variance)))
+        points = np.linspace(log_snr[-1], 40, 100_001)
+        integrand = expit(k - points) * expit(points + np.log(variance))
+        np.testing.assert_allclose(found, 0.5 * np.trapezoid(integrand, points), rtol=0.01)
+
+
+def test_the_sigmoid_weight_of_another_prediction_is_the_same_loss():
+    eps_weight = sigmoid_weights(S)
+    for prediction, slope_squared in (("x0", np.ones(40)), ("v", 1 / (1 + SNR)), ("velocity", (1 + SNR**0.5) ** -2)):
+        weight = sigmoid_weights(S, prediction=prediction)
+        np.testing.assert_allclose(weight, eps_weight * SNR * slope_squared, rtol=1e-4, err_msg=prediction)
+        assert sigmoid_weights(schedules.harmonic(10), prediction=prediction)[-1] == 0
 
 
 @pytest.mark.parametrize("objective", ["simple", "hybrid"])
