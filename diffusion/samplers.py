@@ -14,18 +14,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
+from diffusion import multistep
 from diffusion.gaussian import Gaussian
+from diffusion.multistep import PastStep
 from diffusion.reverse import Denoise, Denoised, Reverse
 from diffusion.schedules import Schedule
 
 AfterStep = Callable[[Schedule, Float[Array, "b h w c"], Key[Array, " b"]], Float[Array, "b h w c"]]
-
-
-class PastStep(NamedTuple):
-    """x̂_0 as an earlier step saw it."""
-
-    x0_hat: Array
-    log_snr: Array  # of that step's row; −∞ if there was no such step
 
 
 class StepState(NamedTuple):
@@ -36,7 +31,7 @@ class StepState(NamedTuple):
     x_t: Array
     p_prev: Gaussian  # p_θ(x_{t−1} | x_t)
     x0_hat: Array
-    history: tuple[PastStep, PastStep]  # at x_{t+1} and at x_{t+2}
+    history: tuple[PastStep, PastStep, PastStep]  # at x_{t+1}, x_{t+2} and x_{t+3}
     predict_x0: Callable[[Schedule, Array], Array]  # (row, x) -> x̂_0 there, for another network evaluation
 
 
@@ -120,14 +115,14 @@ def sample(
             x_prev = after_step(next_row, x_prev, jax.vmap(jax.random.fold_in, (0, None))(hook_keys, row.t))
         # A frame is overwritten until its last step, so the steps that are left out need no memory.
         frames = frames.at[(num_steps - row.t) * num_frames // num_steps].set(x0_hat)
-        return (x_prev, (PastStep(x0_hat, row.log_snr), history[0]), frames), None
+        return (x_prev, (PastStep(x0_hat, row.log_snr), *history[:-1]), frames), None
 
     # Other random bits than those of the steps' noise, and of x_T.
     hook_keys = jax.vmap(lambda key: jax.random.fold_in(key, num_steps))(keys)
     if x_T is None:
         x_T = noise(0)  # a number that no step takes: the same start for any number of steps
-    nothing = PastStep(jnp.zeros_like(x_T), jnp.float32(-jnp.inf))
-    start = (x_T, (nothing, nothing), jnp.zeros((num_frames, *x_T.shape)))
+    nothing = PastStep(jnp.zeros_like(x_T), jnp.full_like(schedule.log_snr[-1], -jnp.inf))
+    start = (x_T, (nothing, nothing, nothing), jnp.zeros((num_frames, *x_T.shape)))
     (x0, _, frames), _ = jax.lax.scan(body, start, (schedule[1:], schedule[:-1]), reverse=True)
     return x0, frames
 
@@ -191,7 +186,7 @@ def dpm_solver_pp(eta: float | int = 0.0) -> Step:
 
 
 def _dpm_solver_pp(now: StepState, eta: float | int) -> Gaussian:
-    last, _ = now.history
+    last = now.history[0]
     ratio = (now.next_row.log_snr - now.row.log_snr) / (now.row.log_snr - last.log_snr)
     has_middle = jnp.isfinite(now.next_row.log_snr) & jnp.isfinite(last.log_snr)
     halfway = jnp.where(has_middle, ratio / 2, 0.0)
@@ -217,9 +212,41 @@ def _heun(now: StepState) -> Gaussian:
     return ddim_step(now.row, now.x_t, (now.x0_hat + end_x0_hat) / 2)
 
 
+def unipc(order: int = 2) -> Step:
+    """UniPC: DDIM's ODE by a multistep predictor and a corrector, with one network evaluation per step.
+
+    The predictor goes from x_t to x_{t−1} with the polynomial in log SNR through the last `order` x̂_0. The x̂_0 that
+    the network then gives at x_{t−1} joins them, and the step is repaired with it, which costs no evaluation more: the
+    corrector. It repairs x_t first thing in the step that follows. With two x̂_0 the polynomial's value at the middle of
+    the step stands for its mean, so the predictor of order 2 is `dpm_solver_pp`. The first steps are of as high an
+    order as they have x̂_0, and the last one, which ends at infinite SNR, is plain DDIM.
+
+    Source: Zhao et al. (2023, arXiv 2302.04867), UniPC-p for predictions of x_0, with B(h) = e^h − 1.
+
+    Raises:
+        ValueError: another order than 1, 2 or 3.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order must be 1, 2 or 3, not {order}")
+    return Step(_unipc, (order,))
+
+
+def _unipc(now: StepState, order: int) -> Gaussian:
+    here, past = PastStep(now.x0_hat, now.row.log_snr), now.history[:order]
+    came_from = past[0].log_snr
+    predicted = multistep.mean_x0(past, came_from, here.log_snr)
+    corrected = multistep.mean_x0((here, *past), came_from, here.log_snr)
+    # How far a DDIM step goes towards x̂_0: √ᾱ_t (1 − e^−h) with h = ½ Δ log SNR.
+    share = now.row.sqrt_alpha_bar * -jnp.expm1((came_from - here.log_snr) / 2)
+    x_t = now.x_t + jnp.where(jnp.isfinite(came_from), share * (corrected - predicted), 0.0)
+    ahead = multistep.mean_x0((here, *past)[:order], here.log_snr, now.next_row.log_snr)
+    return ddim_step(now.row, x_t, jnp.where(now.row.t > 1, ahead, now.x0_hat))
+
+
 SAMPLERS = {
     "ancestral": ancestral,
     "ddim": ddim,
     "dpm_solver_pp": dpm_solver_pp,
     "heun": heun,
+    "unipc": unipc,
 }

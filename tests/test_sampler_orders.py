@@ -38,7 +38,7 @@ def moments_at_the_end(step, schedule):
         x_t, last_x0 = (jnp.full((1, 1, 1, 1), number) for number in pair)
         x0_hat = exact_x0(row, x_t[0])[None]
         none = PastStep(last_x0, jnp.float32(-jnp.inf))
-        now = StepState(row, next_row, x_t, None, x0_hat, (PastStep(last_x0, last_log_snr), none), None)
+        now = StepState(row, next_row, x_t, None, x0_hat, (PastStep(last_x0, last_log_snr), none, none), None)
         reached = step(now)
         return jnp.stack([reached.mean.ravel()[0], x0_hat.ravel()[0]]), jnp.exp(reached.log_var).ravel()[0]
 
@@ -91,7 +91,7 @@ def test_a_step_with_noise_is_the_published_sde_update_in_float64():
 
     short = schedules.respace(schedule, np.array([100, 120, 150]))
     one, past = jnp.ones((1, 1, 1, 1)), PastStep(jnp.full((1, 1, 1, 1), last_x0), short.log_snr[3])
-    now = StepState(short[2], short[1], x_t * one, None, x0_hat * one, (past, past), None)
+    now = StepState(short[2], short[1], x_t * one, None, x0_hat * one, (past, past, past), None)
     found = samplers.dpm_solver_pp(eta=1.0)(now)
     np.testing.assert_allclose(found.mean.ravel(), mean, rtol=2e-6)
     np.testing.assert_allclose(jnp.exp(found.log_var / 2).ravel(), std, rtol=2e-6)

@@ -161,7 +161,7 @@ def third_order(now):
 
     The first step is Heun's, the second and the last one are DPM-Solver++'s.
     """
-    points = [PastStep(now.x0_hat, now.row.log_snr), *now.history]
+    points = [PastStep(now.x0_hat, now.row.log_snr), *now.history[:2]]
     nodes, weights = (np.float32(values / 2) for values in np.polynomial.legendre.leggauss(3))
 
     def x0_hat(log_snr):

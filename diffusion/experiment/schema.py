@@ -213,7 +213,7 @@ KEYS: dict[str, Key] = {
     "sample.num_images": Key(64, integer(0), "how many images are drawn; 0: none, also during training", FREE),
     "sample.num_previews": Key(64, integer(1), "how many of the drawn images the grid shows", FREE),
     "sample.batch_size": Key(256, integer(1), "images at a time, over all devices", FREE),
-    "sample.method": Key("ancestral", METHODS, "the sampler; for few steps dpm_solver_pp or heun", FREE),
+    "sample.method": Key("ancestral", METHODS, "the sampler; for few steps dpm_solver_pp, unipc or heun", FREE),
     "sample.num_steps": Key(0, integer(0), "steps of the sampler, placed by sample.grid; 0: all", FREE),
     "sample.grid": Key("even", GRIDS, "the steps' places: even in 1…T, or by log SNR (log_snr, karras)", FREE),
     "sample.variance": Key("model", FOR_A_TRAINED_MEAN, "variance of ancestral sampling; model: as trained", FREE),
