@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
+from diffusion.runtime import preemption
 from diffusion.runtime.download import download
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -54,6 +55,7 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             records = b"".join(tar.extractfile(f"cifar-10-batches-bin/{member}").read() for member in members)
         records = np.frombuffer(records, np.uint8).reshape(-1, RECORD_BYTES)
         for index, record in enumerate(tqdm(records, desc=f"preparing cifar10 {split}")):
+            preemption.point()
             png = io.BytesIO()
             Image.fromarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0)).save(png, "png")
             yield index, {"id": f"{split}_{index:05d}", "image": png.getvalue(), "label": int(record[0])}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import shutil
@@ -15,57 +16,17 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int, Int32, UInt8
 from tqdm import tqdm
 
-from diffusion.data import records
+from diffusion.data import decoders, records, unfinished
 from diffusion.data import tfds as prepared
-from diffusion.data.folder.decoding import MODES, Target, opened, to_pixels
-from diffusion.runtime import files
+from diffusion.data.folder.decoding import opened
+from diffusion.data.resizing import Resizing
+from diffusion.runtime import files, preemption
 
 RECORDS_PER_READ = 1000
+BYTES_PER_READ = 2**25  # of decoded pictures: 32 MiB
+PROCESSES_FROM_BYTES = 2**26  # of decoded pictures: fewer are done before another process has started
+READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS
 Decoded = tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"] | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Resizing:
-    """The size that pictures get; without any, all of a set must have one.
-
-    Attributes:
-        image_size: the centre square of every picture is resized to so many pixels; 0: as it is.
-        pad_to: black is added around every picture up to so many pixels; 0: none.
-    """
-
-    image_size: int = 0
-    pad_to: int = 0
-
-    def shape(self, name: str, stored: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(H, W, C) of what becomes of pictures of the shape `stored`.
-
-        Raises:
-            ValueError: the pictures are larger than `pad_to`.
-        """
-        height, width, channels = (self.image_size, self.image_size, stored[2]) if self.image_size else stored
-        if self.pad_to and self.pad_to < max(height, width):
-            raise ValueError(
-                f"data.pad_to={self.pad_to} is less than the {height}×{width} pixels of data.name={name!r}; "
-                "data.image_size makes pictures smaller"
-            )
-        return self.pad_to or height, self.pad_to or width, channels
-
-    def pixels(self, encoded: bytes, channels: int) -> UInt8[np.ndarray, "h w c"]:
-        """What becomes of an encoded picture."""
-        if self.image_size:
-            pixels = to_pixels(encoded, Target(self.image_size, self.image_size, channels))
-        else:
-            with opened(io.BytesIO(encoded), formats=None) as picture:
-                pixels = np.atleast_3d(np.asarray(picture.convert(MODES[channels])))
-        if not self.pad_to:
-            return pixels
-        missing = [self.pad_to - length for length in pixels.shape[:2]]
-        return np.pad(pixels, [*((less // 2, less - less // 2) for less in missing), (0, 0)])
-
-    def __str__(self) -> str:
-        """For file names: "" without any change."""
-        size, pad = (f"-{self.image_size}" if self.image_size else ""), (f"-pad{self.pad_to}" if self.pad_to else "")
-        return size + pad
 
 
 def image_shape(name: str, builder: tfds.core.DatasetBuilder, resizing: Resizing) -> tuple[int, int, int]:
@@ -160,54 +121,96 @@ class _Split:
         return (pixels, classes) if is_whole else None
 
     def _made(self, pixels_path: Path, classes_path: Path) -> Decoded:
-        """Decodes into these files; where the disk is read-only or full, into one that goes with this process."""
-        num_bytes, temporary = int(np.prod(self.shape)), Path(tempfile.gettempdir())
-        with contextlib.suppress(OSError):
-            if _has_room(pixels_path.parent, num_bytes):
-                with files.replacing(pixels_path) as file:
-                    classes = self._decode(file)
-                    if classes is not None:
-                        with files.replacing(classes_path) as classes_file:
-                            np.save(classes_file, classes)
-                records.write_about(pixels_path, self.name, self.builder, self._stored)
-                return np.load(pixels_path, mmap_mode="r"), classes
-        if not _has_room(temporary, num_bytes):
-            raise OSError(
-                f"the decoded {self.split} pictures of data.name={self.name!r} take {num_bytes / 2**30:.1f} GiB, for "
-                f"which there is no room in {pixels_path.parent} or {temporary}"
-            )
-        with tempfile.NamedTemporaryFile() as file:
-            classes = self._decode(file)
-            file.flush()
-            return np.load(file.name, mmap_mode="r"), classes
+        """Decodes into these files, or waits until another process has done so.
 
-    def _decode(self, file: BinaryIO) -> Int32[np.ndarray, " n"] | None:
-        """Writes the pictures as a .npy file, and returns the classes. CIFAR-10's 50,000 take ten seconds on a core."""
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": self.shape})
-        classes: list[int] = []
-        with tqdm(total=len(self), desc=f"decoding {self.name} {self.split}", unit=" images", leave=False) as progress:
-            for examples in self._read():
-                file.write(self._pixels([encoded for encoded, _ in examples]).data)
-                classes += [label for _, label in examples]
-                progress.update(len(examples))
-        return np.array(classes, np.int32) if self.has_labels else None
+        Where that directory is read-only or too full, the pictures go into a file without a name, which ends with this
+        process.
+        """
+        waiting = f"waiting for another process, which decodes {self.name} {self.split}"
+        try:
+            with files.alone(unfinished.of(pixels_path), waiting) as file:
+                if (found := self._kept(pixels_path, classes_path)) is not None:
+                    os.unlink(file.name)
+                    return found
+                if _has_room(pixels_path.parent, self._num_bytes - os.fstat(file.fileno()).st_size):
+                    self._complete(file, pixels_path, classes_path)
+                    return self._kept(pixels_path, classes_path)
+                os.unlink(file.name)
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+        if not _has_room(temporary := Path(tempfile.gettempdir()), self._num_bytes):
+            raise OSError(
+                f"the decoded {self.split} pictures of data.name={self.name!r} take {self._num_bytes / 2**30:.1f} GiB, "
+                f"for which there is no room in {pixels_path.parent} or {temporary}"
+            )
+        with tempfile.TemporaryFile() as file:
+            classes: list[np.ndarray] = []
+            for pixels, of_part in self._decoded(0):
+                file.write(pixels.data)
+                classes.append(of_part)
+            file.flush()
+            pixels = np.memmap(file, np.uint8, "r", shape=self.shape)
+            return pixels, np.concatenate(classes) if self.has_labels else None
+
+    def _complete(self, file: BinaryIO, pixels_path: Path, classes_path: Path) -> None:
+        """Decodes what is missing in an unfinished file, and gives it its name."""
+        fingerprint = pixels_path.stem[-records.FINGERPRINT_LETTERS :]
+        unfinished.remove_left_over(pixels_path, self.split, fingerprint)
+        made = unfinished.Unfinished(file, pixels_path, classes_path, self.shape)
+        try:
+            for pixels, classes in self._decoded(made.num_done):
+                made.append(pixels, classes)
+        except ValueError:  # damage, which a copy of the set repairs, whose records have another time
+            made.discard()
+            raise
+        except BaseException:
+            with contextlib.suppress(OSError):
+                made.save()
+            made.close()
+            raise
+        made.finish(self.has_labels)
+        records.write_about(pixels_path, self.name, self.builder, self._stored)
+
+    @property
+    def _num_bytes(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def _image_bytes(self) -> int:
+        return int(np.prod(self.shape[1:]))
+
+    def _decoded(self, begin: int) -> Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]]:
+        """The pictures from number `begin` on and their classes, some at a time, by all cores if they are many."""
+        parts, num_bytes = self._read(begin), (len(self) - begin) * self._image_bytes
+        number = decoders.num_cores() if num_bytes >= PROCESSES_FROM_BYTES else 1
+        words = f"decoding {self.name} {self.split}"
+        with (
+            tqdm(total=len(self), initial=begin, desc=words, unit=" images", leave=False) as progress,
+            contextlib.closing(decoders.decoded(parts, self.resizing, self.shape[-1], number)) as decoded,
+        ):
+            try:
+                for pictures, classes in decoded:
+                    preemption.point()
+                    yield self._pixels(pictures), np.array(classes, np.int32)
+                    progress.update(len(pictures))
+            except decoders.Undecodable as error:
+                raise self._damaged(error) from error
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def _read(self) -> Iterator[list[tuple[bytes, int]]]:
+    def _read(self, begin: int) -> Iterator[decoders.Part]:
+        stored, numbers = prepared.records(self.name, self.builder, self.split)
         try:
-            yield from _examples(self.builder, *prepared.records(self.name, self.builder, self.split))
+            yield from _examples(self.builder, stored, numbers[begin:], self._image_bytes)
         except OSError:
             raise
         except Exception as error:  # ArrayRecord and protobuf raise different types for garbage
             raise self._damaged(error) from error
 
-    def _pixels(self, encoded: list[bytes]) -> UInt8[np.ndarray, "n h w c"]:
-        try:
-            pictures = [self.resizing.pixels(one, self.shape[-1]) for one in encoded]
-        except Exception as error:  # Pillow raises different types for garbage
-            raise self._damaged(error) from error
+    def _pixels(self, pictures: decoders.Pictures) -> UInt8[np.ndarray, "b h w c"]:
+        """The pictures as one array, if they are what the set promises."""
         for picture in pictures:
             if picture.shape != self.shape[1:]:
                 sizes = " and of ".join(f"{height}×{width}" for height, width, _ in (self.shape[1:], picture.shape))
@@ -232,15 +235,16 @@ def _has_room(directory: Path, num_bytes: int) -> bool:
 
 
 def _examples(
-    builder: tfds.core.DatasetBuilder, split: str, numbers: Int[np.ndarray, " n"]
-) -> Iterator[list[tuple[bytes, int]]]:
+    builder: tfds.core.DatasetBuilder, split: str, numbers: Int[np.ndarray, " n"], image_bytes: int = 1
+) -> Iterator[decoders.Part]:
     """These records of a stored split as encoded pictures and classes, RECORDS_PER_READ at a time."""
     # Parsing the image and the label without their companions halves the time of reading. TFDS would decode with
     # OpenCV where that is installed, whose JPEG pixels need not be Pillow's.
     wanted = ["image", "label"] if prepared.num_classes(builder) else ["image"]
     parser = tfds.features.FeaturesDict({feature: builder.info.features[feature] for feature in wanted})
     source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    for begin in range(0, len(numbers), RECORDS_PER_READ):
-        chunk = source.__getitems__(numbers[begin : begin + RECORDS_PER_READ].tolist())
+    length = max(min(RECORDS_PER_READ, BYTES_PER_READ // image_bytes), 1)
+    for begin in range(0, len(numbers), length):
+        chunk = source.__getitems__(numbers[begin : begin + length].tolist())
         parsed = [parser.deserialize_example_np(one, decoders={"image": tfds.decode.SkipDecoding()}) for one in chunk]
         yield [(example["image"], int(example.get("label", 0))) for example in parsed]

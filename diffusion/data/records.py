@@ -9,7 +9,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from diffusion.runtime import files
+from diffusion.runtime import files, preemption
 
 FINGERPRINT_LETTERS = 16
 
@@ -49,6 +49,7 @@ def content_sha256(name: str, builder: tfds.core.DatasetBuilder, split: str) -> 
     """A digest of the metadata and of the record files' bytes, which are all read."""
     digest = _metadata_digest(builder)
     for path in tqdm(builder.info.splits[split].filepaths, desc=f"reading {name} {split}", unit=" files", leave=False):
+        preemption.point()
         with open(path, "rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

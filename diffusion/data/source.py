@@ -195,9 +195,8 @@ def load(name: str, split: str, data_dir: str | None = None, image_size: int = 0
     directory = tfds.find(name, root) or tfds.prepare(name, root)
     builder = tfds.open_directory(name, directory)
     pixels, classes = decoded.load(name, builder, split, decoded.Resizing(image_size, pad_to))
-    file = Path(pixels.filename)
-    kept = file if file.exists() else None  # a temporary one is gone by now
-    return Source(name, split, pixels, tfds.num_levels(builder), classes, tfds.num_classes(builder), kept)
+    file = pixels.filename and Path(pixels.filename)  # a temporary one has no name
+    return Source(name, split, pixels, tfds.num_levels(builder), classes, tfds.num_classes(builder), file)
 
 
 def describe(name: str, data_dir: str | None = None, image_size: int = 0, pad_to: int = 0) -> Description:

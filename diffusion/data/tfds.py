@@ -7,6 +7,8 @@ import io
 import os
 import pkgutil
 import re
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +97,7 @@ def prepare(name: str, data_dir: Path) -> Path:
     """Prepares one of the project's own sets as ArrayRecord and returns its directory.
 
     TFDS writes to a temporary directory and renames it when complete, so an interrupted run leaves nothing
-    that looks prepared; of two processes at once, the slower fails to rename and takes the other's result.
+    that looks prepared. Of several processes one prepares, and the others wait and take its result.
 
     Raises:
       FileNotFoundError: the project has no builder of that name.
@@ -107,8 +109,16 @@ def prepare(name: str, data_dir: Path) -> Path:
         raise missing(name, data_dir)
     tfds.disable_progress_bar()  # the builders show their own
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download of unknown size
-            builder.download_and_prepare()
+        data_dir.mkdir(parents=True, exist_ok=True)
+        base = name.partition(":")[0]
+        lock, waiting = data_dir / f"{base}.preparing", f"waiting for another process, which prepares {base}"
+        with files.alone(lock, waiting), contextlib.redirect_stdout(io.StringIO()):
+            try:  # TFDS announces a download of unknown size
+                if find(name, data_dir) is None:
+                    _remove_left_over(data_dir / base)
+                    builder.download_and_prepare()
+            finally:
+                lock.unlink(missing_ok=True)
     except ConnectionError:
         raise
     except OSError as error:
@@ -118,6 +128,14 @@ def prepare(name: str, data_dir: Path) -> Path:
                 "set data.data_dir to a directory that can be written"
             ) from error
     return find(name, data_dir)
+
+
+def _remove_left_over(directory: Path) -> None:
+    """Deletes what TFDS was making when its process was killed, of which nothing can be used."""
+    for path in directory.glob("incomplete.*"):
+        with contextlib.suppress(OSError):
+            if time.time() > path.stat().st_mtime + files.LEFT_SECONDS:
+                shutil.rmtree(path)
 
 
 def open_directory(name: str, directory: Path) -> tfds.core.DatasetBuilder:

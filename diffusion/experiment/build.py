@@ -117,8 +117,7 @@ class Experiment:
         params = init(randomness.stream(self.config.seed, "init"), image, jnp.zeros(1))["params"]
         if self.learns_schedule:
             with jax.ensure_compile_time_eval():  # `init` checks its numbers, also while `abstract_state` is traced
-                start = learned_schedule.init(self.start_schedule)
-            params = params | {learned_schedule.SUBTREE: start}
+                params = params | {learned_schedule.SUBTREE: learned_schedule.init(self.start_schedule)}
         params = over.over(params) if over else params
         return initial_state(self.training, params, self.image_shape)
 
@@ -144,8 +143,9 @@ def load_data(config: ConfigDict, split: str) -> data.Source:
 
 def load_splits(config: ConfigDict) -> Splits:
     """All splits of the config's data set. Raises what `data.load` and `validation.split_off` do."""
-    train, aside = validation.split_off(_stored(config, "train"), config.data.validation)
-    return Splits(train, aside, _stored(config, "test"))
+    splits = Splits(*validation.split_off(_stored(config, "train"), config.data.validation), _stored(config, "test"))
+    processes.wait_for_all("data")  # on some hosts it may take longer
+    return splits
 
 
 def _stored(config: ConfigDict, split: str) -> data.Source:

@@ -53,10 +53,11 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
     """
     path = new_file(output)
     experiment, model = coding_model(config, directory, checkpoint)
-    source = _source(config, experiment, input)
-    images = source.images()
-    codec = Codec(model, source.image_shape, config.compress.batch_size, config.compress.precision)
     with Preemption() as preemption:
+        with preemption.at_points():
+            source = _source(config, experiment, input)
+        images = source.images()
+        codec = Codec(model, source.image_shape, config.compress.batch_size, config.compress.precision)
         # Before the file, so that a run that is stopped leaves none and the same command can begin again.
         bound = _bound(config, model, source, preemption)
         with (

@@ -48,13 +48,16 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output:
     place = results.place(directory, output, EVALUATIONS)
     loaded = workdir.load(directory, checkpoint, config, claims=not output)
     experiment, state, model = loaded.experiment, loaded.state, loaded.model_with(config.eval.variance)
-    splits = build.load_splits(config)
-    check_labels(config, splits)
-    data_sha256 = processes.on_first(splits.sha256)
-    measured = short_sha256([state.sha256, data_sha256, tree_sha256(model.schedule.x0_variance)])
-    out = place / EVALUATIONS / f"{name(experiment, int(state.step), num_images)}-{measured}"
-    with Preemption() as preemption, workdir.locked(out), memory.shortage_explained(experiment, "eval.batch_size"):
-        scores = score(experiment, out, model, state, splits, preemption.check)
+    with Preemption() as preemption, contextlib.ExitStack() as stack:
+        with preemption.at_points():
+            splits = build.load_splits(config)
+        check_labels(config, splits)
+        data_sha256 = processes.on_first(splits.sha256)
+        measured = short_sha256([state.sha256, data_sha256, tree_sha256(model.schedule.x0_variance)])
+        out = place / EVALUATIONS / f"{name(experiment, int(state.step), num_images)}-{measured}"
+        stack.enter_context(workdir.locked(out))
+        with memory.shortage_explained(experiment, "eval.batch_size"):
+            scores = score(experiment, out, model, state, splits, preemption.check)
         if processes.is_first():
             summary.write_json(out / "eval.json", scores)
             summary.write_json(place / "eval.json", scores)

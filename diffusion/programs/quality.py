@@ -43,11 +43,11 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output:
     out = results.place(directory, output, sample.SAMPLES)
     loaded = workdir.load(directory, checkpoint, config, claims=not output)
     model = loaded.model_with(config.sample.variance)
-    splits = build.load_splits(config)
-    unfinished = out / UNFINISHED
-    scorer = processes.on_first(lambda: Scorer(config, splits, unfinished))
-    num_images = config.quality.num_images
+    unfinished, num_images = out / UNFINISHED, config.quality.num_images
     with Preemption() as preemption:
+        with preemption.at_points():
+            splits = build.load_splits(config)
+        scorer = processes.on_first(lambda: Scorer(config, splits, unfinished))
         with memory.shortage_explained(loaded.experiment, "sample.batch_size"):
             folder = sample.fill(loaded.experiment, out, model, loaded.state, num_images, preemption.check)
 

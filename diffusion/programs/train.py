@@ -67,22 +67,31 @@ def run(
         return
     for hint in rules.hints(config) if processes.is_first() else ():
         logging.warning(hint)
-    splits = build.load_splits(config)
+    with Preemption() as preemption:
+        _run(experiment, directory, base, allow_other_data, origin, preemption)
+
+
+def _run(
+    experiment: Experiment,
+    directory: Path,
+    base: str,
+    allow_other_data: bool,
+    origin: fork.Fork | None,
+    preemption: Preemption,
+) -> None:
+    """`run` from where the data are read, which may take long, so that a signal ends it as any other part."""
+    config = experiment.config
+    with preemption.at_points():
+        splits = build.load_splits(config)
     evaluate.check_labels(config, splits)
     early_stopping.check(config, len(splits.validation))
     if not allow_other_data:
         processes.on_first(lambda: check_data(config, directory, splits.sha256()))
     sampler = sample.make_sampler(experiment)
-
-    with (
-        Preemption() as preemption,
-        workdir.owned(config, directory) as directory,
-        Stopwatch(directory / workdir.SECONDS) as stopwatch,
-    ):
+    with workdir.owned(config, directory) as directory, Stopwatch(directory / workdir.SECONDS) as stopwatch:
         if base:
             workdir.save_base(directory, base)
-        if forked:
-            processes.on_first(lambda: fork.write(origin, directory, splits.sha256()) if origin else None)
+        processes.on_first(lambda: fork.write(origin, directory, splits.sha256()) if origin else None)
 
         def between_batches() -> None:
             stopwatch.tick()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffusion.runtime import files
+from diffusion.runtime import files, preemption
 
 BLOCK_BYTES = 1 << 20
 
@@ -32,6 +32,7 @@ def download(url: str, sha256: str, path: Path, num_bytes: int | None = None) ->
                 raise ValueError(f"{url} has {announced} bytes, not {num_bytes}: nothing was kept")
             with tqdm(total=announced, desc=f"downloading {path.name}", unit="B", unit_scale=True) as progress:
                 while block := response.read(BLOCK_BYTES):
+                    preemption.point()
                     file.write(block)
                     digest.update(block)
                     progress.update(len(block))

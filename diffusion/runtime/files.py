@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import time
@@ -11,6 +12,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from diffusion.runtime import preemption
 
 try:
     import fcntl
@@ -22,6 +25,8 @@ NO_HOME = "no home directory is known (HOME is not set, and the user is not in /
 DAMAGE = (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 MAX_BEGIN_BYTES = 128  # of a temporary file's name; file systems take 255 bytes
 SWITCH = "DIFFUSION_LOCK"  # 0 does without a lock where the file system has none
+LEFT_SECONDS = 3600.0  # a temporary file that nobody wrote to for so long is nobody's
+WAIT_SECONDS = 0.5  # between two looks at a file that another process has
 LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, which ends with the process
 
 
@@ -85,6 +90,61 @@ def locked(directory: Path, advice: str) -> Iterator[None]:
         print(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}", file=file)
         file.flush()
         yield
+
+
+@contextlib.contextmanager
+def alone(path: Path, waiting: str) -> Iterator[BinaryIO]:
+    """The file at `path`, which is made if need be, open to append to; other processes that ask for it wait meanwhile.
+
+    Whoever gets it looks first whether another one has done the work. It is to be renamed or deleted in the end. Where
+    the file system has no locks, it is a file of this process alone, which is deleted.
+
+    Args:
+        waiting: what is said before waiting.
+    """
+    while True:
+        with path.open("a+b") as file:
+            try:
+                _wait_for(file, waiting)
+            except OSError:
+                break
+            # The one that had it before may have renamed it, and another one made a new file.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    yield file
+                    return
+    own = unfinished(path, "tmp")
+    try:
+        with own.open("a+b") as file:
+            yield file
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _wait_for(file: BinaryIO, waiting: str) -> None:
+    """Locks a file. Raises an OSError where the file system has no locks."""
+    is_told = False
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+        if not is_told:
+            logging.warning(waiting)
+        is_told = True
+        preemption.point()
+        time.sleep(WAIT_SECONDS)
+
+
+def is_free(path: Path) -> bool:
+    """Whether no process has the file of `alone`."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 def expanded(text: str | Path) -> Path:

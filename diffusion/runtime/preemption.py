@@ -19,6 +19,12 @@ class Preempted(SystemExit):
         self.reason = reason
 
 
+def point() -> None:
+    """Inside `Preemption.at_points`, raises `Preempted` if a signal has asked to stop; does nothing elsewhere."""
+    if _entered is not None and _entered.stops_at_points and _entered.signal_name:
+        raise _entered.stop()
+
+
 class Preemption:
     """While entered, SIGTERM, SIGHUP and SIGINT raise `Preempted` at once, or set `signal_name` inside `deferred`.
 
@@ -29,6 +35,7 @@ class Preemption:
 
     def __init__(self):
         self.signal_name = ""
+        self.stops_at_points = False
         self._deferring = False
         self._asked = 0
 
@@ -38,11 +45,13 @@ class Preemption:
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             handlers[signal.SIGHUP] = self._receive if alone else _pass_on
         self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        _enter(self)
         return self
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        _enter(None)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -53,7 +62,17 @@ class Preemption:
         finally:
             self._deferring = False
         if self.signal_name:  # it came with the last step
-            raise self._stop()
+            raise self.stop()
+
+    @contextlib.contextmanager
+    def at_points(self) -> Iterator[None]:
+        """A signal raises where `point` is called: some libraries take what is raised inside them for an error."""
+        self.stops_at_points = True
+        try:
+            with self.deferred():
+                yield
+        finally:
+            self.stops_at_points = False
 
     def is_due(self) -> bool:
         """Whether to save and stop now. Every process asks after each call; all are told at the same one."""
@@ -76,10 +95,18 @@ class Preemption:
         is_first, self.signal_name = not self.signal_name, signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if is_first and not self._deferring:  # a later one must not break off the save that the first one asked for
-            raise self._stop()
+            raise self.stop()
 
-    def _stop(self) -> Preempted:
+    def stop(self) -> Preempted:
         return Preempted(f"stopped by {self.signal_name}; the same command goes on")
+
+
+_entered: Preemption | None = None
+
+
+def _enter(preemption: Preemption | None) -> None:
+    global _entered
+    _entered = preemption
 
 
 def _pass_on(_number: int, _frame) -> None:

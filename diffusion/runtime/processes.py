@@ -1,5 +1,6 @@
 """Multi-process runs, on one machine or on many: who takes part, and what process 0 does for all."""
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 MESSAGE_BYTES = 2000
+MAX_WAIT_MS = 24 * 60 * 60 * 1000
+_BARRIERS = itertools.count()  # every process comes to the same ones, in the same order
 
 
 def join(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
@@ -85,6 +88,20 @@ def bool_from_first(value: bool) -> bool:
     return bool(from_first(np.asarray(value)))
 
 
+def wait_for_all(what: str) -> None:
+    """Waits until every process has come so far, for a day if need be; a collective would give up after minutes.
+
+    Args:
+        what: a name for the point.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax._src import distributed  # the public way to wait for all processes is a collective
+
+    if (client := distributed.global_state.client) is not None:
+        client.wait_at_barrier(f"diffusion {what} {next(_BARRIERS)}", timeout_in_ms=MAX_WAIT_MS)
+
+
 def on_first(action: Callable[[], Any]) -> Any:
     """Calls `action` on process 0 alone, and returns its result there and None elsewhere.
 
@@ -102,6 +119,7 @@ def on_first(action: Callable[[], Any]) -> Any:
             failure = str(error) or type(error).__name__
         except Exception as error:  # its traceback belongs on process 0, but nobody may wait for it
             bug, failure = error, f"process 0 failed: {type(error).__name__}: {error}"
+    wait_for_all("result")  # the action may have taken long
     message = failure.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES)
     if failure := from_first(np.frombuffer(message, np.uint8)).tobytes().decode(errors="replace").strip():
         raise bug or ValueError(failure)

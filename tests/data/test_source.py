@@ -1,6 +1,7 @@
 """What a data set is: the bundled digits with their labels, sets of other builders, and the decoded copies."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -204,9 +205,9 @@ def test_a_damaged_or_unwritable_digest_is_computed_again(digits_copy, monkeypat
 
 def test_a_read_only_directory_is_decoded_elsewhere(digits_copy, monkeypatch):
     def refuse(*args):
-        raise PermissionError("read-only")
+        raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(decoded.files.os, "replace", refuse)
+    monkeypatch.setattr(decoded.files, "alone", refuse)
     source = load("test", digits_copy)
     assert len(source) == 299 and source.file is None and source.sha256() == digest_of(source)
     assert not [*digits_copy.rglob("decoded-*"), *digits_copy.rglob("classes-*")]

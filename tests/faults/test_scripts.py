@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
         ("kills.py 5 --toy", "5 bit-identical ends"),
         ("several_processes.py", "both refused it"),
         ("several_processes.py --toy", "both refused it"),
+        ("decoding.py 10", "one decoding, the same bytes"),
         ("no_reader.py", "3 runs without a reader"),
         ("disk_full.py", "then, without the limit: the end is bit-identical"),
     ],

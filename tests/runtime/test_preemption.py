@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from diffusion.runtime.preemption import EXIT_CODE, Preempted, Preemption
+from diffusion.runtime.preemption import EXIT_CODE, Preempted, Preemption, point
 
 
 def send(number: signal.Signals) -> None:
@@ -120,3 +120,19 @@ def test_several_processes_stop_between_parts_of_work_where_jax_says_so(two_proc
     assert not preemption.is_due()  # both are one sequence of questions
     with pytest.raises(Preempted, match="75"):
         preemption.check()
+
+
+def test_at_points_a_signal_is_raised_where_it_is_asked_for_and_nowhere_else():
+    """Some libraries take whatever is raised inside them for an error of their own, and go on."""
+    point()
+    with pytest.raises(Preempted, match="75"), Preemption() as preemption:
+        with preemption.deferred():
+            point()
+        with preemption.at_points():
+            point()
+            send(signal.SIGTERM)
+            passed = True
+            point()
+            pytest.fail("it went on")
+    assert passed
+    point()

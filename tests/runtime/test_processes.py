@@ -3,7 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from jax._src import distributed
 from jax._src.clusters import ClusterEnv, cloud_tpu_cluster
+from jax._src.lib import _jax
 
 from diffusion.data import tfds
 from diffusion.experiment import workdir
@@ -142,6 +144,7 @@ def test_what_is_used_of_jaxs_own_modules_exists():
     names = {env.__name__ for env in ClusterEnv._cluster_types}
     assert {"SlurmCluster", "GceTpuCluster", "GkeTpuCluster", "OmpiCluster", "K8sCluster"} <= names
     assert all(callable(env.get_process_count) for env in ClusterEnv._cluster_types)
+    assert distributed.global_state.client is None and callable(_jax.DistributedRuntimeClient.wait_at_barrier)
     assert all(hasattr(cloud_tpu_cluster, name) for name in ("running_in_cloud_tpu_vm", "get_metadata"))
 
 

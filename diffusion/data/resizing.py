@@ -1,0 +1,53 @@
+"""What becomes of an encoded picture of a prepared set: its pixel values, in the size that the config asks for."""
+
+import dataclasses
+import io
+
+import numpy as np
+from jaxtyping import UInt8
+
+from diffusion.data.folder.decoding import MODES, Target, opened, to_pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Resizing:
+    """The size that pictures get; without any, all of a set must have one.
+
+    Attributes:
+        image_size: the centre square of every picture is resized to so many pixels; 0: as it is.
+        pad_to: black is added around every picture up to so many pixels; 0: none.
+    """
+
+    image_size: int = 0
+    pad_to: int = 0
+
+    def shape(self, name: str, stored: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(H, W, C) of what becomes of pictures of the shape `stored`.
+
+        Raises:
+            ValueError: the pictures are larger than `pad_to`.
+        """
+        height, width, channels = (self.image_size, self.image_size, stored[2]) if self.image_size else stored
+        if self.pad_to and self.pad_to < max(height, width):
+            raise ValueError(
+                f"data.pad_to={self.pad_to} is less than the {height}×{width} pixels of data.name={name!r}; "
+                "data.image_size makes pictures smaller"
+            )
+        return self.pad_to or height, self.pad_to or width, channels
+
+    def pixels(self, encoded: bytes, channels: int) -> UInt8[np.ndarray, "h w c"]:
+        """What becomes of an encoded picture."""
+        if self.image_size:
+            pixels = to_pixels(encoded, Target(self.image_size, self.image_size, channels))
+        else:
+            with opened(io.BytesIO(encoded), formats=None) as picture:
+                pixels = np.atleast_3d(np.asarray(picture.convert(MODES[channels])))
+        if not self.pad_to:
+            return pixels
+        missing = [self.pad_to - length for length in pixels.shape[:2]]
+        return np.pad(pixels, [*((less // 2, less - less // 2) for less in missing), (0, 0)])
+
+    def __str__(self) -> str:
+        """For file names: "" without any change."""
+        size, pad = (f"-{self.image_size}" if self.image_size else ""), (f"-pad{self.pad_to}" if self.pad_to else "")
+        return size + pad

@@ -1,0 +1,135 @@
+"""Decoded pictures in the making: they are appended to a file, and what is done outlives a kill."""
+
+import contextlib
+import io
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from diffusion.runtime import files
+
+SAVE_SECONDS = 10.0  # what a kill costs at most
+
+
+def of(path: Path) -> Path:
+    """The file that becomes `path`."""
+    return path.with_name(f"{path.name}.unfinished")
+
+
+class Unfinished:
+    """Pictures of one shape as an .npy file, and their classes, both without an end yet.
+
+    Beside them a file says how many are on the disk for sure, also after a power failure. Where it is absent, the
+    work begins anew.
+
+    Args:
+        file: from `files.alone`, so that no other process writes to it.
+        pixels_path, classes_path: what becomes of it.
+        shape: of all pictures, [N, H, W, C].
+    """
+
+    def __init__(self, file: BinaryIO, pixels_path: Path, classes_path: Path, shape: tuple[int, ...]):
+        self._file, self._shape, self._paths = file, shape, (pixels_path, classes_path)
+        self.path = Path(file.name)
+        self._classes_path, self._count_path = of(classes_path), self.path.with_name(f"{self.path.name}.count")
+        self._saved = time.monotonic()
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with self._named():
+            for path in self.path.parent.glob(f"{self._count_path.name}.*.tmp"):  # of a process that was killed
+                path.unlink(missing_ok=True)
+            self._classes = self._classes_path.open("a+b")
+            self.num_done = self._kept(len(header.getvalue()))
+            self._file.truncate(len(header.getvalue()) + self.num_done * self._image_bytes if self.num_done else 0)
+            self._classes.truncate(4 * self.num_done)
+            if not self.num_done:
+                self._file.write(header.getvalue())
+
+    @property
+    def _image_bytes(self) -> int:
+        return int(np.prod(self._shape[1:]))
+
+    def _kept(self, header_bytes: int) -> int:
+        """How many pictures are there for sure."""
+        try:
+            count = int(self._count_path.read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+        sizes = [os.fstat(file.fileno()).st_size for file in (self._file, self._classes)]
+        is_there = sizes[0] >= header_bytes + count * self._image_bytes and sizes[1] >= 4 * count
+        return count if 0 <= count <= self._shape[0] and is_there else 0
+
+    def append(self, pixels: UInt8[np.ndarray, "b h w c"], classes: Int32[np.ndarray, " b"]) -> None:
+        """Adds the next pictures; from time to time all are made safe."""
+        with self._named():
+            self._file.write(pixels.data)
+            self._classes.write(classes.tobytes())
+            self.num_done += len(pixels)
+            if time.monotonic() > self._saved + SAVE_SECONDS:
+                self.save()
+
+    def save(self) -> None:
+        """Makes safe what was appended."""
+        with self._named():
+            for file in (self._file, self._classes):
+                file.flush()
+                os.fsync(file.fileno())
+            files.write_text(self._count_path, str(self.num_done))
+            self._saved = time.monotonic()
+
+    def finish(self, has_labels: bool) -> None:
+        """Gives both files their names, the pictures' last: it says that all is done."""
+        pixels_path, classes_path = self._paths
+        self.save()
+        if has_labels:
+            self._classes.seek(0)
+            classes = np.frombuffer(self._classes.read(), np.int32)
+            with files.replacing(classes_path) as file:
+                np.save(file, classes)
+        with self._named():
+            os.replace(self.path, pixels_path)
+        self.close()
+        for path in (self._classes_path, self._count_path):
+            path.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Deletes all of it."""
+        self.close()
+        for path in (self._classes_path, self._count_path, self.path):
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be flushed is not counted either
+            self._classes.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kept = "what is decoded is kept, and the same command goes on"
+            raise OSError(f"{self._paths[0]} could not be written ({error.strerror or error}); {kept}") from error
+
+
+def remove_left_over(pixels_path: Path, split: str, fingerprint: str) -> None:
+    """Deletes what dead processes left beside `pixels_path` of this split, and what nobody can go on with.
+
+    Args:
+        fingerprint: of the record files as they are now.
+    """
+    for path in sorted(pixels_path.parent.glob(f"*-{split}-*.npy.*")):
+        with contextlib.suppress(OSError):
+            if re.fullmatch(r"(decoded|classes)-.+\.npy\.(.+\.)?[0-9a-f]{32}\.tmp(\.count)?", path.name):
+                if time.time() > path.stat().st_mtime + files.LEFT_SECONDS:
+                    path.unlink()
+            elif path.name.startswith("decoded-") and path.name.endswith(".npy.unfinished"):
+                if f"-{fingerprint}." not in path.name and files.is_free(path):
+                    classes = path.with_name(path.name.replace("decoded-", "classes-", 1))
+                    for one in (classes, path.with_name(f"{path.name}.count"), path):
+                        one.unlink(missing_ok=True)
