@@ -19,9 +19,7 @@ class PastStep(NamedTuple):
     log_snr: Array  # of that step's row; −∞ if there was no such step
 
 
-def mean_x0(
-    points: tuple[PastStep, ...], begin: Float[Array, ""], end: Float[Array, ""]
-) -> Float[Array, "b h w c"]:
+def mean_x0(points: tuple[PastStep, ...], begin: Float[Array, ""], end: Float[Array, ""]) -> Float[Array, "b h w c"]:
     """What x̂_0 a DDIM step from log SNR `begin` to `end` gets, by the polynomial in log SNR through some points.
 
     DDIM's ODE is d(x/σ) = x̂_0 d(√ᾱ/σ), and √ᾱ/σ = e^(λ/2) for log SNR λ: its solution needs the mean of x̂_0 under the

@@ -6,6 +6,7 @@ pictures do not depend on the batching.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from diffusion import multistep
+from diffusion.churn import Churn, between
 from diffusion.gaussian import Gaussian
 from diffusion.multistep import PastStep
 from diffusion.reverse import Denoise, Denoised, Reverse
@@ -45,11 +47,14 @@ class Step:
         rule: (now, *arguments) -> the Gaussian from which x_{t−1} is drawn; a function at its module's top.
         arguments: of the sampler, such as η.
         draws_from_variance: whether it draws with the variance of p, or takes only its x̂_0.
+        churn: how x_t is made noisier before the network sees it; None: it is not. The row that the rule then sees
+            knows the noise in x_t, but not the step to `next_row`.
     """
 
     rule: Callable[..., Gaussian]
     arguments: tuple[float | int, ...] = ()
     draws_from_variance: bool = False
+    churn: Churn | None = None
 
     def __call__(self, now: StepState) -> Gaussian:
         return self.rule(now, *self.arguments)
@@ -66,6 +71,7 @@ def sample(
     num_frames: int = 1,
     x_T: Float[Array, "b h w c"] | None = None,
     after_step: AfterStep | None = None,
+    levels: Schedule | None = None,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "frames b h w c"]]:
     """Draws x_T ~ N(0, I) and takes `step` for t = T…1. Ho et al. (2020), algorithm 2, if the step is `ancestral()`.
 
@@ -81,6 +87,7 @@ def sample(
         x_T: where to start; None: drawn from N(0, I) with `keys`.
         after_step: (row of t − 1, x_{t−1} [B, H, W, C], keys of this step [B]) -> x_{t−1}: called after every step, to
             change what it made. After the last one the row is that of t = 0, and x_0 is what it returns.
+        levels: what churn takes its noise levels from: the schedule that the network learned. None: `schedule`.
 
     Returns:
         The samples, which are the mean of the last step: it adds no noise. And the denoising trajectory: x̂_0 from
@@ -90,17 +97,11 @@ def sample(
         ValueError: more frames than steps, or another x_T than one for each key.
     """
     num_steps = schedule.num_steps
-    if not 1 <= num_frames <= num_steps:
-        raise ValueError(f"num_frames={num_frames} must be in 1…{num_steps}, the number of steps")
-    if x_T is not None and x_T.shape != (len(keys), *shape):
-        raise ValueError(f"x_T has the shape {x_T.shape}, not {(len(keys), *shape)}: an image for each of the keys")
+    _check(num_frames, num_steps, x_T, (len(keys), *shape))
 
     def predict(row: Schedule, x_t: Array) -> Denoised:
         output = denoise(x_t, jnp.full(len(x_t), row.network_t))
         return jax.vmap(lambda x, out: p(row, x, out, clip_x0))(x_t, output)
-
-    def predict_x0(row: Schedule, x_t: Array) -> Array:
-        return predict(row, x_t).x0_hat
 
     def noise(t):
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape))(keys)
@@ -108,8 +109,11 @@ def sample(
     def body(carry, rows: tuple[Schedule, Schedule]):
         x_t, history, frames = carry
         row, next_row = rows
+        if step.churn is not None:
+            row, x_t = step.churn(row, levels or schedule, num_steps, x_t, noise(num_steps + row.t))
         p_prev, x0_hat = predict(row, x_t)
-        drawn_from = step(StepState(row, next_row, x_t, p_prev, x0_hat, history, predict_x0))
+        state = StepState(row, next_row, x_t, p_prev, x0_hat, history, lambda row, x: predict(row, x).x0_hat)
+        drawn_from = step(state)
         x_prev = jnp.where(row.t > 1, drawn_from.sample(noise(row.t - 1)), drawn_from.mean)
         if after_step is not None:
             x_prev = after_step(next_row, x_prev, jax.vmap(jax.random.fold_in, (0, None))(hook_keys, row.t))
@@ -117,7 +121,7 @@ def sample(
         frames = frames.at[(num_steps - row.t) * num_frames // num_steps].set(x0_hat)
         return (x_prev, (PastStep(x0_hat, row.log_snr), *history[:-1]), frames), None
 
-    # Other random bits than those of the steps' noise, and of x_T.
+    # Other random bits than those of the steps' noise, of churn, and of x_T.
     hook_keys = jax.vmap(lambda key: jax.random.fold_in(key, num_steps))(keys)
     if x_T is None:
         x_T = noise(0)  # a number that no step takes: the same start for any number of steps
@@ -125,6 +129,13 @@ def sample(
     start = (x_T, (nothing, nothing, nothing), jnp.zeros((num_frames, *x_T.shape)))
     (x0, _, frames), _ = jax.lax.scan(body, start, (schedule[1:], schedule[:-1]), reverse=True)
     return x0, frames
+
+
+def _check(num_frames: int, num_steps: int, x_T: Array | None, shape: tuple[int, ...]) -> None:
+    if not 1 <= num_frames <= num_steps:
+        raise ValueError(f"num_frames={num_frames} must be in 1…{num_steps}, the number of steps")
+    if x_T is not None and x_T.shape != shape:
+        raise ValueError(f"x_T has the shape {x_T.shape}, not {shape}: an image for each of the keys")
 
 
 def ancestral() -> Step:
@@ -193,23 +204,43 @@ def _dpm_solver_pp(now: StepState, eta: float | int) -> Gaussian:
     return ddim_step(now.row, now.x_t, now.x0_hat + halfway * (now.x0_hat - last.x0_hat), eta)
 
 
-def heun() -> Step:
+def heun(
+    s_churn: float | int = 0.0,
+    s_min: float | int = 0.0,
+    s_max: float | int = math.inf,
+    s_noise: float | int = 1.0,
+) -> Step:
     """Heun's method for DDIM's ODE: second order, with two network evaluations per step but one in the last.
 
     With σ_t = √(1 − ᾱ_t) the ODE is d(x/σ) = x̂_0 d(√ᾱ/σ), for which a DDIM step (η = 0) is Euler's method. The step is
     taken twice: the second time with the mean of x̂_0 at its beginning and x̂_0 where the first one ended. These
     variables have no singularity where ᾱ_T is almost 0.
 
-    Source: Karras et al. (2022, arXiv 2206.00364), algorithm 1 with S_churn = 0, there for d(x/√ᾱ) = ε̂ d(σ/√ᾱ).
+    Source: Karras et al. (2022, arXiv 2206.00364), algorithm 1, there for d(x/√ᾱ) = ε̂ d(σ/√ᾱ); algorithm 2 with churn.
+
+    Args: those of `Churn`; s_churn = 0 has none.
+
+    Raises:
+        ValueError: what `Churn` raises, or one of the others without s_churn.
     """
+    churn = Churn(s_churn, s_min, s_max, s_noise)
+    if s_churn > 0:
+        return Step(_heun, (True,), churn=churn)
+    if churn != Churn(s_churn):
+        raise ValueError(f"s_min={s_min}, s_max={s_max} and s_noise={s_noise} have no part in s_churn=0")
     return Step(_heun)
 
 
-def _heun(now: StepState) -> Gaussian:
-    end = ddim_step(now.row, now.x_t, now.x0_hat).mean
+def _heun(now: StepState, is_churned: bool = False) -> Gaussian:
+    def moved(x0_hat: Array) -> Array:
+        if is_churned:
+            return between(now.row, now.next_row, now.x_t, x0_hat)
+        return ddim_step(now.row, now.x_t, x0_hat).mean
+
     # x_0 itself needs no prediction.
-    end_x0_hat = jax.lax.cond(now.row.t > 1, now.predict_x0, lambda row, x: x, now.next_row, end)
-    return ddim_step(now.row, now.x_t, (now.x0_hat + end_x0_hat) / 2)
+    end_x0_hat = jax.lax.cond(now.row.t > 1, now.predict_x0, lambda row, x: x, now.next_row, moved(now.x0_hat))
+    mean = moved((now.x0_hat + end_x0_hat) / 2)
+    return Gaussian(mean, jnp.full_like(mean, -jnp.inf))
 
 
 def unipc(order: int = 2) -> Step:

@@ -60,9 +60,7 @@ def along_the_ode(begin, end):
 def test_the_corrector_makes_the_order_one_more_than_the_predictor_s(order=3):
     """As Zhao et al. (2023) prove. In float64 and up to 160 steps orders 1, 2 and 3 converge with 2.0, 2.9 and 3.9."""
     exact = exact_x0(8.0, along_the_ode(-8.0, 8.0))
-    coarse, fine = (
-        np.sqrt(np.mean((drawn(order, spaced(np.linspace(8, -8, n + 1))) - exact) ** 2)) for n in (20, 40)
-    )
+    coarse, fine = (np.sqrt(np.mean((drawn(order, spaced(np.linspace(8, -8, n + 1))) - exact) ** 2)) for n in (20, 40))
     np.testing.assert_allclose(np.log2(coarse / fine), order + 1, atol=0.3)
 
 

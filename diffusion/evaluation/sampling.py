@@ -14,8 +14,11 @@ from diffusion.model import Model
 from diffusion.reporting.progress import Progress
 from diffusion.runtime import devices, randomness
 from diffusion.samplers import Step
+from diffusion.schedules import Schedule
 
 TRAJECTORY_FRAMES = 12
+
+Walked = tuple[Model, Schedule | None]  # the model with the schedule that is walked, and the levels that churn takes
 
 
 class Sampler:
@@ -74,21 +77,26 @@ class Sampler:
         return np.concatenate([frames for _, frames in found])
 
     def _replicated(self, model: Model) -> devices.Replicated:
+        """The model with the schedule that is walked, and for churn its own one."""
+        levels = None if self._step.churn is None else model.schedule
         if self._num_steps is not None:
             model = dataclasses.replace(model, schedule=self._grid(model.schedule, self._num_steps))
-        return devices.replicate(model)
+        return devices.replicate((model, levels))
 
-    def _draw_images(self, model: Model, numbers: Int[Array, " n"]) -> UInt8[Array, "n h w c"]:
-        return to_levels(self._draw(model, numbers, num_frames=1)[0], model.num_levels)
+    def _draw_images(self, walked: Walked, numbers: Int[Array, " n"]) -> UInt8[Array, "n h w c"]:
+        model, _ = walked
+        return to_levels(self._draw(walked, numbers, num_frames=1)[0], model.num_levels)
 
-    def _draw_trajectories(self, model: Model, numbers: Int[Array, " n"]) -> UInt8[Array, "n f h w c"]:
-        _, frames = self._draw(model, numbers, min(TRAJECTORY_FRAMES, model.schedule.num_steps))
+    def _draw_trajectories(self, walked: Walked, numbers: Int[Array, " n"]) -> UInt8[Array, "n f h w c"]:
+        model, _ = walked
+        _, frames = self._draw(walked, numbers, min(TRAJECTORY_FRAMES, model.schedule.num_steps))
         return to_levels(jnp.swapaxes(frames, 0, 1), model.num_levels)  # the images first, as everywhere in a batch
 
-    def _draw(self, model: Model, numbers: Int[Array, " n"], num_frames: int) -> tuple[Array, Array]:
+    def _draw(self, walked: Walked, numbers: Int[Array, " n"], num_frames: int) -> tuple[Array, Array]:
+        model, levels = walked
         keys, denoise = randomness.per_item(self._seed_key, numbers), model.denoise
         if model.takes_labels:
             labels = self._labels[numbers % len(self._labels)]
             denoise = guidance.classifier_free(denoise, labels, *self._guidance)
-        schedule, shape = model.schedule, self.image_shape
-        return samplers.sample(self._step, denoise, model.p, schedule, keys, shape, num_frames=num_frames)
+        more = {"num_frames": num_frames, "levels": levels}
+        return samplers.sample(self._step, denoise, model.p, model.schedule, keys, self.image_shape, **more)
