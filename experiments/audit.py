@@ -117,11 +117,8 @@ def on_some_space() -> Iterator[Row]:
 
 def networks_of(space: Space) -> dict[str, Moments]:
     """An exact, a random and a trained network."""
-    return {
-        "exact": space.exact(),
-        "random": audit_spaces.random_network(space.num_pixels),
-        "trained": audit_spaces.trained_network(space),
-    }
+    random = audit_spaces.random_network(space.num_pixels)
+    return audit_spaces.alike(space.exact(), {"random": random, "trained": audit_spaces.trained_network(space)})
 
 
 def sampled(space: Space, networks: dict[str, Moments]) -> Iterator[Row]:

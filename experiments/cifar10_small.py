@@ -12,6 +12,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusion.reporting.summary import read_json
 from diffusion.runtime import files
 from experiments import intervals, sweep, tables, variance_accounting
 from experiments.commands import exit_with
@@ -58,7 +59,13 @@ def account(directory: Path) -> None:
 
 
 def _is_accounted(directory: Path) -> bool:
-    return (directory / f"{variance_accounting.FILE}.csv").exists()
+    """Whether the table is of the run's last weights; of earlier versions' tables nobody knows, and they count."""
+    path = directory / f"{variance_accounting.FILE}.csv"
+    if not path.exists():
+        return False
+    with path.open() as file:
+        known = {row.get("ema_sha256") for row in csv.DictReader(file)} - {None}
+    return known <= {(read_json(directory / "summary.json") or {}).get("ema_sha256")}
 
 
 def accounting(directories: list[Path]) -> str:

@@ -79,14 +79,16 @@ TargetOf = Callable[[FinishedRun], Target | None]  # the published result that a
 
 
 class DistanceKind(NamedTuple):
-    """A Fréchet distance of one kind: only equal features and equal numbers of samples compare."""
+    """A Fréchet distance of one kind: only equal features, of equal weights, and equal numbers of samples compare."""
 
     title: str  # with the features; FID is its name with those of Inception alone
     features: str
     num_samples: int
+    weights: str = ""  # a digest of the features' network
 
     def __str__(self) -> str:
-        return f"{self.title}, {self.num_samples:,} samples"
+        weights = f", network {self.weights}" if self.weights else ""
+        return f"{self.title}, {self.num_samples:,} samples{weights}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,10 @@ class Difference(NamedTuple):
 def distance_kind(run: FinishedRun) -> DistanceKind | None:
     """The kind of Fréchet distance in a run's quality.json."""
     found = numbers.distance(run.quality)
-    return DistanceKind(found.title, run.quality["features"], run.quality["num_samples"]) if found else None
+    if not found:
+        return None
+    weights = (run.quality.get("weights_sha256") or "")[:8]
+    return DistanceKind(found.title, run.quality["features"], run.quality["num_samples"], weights)
 
 
 def last_line(folder: Path) -> str:

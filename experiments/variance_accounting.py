@@ -103,7 +103,7 @@ def run(directory: Path, num_images: int, checkpoint: str = "latest", num_train:
     )
     text = markdown(rows, own, title, len(terms.error), prior.mean())
     files.write_text(directory / f"{FILE}.md", text)
-    tables.save_csv(directory / f"{FILE}.csv", [row._asdict() for row in rows])
+    tables.save_csv(directory / f"{FILE}.csv", [row._asdict() | {"ema_sha256": trained.state.sha256} for row in rows])
     plot(directory / f"{FILE}.png", splits, optimal, own, model.schedule, title)
     print(text)
 

@@ -1,6 +1,7 @@
 """The study on photographs: which runs it compares, and the table of their accounting."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,15 @@ def test_a_run_that_was_accounted_for_is_not_scored_again(tmp_path, monkeypatch)
     cifar10_small.account(saved(tmp_path / "old", []))
     cifar10_small.account(tmp_path / "new")
     assert asked == ["new"]
+
+
+@pytest.mark.parametrize("weights", ["aa", "bb"])
+def test_a_run_that_went_on_is_accounted_for_again(weights, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(variance_accounting, "run", lambda directory, *_, **__: asked.append(directory.name))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / f"{variance_accounting.FILE}.csv").write_text("variance,bpd,ema_sha256\noptimal,4.0,aa\n")
+    (run / "summary.json").write_text(json.dumps({"ema_sha256": weights}))
+    cifar10_small.account(run)
+    assert asked == ([] if weights == "aa" else ["run"])

@@ -359,6 +359,17 @@ def test_distances_of_two_kinds_are_two_columns_and_have_no_mean(measured, tmp_p
     assert columns(tmp_path)["Fréchet distance (classifier), 50 samples"] == ("–", "20.50 ± 6.35")
 
 
+def test_distances_by_two_trainings_of_the_features_are_two_columns(measured, tmp_path):
+    for seed, sha256 in enumerate(["a" * 64, "a" * 64]):
+        write_quality(tmp_path, f"eps-vlb-fixed_small-cosine-T4-seed{seed}", 8.0 + seed, weights_sha256=sha256)
+    sweep_report.write(tmp_path, variance.target_by_config)
+    found = {head: cells for head, cells in columns(tmp_path).items() if "Fréchet" in head}
+    assert found == {
+        "Fréchet distance (classifier), 50 samples": ("–", "20.50 ± 6.35"),
+        "Fréchet distance (classifier), 50 samples, network aaaaaaaa": ("8.50 ± 6.35", "–"),
+    }
+
+
 @pytest.mark.parametrize("damage", ["absent", "of other weights", "cut"])
 def test_a_run_whose_samples_were_not_measured_keeps_its_bound(measured, tmp_path, damage):
     name = "eps-vlb-fixed_small-cosine-T4-seed0"

@@ -35,7 +35,9 @@ def directory(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(directory):
     with (directory / "variance_accounting.csv").open() as file:
-        return {row.pop("variance"): {k: float(v) for k, v in row.items()} for row in csv.DictReader(file)}
+        read = list(csv.DictReader(file))
+    assert {row.pop("ema_sha256") for row in read} == {workdir.load(directory).state.sha256}
+    return {row.pop("variance"): {k: float(v) for k, v in row.items()} for row in read}
 
 
 def test_the_table_repeats_the_evaluation_and_adds_up(directory, rows):
