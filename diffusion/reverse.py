@@ -159,7 +159,8 @@ class Reverse:
     prediction: str
     variance: str
     decoder: str = "network"
-    arguments: tuple[tuple[str, float], ...] = ()  # of the prediction
+    # Of the prediction. Not in the repr, which is in the digest of every coded file: model.prediction is there, too.
+    arguments: tuple[tuple[str, float], ...] = dataclasses.field(default=(), repr=False)
 
     @functools.cached_property
     def meaning(self) -> Prediction:
