@@ -229,7 +229,7 @@ def protocol_of(experiment: Experiment, variance: str) -> dict[str, Any]:
         "name": config.eval.protocol,
         "decoder_cdf": likelihood.PROTOCOLS[config.eval.protocol].decoder_cdf,
         "x0_clipped": True,
-        "parameters": f"EMA, decay {config.ema.decay:g}",
+        "parameters": f"EMA, length {config.ema.length:g}" if config.ema.length else f"EMA, decay {config.ema.decay:g}",
         "variance": variance,
         "schedule": config.schedule.name,
         "num_steps": config.schedule.num_steps,
