@@ -9,14 +9,15 @@ Cost     30,587,244 parameters; 10,000,000 steps of 128 images, 19.8 TFLOP each:
 Memory   at most 33 GiB by --mode=describe, in two microbatches; 66 GiB in one
 Expect   the paper: 2.65 bits/dim without augmentation; its authors' program later 2.637. Not run here. The program
          scores T = ∞ and does not clip x̂_0: 100 batches of 128 test images, an instant each. Here --mode=eval scores
-         T = 1,000 and bound_by_steps --T=inf that limit, and both clip x̂_0
+         T = 1,000 and clips x̂_0; with --config.eval.protocol=vdm2021 it scores T = 1,000 and T = ∞ without a clip
 Equals   the authors' program (google-research/vdm, configs/cifar10.py): the continuous-time loss without a clip, γ
          from −13.3 to 5 with both ends learned and straight between them (learned(inner='second_moment') also
          trains the curve), γ as the network's input, its depth and width, Fourier features, attention in the middle
-         alone, dropout, AdamW's settings, warm-up, no clip of the gradient, batch, EMA, no flips
-Differs  bfloat16; pixel values at u/127.5 − 1 in place of bin centres; the output is ε̂ itself, theirs is added to
-         x_t; initialization, and biases where γ enters a block; biases are decayed, too; the two ends have an Adam
-         of their own without decay, at a rate that rises to 5e-3 in place of 2e-4
+         alone, x_t added to the output, dropout, AdamW's settings, warm-up, no clip of the gradient, batch, EMA, no
+         flips
+Differs  bfloat16; pixel values at u/127.5 − 1 in place of bin centres; initialization, and biases where γ enters a
+         block; biases are decayed, too; the two ends have an Adam of their own without decay, at a rate that rises
+         to 5e-3 in place of 2e-4
 """
 
 from ml_collections import ConfigDict
@@ -36,6 +37,7 @@ def get_config() -> ConfigDict:
     config.unet.num_res_blocks = 32
     config.unet.attention_resolutions = ()
     config.unet.fourier_features = (7, 8)  # of 2^n·π; the authors' program says 2^n·2π, n = 6, 7
+    config.unet.add_input = True
     config.unet.dtype = "bfloat16"
     config.objective.name = "vdm_continuous"
     config.objective.timesteps = "low_discrepancy"

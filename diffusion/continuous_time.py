@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real
 
-from diffusion import process
-from diffusion.learned_schedule import from_gamma
+from diffusion import parameterizations, process
+from diffusion.batching import if_any
+from diffusion.likelihood import Measure, bayes_decoder_bpd, bits_per_dim
+from diffusion.reverse import Reverse
+from diffusion.schedule_tables import from_gamma
 from diffusion.schedules import Instant, Row, Schedule
 
 
@@ -33,11 +36,12 @@ def at(schedule: Schedule, t: Real[Array, "*b"]) -> Instant:
     # Not the difference of two γ, which would cancel: see `process.gamma_step`.
     slope = jax.vmap(process.gamma_step)(row) if t.ndim else process.gamma_step(row)
     gamma = -row.log_snr - back * slope
+    scale, shift = (1.0, 0.0) if row.x0_scale is None else (row.x0_scale, 2 * jnp.log(row.x0_scale))
     return Instant(
         t=step_number,
         network_t=row.network_t - back * (row.network_t - before.network_t),
-        sqrt_alpha_bar=jnp.exp(-0.5 * jax.nn.softplus(gamma)),
-        sqrt_one_minus_alpha_bar=jnp.exp(-0.5 * jax.nn.softplus(-gamma)),
+        sqrt_alpha_bar=scale * jnp.exp(-0.5 * jax.nn.softplus(gamma + shift)),
+        sqrt_one_minus_alpha_bar=jnp.exp(-0.5 * jax.nn.softplus(-gamma - shift)),
         log_snr=-gamma,
         gamma_slope=slope,
     )
@@ -88,6 +92,34 @@ def _gamma_passed(schedule: Schedule) -> np.ndarray:
 def _through(schedule: Schedule, passed: np.ndarray, where: np.ndarray) -> Schedule:
     """The process that has passed so much of γ since γ_1 at each of its latents, which lie `where` (t − 1) in this."""
     numbers = np.asarray(schedule.network_t, np.float64)[1:]
-    network_t = np.concatenate([[-1.0], np.interp(where, np.arange(len(numbers)), numbers)])
-    found = from_gamma(-schedule.log_snr[1], jnp.asarray(np.diff(passed), jnp.float32))
-    return dataclasses.replace(found, network_t=jnp.asarray(network_t, jnp.float32))
+    network_t = np.interp(where, np.arange(len(numbers)), numbers)
+    scale = None if schedule.x0_scale is None else float(schedule.x0_scale[0])
+    gamma_1 = -np.float64(schedule.log_snr[1]) + (2 * np.log(scale) if scale else 0.0)
+    return from_gamma(gamma_1 + passed, network_t, scale)
+
+
+def term_and_x0_mse(p: Reverse, num_levels: int = 256, clip_x0: bool = True) -> Measure:
+    """`likelihood.term_and_x0_mse` of the bound of VDM, whose measure also takes an instant: there it is per unit of t.
+
+    Whatever `p` says, the variance is β̃_t and the decoder is "bayes". No difference of two means is taken, because for
+    a large T they agree to more digits than float32 has.
+
+    Args:
+        p: what the network's output means; eps, x0 or v.
+        num_levels: how many pixel values there are.
+        clip_x0: clip x̂_0 to [-1, 1]; VDM's program does not.
+    """
+    of_x0, of_output = Reverse("x0", "fixed_small"), dataclasses.replace(p, variance="fixed_small")
+
+    def measure(row: Row, x0: Array, x_t: Array, eps: Array, output: Array) -> tuple[Array, Array]:
+        predicted, _ = p.split(output)
+        x0_hat = p.meaning.to_x0(row, x_t, predicted)
+        if clip_x0:
+            x0_hat = jnp.clip(x0_hat, -1.0, 1.0)
+            nats = parameterizations.weighted_error(of_x0, row, x0, x_t, eps, x0_hat)
+        else:
+            nats = parameterizations.weighted_error(of_output, row, x0, x_t, eps, predicted)
+        decoder = if_any(row.t == 1, lambda: bayes_decoder_bpd(row, x0, eps, num_levels))
+        return jnp.where(row.t == 1, decoder, bits_per_dim(nats)), jnp.mean((x0 - x0_hat) ** 2)
+
+    return measure

@@ -4,78 +4,16 @@ A `Schedule` is a pytree of tables indexed by t as the paper counts it: t = 0 is
 t = 1…T are the latents, so every table has T + 1 entries and ᾱ_0 = 1. `schedule[t]` is the same
 pytree with scalar leaves, a *row*; all the math of this package is written for one row.
 
-Tables are computed in NumPy float64 and cast to float32 once: a float32 cumulative product would
-have a relative error of 1.7e-4 in 1 − ᾱ_1.
+The tables are made in `schedule_tables`.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-# float32 [T + 1], or [] in a row; an array of JAX or of NumPy, or its shape.
-Table = Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """The tables of a forward process; with α_t = 1 − β_t and ᾱ_t = α_1 ⋯ α_t.
-
-    The symbols are those of Ho et al. (2020), section 2. Entry 0 describes clean data: β_0 = 0, ᾱ_0 = 1.
-    """
-
-    t: Table  # 0…T, int32
-    network_t: Table  # what the network is conditioned on: t − 1, of the unspaced schedule; or see `conditioning`
-    beta: Table  # β_t
-    log_beta: Table
-    log_alpha: Table
-    alpha_bar: Table  # ᾱ_t
-    alpha_bar_prev: Table  # ᾱ_{t−1}
-    sqrt_alpha_bar: Table
-    sqrt_one_minus_alpha_bar: Table
-    log_one_minus_alpha_bar: Table
-    log_snr: Table  # log ᾱ_t/(1 − ᾱ_t)
-    beta_tilde: Table  # β̃_t, the variance of q(x_{t−1} | x_t, x_0); 0 at t = 1
-    log_beta_tilde: Table  # finite: the entry of t = 1 is that of t = 2
-    log_beta_large: Table  # log β_t, but log β̃_2 at t = 1: Ho et al.'s "fixedlarge"
-    posterior_x0: Table  # the coefficient of x_0 in μ̃_t
-    posterior_x_t: Table  # the coefficient of x_t in μ̃_t
-    # E Var(x_0 | x_t) per dimension: of the data and not of the schedule, so None until `variances` estimated it.
-    x0_variance: Table | None = None
-
-    @property
-    def num_steps(self) -> int:
-        """T, the number of latents."""
-        return self.t.shape[0] - 1
-
-    def __getitem__(self, t) -> "Schedule":
-        """The row of t: scalar leaves for an int, [B] leaves for an int array [B], a shorter table for a slice.
-
-        Raises:
-            IndexError: an int or NumPy array outside 0…T. (JAX would clamp it silently.)
-        """
-        if isinstance(t, int | np.integer | np.ndarray) and not np.all((0 <= np.asarray(t)) & (t <= self.num_steps)):
-            raise IndexError(f"t={t} is outside this schedule's 0…{self.num_steps}")
-        return jax.tree.map(lambda table: table[t], self)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Instant:
-    """q(x_t | x_0) at a real t between two steps, and how fast γ grows there: see `continuous_time.at`."""
-
-    t: Table  # the step that it belongs to, int32
-    network_t: Table
-    sqrt_alpha_bar: Table
-    sqrt_one_minus_alpha_bar: Table
-    log_snr: Table
-    gamma_slope: Table  # dγ/dt, with γ = −log SNR
-
+from diffusion.schedule_tables import Instant, Schedule, from_gamma, from_log_alpha
 
 Row = Schedule | Instant
 
@@ -98,7 +36,7 @@ def from_betas(betas) -> Schedule:
             f"β must lie in (0, 1], but β_{bad[0] + 1} = {betas[bad[0]]:.6g} (schedule.num_steps={betas.size})"
         )
     with np.errstate(divide="ignore"):  # β_T = 1 is allowed: log α_T = −∞
-        return _tables(np.log1p(-betas), network_t=np.arange(betas.size))
+        return from_log_alpha(np.log1p(-betas), network_t=np.arange(betas.size))
 
 
 def linear(num_steps: int | np.integer, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
@@ -173,8 +111,7 @@ def linear_gamma(num_steps: int | np.integer, gamma_min: float = -13.3, gamma_ma
         raise ValueError(f"linear_gamma: gamma_min={gamma_min} must be below gamma_max={gamma_max} (schedule.name)")
     if _checked(num_steps) == 1:
         raise ValueError("linear_gamma has two ends, so schedule.num_steps=1 must be at least 2")
-    log_alpha_bar = -np.logaddexp(0.0, np.linspace(gamma_min, gamma_max, num_steps))
-    return _tables(np.diff(log_alpha_bar, prepend=0.0), network_t=np.arange(num_steps))
+    return from_gamma(np.linspace(gamma_min, gamma_max, num_steps), network_t=np.arange(num_steps))
 
 
 def rectified_flow(num_steps: int | np.integer, last: float = 1.0) -> Schedule:
@@ -191,7 +128,7 @@ def rectified_flow(num_steps: int | np.integer, last: float = 1.0) -> Schedule:
     s = last * np.arange(1, _checked(num_steps) + 1) / num_steps
     with np.errstate(divide="ignore"):  # log ᾱ_T = −∞ is allowed
         log_alpha_bar = -np.logaddexp(0.0, 2 * (np.log(s) - np.log1p(-s)))
-    return _tables(np.diff(log_alpha_bar, prepend=0.0), network_t=np.arange(num_steps))
+    return from_log_alpha(np.diff(log_alpha_bar, prepend=0.0), network_t=np.arange(num_steps))
 
 
 SCHEDULES = {
@@ -225,11 +162,12 @@ def respace(schedule: Schedule, keep: Sequence[int] | ArrayLike) -> Schedule:
     if np.any(np.diff(keep) <= 0) or keep[0] < 1 or keep[-1] > schedule.num_steps:
         raise ValueError(f"keep must increase strictly within 1…{schedule.num_steps}, not {keep.tolist()}")
     # Summed from log α and not read from ᾱ: the float32 table of ᾱ has lost what 1 − ᾱ needs near t = 0.
-    log_alpha_bar = np.cumsum(np.asarray(schedule.log_alpha, np.float64))[keep]
+    scale = None if schedule.x0_scale is None else float(schedule.x0_scale[0])
+    log_alpha_bar = np.cumsum(np.asarray(schedule.log_alpha, np.float64))[keep] - (2 * np.log(scale) if scale else 0.0)
     before = np.concatenate([[0.0], log_alpha_bar[:-1]])
     log_alpha = np.full(keep.size, -np.inf)  # stays where nothing of x_0 is left
     np.subtract(log_alpha_bar, before, out=log_alpha, where=np.isfinite(log_alpha_bar))
-    short = _tables(log_alpha, network_t=np.asarray(schedule.network_t)[keep])
+    short = from_log_alpha(log_alpha, np.asarray(schedule.network_t)[keep], scale)
     if schedule.x0_variance is None:
         return short
     return dataclasses.replace(short, x0_variance=schedule.x0_variance[np.concatenate([[0], keep])])
@@ -252,48 +190,3 @@ def _checked(num_steps: int | np.integer) -> int:
     if num_steps < 1 or num_steps != int(num_steps):
         raise ValueError(f"the number of steps T must be an integer ≥ 1, not {num_steps} (schedule.num_steps)")
     return int(num_steps)
-
-
-def _tables(log_alpha: np.ndarray, network_t: np.ndarray) -> Schedule:
-    """All tables from log α_1…log α_T in float64."""
-    log_alpha = np.concatenate([[0.0], log_alpha])
-    log_alpha_bar = np.cumsum(log_alpha)
-    log_alpha_bar_prev = np.concatenate([[0.0], log_alpha_bar[:-1]])
-    alpha_bar, alpha_bar_prev = np.exp(log_alpha_bar), np.exp(log_alpha_bar_prev)
-    beta = -np.expm1(log_alpha)
-    one_minus_alpha_bar, one_minus_alpha_bar_prev = -np.expm1(log_alpha_bar), -np.expm1(log_alpha_bar_prev)
-    with np.errstate(divide="ignore", invalid="ignore"):  # entry 0 is a limit; see the next lines
-        log_beta = np.log(beta)
-        log_one_minus_alpha_bar = np.log(one_minus_alpha_bar)
-        # Ho et al. (2020), eq. 7.
-        beta_tilde = beta * one_minus_alpha_bar_prev / one_minus_alpha_bar
-        posterior_x0 = np.sqrt(alpha_bar_prev) * beta / one_minus_alpha_bar
-        posterior_x_t = np.sqrt(np.exp(log_alpha)) * one_minus_alpha_bar_prev / one_minus_alpha_bar
-        log_beta_tilde = np.log(beta_tilde)
-    beta_tilde[0], posterior_x0[0], posterior_x_t[0] = 0.0, 1.0, 0.0  # clean data stays clean
-    # β̃_1 = 0 has no logarithm; x_0 given x_1 is decoded with the width of the step before (with β_1 if T = 1).
-    log_beta_tilde[:2] = log_beta_tilde[2] if len(beta) > 2 else log_beta[1]
-    log_beta_large = log_beta.copy()
-    log_beta_large[:2] = log_beta_tilde[:2]
-
-    tables = {
-        "network_t": np.concatenate([[-1.0], network_t]),
-        "beta": beta,
-        "log_beta": log_beta,
-        "log_alpha": log_alpha,
-        "alpha_bar": alpha_bar,
-        "alpha_bar_prev": alpha_bar_prev,
-        "sqrt_alpha_bar": np.exp(0.5 * log_alpha_bar),
-        "sqrt_one_minus_alpha_bar": np.sqrt(one_minus_alpha_bar),
-        "log_one_minus_alpha_bar": log_one_minus_alpha_bar,
-        "log_snr": log_alpha_bar - log_one_minus_alpha_bar,
-        "beta_tilde": beta_tilde,
-        "log_beta_tilde": log_beta_tilde,
-        "log_beta_large": log_beta_large,
-        "posterior_x0": posterior_x0,
-        "posterior_x_t": posterior_x_t,
-    }
-    return Schedule(
-        t=jnp.arange(len(beta), dtype=jnp.int32),
-        **{name: jnp.asarray(table.astype(np.float32)) for name, table in tables.items()},
-    )

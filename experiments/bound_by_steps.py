@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffusion import continuous_time, likelihood, parameterizations
+from diffusion import continuous_time, likelihood
 from diffusion.data import Source
 from diffusion.evaluation.images import subset
 from diffusion.evaluation.pairs import ImageTimePairs
@@ -118,16 +118,11 @@ def image_bpd(
 
 def measure_of(model: Model, clip_x0: bool) -> Measure:
     """The KL term of t > 1, the continuous-time loss of an instant, the decoder's and prior's terms of t = 1."""
-    of_x0 = dataclasses.replace(model.p, prediction="x0", arguments=())
+    of_term = continuous_time.term_and_x0_mse(model.p, model.num_levels, clip_x0)
 
     def measure(row: Row, x0: Array, x_t: Array, eps: Array, output: Array) -> Array:
-        predicted, _ = model.p.split(output)
-        x0_hat = model.p.meaning.to_x0(row, x_t, predicted)
-        x0_hat = jnp.clip(x0_hat, -1.0, 1.0) if clip_x0 else x0_hat
-        # As a distance of x̂_0, because the two means of a KL agree to more digits than float32 has where T is large.
-        kl = likelihood.bits_per_dim(parameterizations.bound_weight(of_x0, row) * (x0 - x0_hat) ** 2)
-        decoder = likelihood.bayes_decoder_bpd(row, x0, eps, model.num_levels)
-        return jnp.where(row.t == 1, decoder + likelihood.prior_bpd(model.schedule, x0), kl)
+        term, _ = of_term(row, x0, x_t, eps, output)
+        return term + jnp.where(row.t == 1, likelihood.prior_bpd(model.schedule, x0), 0.0)
 
     return measure
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from diffusion import process, schedules
+from diffusion import continuous_time, process, reverse, schedules
+from diffusion.exact import ode
 
 ALL = [make(200) for make in schedules.SCHEDULES.values()]
 
@@ -102,6 +103,33 @@ def test_every_step_of_a_trailing_respacing_is_the_posterior_of_its_marginals():
     np.testing.assert_allclose(short.posterior_x0[1:], of_x0, rtol=1e-5)
     np.testing.assert_allclose(short.beta_tilde[1:], variance, rtol=1e-5, atol=1e-12)
     assert short.beta_tilde[1] == 0 and short.posterior_x0[1] == 1  # the last step is x̂_0 and adds no noise
+
+
+def test_a_first_step_may_shrink_the_image():
+    gamma, scale = np.linspace(-9, 4, 30), 0.75
+    s = schedules.from_gamma(gamma, np.arange(30), scale)
+    signal, var = scale * np.sqrt(expit(-gamma)), expit(gamma)
+    np.testing.assert_allclose(s.sqrt_alpha_bar[1:], signal, rtol=1e-6)
+    np.testing.assert_allclose(s.sqrt_one_minus_alpha_bar[1:], np.sqrt(var), rtol=1e-6)
+    np.testing.assert_allclose(np.exp(np.float64(s.log_snr[1:])), signal**2 / var, rtol=1e-5)
+    # Its steps compose to these marginals, and the posterior is theirs by Bayes' rule.
+    alpha, beta = (np.exp(np.float64(table)) for table in (s.log_alpha, s.log_beta))
+    np.testing.assert_allclose(np.sqrt(np.cumprod(alpha[1:])), signal, rtol=1e-5)
+    np.testing.assert_allclose(alpha[2:] * var[:-1] + beta[2:], var[1:], rtol=1e-5)
+    posterior_var = 1 / (1 / var[:-1] + alpha[2:] / beta[2:])
+    np.testing.assert_allclose(s.beta_tilde[2:], posterior_var, rtol=1e-5)
+    np.testing.assert_allclose(s.posterior_x0[2:], posterior_var * signal[:-1] / var[:-1], rtol=1e-5)
+    np.testing.assert_allclose(s.posterior_x_t[2:], posterior_var * np.sqrt(alpha[2:]) / beta[2:], rtol=1e-5)
+    # Fewer latents and more of them are on the same curve, as is every instant.
+    fewer, same = schedules.respace(s, [1, 4, 30]), continuous_time.resampled(s, 30)
+    instants = continuous_time.at(s, jnp.float32([1, 4, 30]))
+    for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar", "log_snr"):
+        table = np.asarray(getattr(s, name))[[1, 4, 30]]
+        for found in (getattr(fewer, name)[1:], getattr(same, name)[np.array([1, 4, 30])], getattr(instants, name)):
+            np.testing.assert_allclose(found, table, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert float(fewer.x0_scale[0]) == scale
+    with pytest.raises(ValueError, match="a schedule with an x0_scale does not preserve the variance"):
+        ode.eps_predictor(jnp.add, reverse.make("eps", "fixed_small"), s)
 
 
 def test_evenly_spaced_ends_at_the_prior():

@@ -90,6 +90,8 @@ def eps_predictor(
     """
     if p.prediction == "mean":
         raise ValueError("model.prediction='mean' predicts x_{t−1} and has no ODE in continuous time; eps, x0, v have")
+    if schedule.x0_scale is not None:
+        raise ValueError("a schedule with an x0_scale does not preserve the variance, as the ODE here needs it")
     log_snr, network_t = (np.asarray(table, np.float64)[:0:-1] for table in (schedule.log_snr, schedule.network_t))
     known = np.isfinite(log_snr)
     knots, numbers = (jnp.asarray(table[known], jnp.float32) for table in (log_snr, network_t))

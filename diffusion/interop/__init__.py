@@ -3,5 +3,6 @@
 from diffusion.interop.diffusers import load_diffusers, save_diffusers
 from diffusion.interop.openai import load_adm, load_openai, save_openai
 from diffusion.interop.pipelines import load_pipeline
+from diffusion.interop.vdm import load_vdm
 
-__all__ = ["load_adm", "load_diffusers", "load_openai", "load_pipeline", "save_diffusers", "save_openai"]
+__all__ = ["load_adm", "load_diffusers", "load_openai", "load_pipeline", "load_vdm", "save_diffusers", "save_openai"]

@@ -189,7 +189,8 @@ def _without_place(unet: nn.Module, params: PyTree) -> str:
     """What the published layout has no place for; "" if it can hold the network."""
     if not isinstance(unet, UNet):
         return f"a {type(unet).__name__} has no place in the published layout, which needs a UNet"
-    needed = {"scale_shift_norm": False, "fourier_features": (), "num_heads": 1, "mid_attention": True}
+    needed = {"scale_shift_norm": False, "fourier_features": (), "num_heads": 1}
+    needed |= {"add_input": False, "mid_attention": True}
     for key, value in needed.items():
         if getattr(unet, key) != value:
             return f"unet.{key}={getattr(unet, key)} has no place in the published layout, which needs {value}"

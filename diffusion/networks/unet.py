@@ -97,6 +97,8 @@ class UNet(nn.Module):
       dropout: probability with which an activation is dropped where dropout_keys are given.
       scale_shift_norm: the time embedding scales and shifts a block's second norm instead of being added before.
       fourier_features: exponents n for which sin and cos of 2^n pi x join the input; () for none.
+      add_input: whether the output is what the layers make of x plus x itself, as in VDM's program, whose network is
+        then asked for epsilon - x_t.
       num_classes: of the labels that the network is given, each with a learned vector that is added to the time
         embedding; 0 for a network that is given none.
       out_channels: channels of the output.
@@ -120,6 +122,7 @@ class UNet(nn.Module):
     dropout: float = 0.1
     scale_shift_norm: bool = False
     fourier_features: tuple[int, ...] = ()
+    add_input: bool = False
     num_classes: int = 0
     out_channels: int = 3
     convolution: Literal["xla", "winograd"] = "xla"
@@ -189,13 +192,14 @@ class UNet(nn.Module):
             return residual_block(*fields, name=name)(h, embedding, dropout_keys if self.dropout else None)
 
         # In float32, as the last convolution: bfloat16 would blur the pixel values of an almost clean image.
-        x = fourier_features(x, self.fourier_features)
-        h = self._conv(self.channels, **EXACT, name="conv_in")(x).astype(self.dtype)
+        h = fourier_features(x, self.fourier_features)
+        h = self._conv(self.channels, **EXACT, name="conv_in")(h).astype(self.dtype)
         skips = self._down(h, block)
         h = self._middle(skips[-1], block)
         h = self._up(h, skips, block)
         h = nn.swish(GroupNorm(self.num_groups, self.norm_eps, name="norm_out")(h))
-        return self._conv(self.out_channels, kernel_init=near_zero, **EXACT, name="conv_out")(h)
+        output = self._conv(self.out_channels, kernel_init=near_zero, **EXACT, name="conv_out")(h)
+        return output.at[..., : x.shape[-1]].add(x) if self.add_input else output
 
     @nn.nowrap
     def _down(self, h: Array, block: Callable[..., Array]) -> list[Array]:
