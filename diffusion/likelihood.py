@@ -25,11 +25,15 @@ class Protocol(NamedTuple):
     decoder: (Gaussian, x, num_levels) -> log mass of each element's pixel value, in nats; None for the model's own.
     decoder_cdf: which normal CDF that is, in words.
     images_multiple: only a multiple of so many images is scored, the remainder dropped.
+    clip_x0: whether x̂_0 is clipped to [-1, 1].
+    kl_terms: of the bound of VDM, beside its limit T = ∞: `evaluation.limit`; 0 for the model's own bound.
     """
 
     decoder: Callable[..., Array] | None
     decoder_cdf: str
     images_multiple: int
+    clip_x0: bool = True
+    kl_terms: int = 0
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -39,6 +43,11 @@ PROTOCOLS: dict[str, Protocol] = {
     # Nichol & Dhariwal (2021): discretized_gaussian_log_likelihood in losses.py of improved-diffusion, whose
     # image_nll.py clips x̂_0 and scores as many images as it is told. Here these are all.
     "nichol2021": Protocol(gaussian.tanh_discretized_log_prob, "tanh approximation, masses clamped at 1e-12", 1),
+    # Kingma et al. (2021), google-research/vdm. model_vdm.py: pixel values by Bayes' rule (EncDec.decode), and losses
+    # of ε̂ itself, without a clip of x̂_0 (VDM.__call__). configs/*.py score T = ∞ (sm_n_timesteps=0), for which
+    # experiment_vdm.py samples with T = 1000. Its 100 batches of 128 test images, an instant each (experiment.py,
+    # evaluate), are drawn from a set that repeats (dataset.py); here every image is scored.
+    "vdm2021": Protocol(None, "none: pixel values by Bayes' rule", 1, clip_x0=False, kl_terms=1000),
 }
 
 

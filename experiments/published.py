@@ -5,8 +5,11 @@
 
 A checkpoint of improved-diffusion or guided-diffusion is recognized by its published name. Another one needs the flags
 that it was trained with, in --flags=FILE.json or in the JSON file of its own name. PyTorch reads the file: pip install
--e '.[openai]'. A directory is a pipeline of diffusers, with the settings of its scheduler; Ho et al.'s network for
-CIFAR-10 is recognized. By default a model is scored on the test split of the paper's data set by the paper's protocol.
+-e '.[openai]'. A directory with ckpt-N.flax is a checkpoint of google-research/vdm, whose networks are recognized;
+--flags=FILE.json is then its config.model. Another directory is a pipeline of diffusers, with the settings of its
+scheduler; Ho et al.'s network for CIFAR-10 is recognized. By default a model is scored on the test split of the paper's
+data set by the paper's protocol, a VDM for T = ∞ and T = 1000.
+
 Leaves published.json in the working directory.
 """
 
@@ -20,7 +23,8 @@ import numpy as np
 from diffusion import data, interop, likelihood
 from diffusion.data import Source
 from diffusion.evaluation import bound, images
-from diffusion.interop import openai_flags
+from diffusion.evaluation.limit import for_protocol, limit
+from diffusion.interop import openai_flags, vdm, vdm_config
 from diffusion.interop.files import find
 from diffusion.model import Model
 from diffusion.reporting import summary
@@ -30,6 +34,7 @@ from experiments import published_rows, tables
 from experiments.commands import argument_parser, exit_with
 from experiments.published_rows import Row
 
+ERRORS = ("test_limit_bpd_stderr", "test_limit_bpd_sampling_stderr")
 PROTOCOL = "exact"  # of a model that no paper is known of
 
 
@@ -38,13 +43,13 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         model: of its weights.
-        image_shape: (H, W, C).
+        image_shape: (H, W, C); None for a height and a width that may be any.
         about: what tells it from others with the same weights.
         row: the published row; None where there is none.
     """
 
     model: Model
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int | None, int | None, int]
     about: dict[str, Any]
     row: Row | None
 
@@ -67,25 +72,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.full and (arguments.terms < 3 or arguments.terms % 2 == 0):
         raise ValueError(f"--terms={arguments.terms} must be an odd number ≥ 3")
     weights = files.expanded(arguments.weights)
-    given = pipeline(weights) if weights.is_dir() else checkpoint(weights, arguments.flags)
-    model, row = given.model, given.row
+    given = directory_of(weights, arguments.flags) if weights.is_dir() else checkpoint(weights, arguments.flags)
+    row = given.row
     name = arguments.data or (row.data if row else "")
     if not name:
         raise ValueError(f"{weights}: no data set is known for it; name one that is prepared with --data=NAME")
     test_set = data.load(name, "test", arguments.data_dir)
     check(given, test_set)
     protocol = arguments.protocol or (row.protocol if row else PROTOCOL)
-    settings = bound.Settings(arguments.seed, arguments.batch_size, protocol, arguments.terms)
+    settings = bound.Settings(
+        arguments.seed, arguments.batch_size, protocol, 0 if arguments.full else arguments.terms
+    )
     directory = files.expanded(arguments.workdir or f"runs/published/{weights.stem}")
     directory.mkdir(parents=True, exist_ok=True)
     # Heads, for one, are in the flags alone: no digest of the weights tells them apart.
-    kept = directory / short_sha256([given.about, tree_sha256(model)]) if arguments.full else None
-    found = score(model, test_set, settings, arguments.num_images, kept)
+    kept = directory / short_sha256([given.about, tree_sha256(given.model)]) if arguments.full else None
+    found = score(given.model, test_set, settings, arguments.num_images, kept)
     compared = bool(row and name == row.data and row.test_bpd is not None)
     about = {"weights": weights.name, **given.about, "data": name}
     about |= {"paper_bpd": row.test_bpd if compared else None, "source": row.source if compared else ""}
     summary.write_json(directory / "published.json", about | found | {"device": summary.device_name()})
     print(markdown(about | found))
+
+
+def directory_of(weights: Path, config_file: str) -> Checkpoint:
+    """A checkpoint of VDM's program, or else a pipeline. Raises what `vdm_checkpoint` and `pipeline` do."""
+    try:
+        path = vdm.find(weights)
+    except FileNotFoundError:
+        return pipeline(weights)
+    return vdm_checkpoint(path, config_file)
+
+
+def vdm_checkpoint(path: Path, config_file: str) -> Checkpoint:
+    """A checkpoint of google-research/vdm. Raises what `interop.load_vdm` does, and for a config that is no object."""
+    config = vdm_config.from_file(files.expanded(config_file)) if config_file else {}
+    model, told = vdm.loaded(path, config)
+    row = published_rows.VDM.get(tuple(told[name] for name in published_rows.VDM_KEYS))
+    return Checkpoint(model, (None, None, model.denoise.func.module.out_channels), {"config": told | config}, row)
 
 
 def pipeline(directory: Path) -> Checkpoint:
@@ -128,7 +152,7 @@ def recognized(weights: Path, flags_file: str) -> tuple[dict[str, Any], Row | No
 
 def check(given: Checkpoint, test_set: Source) -> None:
     """Raises a ValueError if the model does not take these images or their labels."""
-    if test_set.image_shape != given.image_shape:
+    if any(size not in (None, own) for size, own in zip(given.image_shape, test_set.image_shape, strict=True)):
         raise ValueError(
             f"data.name={test_set.name!r} has images {test_set.image_shape}; the model takes {given.image_shape}"
         )
@@ -149,41 +173,50 @@ def score(
     """
     num = images.num_scored(num_images, settings.protocol, len(test_set))
     numbers = images.subset(len(test_set), num)
+    model, chosen = for_protocol(model, settings.protocol), likelihood.PROTOCOLS[settings.protocol]
     replicated = devices.replicate(model)
+    at_limit_kept = None
     if kept:
         scored = short_sha256([test_set.sha256(), settings.seed, settings.protocol, numbers.tolist()])
         found = bound.full_bound(settings)(replicated, test_set, numbers, kept / f"{scored}.npy")
+        at_limit_kept = kept / f"{scored}_limit.npy"
     else:
         found = bound.estimated_bound(settings)(replicated, test_set, numbers)
     protocol = {
         "protocol": settings.protocol,
-        "decoder_cdf": likelihood.PROTOCOLS[settings.protocol].decoder_cdf,
-        "x0_clipped": True,
+        "decoder_cdf": chosen.decoder_cdf,
+        "x0_clipped": chosen.clip_x0,
         "terms": "every term" if kept else f"{settings.terms_per_image} terms per image",
         "num_steps": model.schedule.num_steps,
         "images": f"{num} of {len(test_set)}",
         "seed": settings.seed,
     }
-    return protocol | found.summary("test") | {"prior_bpd": found.prior_bpd.mean()}
+    scores = found.summary("test") | {"prior_bpd": found.prior_bpd.mean()}
+    if chosen.kl_terms:
+        at_limit = limit(settings)(replicated, test_set, numbers, found, at_limit_kept)
+        of_limit = at_limit.summary("test_limit")
+        scores |= {name: of_limit[name] for name in ("test_limit_bpd", *ERRORS)}
+    return protocol | scores
 
 
 def markdown(found: dict[str, Any]) -> str:
     """Both numbers, one below the other, and how they were measured."""
     paper = "–" if found["paper_bpd"] is None else f"{found['paper_bpd']:.2f}"
-    here, stderr = f"{found['test_bpd']:.4f}", found["test_bpd_stderr"]
-    here += "" if stderr is None else f" ± {stderr:.4f}"
-    estimated = f"{found['test_bpd_sampling_stderr']:.4f}" if found["terms"] != "every term" else "–"
-    rows = [
-        ["the paper", paper, "–", found["source"] or "it has no bits/dim for these weights and images"],
-        [
-            "here",
-            here,
-            estimated,
-            f"{found['data']}, {found['images']} test images, protocol {found['protocol']}, {found['terms']}",
-        ],
-    ]
+    rows = [["the paper", paper, "–", found["source"] or "it has no bits/dim for these weights and images"]]
+    measured = f"{found['data']}, {found['images']} test images, protocol {found['protocol']}"
+    if "test_limit_bpd" in found:
+        rows.append(["here, T = ∞", *_cells(found, "test_limit_bpd", True), f"{measured}, a few instants per image"])
+    here = f"here, T = {found['num_steps'] - 1}" if "test_limit_bpd" in found else "here"
+    rows.append([here, *_cells(found, "test_bpd", found["terms"] != "every term"), f"{measured}, {found['terms']}"])
     columns = [found["weights"], "bits/dim ± standard error over images", "± of the estimate", "measured"]
     return tables.markdown(columns, rows)
+
+
+def _cells(found: dict[str, Any], name: str, is_estimate: bool) -> list[str]:
+    """A number with its standard error over images, and the error of the estimate."""
+    stderr = found[f"{name}_stderr"]
+    number = f"{found[name]:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+    return [number, f"{found[f'{name}_sampling_stderr']:.4f}" if is_estimate else "–"]
 
 
 if __name__ == "__main__":

@@ -101,6 +101,22 @@ ROWS = [
     _guided("lsun_horse_nodropout", WIDE + "--image_size 256 --num_head_channels 64 --use_fp16 True"),
 ]
 
+
+def _vdm(data: str, test_bpd: float, of_program: str = "") -> Row:
+    source = f"Kingma et al. (2021){', their program: ' if of_program else ''}{of_program}"
+    return Row((), {}, data, test_bpd, source, "vdm2021")
+
+
+# Of google-research/vdm, by what its configs/*.py say of these keys.
+# The paper's numbers are as others cite them; those of the program are its README's, of the two public checkpoints.
+VDM_KEYS = ("sm_n_embd", "sm_n_layer", "gamma_type", "with_attention")
+VDM = {
+    (128, 32, "learnable_scalar", False): _vdm("cifar10", 2.65, "2.637"),
+    (256, 32, "learnable_nnet", False): _vdm("cifar10", 2.49, "2.522 without attention, both with augmentation"),
+    (256, 32, "learnable_nnet", True): _vdm("cifar10", 2.49),
+    (256, 32, "learnable_scalar", False): _vdm("downsampled_imagenet/32x32", 3.72),
+    (256, 64, "learnable_scalar", False): _vdm("downsampled_imagenet/64x64", 3.40),
+}
 HO2020 = Row((), {}, "cifar10", 3.75, "Ho et al. (2020), table 1, L_simple", "ho2020")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, Real
 
-from diffusion import likelihood
+from diffusion import continuous_time, likelihood
 from diffusion.data import Source
 from diffusion.data.levels import to_unit
 from diffusion.evaluation import estimators
@@ -95,11 +95,11 @@ def full_bound(settings: Settings, stop: Callable[[], None] | None = None) -> Ca
     argument, the path of a file, process 0 keeps finished terms there, and a call that finds some computes the others;
     then the result is whole on process 0 alone. `stop` is called after each batch and may raise.
     """
-    pairs = _terms(settings, stop)
+    pairs = term_pairs(settings, stop)
 
     def bound(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], kept: Path | None = None) -> Bound:
-        t, scale = every_t(len(numbers), _num_steps(model)), _squared_levels(source.num_levels)
-        found = _measured(pairs, model, source, numbers, t, kept, f"score {source.split}", scale)
+        t, scale = every_t(len(numbers), num_steps(model)), _squared_levels(source.num_levels)
+        found = measured(pairs, model, source, numbers, t, kept, f"score {source.split}", scale)
         terms_bpd, x0_mse = np.asarray(found, np.float64)  # for the sums to come
         prior = _prior(model, source, numbers)
         kl = terms_bpd[:, 1:].sum(axis=1)
@@ -114,18 +114,16 @@ def estimated_bound(settings: Settings, stop: Callable[[], None] | None = None) 
     A term is the number that the full evaluation would compute, with the same ε, so that what is estimated is
     that evaluation's result. The terms of the pilot are kept in a file of their own, beside the path that is given.
     """
-    pairs, seed_key = _terms(settings, stop), randomness.stream(settings.seed, "eval")
+    pairs = term_pairs(settings, stop)
 
     def bound(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], kept: Path | None = None) -> Bound:
         pilot = numbers[np.linspace(0, len(numbers) - 1, min(PILOT_IMAGES, len(numbers))).astype(int)]
-        pilot_t, pilot_kept = every_t(len(pilot), _num_steps(model)), kept and kept.with_stem(f"{kept.stem}_pilot")
-        found = _measured(pairs, model, source, pilot, pilot_t, pilot_kept, f"score {source.split}, pilot")
+        pilot_t, pilot_kept = every_t(len(pilot), num_steps(model)), kept and kept.with_stem(f"{kept.stem}_pilot")
+        found = measured(pairs, model, source, pilot, pilot_t, pilot_kept, f"score {source.split}, pilot")
         # Process 0 alone has the terms of an earlier call, and all have to draw the same t.
         q = processes.from_first(estimators.proposal(found[0]))
-        keys = randomness.per_item(jax.random.fold_in(seed_key, source.split_number), jnp.asarray(numbers))
-        offsets = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, randomness.NO_T), (2,)))(keys)
-        t = estimators.draw_t(q, np.asarray(offsets, np.float64), settings.terms_per_image)
-        found = _measured(pairs, model, source, numbers, t, kept, f"score {source.split}")
+        t = estimators.draw_t(q, offsets(settings.seed, source, numbers), settings.terms_per_image)
+        found = measured(pairs, model, source, numbers, t, kept, f"score {source.split}")
         terms_bpd, x0_mse = np.asarray(found, np.float64)
         estimate = estimators.estimate(terms_bpd, t, q)
         decoded_mse = x0_mse[:, 0] * _squared_levels(source.num_levels)
@@ -135,12 +133,12 @@ def estimated_bound(settings: Settings, stop: Callable[[], None] | None = None) 
     return bound
 
 
-def _measured(
+def measured(
     pairs: ImageTimePairs,
     model: Replicated,
     source: Source,
     numbers: Int[np.ndarray, " n"],
-    t: Int[np.ndarray, "n k"],
+    t: Real[np.ndarray, "n k"],
     kept: Path | None,
     desc: str,
     scale: float = 1.0,
@@ -156,25 +154,36 @@ def _measured(
     scores = _on_disk(kept, shape) if is_kept else np.full(shape, np.nan, np.float32)
     terms, mse = scores.reshape(2, -1)
     is_done = processes.from_first(~np.isnan(terms))
-    for measured, (term, x0_mse) in pairs.some(model, source, numbers, t, desc, is_done):
+    for done, (term, x0_mse) in pairs.some(model, source, numbers, t, desc, is_done):
         # The term last: it is what says that a pair is done.
-        is_new = ~is_done[measured]
-        mse[measured[is_new]] = x0_mse[is_new] * scale
-        terms[measured[is_new]] = term[is_new]
+        is_new = ~is_done[done]
+        mse[done[is_new]] = x0_mse[is_new] * scale
+        terms[done[is_new]] = term[is_new]
     return scores
 
 
-def _terms(settings: Settings, stop: Callable[[], None] | None) -> ImageTimePairs:
-    """The bound's terms and the errors of x̂_0, clipped, with the protocol's decoder."""
-    decoder = likelihood.PROTOCOLS[settings.protocol].decoder
+def term_pairs(settings: Settings, stop: Callable[[], None] | None) -> ImageTimePairs:
+    """The bound's terms and the errors of x̂_0, as the protocol has them."""
+    protocol = likelihood.PROTOCOLS[settings.protocol]
 
     def measure_of(model: Model) -> Measure:
-        return likelihood.term_and_x0_mse(model.p, model.num_levels, clip_x0=True, decoder=decoder)
+        if protocol.kl_terms:
+            return continuous_time.term_and_x0_mse(model.p, model.num_levels, protocol.clip_x0)
+        return likelihood.term_and_x0_mse(model.p, model.num_levels, protocol.clip_x0, protocol.decoder)
 
     return ImageTimePairs(measure_of, settings.seed, settings.batch_size, stop=stop)
 
 
-def _num_steps(model: Replicated) -> int:
+def offsets(seed: int, source: Source, numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n 2"]:
+    """Two uniform numbers in [0, 1) of each image: where its samples of t begin."""
+    keys = jax.random.fold_in(randomness.stream(seed, "eval"), source.split_number)
+    keys = randomness.per_item(keys, jnp.asarray(numbers))
+    drawn = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, randomness.NO_T), (2,)))(keys)
+    return np.asarray(drawn, np.float64)
+
+
+def num_steps(model: Replicated) -> int:
+    """T of a replicated model."""
     return model.part(lambda model: model.schedule.t).host().shape[0] - 1
 
 

@@ -64,9 +64,6 @@ def estimate(
 ) -> Estimate:
     """The estimate from the terms that `draw_t` chose.
 
-    The two samples of an image are independent and alike, so a quarter of their squared difference estimates
-    the variance of their mean without bias, and images are independent of one another.
-
     Args:
         terms_bpd: entry [n, j] is image n's term of t[n, j], in bits/dim.
         t: from `draw_t`.
@@ -74,6 +71,14 @@ def estimate(
     """
     num_images, points = len(t), (t.shape[1] - 1) // 2
     weighted = (terms_bpd[:, 1:] / (points * q[t[:, 1:] - 1])).reshape(num_images, 2, points)
-    samples = weighted.sum(axis=2)
+    return Estimate(terms_bpd[:, 0], *of_two_samples(weighted.sum(axis=2)))
+
+
+def of_two_samples(samples: Float[np.ndarray, "n 2"]) -> tuple[Float[np.ndarray, " n"], float]:
+    """The mean of each image's two samples, and the standard error of the images' mean.
+
+    The two samples of an image are independent and alike, so a quarter of their squared difference estimates
+    the variance of their mean without bias, and images are independent of one another.
+    """
     variance = (samples[:, 0] - samples[:, 1]) ** 2 / 4
-    return Estimate(terms_bpd[:, 0], samples.mean(axis=1), float(np.sqrt(variance.sum()) / num_images))
+    return samples.mean(axis=1), float(np.sqrt(variance.sum()) / len(samples))

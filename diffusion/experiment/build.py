@@ -18,8 +18,8 @@ from diffusion.data import validation
 from diffusion.data.source import Splits
 from diffusion.evaluation import bound
 from diffusion.evaluation.features import Features
+from diffusion.experiment import combination, init_from, names, rules
 from diffusion.experiment import config as config_lib
-from diffusion.experiment import init_from, names, rules
 from diffusion.experiment.init_from import Start
 from diffusion.experiment.schema import KEYS, LOGGERS
 from diffusion.learned_schedule import Learned
@@ -171,10 +171,10 @@ def experiment(
     config_lib.check(config)
     rules.check(config)
     rules.check_labels(config, num_classes)
-    schedule, learned = rules.start_schedule(config)
+    schedule, learned = combination.start_schedule(config)
     if learned is not None:
         learned_schedule.init(schedule)  # or its refusal would come with the first state
-    p = rules.reverse_process(config)
+    p = combination.reverse_process(config)
     times = objectives.TIMES.get(names.parse(config.objective.name).name, "every_term")
     on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
     network = _network(config, image_shape, p.output_channels(image_shape[-1]), num_classes, on_cpu)
@@ -182,10 +182,11 @@ def experiment(
         network=network,
         objective=_objective(config, p, num_levels),
         timesteps=timesteps.make(_chosen(config, "objective.timesteps"), schedule, times),
-        schedule=trained_schedule.make(_schedule_of(config, schedule, learned), learned and learned.inner, times),
+        schedule=trained_schedule.make(
+            _schedule_of(config, schedule, learned), learned.inner if learned else None, times
+        ),
         optimizer=_optimizer(config, learned),
         ema_decay=config.ema.decay,
-        power_ema=config.ema.post_hoc,
         num_levels=num_levels,
         batch_size=config.train.batch_size,
         flip=config.data.flip,

@@ -3,88 +3,13 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import learned_schedule, objectives, reverse, timesteps
-from diffusion.experiment import names, sampling
-from diffusion.experiment.schema import ALL_SCHEDULES, FIXED_SCHEDULES, PREDICTIONS
-from diffusion.learned_schedule import Learned
-from diffusion.parameterizations import x0_per_output
-from diffusion.reverse import VARIANCES, Reverse
-from diffusion.samplers import Step
-from diffusion.schedules import Schedule
+from diffusion import objectives, timesteps
+from diffusion.experiment import sampling
+from diffusion.experiment.combination import Combination, start_schedule
 
 MOSTLY = 0.5  # of an average: what it starts from
-
-
-class Combination(NamedTuple):
-    """A config's values, all together, and the schedule and the sampler that follow from them."""
-
-    config: ConfigDict
-    schedule: Schedule  # of a learned one, as it starts
-    learned: Learned | None
-    step: Step  # of the sampler
-
-    @property
-    def p(self) -> Reverse:
-        return reverse_process(self.config)
-
-    @property
-    def objective(self) -> Callable:
-        return objectives.OBJECTIVES[self.objective_name]
-
-    @property
-    def objective_name(self) -> str:
-        return names.parse(self.config.objective.name).name
-
-    @property
-    def is_bound(self) -> bool:
-        return self.objective_name in objectives.BOUNDS
-
-    @property
-    def is_vdm(self) -> bool:
-        return self.objective is objectives.vdm
-
-    @property
-    def is_continuous(self) -> bool:
-        return objectives.TIMES.get(self.objective_name) == "continuous"
-
-    @property
-    def gamma_ends(self) -> bool:
-        """Whether γ_T is finite, so that γ can be a network's input or an integral's variable."""
-        return bool(np.isfinite(self.schedule.log_snr[-1]))
-
-    @property
-    def knows_between(self) -> bool:
-        """Whether the network can be asked about noise levels between the schedule's steps."""
-        is_trained = self.is_continuous or self.config.model.conditioning == "gamma"
-        return is_trained and self.config.model.prediction != "mean"
-
-    @property
-    def grid_is_continuous(self) -> bool:
-        return names.parse(self.config.sample.grid).arguments.get("continuous", False)
-
-    @property
-    def learns_variance(self) -> bool:
-        return VARIANCES[self.config.model.variance].is_learned
-
-    @property
-    def loses_x0(self) -> bool:
-        """Whether at t = T the network's output says nothing of x_0: of ε, where ᾱ_T = 0."""
-        return not np.isfinite(x0_per_output(self.p, self.schedule[self.schedule.num_steps]))
-
-    @property
-    def has_weighting(self) -> bool:
-        return names.parse(self.config.objective.weighting).name != "none"
-
-    @property
-    def timesteps(self) -> str:
-        return names.parse(self.config.objective.timesteps).name
-
-    @property
-    def is_loss_aware(self) -> bool:
-        return timesteps.SAMPLERS[self.timesteps] is timesteps.loss_aware
 
 
 class Rule(NamedTuple):
@@ -166,8 +91,19 @@ RULES = (
         "schedule.num_steps={c.schedule.num_steps} must be at least 2",
     ),
     Rule(
-        lambda it: it.config.model.decoder != "network" and it.config.eval.protocol != "exact",
+        lambda it: it.config.model.decoder != "network" and it.protocol.decoder is not None,
         "eval.protocol={c.eval.protocol!r} has a decoder of its own, which takes no model.decoder={c.model.decoder!r}",
+    ),
+    Rule(
+        lambda it: it.protocol.kl_terms and it.config.model.conditioning != "gamma",
+        "eval.protocol={c.eval.protocol!r} scores other numbers of steps than schedule.num_steps, of which a network "
+        "with model.conditioning={c.model.conditioning!r} knows nothing; use exact, or model.conditioning='gamma'",
+    ),
+    Rule(
+        lambda it: it.protocol.kl_terms and not (it.scores_beta_tilde and it.config.model.prediction != "mean"),
+        "eval.protocol={c.eval.protocol!r} scores the bound for T → ∞, which model.variance={c.model.variance!r} with "
+        "eval.variance={c.eval.variance!r} and model.prediction={c.model.prediction!r} does not have; use fixed_small "
+        "with eps, x0 or v",
     ),
     Rule(
         lambda it: it.config.sample.guidance_interval and it.config.model.conditioning != "t",
@@ -210,10 +146,6 @@ RULES = (
     Rule(
         lambda it: it.config.sample.guidance_interval and it.config.sample.guidance == 0,
         "sample.guidance_interval={c.sample.guidance_interval} has no part in sample.guidance=0",
-    ),
-    Rule(
-        lambda it: it.config.ema.length > 0 and not it.config.ema.post_hoc,
-        "ema.length={c.ema.length} is composed of averages that a run with ema.post_hoc={c.ema.post_hoc} does not keep",
     ),
     Rule(
         lambda it: it.config.quality.reference == "validation" and it.config.data.validation == 0,
@@ -275,24 +207,3 @@ def check_labels(config: ConfigDict, num_classes: int) -> None:
             f"sample.labels={config.sample.labels}: {beyond[0]} is none of the labels 0…{num_classes - 1} of "
             f"data.name={config.data.name!r}"
         )
-
-
-def reverse_process(config: ConfigDict) -> Reverse:
-    """The reverse process that a config names. Raises a ValueError where an argument is out of range."""
-    prediction, arguments = PREDICTIONS.call(config.model.prediction)
-    return reverse.make(prediction, config.model.variance, config.model.decoder, **arguments)
-
-
-def start_schedule(config: ConfigDict) -> tuple[Schedule, Learned | None]:
-    """The schedule that a config names, or the one that a learned schedule starts from and how it is trained.
-
-    Raises:
-        ValueError: there is no such schedule of so many steps.
-    """
-    text, num_steps = config.schedule.name, config.schedule.num_steps
-    if names.parse(text).name != learned_schedule.NAME:
-        return ALL_SCHEDULES.bind(text)(num_steps), None
-    learned = ALL_SCHEDULES.bind(text)()
-    if problem := FIXED_SCHEDULES.problem(learned.start):
-        raise ValueError(f"schedule.name={text!r}: start {problem}")
-    return FIXED_SCHEDULES.bind(learned.start)(num_steps), learned

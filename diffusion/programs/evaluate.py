@@ -16,6 +16,7 @@ from diffusion.data import Source
 from diffusion.data.source import Splits
 from diffusion.evaluation import images
 from diffusion.evaluation.bound import Bound, estimated_bound, full_bound
+from diffusion.evaluation.limit import for_protocol, limit, points
 from diffusion.evaluation.pairs import PRECISION
 from diffusion.experiment import build, memory, results, workdir
 from diffusion.experiment.build import Experiment
@@ -27,6 +28,7 @@ from diffusion.runtime.digests import short_sha256, tree_sha256
 from diffusion.runtime.preemption import Preemption
 
 EVALUATIONS = "evaluations"  # in the workdir: a folder for each evaluation that --mode=eval made
+LIMIT = ("test_bpd", "test_bpd_stderr", "test_bpd_sampling_stderr", "test_kl_bpd")  # also said of T = ∞
 UNFINISHED = "unfinished_eval"  # beside the results: the terms that are done
 
 
@@ -121,6 +123,7 @@ def score(
     if config.eval.num_images == images.NONE:
         return about if processes.is_first() else {}
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, len(splits.test))
+    model = for_protocol(model, config.eval.protocol)
     # Where the whole split is scored, a protocol drops its last images.
     is_whole = config.eval.num_images == 0
     numbers = {
@@ -146,6 +149,7 @@ def score(
         "num_params": about["num_params"],
         "protocol": protocol,
         **{name: value for split in numbers for name, value in bounds[split].summary(split).items()},
+        **_of_limit(bounds),
         **_by_label(bounds, splits.test, numbers["test"], config.model.conditional),
         "prior_bpd": bounds["test"].prior_bpd.mean(),
         **about,
@@ -173,14 +177,26 @@ def _bounds(
 ) -> dict[str, Bound]:
     """The bound by split, from a few terms of each image or from every term, which are kept on disk meanwhile.
 
-    A network trained with label dropout also gets "unconditional", the test split's bound without labels.
+    A network trained with label dropout also gets "unconditional", the test split's bound without labels; a protocol
+    of VDM's bound also "limit", the test split's for T = ∞.
     """
     settings, replicated = build.bound_settings(config), devices.replicate(model)
     scored = {split: (replicated, sources[split], numbers[split]) for split in sources}
     if config.model.label_dropout:
         scored["unconditional"] = (replicated.part(Model.without_labels), sources["test"], numbers["test"])
     bound = (estimated_bound if settings.terms_per_image else full_bound)(settings, stop)
-    return {name: bound(*what, kept / f"{name}.npy") for name, what in scored.items()}
+    bounds = {name: bound(*what, kept / f"{name}.npy") for name, what in scored.items()}
+    if likelihood.PROTOCOLS[settings.protocol].kl_terms:
+        bounds["limit"] = limit(settings, stop)(*scored["test"], bounds["test"], kept / "limit.npy")
+    return bounds
+
+
+def _of_limit(bounds: dict[str, Bound]) -> dict[str, Any]:
+    """The test images' bound for T = ∞, where a protocol has it."""
+    if "limit" not in bounds:
+        return {}
+    found = bounds["limit"].summary("test")
+    return {name.replace("test_", "test_limit_"): found[name] for name in LIMIT}
 
 
 def _by_label(bounds: dict[str, Bound], test_set: Source, numbers: np.ndarray, is_given: bool) -> dict[str, Any]:
@@ -188,7 +204,7 @@ def _by_label(bounds: dict[str, Bound], test_set: Source, numbers: np.ndarray, i
     scores: dict[str, Any] = {}
     if is_given:
         scores["label_bpd"] = likelihood.label_bpd(test_set.num_classes, test_set.image_shape)
-        for split in (name for name in bounds if name != "unconditional"):
+        for split in (name for name in bounds if name not in ("unconditional", "limit")):
             given_bpd = bounds[split].summary(split)[f"{split}_bpd"]
             scores[f"{split}_with_label_bpd"] = given_bpd + scores["label_bpd"]
     if test_set.num_classes:
@@ -224,16 +240,21 @@ def _forget(kept: Path) -> None:
 def protocol_of(experiment: Experiment, variance: str) -> dict[str, Any]:
     """How the bits/dim are measured: what a reader must know to compare them with others."""
     config = experiment.config
-    few = config.eval.terms_per_image
+    few, chosen = config.eval.terms_per_image, likelihood.PROTOCOLS[config.eval.protocol]
+    num_steps, decoder, at_limit = config.schedule.num_steps, config.model.decoder, {}
+    if chosen.kl_terms:
+        num_steps, decoder = chosen.kl_terms + 1, "bayes"
+        at_limit = {"limit": f"T = ∞, two samples of {points(build.bound_settings(config))} instants"}
     return {
         "name": config.eval.protocol,
-        "decoder_cdf": likelihood.PROTOCOLS[config.eval.protocol].decoder_cdf,
-        "x0_clipped": True,
-        "parameters": f"EMA, length {config.ema.length:g}" if config.ema.length else f"EMA, decay {config.ema.decay:g}",
+        "decoder_cdf": chosen.decoder_cdf,
+        "x0_clipped": chosen.clip_x0,
+        "parameters": f"EMA, decay {config.ema.decay:g}",
         "variance": variance,
         "schedule": config.schedule.name,
-        "num_steps": config.schedule.num_steps,
-        **({"decoder": config.model.decoder} if config.model.decoder != "network" else {}),
+        "num_steps": num_steps,
+        **at_limit,
+        **({"decoder": decoder} if decoder != "network" else {}),
         **({"labels": "given"} if config.model.conditional else {}),
         "estimator": f"{few} terms per image: t = 1 and two samples of {few // 2}" if few else "every term",
         "draws_per_term": 1,

@@ -55,6 +55,8 @@ BREAKING = (
     {"schedule__name": "harmonic", "model__prediction": "x0", "model__conditioning": "gamma"},
     {"objective__name": "vdm", "schedule__num_steps": 1, "schedule__name": "cosine"} | VDM,
     {"eval__protocol": "ho2020", "model__decoder": "bayes"},
+    {"eval__protocol": "vdm2021", "model__variance": "fixed_small"},
+    {"eval__protocol": "vdm2021", "model__conditioning": "gamma"},
     {
         "sample__guidance_interval": (10, 500),
         "model__conditioning": "gamma",
@@ -76,7 +78,6 @@ BREAKING = (
     {"sample__labels": (3, 5)},
     {"sample__guidance": 1.5, "model__conditional": True},
     {"sample__guidance_interval": (10, 500)},
-    {"ema__length": 0.07},
     {"quality__reference": "validation"},
     {"train__patience": 2},
     {"sample__num_steps": 1001},

@@ -1,5 +1,6 @@
 """Published checkpoints: each name has its flags, and both numbers stand side by side, measured as the table says."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from diffusion import data, interop, reverse, schedules
-from diffusion.interop import openai_flags
+from diffusion.evaluation import bound
+from diffusion.interop import openai_flags, vdm
 from diffusion.model import Model
 from diffusion.networks.adm import ADM
 from diffusion.networks.network import Network
@@ -170,3 +172,38 @@ def test_a_directory_is_a_pipeline_of_diffusers(tmp_path):
     (tmp_path / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler"}')
     given = published.pipeline(tmp_path)
     assert given.row is None and given.image_shape == (16, 16, 3) and given.model.schedule.num_steps == 1000
+
+
+def test_a_vdm_is_recognized_and_scored_for_both_numbers_of_steps(monkeypatch, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
+    monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.Source(name, split, images))
+    schedule = schedules.from_gamma(np.linspace(-9, 5, 6), np.linspace(0, 1000, 6), 255 / 256)
+    denoise = jax.tree_util.Partial(Network(UNet(), 3), {})
+    model = Model(denoise, reverse.make("eps", "fixed_small", "bayes"), schedule)
+    told = dict(zip(published_rows.VDM_KEYS, (128, 32, "learnable_scalar", False), strict=True))
+    monkeypatch.setattr(vdm, "loaded", lambda path, config: (model, told))
+    finite = bound.Bound(*np.arange(12.0).reshape(4, 3))
+
+    def limit(settings):
+        def at_limit(model, source, numbers, other, kept):
+            assert (model.host().schedule.num_steps, len(numbers), other) == (1001, 8, finite)
+            return dataclasses.replace(finite, kl_bpd=finite.kl_bpd - 2, sampling_stderr=0.25)
+
+        return at_limit
+
+    monkeypatch.setattr(bound, "estimated_bound", lambda settings: lambda model, source, numbers: finite)
+    monkeypatch.setattr(published, "limit", limit)
+    (tmp_path / "ckpt-3.flax").touch()
+    published.main([str(tmp_path), f"--workdir={tmp_path}"])
+    found = json.loads((tmp_path / "published.json").read_text())
+    assert (found["paper_bpd"], found["protocol"], found["num_steps"]) == (2.65, "vdm2021", 1001)
+    assert not found["x0_clipped"] and found["config"] == told
+    printed = capsys.readouterr().out
+    assert "| the paper | 2.65 | – | Kingma et al. (2021), their program: 2.637 |" in printed
+    assert f"| here, T = ∞ | {found['test_bpd'] - 2:.4f} ± " in printed and "| 0.2500 | cifar10, 8 of 8 te" in printed
+    assert f"| here, T = 1000 | {found['test_bpd']:.4f} ± " in printed
+
+
+def test_each_published_vdm_has_its_row():
+    assert {row.test_bpd for row in published_rows.VDM.values()} == {2.65, 2.49, 3.72, 3.40}
+    assert {row.protocol for row in published_rows.VDM.values()} == {"vdm2021"}

@@ -1,5 +1,6 @@
 """--mode=eval: a checkpoint's scores are the run's, and no evaluation disturbs another."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,8 +12,11 @@ import toy
 from sklearn import datasets
 
 from diffusion import likelihood
+from diffusion.data.source import Splits
 from diffusion.evaluation import images
+from diffusion.evaluation.bound import Bound
 from diffusion.experiment import workdir
+from diffusion.experiment.ema import EmaState
 from diffusion.programs import evaluate, train
 from diffusion.runtime import preemption, randomness
 from diffusion.runtime.preemption import Preempted
@@ -176,6 +180,42 @@ def test_the_ema_of_the_chosen_checkpoint_is_scored_on_a_random_choice_of_images
 def test_a_run_is_scored_by_its_last_ema(toy_run):
     train.run(toy_run.config(), toy_run.directory)
     assert_scores_are(json.loads((toy_run.directory / "summary.json").read_text()), toy_run.model(6))
+
+
+def test_vdm_s_protocol_scores_its_own_number_of_steps_and_the_limit(layer, tmp_path, monkeypatch):
+    """What these two compute is for tests/evaluation/test_limit.py."""
+    finite = Bound(*np.arange(20.0).reshape(4, 5))
+    scored = []
+
+    def estimated(settings, stop):
+        def bound(model, source, numbers, kept):
+            scored.append((model.host(), source.split, numbers.tolist()))
+            return finite
+
+        return bound
+
+    def limit(settings, stop):
+        def at_limit(model, source, numbers, other, kept):
+            assert (model.host().schedule.num_steps, source.split, other) == (1001, "test", finite)
+            return dataclasses.replace(finite, kl_bpd=finite.kl_bpd - 2, sampling_stderr=0.25)
+
+        return at_limit
+
+    monkeypatch.setattr(evaluate, "estimated_bound", estimated)
+    monkeypatch.setattr(evaluate, "limit", limit)
+    process = {"schedule__name": "linear_gamma(gamma_min=-7.0)", "model__conditioning": "gamma"}
+    scoring = {"eval__protocol": "vdm2021", "eval__terms_per_image": 9, "eval__num_images": 5}
+    experiment = toy.experiment(**process, model__variance="fixed_small", **scoring)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), experiment.abstract_state().params)
+    splits = Splits(toy.source("train"), toy.source("validation"), toy.source("test"))
+    scores = evaluate.score(experiment, tmp_path, experiment.model(params), EmaState(np.int32(0), params), splits)
+    assert {split for _, split, _ in scored} == {"train", "validation", "test"}
+    assert all((model.schedule.num_steps, model.p.decoder) == (1001, "bayes") for model, _, _ in scored)
+    assert scores["test_limit_bpd"] == scores["test_bpd"] - 2 and scores["test_limit_bpd_sampling_stderr"] == 0.25
+    assert scores["test_limit_bpd_stderr"] == scores["test_bpd_stderr"]
+    protocol = scores["protocol"]
+    assert (protocol["x0_clipped"], protocol["num_steps"], protocol["decoder"]) == (False, 1001, "bayes")
+    assert protocol["limit"] == "T = ∞, two samples of 4 instants"
 
 
 def test_an_evaluation_locks_the_folder_of_its_results(toy_run, monkeypatch):
