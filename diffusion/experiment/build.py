@@ -182,11 +182,10 @@ def experiment(
         network=network,
         objective=_objective(config, p, num_levels),
         timesteps=timesteps.make(_chosen(config, "objective.timesteps"), schedule, times),
-        schedule=trained_schedule.make(
-            _schedule_of(config, schedule, learned), learned.inner if learned else None, times
-        ),
+        schedule=trained_schedule.make(_schedule_of(config, schedule, learned), learned and learned.inner, times),
         optimizer=_optimizer(config, learned),
         ema_decay=config.ema.decay,
+        power_ema=config.ema.post_hoc,
         num_levels=num_levels,
         batch_size=config.train.batch_size,
         flip=config.data.flip,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from diffusion.experiment import names
+from diffusion.post_hoc_ema import LONGEST, SHORTEST
 
 
 class Constraint(NamedTuple):
@@ -31,3 +32,12 @@ def of_type(annotation: Any) -> Constraint:
 
 
 TEXT, FLAG = of_type(str), of_type(bool)
+EMA_LENGTH = Constraint(
+    lambda v: names.accepts(float, v) and (v == 0 or SHORTEST <= v <= LONGEST),
+    f"0 or a number in [{SHORTEST}, {LONGEST}]",
+)
+EMA_LENGTHS = Constraint(
+    lambda v: names.accepts(tuple[float, ...], v)
+    and (v == () or len(v) == 2 and SHORTEST <= v[0] < v[1] <= LONGEST),
+    f"(short, long) in [{SHORTEST}, {LONGEST}], such as (0.05, 0.1), or () for none",
+)

@@ -148,6 +148,10 @@ RULES = (
         "sample.guidance_interval={c.sample.guidance_interval} has no part in sample.guidance=0",
     ),
     Rule(
+        lambda it: it.config.ema.length > 0 and not it.config.ema.post_hoc,
+        "ema.length={c.ema.length} is composed of averages that a run with ema.post_hoc={c.ema.post_hoc} does not keep",
+    ),
+    Rule(
         lambda it: it.config.quality.reference == "validation" and it.config.data.validation == 0,
         "quality.reference={c.quality.reference!r} is empty where data.validation={c.data.validation} sets no training "
         "images aside",

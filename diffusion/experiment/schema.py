@@ -21,7 +21,7 @@ from diffusion import grids, learned_schedule, likelihood, objectives, reverse, 
 from diffusion.data.source import SPLITS
 from diffusion.evaluation import quality
 from diffusion.experiment import names
-from diffusion.experiment.constraints import FLAG, TEXT, Constraint, integer, number, of_type
+from diffusion.experiment.constraints import EMA_LENGTH, EMA_LENGTHS, FLAG, TEXT, Constraint, integer, number, of_type
 from diffusion.experiment.names import Choice, Several
 from diffusion.networks import NETWORKS
 from diffusion.reporting import loggers
@@ -178,6 +178,8 @@ KEYS: dict[str, Key] = {
     "optim.decay": Key("constant", DECAYS, "the learning rate after warm-up"),
     "optim.grad_clip": Key(1.0, CLIP, "largest norm of the network's gradient; a learned schedule is not clipped"),
     "ema.decay": Key(0.9999, SHARE, "decay of the exponential moving average of the parameters"),
+    "ema.post_hoc": Key((), EMA_LENGTHS, "lengths of two averages that are kept, of which any other is composed"),
+    "ema.length": Key(0.0, EMA_LENGTH, "length of the average that a trained run is scored with; 0: ema.decay", FREE),
     "train.num_steps": Key(800_000, integer(1), "training steps", LONGER),
     "train.batch_size": Key(128, integer(1), "images per step, over all devices"),
     "train.grad_accum": Key(1, integer(1), "microbatches into which a device's share of the batch is split", FREE),

@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from diffusion.experiment import build, export, named_run
+from diffusion.experiment import build, export, kept_averages, named_run
 from diffusion.experiment import config as config_lib
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.ema import EmaState, ema_of, load_x0_variance
@@ -37,7 +37,7 @@ WRITTEN = (
     *("samples", "samples*.png", "samples.npz", "progressive.png"),
     *("quality.json", "unfinished_quality"),
     *("evaluations", "unfinished_eval", "eval.json", "bpd.npz", "bpd.png", "rate_distortion.png"),
-    *(BASE, "fork.json", "report.html"),
+    *(BASE, "fork.json", "report.html", kept_averages.FOLDER),
 )
 
 
@@ -200,7 +200,7 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest",
             step = int(checkpoint) if checkpoint.isdecimal() else None
             if checkpoint == "best":
                 step = checkpoints.best_step()
-            return checkpoints.restore(step, like=ema_of(experiment.abstract_state()))
+            return kept_averages.read(checkpoints, step, ema_of(experiment.abstract_state()), experiment.config.ema)
 
     like = ema_of(experiment.abstract_state())
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)  # where process 0 sends what it read

@@ -249,7 +249,7 @@ def protocol_of(experiment: Experiment, variance: str) -> dict[str, Any]:
         "name": config.eval.protocol,
         "decoder_cdf": chosen.decoder_cdf,
         "x0_clipped": chosen.clip_x0,
-        "parameters": f"EMA, decay {config.ema.decay:g}",
+        "parameters": f"EMA, length {config.ema.length:g}" if config.ema.length else f"EMA, decay {config.ema.decay:g}",
         "variance": variance,
         "schedule": config.schedule.name,
         "num_steps": num_steps,

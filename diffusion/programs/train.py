@@ -19,7 +19,7 @@ from diffusion import schedules
 from diffusion.data.source import Splits
 from diffusion.evaluation import images
 from diffusion.evaluation.sampling import Sampler
-from diffusion.experiment import build, memory, names, rules, workdir
+from diffusion.experiment import build, kept_averages, memory, names, rules, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.ema import ema_of
 from diffusion.programs import early_stopping, evaluate, fork, sample
@@ -155,6 +155,7 @@ def prepare(config: ConfigDict, directory: Path, forked: str = "") -> Experiment
             "eval.variance or sample.variance is optimal, which needs a trained mean; train with another one first, "
             "then use it in --mode=eval or --mode=sample"
         )
+    kept_averages.check_training(config)
     if config.quality.every and config.quality.reference == "test":
         raise ValueError(
             f"quality.every={config.quality.every} scores samples during training, which must not see the test images "
@@ -190,7 +191,8 @@ def train(
     numbers = images.subset(len(splits.validation), num_monitored)
     monitor = loop.monitor(experiment.training, config.seed, config.schedule.num_steps, splits.validation, numbers)
     data_sha256, keep = processes.on_first(splits.sha256), config.train.keep_checkpoints
-    with Checkpoints(directory / "checkpoints", keep=keep, data_sha256=data_sha256) as checkpoints:
+    settings = {"every": config.train.checkpoint_every, "keep": keep, "data_sha256": data_sha256}
+    with kept_averages.AveragesKept(directory / "checkpoints", **settings) as checkpoints:
         state = resume(experiment, checkpoints)
         if state.step == plan.num_steps or is_over(int(state.step)):
             return state

@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, PyTree, Real, UInt8
 
-from diffusion import process
+from diffusion import post_hoc_ema, process
 from diffusion.data.levels import to_unit
 from diffusion.guidance import NO_LABEL
 from diffusion.objectives import Objective
@@ -37,6 +37,7 @@ class TrainState:
     opt_state: Any
     timesteps: PyTree  # what the draw of t remembers: see `timesteps.TimestepSampler`
     window: dict[str, Any]  # float32 []: sums over `count` steps
+    power_ema: PyTree = ()  # power-function averages of params, if any are tracked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Training:
         schedule: the forward process, which depends on the parameters if it is learned.
         optimizer: from Optax.
         ema_decay: of the parameters' moving average.
+        power_ema: the lengths of further averages, from which any length can be composed: see `post_hoc_ema`.
         num_levels: how many pixel values the data have.
         batch_size: images per step, over all devices.
         flip: whether half of the images are mirrored.
@@ -76,6 +78,7 @@ class Training:
     skip_nonfinite: bool = False
     grad_accum: int = 1
     unroll: bool = False
+    power_ema: tuple[float, ...] = ()
 
 
 class Examples(NamedTuple):
@@ -131,6 +134,7 @@ def initial_state(training: Training, params: PyTree, image_shape: tuple[int, in
         opt_state=training.optimizer.init(params),
         timesteps=training.timesteps.init(training.schedule.of_params(params).num_steps),
         window=bookkeeping.empty_window([*means, "grad_norm"], training.skip_nonfinite),
+        power_ema=tuple(jax.tree.map(jnp.copy, params) for _ in training.power_ema),
     )
 
 
@@ -230,6 +234,7 @@ def _updated(
         opt_state=opt_state,
         timesteps=memory,
         window=bookkeeping.added(window, metrics),
+        power_ema=post_hoc_ema.track(state.power_ema, params, state.step + 1, training.power_ema),
     )
     if not training.skip_nonfinite:
         return next_state

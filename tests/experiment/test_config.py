@@ -90,7 +90,7 @@ INTEGER = "must be an integer in 1…2³¹ − 1"
         ({"schedule__name": "cosine(offset='0')"}, "but the argument offset of cosine must be a number, not '0'"),
         ({"model__network": "unet(out_channels=6)"}, "but unet has no argument out_channels"),
         ({"model__variance": "optimal"}, "model.variance must be one of fixed_small, fixed_large, learned, learned_ra"),
-        ({"objective__weighting": "minsnr"}, "must be one of none, p2, min_snr, sigmoid, not 'minsnr'; did you mean min_snr?"),
+        ({"objective__weighting": "minsnr"}, "one of none, p2, min_snr, sigmoid, not 'minsnr'; did you mean min_snr?"),
         ({"optim__name": "adam(weight_decay=0.1)"}, "but adam has no argument weight_decay, only b1, b2, eps"),
         ({"sample__method": "ddim(eta=1/2)"}, "config key sample.method must be a name, or a name with arguments"),
         ({"eval__protocol": "ho"}, "eval.protocol must be one of exact, ho2020, nichol2021, vdm2021, not 'ho'"),

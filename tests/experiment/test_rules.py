@@ -78,6 +78,7 @@ BREAKING = (
     {"sample__labels": (3, 5)},
     {"sample__guidance": 1.5, "model__conditional": True},
     {"sample__guidance_interval": (10, 500)},
+    {"ema__length": 0.07},
     {"quality__reference": "validation"},
     {"train__patience": 2},
     {"sample__num_steps": 1001},

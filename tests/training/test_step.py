@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from diffusion import schedules, timesteps
+from diffusion import post_hoc_ema, schedules, timesteps
 from diffusion.data import Source
 from diffusion.runtime import devices
 from diffusion.training import loop, optimizer
@@ -98,6 +98,18 @@ def test_the_moving_average_starts_as_a_copy_and_follows_its_formula(seven_steps
     behind = LEARNING_RATE * (1 - EMA_DECAY**taken) * EMA_DECAY / (1 - EMA_DECAY)
     np.testing.assert_allclose(numbers_of(states, "ema_params"), 1 - LEARNING_RATE * taken + behind, rtol=1e-4)
     assert [int(state.step) for state in states] == taken.tolist()
+
+
+def test_averages_of_two_lengths_are_tracked_if_asked_for(seven_steps):
+    """Karras et al. (2023), eq. 4: the weight of step i is what i^γ has between i − 1 and i."""
+    states, _ = take(training(power_ema=(0.05, 0.2)), 4)
+    params = numbers_of(states, "params")[1:]
+    for average, length in zip(states[-1].power_ema, (0.05, 0.2), strict=True):
+        share = np.diff((np.arange(5) / 4) ** (post_hoc_ema.exponent(length) + 1))
+        np.testing.assert_allclose(average["number"], share @ params, rtol=1e-5)
+    plain, _ = seven_steps
+    assert plain[-1].power_ema == ()  # else not, and the step is the same
+    np.testing.assert_array_equal(numbers_of(plain[:5], "ema_params"), numbers_of(states, "ema_params"))
 
 
 def test_the_learning_rate_warms_up_from_0():

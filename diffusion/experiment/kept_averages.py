@@ -1,0 +1,101 @@
+"""What a run with ema.post_hoc keeps beside its checkpoints, and the averages that are composed of it.
+
+ema_averages/STEP.safetensors holds the two averages of a regular checkpoint, with their digest. They are never deleted:
+see `post_hoc_ema` for what they are good for.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from diffusion import post_hoc_ema
+from diffusion.experiment.ema import EmaState
+from diffusion.runtime import files
+from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.digests import named_leaves, tree_sha256
+
+FOLDER = "ema_averages"  # in the run's directory
+ENTRY = "power_ema"  # of a checkpoint
+ADVICE = "without the file the average is composed of the others"
+
+
+class AveragesKept(Checkpoints):
+    """Checkpoints of a run that also keeps the averages of every `every`-th step.
+
+    The averages come first, so a run that is killed and resumed has those of every step before it. A save at another
+    step, which a signal asks for, keeps none: then a run that was stopped has what one that was not has.
+    """
+
+    def __init__(self, directory: Path, every: int, **settings):
+        super().__init__(directory, **settings)
+        self._every = every
+
+    def save(self, step: int, state: PyTree, metrics: dict) -> None:
+        if state.power_ema and step % self._every == 0:
+            write(self.directory.parent / FOLDER, step, state.power_ema)
+        super().save(step, state, metrics)
+
+
+def check_training(config: ConfigDict) -> None:
+    """Raises a ValueError if the scores at the end of training were to be those of another average."""
+    if config.ema.length:
+        raise ValueError(
+            f"ema.length={config.ema.length} is composed after training, which ends with the average of ema.decay; use "
+            "it in --mode=eval, sample, quality, compress or export"
+        )
+
+
+def write(folder: Path, step: int, averages: PyTree) -> None:
+    """Writes the averages of a step. Raises an OSError that names the file where it cannot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(averages)}
+    with files.replacing(folder / f"{step}.safetensors") as file:
+        file.write(save(tensors, {"sha256": tree_sha256(tensors)}))
+
+
+def read(checkpoints: Checkpoints, step: int | None, like: EmaState, ema: ConfigDict) -> EmaState:
+    """The average of ema.length at a checkpoint, composed of what was kept up to it; for 0, that of ema.decay.
+
+    Args:
+        step, like: as `Checkpoints.restore` takes them.
+        ema: the config group.
+
+    Raises:
+        ValueError: what was kept is damaged, besides what `Checkpoints.restore` raises.
+    """
+    found = checkpoints.restore(step, like)
+    if not ema.length:
+        return found
+    step, folder = int(found.step), checkpoints.directory.parent / FOLDER
+    steps = [*(one for one in kept_steps(folder) if one < step), step]
+    factors = post_hoc_ema.coefficients(np.repeat(steps, 2), np.tile(ema.post_hoc, len(steps)), step, ema.length)
+    names = [name for name, _ in named_leaves(like.ema_params)]
+    total = {name: np.zeros((), np.float64) for name in names}
+    for one, of_step in zip(steps, factors.reshape(-1, 2), strict=True):
+        averages = checkpoints.entry(step, ENTRY) if one == step else _read(folder / f"{one}.safetensors")
+        for number, factor in enumerate(of_step):
+            total = {name: total[name] + factor * averages[f"{number}/{name}"] for name in names}
+    leaves = [total[name].astype(np.float32) for name in names]
+    return EmaState(found.step, jax.tree.unflatten(jax.tree.structure(like.ema_params), leaves))
+
+
+def kept_steps(folder: Path) -> list[int]:
+    """The steps whose averages were kept, in their order."""
+    return sorted(int(path.stem) for path in folder.glob("*.safetensors") if path.stem.isdecimal())
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            averages = {name: file.get_tensor(name) for name in file.keys()}
+            is_sound = (file.metadata() or {}).get("sha256") == tree_sha256(averages)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); {ADVICE}") from error
+    if not is_sound:
+        raise ValueError(f"{path} is damaged: it does not hold what was kept; {ADVICE}")
+    return averages
