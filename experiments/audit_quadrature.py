@@ -30,6 +30,8 @@ GRIDS = {1: (129, 0.1), 2: (21, 0.6), 3: (9, 1.25)}
 LEAST_WEIGHT = 1e-9
 INTERVALS, GAUSS_LEGENDRE = 10, 4  # of the way from γ_1 to γ_T, and instants in each of them
 FLOAT32_BITS = 2e-5  # what float32 may have cost the sum of all terms
+# These programs run for a second or two, and are compiled for ten times as long.
+QUICKLY_COMPILED = {"xla_backend_optimization_level": 1}
 
 
 class Bits(NamedTuple):
@@ -110,7 +112,9 @@ def bounds_bits(
     return _both(*(np.asarray(terms, np.float64).sum(axis=0) for terms in found))
 
 
-@functools.partial(jax.jit, static_argnames=("variants", "num_levels", "clip_x0"))
+@functools.partial(
+    jax.jit, static_argnames=("variants", "num_levels", "clip_x0"), compiler_options=QUICKLY_COMPILED
+)
 def _terms_bits(denoise_of, schedule, x0, rule, variants, num_levels, clip_x0) -> Float[Array, "terms bounds n"]:
     prior = jax.vmap(functools.partial(likelihood.prior_bpd, schedule))(x0)
 
@@ -186,7 +190,7 @@ def continuous_bits(
     return Bits(both.value, both.error + np.abs(fine - coarse))
 
 
-@functools.partial(jax.jit, static_argnames=("measure", "at_end"))
+@functools.partial(jax.jit, static_argnames=("measure", "at_end"), compiler_options=QUICKLY_COMPILED)
 def _continuous(model, x0, rule, t, weights, measure, at_end) -> Float[Array, "terms n bounds"]:
     def of_instant(instant: tuple[Array, Array]) -> Array:
         row = continuous_time.at(model.schedule, instant[0])

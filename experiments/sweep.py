@@ -95,7 +95,7 @@ def _run(cell: Cell, mode: str, directory: Path, log: TextIO, watch: Callable[[s
             try:
                 code = process.wait(timeout=5)
                 if code == preemption.EXIT_CODE:
-                    sys.exit(code)
+                    _stop()
                 return code
             except subprocess.TimeoutExpired:
                 rows = read_metrics(directory)
@@ -184,7 +184,7 @@ def overrides(settings: list[str], flag: str = "--set") -> dict[str, str]:
 def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetOf) -> int:
     """Does what the flags of `argument_parser` say; returns the exit code: 1 if a cell failed."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(preemption.EXIT_CODE))  # so that the running cell ends, too
+        signal.signal(number, _stop)
     failures = {}
     if not arguments.report:
         cells, excluded = possible(cells)
@@ -205,6 +205,12 @@ def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetO
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _stop(*_: object) -> None:
+    """Ends the running cell, too, which saves what it has."""
+    print("stopped; the same command goes on with what is missing", file=sys.stderr)
+    sys.exit(preemption.EXIT_CODE)
 
 
 def run_grid(

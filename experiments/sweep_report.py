@@ -58,6 +58,7 @@ def write(directory: Path, target_of: TargetOf, order: Sequence[str] = ()) -> st
         _paired(f"to the base: {_words(base)}", [difference for difference in to_base if difference]),
         _paired("between variances", results.between_variances(table, base)),
         "".join(f"- {name} is not finished: {words}\n" for name, words in unfinished.items()),
+        "".join(f"- {name} is not started\n" for name in order if not (directory / name).exists()),
         _unmeasured(directory, runs),
     ]
     text = "\n".join(section for section in sections if section)
@@ -140,7 +141,9 @@ def _unmeasured(directory: Path, runs: list[FinishedRun]) -> str:
     without = [run.name for run in runs if not run.quality]
     if len(without) == len(runs):
         return ""
-    return "".join(f"- {name} has no Fréchet distance: {last_line(directory / name)}\n" for name in without)
+    last_words = {name: last_line(directory / name) for name in without}
+    why = {name: words if words.startswith("error") else "not measured yet" for name, words in last_words.items()}
+    return "".join(f"- {name} has no Fréchet distance: {words}\n" for name, words in why.items())
 
 
 def _bounds(table: list[Row], target_of: TargetOf) -> str:

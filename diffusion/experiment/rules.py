@@ -48,7 +48,8 @@ RULES = (
     Rule(
         lambda it: it.learned is not None and not it.is_bound,
         "objective.name={c.objective.name!r} is no bound, so its best schedule is the one that is easiest to predict; "
-        "schedule.name={c.schedule.name!r} needs objective.name='vlb', 'vdm' or 'vdm_continuous'",
+        "schedule.name={c.schedule.name!r} needs objective.name='vlb', 'vdm' or 'vdm_continuous'; with this objective "
+        "take a fixed schedule, such as schedule.name=cosine",
     ),
     Rule(
         lambda it: it.learned is not None and it.learned.inner == "second_moment" and it.is_loss_aware,

@@ -124,7 +124,8 @@ def _last_words(scores: dict[str, Any]) -> str:
     if "test_bpd" not in scores:
         return f"trained to step {scores['step']:,} and not scored (eval.num_images=-1){early}"
     protocol = ", ".join(f"{name} {value}" for name, value in scores["protocol"].items())
-    labels = f" given the labels, {of_both:.4f} with them" if (of_both := scores.get("test_with_label_bpd")) else ""
+    paid = scores.get("test_with_label_bpd")
+    labels = f" given the labels, {paid:.4f} with the bits of the label added" if paid else ""
     # Only of a sum that was sampled is this not zero.
     error = scores.get("test_bpd_sampling_stderr")
     estimate = f", an estimate, standard error {error:.2g} against the sum of all terms" if error else ""

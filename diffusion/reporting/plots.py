@@ -41,8 +41,8 @@ def _points(metrics: list[dict[str, Any]], name: str) -> Float[np.ndarray, "2 n"
 def _draw_loss(axes: Axes, metrics: list[dict[str, Any]]) -> None:
     steps, loss = _points(metrics, "loss")
     axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
-    if len(loss):
-        window = np.ones(len(loss) // 20 | 1)
+    window = np.ones(len(loss) // 20 | 1)
+    if len(window) > 1:
         # Divided by the number of rows under the window, which is smaller at both ends.
         mean = np.convolve(loss, window, "same") / np.convolve(np.ones_like(loss), window, "same")
         axes.plot(steps, mean, color="tab:blue", label=f"train, mean of {len(window)} rows")

@@ -15,8 +15,8 @@ from diffusion.networks import NETWORKS
 from diffusion.networks.unet import UNet
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "config_keys.md"
-U_NET = {name: key for name, key in schema.network_keys().items() if name.startswith("unet.")}
-KEYS = schema.KEYS | U_NET
+KEYS = schema.all_keys()
+U_NET = {name: key for name, key in KEYS.items() if name.startswith("unet.")}
 
 
 def page() -> str:
@@ -60,7 +60,7 @@ def test_the_default_config_is_every_key_at_its_default_and_locked():
     config = schema.default_config()
     config_lib.check(config)
     assert config.is_locked
-    assert config_lib.flatten(config) == {name: key.default for name, key in KEYS.items()}
+    assert config_lib.flatten(config) == {name: key.default for name, key in (schema.KEYS | U_NET).items()}
 
 
 def test_the_fields_of_a_network_are_keys_with_the_class_s_defaults_and_words(monkeypatch):

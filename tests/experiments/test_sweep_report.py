@@ -114,6 +114,7 @@ def test_the_base_is_the_first_setting_of_the_sweep_with_a_finished_run(finished
     for order, base in ((names, "fixed_large"), ([FIRST], "fixed_small"), ([], "fixed_large")):
         text = sweep_report.write(tmp_path, lambda run: None, order)
         assert f"## Paired differences to the base: eps, vlb, {base}, cosine, T = 4\n" in text
+        assert ("- not-started is not started" in text) == ("not-started" in order)
 
 
 def test_the_table_has_intervals_over_seeds_beside_errors_over_images(finished, tmp_path):
@@ -293,7 +294,7 @@ def test_report_is_rebuilt_from_the_folders(finished, tmp_path, capsys):
         assert np.asarray(Image.open(tmp_path / name)).min() < 100
     page = (tmp_path / "report.html").read_text()
     assert all(f'<data value="{line["test_bpd"]}"' in page for line in lines)
-    assert "eps-cut" in page and "5 of 6 runs are finished" in page
+    assert "eps-cut" in page and "runs: 5 finished, 1 begun" in page
 
 
 def write_quality(directory, name, distance, **changes):

@@ -56,11 +56,16 @@ def page(contents: Contents, run_page: str) -> str:
     return parts.render(
         title=contents.directory.resolve().name,
         kicker=" · ".join(["sweep", *data]),
-        lead=f"{len(finished)} of {len(runs)} runs are finished" if runs else "",
+        lead=_lead(len(finished), len(runs) - len(finished)) if runs else "",
         cards=_mean_cards(contents.text(TABLE)) or _cards(finished),
         problems=contents.problems,
         sections=sections,
     )
+
+
+def _lead(finished: int, begun: int) -> str:
+    """How far the runs are that have a folder; how many more are planned the folders do not tell."""
+    return f"runs: {finished} finished" + (f", {begun} begun" if begun else "")
 
 
 def _mean_cards(table: str) -> dict[str, str]:

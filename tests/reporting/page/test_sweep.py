@@ -37,7 +37,7 @@ def test_a_run_is_a_row_with_both_numbers_its_settings_and_its_page(sweep, read_
     links = [attributes["href"] for attributes in found.all("a") if not attributes["href"].startswith("#")]
     assert len(links) == 3 and all((sweep / unquote(link)).is_file() for link in links)
     assert found.text().count(" (not finished)") == 1 and "stopped early" not in found.text()
-    assert "2 of 3 runs are finished" in found.text()
+    assert "runs: 2 finished, 1 begun" in found.text()
     assert {"lowest bits/dim: vlb=1 #seed1", "lowest Fréchet distance (pixels): vlb=1 #seed1"} <= set(found.of("dt"))
 
 
@@ -121,7 +121,7 @@ def test_damage_in_one_run_is_a_line_and_the_others_stay(sweep, read_page):
     found = read_page(sweep)
     lines = [text for around, text in found.texts if around[-3:] == ("main", "ul", "li")]
     assert len(lines) == 1 and lines[0].startswith("vlb-seed0/summary.json is damaged: ")
-    assert 2.0 in found.numbers and "1 of 3 runs are finished" in found.text()
+    assert 2.0 in found.numbers and "runs: 1 finished, 2 begun" in found.text()
 
 
 def test_the_command_knows_a_sweep_and_makes_the_pages_of_its_runs(sweep, capsys):
