@@ -2,6 +2,7 @@
 # make check    the fast half of the tests, for work in progress
 # make test     the whole test suite
 # make faults   runs that are killed, fill the disk or take several processes (docs/reliability.md)
+# make newest   the tests on the newest releases, without constraints.txt; they may fail, and the result is printed
 # make lint     the linter
 # Each sets up .venv first, once. Another interpreter: make demo PYTHON=python3.12
 
@@ -15,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # A worker that crashes is not replaced: the new one may wait for ever (pytest-xdist issue 1327).
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile --max-worker-restart=0
 
-.PHONY: demo check test faults lint
+.PHONY: demo check test faults newest lint
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python main.py --config=configs/digits.py --workdir=runs/digits
@@ -34,6 +35,14 @@ faults: $(VENV)/.installed-dev
 	$(VENV)/bin/python tests/faults/decoding.py 10
 	$(VENV)/bin/python tests/faults/several_processes.py --toy
 	$(VENV)/bin/python tests/faults/kills.py 3
+
+# An environment of its own, made anew each time. What fails here fails for users next; it is no failure of today.
+newest:
+	rm -rf $(VENV)-newest && $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'
+	$(VENV)-newest/bin/python -m pip list | grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint|numpy|tensorflow-datasets|pillow) '
+	@$(VENV)-newest/bin/python -m pytest --numprocesses=auto --dist=loadfile --max-worker-restart=0 && \
+		echo "newest releases: the tests pass" || echo "newest releases: the tests FAIL (see above)"
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check .

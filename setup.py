@@ -36,7 +36,7 @@ setup(
         "ml-collections",
         "numpy>=2",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.12.8,<0.13",  # runtime/checkpoint.py was tested with its layout
+        "orbax-checkpoint>=0.12.8,<0.13",  # runtime/checkpoint.py was tested with its layout and API; 1.0 has another
         "pillow",
         "safetensors",
         "scikit-learn",

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,12 @@ from tqdm import tqdm
 from diffusion.runtime import preemption
 from diffusion.runtime.download import download
 
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+# The author's server took an hour in July 2026 (pytorch/vision issue 9536). If it fails or is slow, a copy is read
+# that was made for Swift for TensorFlow. It was not reached from here; the digest decides.
+URLS = (
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/cifar-10-binary.tar.gz",
+)
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 
 LABELS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -44,7 +49,7 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        archive = find_archive(Path(self.data_dir_root), URL, SHA256)
+        archive = find_archive(Path(self.data_dir_root), URLS, SHA256)
         return {
             "train": self._generate_examples(archive, "train", [f"data_batch_{i}.bin" for i in range(1, 6)]),
             "test": self._generate_examples(archive, "test", ["test_batch.bin"]),
@@ -64,14 +69,14 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 BUILDER = Cifar10  # of data.name=cifar10
 
 
-def find_archive(data_dir: Path, url: str, sha256: str) -> Path:
-    """The file that `url` names: a copy in `data_dir` or `data_dir`/downloads, else downloaded to the latter.
+def find_archive(data_dir: Path, urls: Sequence[str], sha256: str) -> Path:
+    """The file that `urls` name: a copy in `data_dir` or `data_dir`/downloads, else downloaded to the latter.
 
     Raises:
       ValueError: a copy whose SHA-256 is not `sha256`.
       ConnectionError: the download failed.
     """
-    filename = url.rpartition("/")[2]
+    filename = urls[0].rpartition("/")[2]
     by_hand, downloaded = data_dir / filename, data_dir / "downloads" / filename
     for path in (by_hand, downloaded):
         if path.exists():
@@ -81,10 +86,10 @@ def find_archive(data_dir: Path, url: str, sha256: str) -> Path:
                 raise ValueError(f"{path} has SHA-256 {found}, not {sha256}: delete it to download it again")
             return path
     try:
-        download(url, sha256, downloaded)
+        download(urls, sha256, downloaded)
     except OSError as error:
         raise ConnectionError(
-            f"could not download {url} ({error}): put a copy at {by_hand}, "
+            f"could not download {urls[0]} ({error}): put a copy at {by_hand}, "
             "or set data.data_dir to a TFDS directory that holds cifar10 in ArrayRecord format"
         ) from error
     return downloaded

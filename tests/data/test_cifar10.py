@@ -45,7 +45,7 @@ def archive(tmp_path, monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(cifar10, "URL", f"http://127.0.0.1:{server.server_port}/{path.name}")
+    monkeypatch.setattr(cifar10, "URLS", [f"http://127.0.0.1:{server.server_port}/{path.name}"])
     monkeypatch.setattr(cifar10, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     yield path, pictures
     server.shutdown()
@@ -96,14 +96,14 @@ def test_wrong_checksum_is_refused_and_leaves_nothing(archive, tmp_path, monkeyp
 
 
 def test_unreachable_server_says_where_to_put_the_archive(archive, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "URL", cifar10.URL.replace("cifar-10-binary", "gone"))
+    monkeypatch.setattr(cifar10, "URLS", [url.replace("cifar-10-binary", "gone") for url in cifar10.URLS])
     with pytest.raises(ConnectionError, match=r"404.*put a copy at .*gone\.tar\.gz"):
         data.load("cifar10", "train", str(tmp_path / "data"))
 
 
 def test_pinned_checksum_is_the_one_tfds_ships():
     line = (tfds.core.tfds_path() / "url_checksums" / "cifar10.txt").read_text().split()
-    assert cifar10.URL == line[0] and cifar10.SHA256 == line[2]
+    assert cifar10.URLS[0] == line[0] and cifar10.SHA256 == line[2]
 
 
 @pytest.mark.skipif("DIFFUSION_TFDS_DIR" not in os.environ, reason="needs DIFFUSION_TFDS_DIR with cifar10")

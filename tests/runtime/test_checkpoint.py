@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import struct
+from flax import struct, traverse_util
+from orbax.checkpoint.experimental import v1
 
 from diffusion.runtime.checkpoint import Checkpoints, DamagedCheckpoint
+from diffusion.runtime.digests import named_leaves
 
 
 @struct.dataclass
@@ -39,6 +41,18 @@ def assert_identical(restored, saved):
         assert isinstance(a, np.ndarray)
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         assert a.tobytes() == np.asarray(b).tobytes()
+
+
+def test_orbax_s_next_api_reads_it(tmp_path):
+    """Orbax 1.0 makes v1 the top level: then this tells whether checkpoints of today still open."""
+    state = make_state(7)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state, {"val_loss": 1.0})
+    saved = traverse_util.flatten_dict(v1.load(tmp_path / "7"), sep="/")
+    leaves = named_leaves(state)
+    assert saved.keys() == {path for path, _ in leaves}
+    for path, leaf in leaves:
+        assert saved[path].dtype == leaf.dtype and np.asarray(saved[path]).tobytes() == np.asarray(leaf).tobytes(), path
 
 
 def test_round_trip_is_bit_identical(tmp_path):
