@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Bool, Int, UInt8
 
 from diffusion import guidance, samplers, schedules
 from diffusion.data.levels import to_levels
@@ -59,17 +59,24 @@ class Sampler:
         self._images = devices.over_batches(self._draw_images)
         self._trajectories = devices.over_batches(self._draw_trajectories)
 
-    def batches(self, model: Model, begin: int, end: int, total: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-        """The images begin…end − 1 of `total`, batch by batch, pixel values."""
-        numbers = np.arange(begin, end)
-        with Progress(total, initial=begin, desc="sample", unit="image") as progress:
-            for done, images in self._images(self._replicated(model), numbers, self._batch_size):
-                yield images
-                progress.update(len(done))
+    def batches(
+        self, model: Model, num_images: int, is_done: Bool[np.ndarray, " n"] | None = None
+    ) -> Iterator[tuple[Int[np.ndarray, " b"], UInt8[np.ndarray, "b h w c"]]]:
+        """The numbers and the pixel values of the first images, batch by batch.
+
+        Args:
+            is_done: of each image. A batch of such images alone is left out; the others are the same.
+        """
+        is_done = np.zeros(num_images, bool) if is_done is None else is_done
+        items = np.arange(num_images), self._batch_size, None, is_done
+        with Progress(num_images, initial=int(is_done.sum()), desc="sample", unit="image") as progress:
+            for numbers, images in self._images(self._replicated(model), *items):
+                yield numbers, images
+                progress.update(int((~is_done[numbers]).sum()))
 
     def images(self, model: Model, num_images: int) -> UInt8[np.ndarray, "n h w c"]:
         """The first images, pixel values."""
-        return np.concatenate(list(self.batches(model, 0, num_images, num_images)))
+        return np.concatenate([images for _, images in self.batches(model, num_images)])
 
     def trajectories(self, model: Model, num_images: int) -> UInt8[np.ndarray, "n f h w c"]:
         """x̂_0 of the first images along the way from noise to data, pixel values."""

@@ -25,7 +25,7 @@ from diffusion.reporting.progress import Progress
 from diffusion.runtime import coded_file, devices, files
 from diffusion.runtime.coded_file import Header
 from diffusion.runtime.digests import tree_sha256
-from diffusion.runtime.preemption import Preemption
+from diffusion.runtime.preemption import Preempted, Preemption
 
 # The keys that shape the model, as files have known them from the start. A key that came later is only in the digest
 # of a file where the model is not what it was without that key.
@@ -58,8 +58,6 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
             source = _source(config, experiment, input)
         images = source.images()
         codec = Codec(model, source.image_shape, config.compress.batch_size, config.compress.precision)
-        # Before the file, so that a run that is stopped leaves none and the same command can begin again.
-        bound = _bound(config, model, source, preemption)
         with (
             memory.shortage_explained(experiment, "compress.batch_size"),
             Progress(len(images), desc="compress", unit="image") as progress,
@@ -76,7 +74,14 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
             initial_words=message.initial_words,
         )
         coded_file.write(path, header, message.words)
-    print(json.dumps(_report(path, header, bound, images, experiment), indent=2))
+        # After the file, which needs less work than the bound that it is compared with.
+        try:
+            bound_bpd = _bound(config, model, source, preemption).image_bpd.mean()
+        except Preempted as stop:
+            print(json.dumps(_report(path, header, None, images, experiment), indent=2))
+            stopped = stop.reason.partition(";")[0]
+            raise Preempted(f"{stopped}; {path} is whole, and its bound was not computed") from stop
+    print(json.dumps(_report(path, header, bound_bpd, images, experiment), indent=2))
 
 
 def new_file(output: str) -> Path:
@@ -177,22 +182,22 @@ def _bound(config: ConfigDict, model: Model, source: Source, preemption: Preempt
 
 
 def _report(
-    path: Path, header: Header, bound: Bound, images: UInt8[np.ndarray, "n h w c"], experiment: Experiment
+    path: Path, header: Header, bound_bpd: float | None, images: UInt8[np.ndarray, "n h w c"], experiment: Experiment
 ) -> dict[str, Any]:
-    """Bits/dim of the file, of the bound, and of other lossless formats, which need no weights."""
+    """Bits/dim of the file, of the bound if it is known, and of other lossless formats, which need no weights."""
     weights = jax.tree.leaves(experiment.abstract_state().params)
     dims, file_bytes = images.size, path.stat().st_size
     initial_bits = 32 * header.initial_words
     others = {name: size for name, size in image_formats.sizes_bytes(images).items() if size is not None}
-    bound_bits = bound.image_bpd.mean() * dims
+    net_bpd = (8 * file_bytes - initial_bits) / dims
     return {
         "file": str(path),
         "file_bytes": file_bytes,
         "weights_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in weights),
         "file_bpd": 8 * file_bytes / dims,
-        "file_without_initial_bits_bpd": (8 * file_bytes - initial_bits) / dims,
-        "bound_bpd": bound_bits / dims,
-        "overhead_percent": 100 * ((8 * file_bytes - initial_bits) / bound_bits - 1),
+        "file_without_initial_bits_bpd": net_bpd,
+        "bound_bpd": bound_bpd,
+        "overhead_percent": None if bound_bpd is None else 100 * (net_bpd / bound_bpd - 1),
         "initial_bits": initial_bits,
         **{f"{name}_bpd": 8 * size / dims for name, size in others.items()},
         **{f"{name}_bytes": size for name, size in others.items()},

@@ -4,12 +4,13 @@ import contextlib
 import logging
 import math
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int, Int32, UInt8
 from ml_collections import ConfigDict
 
 from diffusion.evaluation.sampling import Sampler
@@ -24,6 +25,7 @@ from diffusion.runtime.preemption import Preemption
 
 SAMPLES = "samples"  # in the workdir: a folder for each way of sampling, with its images in shards
 SHARD_IMAGES = 1000
+SAVE_SECONDS = 60.0  # what a kill costs at most, besides a batch
 TRAJECTORY_IMAGES = 8
 MAX_ARCHIVE_BYTES = 2**30  # more images than that stay in their shards
 ABOUT = "about.json"  # in such a folder: whose samples these are, and how they were drawn
@@ -85,7 +87,7 @@ def save(
 
     Args:
         model: of the parameters of `state`.
-        stop: called after each shard; raises to stop.
+        stop: called after each batch; raises to stop.
         sampler: one that is compiled already.
     """
     config, sampler = experiment.config.sample, sampler or make_sampler(experiment)
@@ -183,29 +185,63 @@ def shard(folder: Path, number: int) -> Path:
 
 
 def _fill(sampler: Sampler, model: Model, folder: Path, num_images: int, stop: Callable[[], None] | None) -> None:
-    """Draws the shards that are not there yet; the last one may be incomplete, and is then drawn again."""
-    for begin in range(0, num_images, SHARD_IMAGES):
-        end, path = min(begin + SHARD_IMAGES, num_images), shard(folder, begin // SHARD_IMAGES)
-        if processes.bool_from_first(processes.is_first() and _holds(path, (end - begin, *sampler.image_shape))):
-            continue
-        images = np.concatenate(list(sampler.batches(model, begin, end, num_images)))
-        if processes.is_first():
+    """Draws the images that are in no shard yet. A shard is written when it is full, and from time to time before."""
+    paths = [shard(folder, number) for number in range(math.ceil(num_images / SHARD_IMAGES))]
+    found = [_held(path, sampler.image_shape) if processes.is_first() else 0 for path in paths]
+    held = processes.from_first(np.array(found, np.int64))
+    number, within = np.divmod(np.arange(num_images), SHARD_IMAGES)
+    is_done = within < held[number]
+    if is_done.all():
+        return
+    drawn = _Drawn(folder)
+    try:
+        for numbers, images in sampler.batches(model, num_images, is_done):
+            drawn.add(numbers[~is_done[numbers]], images[~is_done[numbers]])
+            if stop is not None:
+                stop()
+    finally:
+        drawn.write()
+
+
+class _Drawn:
+    """Images on their way into shards, in the order of their numbers; process 0 alone writes."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._written = folder, time.monotonic()
+        self._begin, self._images = 0, []  # the number of the first one that may not be on the disk, and all since
+
+    def add(self, numbers: Int[np.ndarray, " b"], images: UInt8[np.ndarray, "b h w c"]) -> None:
+        for number in np.unique(numbers // SHARD_IMAGES).tolist():
+            of_shard = numbers // SHARD_IMAGES == number
+            if number != self._begin // SHARD_IMAGES:
+                self.write()
+            if not self._images:
+                self._begin = int(numbers[of_shard][0])
+            self._images.append(images[of_shard])
+        if time.monotonic() > self._written + SAVE_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Puts what has come behind what the shard has; a signal may interrupt it at any point."""
+        if self._images and processes.is_first():
+            number, held = divmod(self._begin, SHARD_IMAGES)
+            path = shard(self._folder, number)
+            before = [np.load(path)[:held]] if held else []
             with files.replacing(path) as file:
-                np.save(file, images)
-        if stop is not None:
-            stop()
+                np.save(file, np.concatenate([*before, *self._images]))
+        self._images, self._written = [], time.monotonic()
 
 
-def _holds(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a shard has images [N, H, W, C] of this shape, or more of them; one that is damaged has none."""
+def _held(path: Path, image_shape: tuple[int, ...]) -> int:
+    """How many images [H, W, C] a shard has; one that is damaged has none."""
     if not path.exists():
-        return False
+        return 0
     try:
         images = np.load(path, mmap_mode="r")
     except files.DAMAGE as error:
         logging.warning("%s is damaged (%s); its images are drawn again", path, error)
-        return False
-    return images.dtype == np.uint8 and images.shape[1:] == shape[1:] and len(images) >= shape[0]
+        return 0
+    return len(images) if images.dtype == np.uint8 and images.shape[1:] == image_shape else 0
 
 
 def shards(folder: Path, num_images: int) -> Iterator[UInt8[np.ndarray, "n h w c"]]:

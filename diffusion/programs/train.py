@@ -3,7 +3,6 @@
 What a run needs to go on is its config.json and its latest checkpoint: the same command resumes by itself.
 """
 
-import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from diffusion import schedules
@@ -22,15 +20,14 @@ from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import build, kept_averages, memory, names, rules, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.ema import ema_of
-from diffusion.programs import early_stopping, evaluate, fork, sample
+from diffusion.programs import early_stopping, evaluate, fork, in_training, sample
 from diffusion.programs.quality import Scorer
-from diffusion.reporting import loggers, page, pictures, plots, summary
+from diffusion.reporting import loggers, page, plots, summary
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
 from diffusion.reporting.page.run import ending
 from diffusion.reporting.summary import Stopwatch
 from diffusion.runtime import processes
 from diffusion.runtime.checkpoint import Checkpoints
-from diffusion.runtime.devices import Replicated
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
 from diffusion.training import loop, parallel
@@ -199,8 +196,8 @@ def train(
             return state
         logger = build.logger(config, directory, int(state.step))
         with MetricsLog(directory, int(state.step), after_row, logger) as log:
-            show = _shower(experiment, directory, sampler, log)
-            quality_of = _quality_of(experiment, sampler, scorer)
+            show = in_training.shower(experiment, directory, sampler, log)
+            quality_of = in_training.quality_of(experiment, sampler, scorer)
             training = experiment.training
             on_devices = processes.bool_from_first(memory.keeps_images(experiment, len(splits.train)))
             given = training, plan, state, splits.train, on_devices
@@ -234,58 +231,6 @@ def check_data(config: ConfigDict, directory: Path, now: dict[str, str]) -> None
                 f"the one that this run was trained with (SHA-256 {then[split][:12]} then, {digest[:12]} now); set "
                 "data.data_dir to where the run's data lies, or add --allow_other_data to go on with the new data"
             )
-
-
-def _shower(
-    experiment: Experiment, directory: Path, sampler: Sampler, log: MetricsLog
-) -> loop.Draw:
-    """Shows samples of EMA parameters as samples_STEP.png and to the loggers, if any are wanted."""
-    num_previews = min(experiment.config.sample.num_previews, experiment.config.sample.num_images)
-
-    def drawn(ema_params: Replicated, stops: Callable[[], bool]) -> UInt8[np.ndarray, "grid_h grid_w c"] | None:
-        # A function of its own: a plotting library may keep its callers' frames, and with them the model's arrays.
-        model, images = experiment.model(ema_params.host(), experiment.config.sample.variance), []
-        with (
-            memory.shortage_explained(experiment, "sample.batch_size"),
-            contextlib.closing(sampler.batches(model, 0, num_previews, num_previews)) as batches,
-        ):
-            for batch in batches:
-                images.append(batch)
-                if sum(map(len, images)) < num_previews and stops():
-                    return None
-        return sample.grid(experiment, np.concatenate(images))
-
-    def show(step: int, ema_params: Replicated, stops: Callable[[], bool], only_missing: bool) -> bool:
-        path = directory / f"samples_{step}.png"
-        if only_missing and processes.bool_from_first(processes.is_first() and path.exists()):
-            return True
-        if num_previews:
-            if (grid := drawn(ema_params, stops)) is None:
-                return False
-            pictures.save_png(path, grid)
-            log.images(step, "samples", grid)
-        if processes.is_first():
-            plots.plot_loss(read_metrics(directory), directory / "loss.png")
-            page.refresh(directory)
-        return True
-
-    return show
-
-
-def _quality_of(
-    experiment: Experiment, sampler: Sampler, scorer: Scorer | None
-) -> Callable[[Replicated], dict[str, float]]:
-    """A function of EMA parameters: the metrics of quality.num_images samples, on process 0."""
-    num_images = experiment.config.quality.num_images
-
-    def quality_of(ema_params: Replicated) -> dict[str, float]:
-        model = experiment.model(ema_params.host(), experiment.config.sample.variance)
-        with memory.shortage_explained(experiment, "sample.batch_size"):
-            images = sampler.images(model, num_images)
-        numbers = processes.on_first(lambda: scorer.numbers([images], num_images)) or {}
-        return {name: value for name, value in numbers.items() if value is not None}
-
-    return quality_of
 
 
 def _plot_schedule(experiment: Experiment, directory: Path, state: TrainState) -> None:

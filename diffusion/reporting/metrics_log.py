@@ -58,10 +58,12 @@ class MetricsLog:
         after_row: Callable[[], None] | None = None,
         logger: Logger = NOBODY,
     ):
-        self._last_step, self._after_row, self._logger = step, after_row, logger
+        self._after_row, self._logger = after_row, logger
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
+        # Of the step that a run resumes at, which may be later, there is no row if a signal stopped its measurements.
+        self.last_step = kept[-1]["step"] if kept else 0
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = path.open("a")
 
@@ -72,9 +74,9 @@ class MetricsLog:
             ValueError: a number is NaN or Inf, or the step is not beyond the last one.
             OSError: the disk is full.
         """
-        if step <= self._last_step:
-            raise ValueError(f"metrics of step {step} come after those of step {self._last_step}")
-        self._last_step = step
+        if step <= self.last_step:
+            raise ValueError(f"metrics of step {step} come after those of step {self.last_step}")
+        self.last_step = step
         row = checked_finite({name: float(value) for name, value in scalars.items()})
         try:
             self._rows.write(json.dumps({"step": step} | row) + "\n")

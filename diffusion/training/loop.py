@@ -15,14 +15,14 @@ from diffusion.data import Source, batch_indices
 from diffusion.data.levels import to_unit
 from diffusion.reporting.metrics_log import MetricsLog
 from diffusion.reporting.progress import Progress
-from diffusion.runtime import devices, nonfinite, prefetch, processes, randomness
+from diffusion.runtime import devices, prefetch, processes, randomness
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.devices import Replicated
 from diffusion.runtime.nonfinite import LAST_GOOD
 from diffusion.runtime.preemption import Preempted, Preemption
 from diffusion.runtime.ranking import VAL_LOSS
 from diffusion.runtime.watchdog import Watchdog
-from diffusion.training import parallel
+from diffusion.training import checks, parallel
 from diffusion.training.bookkeeping import groups
 from diffusion.training.clock import Clock
 from diffusion.training.parallel import Batch
@@ -30,6 +30,8 @@ from diffusion.training.plan import Plan
 from diffusion.training.step import Examples, Training, TrainState, mean_loss
 
 Monitor = Callable[[Replicated], dict[str, float]]  # of EMA parameters
+# (EMA parameters, whether to stop, asked between batches) -> metrics of samples; None if it was stopped
+Quality = Callable[[Replicated, Callable[[], bool]], dict[str, float] | None]
 # (step, EMA parameters, whether to stop, asked between batches; only if not shown before) -> whether it was not stopped
 Draw = Callable[[int, Replicated, Callable[[], bool], bool], bool]
 
@@ -43,7 +45,7 @@ def train(
     monitor: Monitor,
     is_over: Callable[[int], bool],
     draw: Draw,
-    quality: Callable[[Replicated], dict[str, float]],
+    quality: Quality,
     checkpoints: Checkpoints,
     log: MetricsLog,
     preemption: Preemption,
@@ -58,7 +60,7 @@ def train(
         monitor: what is known of EMA parameters from validation images; its val_loss ranks the checkpoints.
         is_over: (step) -> whether training ends there; asked after each validation's row is written.
         draw: shows samples of EMA parameters, after the step's save; what a signal stopped is shown when a run resumes.
-        quality: EMA parameters -> metrics of samples.
+        quality: measures samples of EMA parameters, before the step's save; see `draw`. The last step's is not stopped.
         checkpoints, log: where process 0 saves, and what gets the rows.
         preemption: says when a signal asks to stop.
 
@@ -72,7 +74,9 @@ def train(
     batches, state = _batches(training, plan, begin, train_set, on_devices), devices.replicate(state)
     watchdogs, clock, unchecked = collections.defaultdict(Watchdog), Clock(training.batch_size, begin), []
     with Progress(plan.num_steps, initial=begin, desc="train") as progress, preemption.deferred(), closing(batches):
-        _draw_missing(plan, begin, state, checkpoints, draw, preemption.is_due)
+        measured = monitor, quality, log, progress, preemption.is_due
+        if _catch_up(training, plan, begin, state, checkpoints, draw, *measured) and is_over(begin):
+            return state.host()
         for steps, batch in batches:
             # What is timed is this call's start and the end of the one before, so their lengths tell what is usual.
             with watchdogs[len(steps), len(unchecked[-1][0]) if unchecked else 0].step():
@@ -88,14 +92,13 @@ def train(
             stops = preemption.is_due() and step < plan.num_steps
             if logs or validates or stops or plan.draws(step):
                 window = state.part(lambda state: state.window).host()
-                _check_finite(unchecked, group_names, window, plan.skip_nonfinite)
+                checks.finite(unchecked, group_names, window, plan.skip_nonfinite)
                 unchecked.clear()
             row = _means(window) | clock.lap(step) if logs else {}
             with clock.stopped():
-                _check_replicas(plan, step, state, differing_replicas)
-                row |= _scores(plan, step, validates, state.part(lambda state: state.ema_params), monitor, quality)
-                _write(log, progress, step, row)
-                saves |= (ends := validates and is_over(step))
+                checks.replicas(plan, step, state, differing_replicas)
+                stops |= not _measure(plan, step, validates, row, state, *measured)
+                saves |= (ends := validates and not stops and is_over(step))
                 stops = _save_and_draw(plan, step, state, row, saves, stops, checkpoints, draw, preemption.is_due)
             if stops:
                 _stop(checkpoints, step)
@@ -185,54 +188,67 @@ def _save_and_draw(
     return True
 
 
-def _draw_missing(
-    plan: Plan, begin: int, state: Replicated, checkpoints: Checkpoints, draw: Draw, is_due: Callable[[], bool]
-) -> None:
-    """Shows the samples of the step that a run resumes at, unless the leg before has; a signal stops it."""
-    if begin and plan.draws(begin) and not draw(begin, state.part(lambda state: state.ema_params), is_due, True):
-        _stop(checkpoints, begin)
-
-
 def _stop(checkpoints: Checkpoints, step: int) -> NoReturn:
     processes.on_first(checkpoints.wait)
     raise Preempted(f"stopped by a signal at step {step}, which is saved; the same command goes on")
 
 
-def _check_finite(
-    unchecked: list[tuple[range, Replicated]], names: list[str], window: dict[str, np.ndarray], allowed: int
-) -> None:
-    """Raises a FloatingPointError if the metrics since the last check have a NaN or Inf."""
-    on_host = [(steps, metrics.host()) for steps, metrics in unchecked]
-    nonfinite.check(on_host, names, skipped=int(window.get("skipped", 0)), allowed=allowed)
-
-
-def _scores(
+def _measure(
     plan: Plan,
     step: int,
     validates: bool,
-    ema_params: Replicated,
+    row: dict[str, SupportsFloat],
+    state: Replicated,
     monitor: Monitor,
-    quality: Callable[[Replicated], dict[str, float]],
-) -> dict[str, float]:
-    """What is measured of the EMA after a step: the validation loss, which ranks a checkpoint, and samples' quality."""
-    row = monitor(ema_params) if validates else {}
+    quality: Quality,
+    log: MetricsLog,
+    progress: Progress,
+    is_due: Callable[[], bool],
+) -> bool:
+    """Adds to a step's row what is measured of the EMA: the validation loss, which ranks a checkpoint, and samples.
+
+    The row is written, unless a signal stops the part of the samples; returns whether it is.
+    """
+    ema_params = state.part(lambda state: state.ema_params)
+    row |= monitor(ema_params) if validates else {}
     if not math.isfinite(row.get(VAL_LOSS, 0)):
         raise FloatingPointError(f"step {step}: {VAL_LOSS} = {row[VAL_LOSS]}; {LAST_GOOD}")
-    if plan.quality_every and plan.is_due(step, plan.quality_every):
-        row |= quality(ema_params)
-    return row
+    if plan.measures(step):
+        found = quality(ema_params, is_due if step < plan.num_steps else _never)
+        if found is None:
+            return False
+        row |= found
+    _write(log, progress, step, row)
+    return True
 
 
-def _check_replicas(
-    plan: Plan, step: int, state: Replicated, differing_replicas: Callable[[Replicated], list[str]]
-) -> None:
-    """Raises a RuntimeError if it is time to look and the devices hold different states."""
-    is_due = plan.check_replicas_every and step % plan.check_replicas_every == 0
-    if is_due and (differing := differing_replicas(state)):
-        raise RuntimeError(
-            f"step {step}: the devices no longer hold the same state, {differing[0]} being the first of "
-            f"{len(differing)} leaves that differ: a device may be faulty; {LAST_GOOD}"
-        )
+def _never() -> bool:
+    return False
+
+
+def _catch_up(
+    training: Training,
+    plan: Plan,
+    begin: int,
+    state: Replicated,
+    checkpoints: Checkpoints,
+    draw: Draw,
+    monitor: Monitor,
+    quality: Quality,
+    log: MetricsLog,
+    progress: Progress,
+    is_due: Callable[[], bool],
+) -> bool:
+    """Does what a signal stopped at the step that a run resumes at; whether its row, with a validation, was missing."""
+    validates = False
+    if begin and plan.measures(begin) and not processes.bool_from_first(log.last_step == begin):
+        row = _means(state.part(lambda state: state.window).host()) if plan.is_due(begin, training.log_every) else {}
+        validates = plan.is_due(begin, plan.checkpoint_every) or plan.is_due(begin, plan.validate_every)
+        if not _measure(plan, begin, validates, row, state, monitor, quality, log, progress, is_due):
+            _stop(checkpoints, begin)
+    if begin and plan.draws(begin) and not draw(begin, state.part(lambda state: state.ema_params), is_due, True):
+        _stop(checkpoints, begin)
+    return validates
 
 
 def _means(window: dict[str, np.ndarray]) -> dict[str, SupportsFloat]:

@@ -29,6 +29,10 @@ class Plan:
         """Whether samples are shown after this step; those of the last step are drawn when training is over."""
         return step < self.num_steps and self.is_due(step, self.sample_every)
 
+    def measures(self, step: int) -> bool:
+        """Whether metrics of samples are computed after this step."""
+        return bool(self.quality_every) and self.is_due(step, self.quality_every)
+
     def call_length(self, step: int, log_every: int) -> int:
         """How many steps the compiled call after this step takes: as many as a call may have, or 1.
 

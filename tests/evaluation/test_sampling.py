@@ -26,9 +26,10 @@ def test_an_image_depends_on_its_number_and_not_on_the_batch():
 
 
 def test_a_part_of_the_images_is_drawn_as_if_with_the_others():
-    drawn = sampler()
-    part = np.concatenate(list(drawn.batches(MODEL, 7, 20, 20)))
-    np.testing.assert_array_equal(part, drawn.images(MODEL, 20)[7:])
+    drawn, is_done = sampler(batch_size=8), np.arange(20) < 9
+    numbers, images = zip(*drawn.batches(MODEL, 20, is_done), strict=True)
+    assert [of_batch.tolist() for of_batch in numbers] == [list(range(8, 16)), list(range(16, 20))]
+    np.testing.assert_array_equal(np.concatenate(images), drawn.images(MODEL, 20)[8:])
 
 
 @pytest.mark.parametrize(("num_steps", "frames"), [(None, 8), (3, 3)])

@@ -42,9 +42,10 @@ class Drawer(Sampler):
     def __init__(self):
         self.image_shape, self.drawn = (2, 2, 1), []
 
-    def batches(self, model, begin, end, total):
-        self.drawn.append((begin, end))
-        yield np.tile(np.arange(begin, end, dtype=np.uint8)[:, None, None, None], (1, 2, 2, 1))
+    def batches(self, model, num_images, is_done=None):
+        numbers = np.flatnonzero(~is_done)
+        self.drawn.append(numbers.tolist())
+        yield numbers, np.tile(numbers.astype(np.uint8)[:, None, None, None], (1, 2, 2, 1))
 
 
 MODEL = Model(lambda x_t, network_t: x_t, reverse.make("eps", "fixed_small"), schedules.cosine(2))
@@ -57,7 +58,7 @@ def test_a_shard_of_samples_is_drawn_again(tmp_path, damage, monkeypatch):
     before = sample.read(tmp_path, 9)
     damage(sample.shard(tmp_path, 1))
     sample._fill(drawer, MODEL, tmp_path, 9, None)
-    assert drawer.drawn == [(0, 4), (4, 8), (8, 9), (4, 8)]
+    assert drawer.drawn == [list(range(9)), list(range(4, 8))]
     np.testing.assert_array_equal(sample.read(tmp_path, 9), before)
 
 
@@ -66,7 +67,7 @@ def test_a_shard_that_holds_something_else_is_drawn_again(tmp_path, foreign):
     np.save(sample.shard(tmp_path, 0), foreign)
     drawer = Drawer()
     sample._fill(drawer, MODEL, tmp_path, 4, None)
-    assert drawer.drawn == [(0, 4)] and sample.read(tmp_path, 4).max() == 3
+    assert drawer.drawn == [[0, 1, 2, 3]] and sample.read(tmp_path, 4).max() == 3
 
 
 def test_terms_of_an_unfinished_evaluation_are_computed_again(tmp_path, damage):

@@ -15,6 +15,7 @@ from diffusion.experiment import build, workdir
 from diffusion.programs import compress, decompress
 from diffusion.runtime import coded_file
 from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.preemption import Preempted
 
 pytestmark = pytest.mark.usefixtures("programs_compiled_once")
 
@@ -49,6 +50,22 @@ def test_a_split_is_compressed_to_about_its_bound(tiny, straight, tmp_path, caps
     net = (8 * path.stat().st_size - said["initial_bits"]) / (299 * 64)
     assert said["file_without_initial_bits_bpd"] == pytest.approx(net)
     assert path.stat().st_size - 4 * len(words) < 50  # the header
+
+
+def test_a_signal_after_the_file_leaves_it_whole_and_the_report_without_the_bound(
+    tiny, straight, images, tmp_path, capsys, monkeypatch
+):
+    def stopped(*_):
+        raise Preempted("stopped by SIGTERM; the same command goes on")
+
+    np.save(tmp_path / "in.npy", images)
+    monkeypatch.setattr(compress, "_bound", stopped)
+    with pytest.raises(Preempted) as stop:
+        compress.run(tiny(), straight, str(tmp_path / "in.npy"), str(tmp_path / "out.ddc"))
+    assert stop.value.reason.endswith("out.ddc is whole, and its bound was not computed")
+    said = json.loads(capsys.readouterr().out)
+    assert (said["bound_bpd"], said["overhead_percent"]) == (None, None) and said["file_bpd"] > 3
+    assert coded_file.read(tmp_path / "out.ddc")[0].num_images == 20
 
 
 def test_another_process_with_another_batch_size_gets_the_same_pixels(conditional, images, tmp_path):

@@ -12,9 +12,10 @@ import toy
 from PIL import Image
 
 from diffusion import samplers, schedules
+from diffusion.evaluation import sampling
 from diffusion.experiment import workdir
 from diffusion.programs import evaluate, quality, sample, train
-from diffusion.runtime import files, preemption, randomness
+from diffusion.runtime import devices, files, preemption, randomness
 from diffusion.runtime.preemption import Preempted
 
 pytestmark = pytest.mark.usefixtures("programs_compiled_once")
@@ -62,7 +63,7 @@ def test_an_interrupted_call_keeps_its_shards_and_more_images_are_drawn_beside_t
         with pytest.raises(Preempted):
             sample.run(tiny(), run)
     (folder,) = (run / sample.SAMPLES).iterdir()
-    (first,) = folder.glob("shard_*.npy")
+    first = sample.shard(folder, 0)
     marked = np.full_like(np.load(first), 3)
     np.save(first, marked)
     sample.run(tiny(), run)  # 9 images: 4, 4 and 1
@@ -71,6 +72,46 @@ def test_an_interrupted_call_keeps_its_shards_and_more_images_are_drawn_beside_t
     sample.run(tiny(sample__num_images=11), run)
     assert [len(np.load(path)) for path in sorted(folder.glob("shard_*.npy"))] == [4, 4, 3]
     assert len(saved_images(run)) == 11
+
+
+def test_what_is_drawn_is_kept_after_any_batch_and_the_model_is_sent_once(toy_run, monkeypatch):
+    """A batch may be larger than a shard; 24 images are two batches, of 16 and of 8."""
+    monkeypatch.setattr(sample, "SHARD_IMAGES", 4)
+    experiment, state, _ = workdir.load(toy_run.directory)
+    with experiment.config.unlocked():
+        experiment.config.sample.batch_size = 16
+    model, sampler = experiment.model(state.ema_params), sample.make_sampler(experiment)
+    monkeypatch.setattr(sample, "make_sampler", lambda _: sampler)  # compiled once
+    sent, replicate = [], devices.replicate
+    monkeypatch.setattr(sampling.devices, "replicate", lambda tree: sent.append(tree) or replicate(tree))
+    straight = sample.fill(experiment, toy_run.directory, model, state, 24)
+    images = sample.read(straight, 24)
+    shutil.rmtree(straight)
+
+    def stop():
+        raise Preempted("stopped by a signal")
+
+    for held in (16, 24):
+        with pytest.raises(Preempted):
+            sample.fill(experiment, toy_run.directory, model, state, 24, stop)
+        assert sum(len(np.load(path)) for path in straight.glob("shard_*.npy")) == held
+    np.testing.assert_array_equal(sample.read(straight, 24), images)
+    assert sample.fill(experiment, toy_run.directory, model, state, 24, stop) == straight and len(sent) == 3
+
+
+def test_a_shard_is_written_from_time_to_time_and_goes_on_where_it_ends(monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "SHARD_IMAGES", 5)
+    images = np.random.default_rng(0).integers(0, 256, (12, *toy.SHAPE), np.uint8)
+    drawn = sample._Drawn(tmp_path)
+    drawn.add(np.arange(3), images[:3])
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sample, "SAVE_SECONDS", -1.0)
+    drawn.add(np.arange(3, 7), images[3:7])
+    assert [len(np.load(path)) for path in sorted(tmp_path.iterdir())] == [5, 2]
+    again = sample._Drawn(tmp_path)
+    again.add(np.arange(7, 12), images[7:])
+    again.write()
+    np.testing.assert_array_equal(sample.read(tmp_path, 12), images)
 
 
 def test_samples_of_other_weights_of_the_same_step_are_not_taken(toy_run):

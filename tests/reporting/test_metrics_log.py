@@ -37,7 +37,11 @@ def test_rows_are_on_disk_when_write_returns(tmp_path):
 
 
 def test_a_step_cannot_appear_twice(tmp_path):
+    with MetricsLog(tmp_path, step=10) as log:  # whose row a signal kept from being written
+        assert log.last_step == 0
+        log.write(10, loss=1.0)
     with MetricsLog(tmp_path, step=10) as log:
+        assert log.last_step == 10
         with pytest.raises(ValueError, match="step 10 .* step 10"):
             log.write(10, loss=1.0)
         log.write(11, loss=1.0)

@@ -373,7 +373,7 @@ def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_s
         shown.append(params.host())
         return True
 
-    def quality(params):
+    def quality(params, stops):
         measured.append(params.host())
         return {"fid": float(len(measured))}
 
@@ -393,3 +393,46 @@ def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_s
     # After every third step and at the end, in the step's row.
     assert {row["step"]: row["fid"] for row in read_metrics(tmp_path) if "fid" in row} == {3: 1.0, 4: 2.0}
     assert tree_sha256(measured[1]) == tree_sha256(end.ema_params) != tree_sha256(measured[0])
+
+
+def test_a_signal_that_stops_the_samples_metrics_saves_and_the_resumed_run_writes_the_same_row(tmp_path):
+    """Metrics of samples after step 2 of 4; the row of that step has the loss, too."""
+    keys = {"train__num_steps": 4, "train__checkpoint_every": 4, "train__sample_every": 0, "train__log_every": 2}
+    made = toy.experiment(**keys, quality__every=2, schedule__num_steps=2)
+    start, plan = jax.device_get(made.initial_state()), build.plan(made.config)
+    train_steps = parallel.train_steps(made.training, plan.seed)  # compiled once
+
+    def never(step):
+        return False
+
+    def drawn(*_):
+        return True
+
+    def run(directory, state, sends):
+        def quality(params, stops):
+            if sends:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return None if stops() else {"fid": float(np.abs(jax.tree.leaves(params.host())[0]).sum())}
+
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            Checkpoints(directory) as checkpoints,
+            MetricsLog(directory, int(state.step)) as log,
+            Preemption() as preemption,
+        ):
+            patch.setattr(parallel, "train_steps", lambda *_: train_steps)
+            given = made.training, plan, state, toy.source("train"), True, lambda params: {"val_loss": 1.0}
+            return loop.train(*given, never, drawn, quality, checkpoints, log, preemption)
+
+    end = run(tmp_path / "straight", start, False)
+    with pytest.raises(Preempted, match="75"):
+        run(tmp_path / "stopped", start, True)
+    assert read_metrics(tmp_path / "stopped") == []
+    with Checkpoints(tmp_path / "stopped") as checkpoints:
+        saved = checkpoints.restore(2, made.abstract_state())
+    assert tree_sha256(run(tmp_path / "stopped", saved, False)) == tree_sha256(end)
+    rows = [
+        [{key: value for key, value in row.items() if key != "images_per_second"} for row in read_metrics(directory)]
+        for directory in (tmp_path / "straight", tmp_path / "stopped")
+    ]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [2, 4] and all("fid" in row for row in rows[0])

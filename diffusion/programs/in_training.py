@@ -1,0 +1,75 @@
+"""What is drawn and measured of samples while a run trains; a signal stops both after a batch."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from diffusion.evaluation.sampling import Sampler
+from diffusion.experiment import memory
+from diffusion.experiment.build import Experiment
+from diffusion.programs import sample
+from diffusion.programs.quality import Scorer
+from diffusion.reporting import page, pictures, plots
+from diffusion.reporting.metrics_log import MetricsLog, read_metrics
+from diffusion.runtime import processes
+from diffusion.runtime.devices import Replicated
+from diffusion.training import loop
+
+
+def shower(
+    experiment: Experiment, directory: Path, sampler: Sampler, log: MetricsLog
+) -> loop.Draw:
+    """Shows samples of EMA parameters as samples_STEP.png and to the loggers, if any are wanted."""
+    num_previews = min(experiment.config.sample.num_previews, experiment.config.sample.num_images)
+
+    def drawn(ema_params: Replicated, stops: Callable[[], bool]) -> UInt8[np.ndarray, "grid_h grid_w c"] | None:
+        # A function of its own: a plotting library may keep its callers' frames, and with them the model's arrays.
+        model, images = experiment.model(ema_params.host(), experiment.config.sample.variance), []
+        with (
+            memory.shortage_explained(experiment, "sample.batch_size"),
+            contextlib.closing(sampler.batches(model, num_previews)) as batches,
+        ):
+            for _, batch in batches:
+                images.append(batch)
+                if sum(map(len, images)) < num_previews and stops():
+                    return None
+        return sample.grid(experiment, np.concatenate(images))
+
+    def show(step: int, ema_params: Replicated, stops: Callable[[], bool], only_missing: bool) -> bool:
+        path = directory / f"samples_{step}.png"
+        if only_missing and processes.bool_from_first(processes.is_first() and path.exists()):
+            return True
+        if num_previews:
+            if (grid := drawn(ema_params, stops)) is None:
+                return False
+            pictures.save_png(path, grid)
+            log.images(step, "samples", grid)
+        if processes.is_first():
+            plots.plot_loss(read_metrics(directory), directory / "loss.png")
+            page.refresh(directory)
+        return True
+
+    return show
+
+
+def quality_of(experiment: Experiment, sampler: Sampler, scorer: Scorer | None) -> loop.Quality:
+    """A function of EMA parameters: the metrics of quality.num_images samples, on process 0."""
+    num_images = experiment.config.quality.num_images
+
+    def of_params(ema_params: Replicated, stops: Callable[[], bool]) -> dict[str, float] | None:
+        model, images = experiment.model(ema_params.host(), experiment.config.sample.variance), []
+        with (
+            memory.shortage_explained(experiment, "sample.batch_size"),
+            contextlib.closing(sampler.batches(model, num_images)) as batches,
+        ):
+            for _, batch in batches:
+                images.append(batch)
+                if stops():
+                    return None
+        numbers = processes.on_first(lambda: scorer.numbers([np.concatenate(images)], num_images)) or {}
+        return {name: value for name, value in numbers.items() if value is not None}
+
+    return of_params
