@@ -107,6 +107,32 @@ def test_an_interval_means_the_steps_of_the_schedule_that_was_trained_with_also_
     assert differs == [False, True, False]
 
 
+def other(x_t, network_t, *labels):
+    """A worse network: other numbers for the same arguments."""
+    return jnp.sin(network(x_t, network_t, *(labels or (jnp.zeros(len(x_t), int),))))
+
+
+@pytest.mark.parametrize("labels", [(), (jnp.asarray(LABELS),)])
+def test_autoguidance_extrapolates_away_from_the_worse_network_and_keeps_the_variance(batch, labels):
+    """Karras et al. (2024) write D_1 + (w − 1)(D_1 − D_0) with w = 1 + scale."""
+
+    def best(x_t, network_t, *labels):
+        return 2 * other(x_t, network_t, *labels) + 1
+
+    output, worse = np.float64(best(*batch, *labels)), np.float64(other(*batch, *labels))
+    found = guidance.autoguided(best, other, 0.8)(*batch, *labels)
+    np.testing.assert_allclose(found[..., :1], (output + 0.8 * (output - worse))[..., :1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found[..., 1:], best(*batch, *labels)[..., 1:])
+    # t = 5 here, as network_t = 4.
+    for interval, is_guided in (((4, 5), True), ((5, 9), False)):
+        within = guidance.autoguided(best, other, 0.8, interval)(*batch, *labels)
+        np.testing.assert_allclose(within, found if is_guided else best(*batch, *labels), rtol=1e-5)
+
+
+def test_a_guide_without_labels_ignores_them(batch):
+    np.testing.assert_array_equal(guidance.blind(other)(*batch, jnp.asarray(LABELS)), other(*batch))
+
+
 @pytest.mark.parametrize("interval", [(), (3, 7)])
 def test_a_sampler_draws_from_a_guided_network_and_labels_of_another_batch_do_not_compile_again(interval):
     p = reverse.make("x0", "learned_range")

@@ -1,7 +1,8 @@
 """Images of a model: image n is a function of the seed and n, and of nothing else that a program chooses."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,14 @@ from diffusion.schedules import Schedule
 
 TRAJECTORY_FRAMES = 12
 
-Walked = tuple[Model, Schedule | None]  # the model with the schedule that is walked, and the levels that churn takes
+
+
+class Walked(NamedTuple):
+    """What images are drawn from: the model with the schedule that is walked, and what some ways need beside it."""
+
+    model: Model
+    levels: Schedule | None  # that churn takes its noise levels from
+    guide: Callable[..., Array] | None
 
 
 class Sampler:
@@ -38,6 +46,7 @@ class Sampler:
         guidance_scale: float | int = 0.0,
         guidance_interval: tuple[float | int, ...] = (),
         grid: Grid = schedules.evenly_spaced,
+        guide: Callable[..., Array] | None = None,
     ):
         """Nothing is compiled before the first image.
 
@@ -48,13 +57,14 @@ class Sampler:
             batch_size: how many images are drawn at once, on all devices together.
             num_steps: so many of the model's schedule, chosen by `grid`; None takes all of them.
             labels: those that images are drawn with, in turn, if the model takes labels.
-            guidance_scale: w of `guidance.classifier_free`.
+            guidance_scale: w of `guidance.classifier_free`, or with a guide of `guidance.autoguided`.
             guidance_interval: the t that are guided, as there.
             grid: one of `grids.GRIDS`.
+            guide: a worse network than the models', a pytree that takes what they take.
         """
         self._step, self.image_shape = step, image_shape
         self._seed_key, self._batch_size, self._num_steps = randomness.stream(seed, "sample"), batch_size, num_steps
-        self._grid = grid
+        self._grid, self._guide = grid, guide
         self._labels, self._guidance = jnp.array(labels), (guidance_scale, guidance_interval)
         self._images = devices.over_batches(self._draw_images)
         self._trajectories = devices.over_batches(self._draw_trajectories)
@@ -84,26 +94,27 @@ class Sampler:
         return np.concatenate([frames for _, frames in found])
 
     def _replicated(self, model: Model) -> devices.Replicated:
-        """The model with the schedule that is walked, and for churn its own one."""
         levels = None if self._step.churn is None else model.schedule
         if self._num_steps is not None:
             model = dataclasses.replace(model, schedule=self._grid(model.schedule, self._num_steps))
-        return devices.replicate((model, levels))
+        return devices.replicate(Walked(model, levels, self._guide))
 
     def _draw_images(self, walked: Walked, numbers: Int[Array, " n"]) -> UInt8[Array, "n h w c"]:
-        model, _ = walked
-        return to_levels(self._draw(walked, numbers, num_frames=1)[0], model.num_levels)
+        return to_levels(self._draw(walked, numbers, num_frames=1)[0], walked.model.num_levels)
 
     def _draw_trajectories(self, walked: Walked, numbers: Int[Array, " n"]) -> UInt8[Array, "n f h w c"]:
-        model, _ = walked
+        model = walked.model
         _, frames = self._draw(walked, numbers, min(TRAJECTORY_FRAMES, model.schedule.num_steps))
         return to_levels(jnp.swapaxes(frames, 0, 1), model.num_levels)  # the images first, as everywhere in a batch
 
     def _draw(self, walked: Walked, numbers: Int[Array, " n"], num_frames: int) -> tuple[Array, Array]:
-        model, levels = walked
+        model = walked.model
         keys, denoise = randomness.per_item(self._seed_key, numbers), model.denoise
+        if walked.guide is not None:
+            denoise = guidance.autoguided(denoise, walked.guide, *self._guidance)
         if model.takes_labels:
             labels = self._labels[numbers % len(self._labels)]
-            denoise = guidance.classifier_free(denoise, labels, *self._guidance)
-        more = {"num_frames": num_frames, "levels": levels}
+            is_guided = walked.guide is not None
+            denoise = guidance.classifier_free(denoise, labels, *((0,) if is_guided else self._guidance))
+        more = {"num_frames": num_frames, "levels": walked.levels}
         return samplers.sample(self._step, denoise, model.p, model.schedule, keys, self.image_shape, **more)

@@ -28,6 +28,7 @@ WEIGHTS, ABOUT = "model.safetensors", "model.json"
 FORMAT = 1  # of model.json: one more where an older version would misread it
 # Where things lay on the machine that trained the model.
 PLACES = {"data.data_dir": "", "init_from": "", "init_adapt": False}
+NO_GUIDE = {"sample.guide": "", "sample.guidance": 0.0, "sample.guidance_interval": ()}
 # What summary.json and eval.json say besides the scores and how they were measured.
 NO_SCORES = {"step", "num_params", "params_sha256", "ema_sha256", "data_sha256", "seconds", "forked_from"}
 NO_SCORES |= {"stopped_early"}
@@ -179,7 +180,7 @@ def command_in(directory: Path, config: ConfigDict) -> str:
         return ""
     then = {name: key.default for name, key in all_keys().items()} | flatten_dict(base["values"], sep=".")
     now = config_lib.flatten(config)
-    now["init_from"] = Path(now["init_from"]).name
+    now |= {name: Path(now[name]).name for name in ("init_from", "sample.guide")}
     changed = [name for name in now if name != "data.data_dir" and json.dumps(now[name]) != json.dumps(then.get(name))]
     given = [f"--config.{name}={now[name]}" for name in sorted(changed)]
     if origin := read_json(directory / "fork.json"):
@@ -190,7 +191,7 @@ def command_in(directory: Path, config: ConfigDict) -> str:
 def _without_places(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.update_from_flattened_dict(PLACES)
+        config.update_from_flattened_dict(PLACES | (NO_GUIDE if config.sample.guide else {}))
     return config
 
 

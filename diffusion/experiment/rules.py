@@ -140,9 +140,13 @@ RULES = (
         "sample.labels={c.sample.labels} is only for a network with model.conditional=True",
     ),
     Rule(
-        lambda it: it.config.sample.guidance != 0 and it.config.model.label_dropout == 0,
+        lambda it: it.config.sample.guidance != 0 and it.config.model.label_dropout == 0 and not it.config.sample.guide,
         "sample.guidance={c.sample.guidance} needs a network that was trained without labels, too: "
-        "model.conditional=True with model.label_dropout > 0",
+        "model.conditional=True with model.label_dropout > 0; or a sample.guide",
+    ),
+    Rule(
+        lambda it: it.config.sample.guide and it.config.sample.guidance == 0,
+        "sample.guide={c.sample.guide!r} has no part in sample.guidance=0",
     ),
     Rule(
         lambda it: it.config.sample.guidance_interval and it.config.sample.guidance == 0,

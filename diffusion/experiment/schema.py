@@ -221,7 +221,8 @@ KEYS: dict[str, Key] = {
     "sample.grid": Key("even", GRIDS, "the steps' places: even in 1…T, or by log SNR (log_snr, karras)", FREE),
     "sample.variance": Key("model", FOR_A_TRAINED_MEAN, "variance of ancestral sampling; model: as trained", FREE),
     "sample.labels": Key((), LABELS, "labels of a conditional network's images, in turn; (): every class", FREE),
-    "sample.guidance": Key(0.0, GUIDANCE, "w of (1 + w) ε_c − w ε_u; 0: no guidance", FREE),
+    "sample.guidance": Key(0.0, GUIDANCE, "w of (1 + w) ε − w ε', ε' of no label or of sample.guide; 0: none", FREE),
+    "sample.guide": Key("", PLACE, 'autoguidance by a worse model: an export, DIR, DIR@best, DIR@STEP; "": none', FREE),
     "sample.guidance_interval": Key((), INTERVAL, "(low, high): guidance only where low < t ≤ high", FREE),
     "quality.num_images": Key(10_000, integer(2), "samples that are scored; published distances take 50,000", FREE),
     "quality.features": Key(

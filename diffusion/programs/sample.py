@@ -14,7 +14,7 @@ from jaxtyping import Int, Int32, UInt8
 from ml_collections import ConfigDict
 
 from diffusion.evaluation.sampling import Sampler
-from diffusion.experiment import memory, results, sampling, workdir
+from diffusion.experiment import guide, memory, results, sampling, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.workdir import EmaState
 from diffusion.model import Model
@@ -56,8 +56,8 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output:
 
 
 def make_sampler(experiment: Experiment) -> Sampler:
-    """The config's sampler. A model that takes labels is given those of `classes`."""
-    config = experiment.config.sample
+    """The config's sampler. A model that takes labels is given those of `classes`. Raises what `guide.load` does."""
+    config, guiding = experiment.config.sample, guide.load(experiment)
     return Sampler(
         sampling.step(experiment.config),
         experiment.image_shape,
@@ -68,6 +68,7 @@ def make_sampler(experiment: Experiment) -> Sampler:
         config.guidance,
         config.guidance_interval,
         sampling.grid(experiment.config),
+        guide.network(experiment, guiding) if guiding else None,
     )
 
 
@@ -124,6 +125,8 @@ def _folder(experiment: Experiment, directory: Path, model: Model, state: EmaSta
     about |= {"step": int(state.step), "ema_sha256": state.sha256}
     if model.p.variance == "optimal":
         about["x0_variance_sha256"] = tree_sha256(model.schedule.x0_variance)
+    if guiding := guide.load(experiment):
+        about["guide_sha256"] = guiding.state.sha256
     folder = directory / SAMPLES / name(about)
     with workdir.locked(folder):
         if processes.is_first():
@@ -151,13 +154,13 @@ def described(config: ConfigDict, variance: str) -> dict[str, Any]:
     if config.sample.grid != "even":
         about["grid"] = config.sample.grid
     if config.model.conditional:
+        about["labels"] = list(config.sample.labels) or "all in turn"
+    if config.model.conditional or config.sample.guide:
         # t is an integer: (2.5, 4.5) guides as (2, 4) does. An integral end stays as it is written, 2 or 2.0.
         ends = [math.floor(end) if end % 1 else end for end in config.sample.guidance_interval]
-        about |= {
-            "labels": list(config.sample.labels) or "all in turn",
-            "guidance": config.sample.guidance,
-            "guidance_interval": ends or "every t",
-        }
+        about |= {"guidance": config.sample.guidance, "guidance_interval": ends or "every t"}
+    if config.sample.guide:
+        about["guide"] = config.sample.guide
     return about
 
 

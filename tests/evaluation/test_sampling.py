@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,6 +49,13 @@ def test_the_steps_are_those_of_the_grid():
     np.testing.assert_array_equal(frames, np.round(8 + 8 * chosen / 10))
     even = sampler(num_steps=3).trajectories(model, 1)[0, :, 0, 0, 0]
     assert (frames != even).any()
+
+
+def test_a_guide_is_what_images_are_drawn_away_from():
+    """x̂_0 = 2/8 of the model and 1/8 of the guide, w = 1: 3/8, on a grid of eighths."""
+    model = dataclasses.replace(MODEL, denoise=lambda x, t: jnp.full_like(x, 2 / 8), p=X0)
+    worse = jax.tree_util.Partial(lambda x, t: jnp.full_like(x, 1 / 8))
+    assert (sampler(guide=worse, guidance_scale=1.0).images(model, 2) == 8 + 3).all()
 
 
 @pytest.mark.parametrize(("scale", "levels"), [(0.0, [3, 7, 3, 7, 3]), (1.0, [7, 15, 7, 15, 7])])

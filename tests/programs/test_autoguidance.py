@@ -1,0 +1,67 @@
+"""sample.guide: samples are drawn away from another checkpoint's, which their folder names, and misfits are refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from diffusion import samplers
+from diffusion.experiment import build, guide, workdir
+from diffusion.programs import sample
+from diffusion.runtime import randomness
+
+
+def test_samples_are_drawn_away_from_an_earlier_checkpoint(toy_run):
+    config = toy_run.config(sample__guide=f"{toy_run.directory}@3", sample__guidance=0.5)
+    sample.run(config, toy_run.directory)
+    model, worse = toy_run.model(6), toy_run.model(3)
+
+    def denoise(x_t, network_t):
+        output, other = model.denoise(x_t, network_t), worse.denoise(x_t, network_t)
+        return jnp.concatenate([1.5 * output[..., :1] - 0.5 * other[..., :1], output[..., 1:]], axis=-1)
+
+    @jax.jit
+    def draw(keys):
+        return samplers.sample(samplers.ancestral(), denoise, model.p, model.schedule, keys, toy.SHAPE)[0]
+
+    drawn = np.float64(draw(randomness.per_item(randomness.stream(0, "sample"), jnp.arange(9))))
+    wanted = np.round((drawn.clip(-1, 1) + 1) * 8)
+    found = np.load(toy_run.directory / "samples.npz")["images"]
+    # Where batches differ, a pixel value may round the other way.
+    assert np.mean(found != wanted) < 0.01 and np.abs(found - wanted).max() <= 1
+    (about,) = (json.loads(path.read_text()) for path in toy_run.directory.glob("samples/*/about.json"))
+    assert about["guide"] == config.sample.guide and about["guidance"] == 0.5
+    assert about["guide_sha256"] not in (None, about["ema_sha256"])
+
+
+def test_what_cannot_guide_is_refused_in_one_line(toy_run):
+    def refusal(shape=toy.SHAPE, guide_of=toy_run.directory, **keys):
+        config = toy_run.config(sample__guide=str(guide_of), sample__guidance=0.5, **keys)
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            guide.load(build.experiment(config, shape, toy.LEVELS))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    named = f"sample.guide={str(toy_run.directory)!r} "
+    assert refusal(shape=(4, 4, 1)) == named + "is of images (8, 8, 1), and this run of (4, 4, 1)"
+    assert refusal(model__prediction="x0") == named + "predicts v, and this run has model.prediction='x0'"
+    message = refusal(schedule__name="linear_gamma")
+    assert "other noise at the same input than schedule.name='linear_gamma' here" in message
+    assert "other noise at the same input" in refusal(schedule__num_steps=4)
+    assert "is learned: no other checkpoint has the same" in refusal(schedule__name="learned(start='cosine')")
+    assert "holds no run" in refusal(guide_of=toy_run.directory / "nowhere")
+
+
+def test_an_export_has_no_place_of_a_guide(toy_run, tmp_path_factory):
+    """And its config is still one that can be."""
+    loaded = workdir.load(toy_run.directory)
+    config = toy_run.config(sample__guide="elsewhere", sample__guidance=0.5)
+    guided = loaded._replace(experiment=dataclasses.replace(loaded.experiment, config=config))
+    exported = tmp_path_factory.mktemp("exports") / "toy"
+    guided.export(exported)
+    settings = workdir.load(exported).config.sample
+    assert (settings.guide, settings.guidance) == ("", 0.0)
