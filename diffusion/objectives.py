@@ -137,6 +137,26 @@ def hybrid(setting: Setting, vlb_weight: float = 0.001) -> Objective:
     return loss
 
 
+def npr(setting: Setting) -> Objective:
+    """L_simple, and beside it ‖(ε − ε̂)² − g‖² of the network's second half g, in which ε̂ is held fixed.
+
+    The best g is E[(ε − ε̂)² | x_t], from which model.variance=npr makes the optimal variance of this ε̂. NPR-DDPM: Bao
+    et al. (2022, "Estimating the optimal covariance with imperfect mean"), who train g on a finished network.
+    """
+    of_mean = simple(setting)
+
+    def loss(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Loss:
+        predicted, g = setting.p.split(output)
+        weighted_mse, parts = of_mean(row, x0, x_t, eps, output)
+        error = setting.p.target(row, x0, x_t, eps) - jax.lax.stop_gradient(predicted)
+        # Given x_t the prediction is affine in x̂_0, and x̂_0 in ε̂.
+        squared = (error * x0_per_output(setting.p, row)) ** 2 * jnp.exp(row.log_snr)
+        residual_mse = jnp.mean((squared - g) ** 2)
+        return weighted_mse + residual_mse, parts | {"residual_mse": residual_mse}
+
+    return loss
+
+
 def vdm(setting: Setting) -> Objective:
     """T − 1 times one KL term of t > 1, or the continuous-time loss at an instant between steps, in bits/dim.
 
@@ -157,6 +177,7 @@ OBJECTIVES = {
     "simple": simple,
     "vlb": vlb,
     "hybrid": hybrid,
+    "npr": npr,
     "vdm": vdm,
     "vdm_continuous": vdm,
 }

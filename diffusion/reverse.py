@@ -122,8 +122,21 @@ def _optimal(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike,
     """
     if row.x0_variance is None:
         raise ValueError("variance='optimal' needs a schedule whose x0_variance was estimated (see variances.py)")
-    added = row.posterior_x0**2 * row.x0_variance * jnp.exp(-row.log_beta_tilde)
-    return jnp.full_like(raw, row.log_beta_tilde + jnp.log1p(jnp.where(row.t > 1, added, 0.0)))
+    return _with_x0_variance(row, jnp.full_like(raw, row.x0_variance))
+
+
+def _npr(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
+    """β̃_t + (coefficient of x_0 in μ̃_t)² E[(x_0 − x̂_0)² | x_t], of each element: optimal for the mean that is learned.
+
+    `raw` is E[(ε − ε̂)² | x_t], which `objectives.npr` trains, and SNR_t times that of x_0. As in their program, the
+    latter is kept in [0, 1]. NPR-DDPM: Bao et al. (2022, "Estimating the optimal covariance with imperfect mean").
+    """
+    return _with_x0_variance(row, jnp.clip(raw * jnp.exp(-row.log_snr), 0.0, 1.0))
+
+
+def _with_x0_variance(row: Schedule, x0_variance: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
+    added = row.posterior_x0**2 * x0_variance * jnp.exp(-row.log_beta_tilde)
+    return row.log_beta_tilde + jnp.log1p(jnp.where(row.t > 1, added, 0.0))
 
 
 VARIANCES: dict[str, Variance] = {
@@ -133,6 +146,7 @@ VARIANCES: dict[str, Variance] = {
     "optimal": Variance(_optimal, is_learned=False),
     "learned": Variance(lambda row, raw: raw, is_learned=True),
     "learned_range": Variance(_learned_range, is_learned=True),
+    "npr": Variance(_npr, is_learned=True),
 }
 
 
@@ -261,8 +275,8 @@ def make(prediction: str, variance: str, decoder: str = "network", **arguments: 
     Args:
         prediction: one of PREDICTIONS.
         variance: "fixed_small" (β̃_t), "fixed_large" (β_t), "optimal" (σ*_t², estimated from data and the trained
-            mean), "learned" (the network outputs log σ_t²) or "learned_range" (it outputs where between β̃_t and
-            β_t, on a log scale).
+            mean), "learned" (the network outputs log σ_t²), "learned_range" (it outputs where between β̃_t and
+            β_t, on a log scale) or "npr" (it outputs the squared error of its ε̂).
         decoder: "network" (p(x_0 | x_1) is what the network says, on bins) or "bayes" (in proportion to q(x_1 | x_0)).
         arguments: the prediction's own, such as edm's sigma_data.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import likelihood, reverse, samplers, schedules, variances
+from diffusion import gaussian, likelihood, process, reverse, samplers, schedules, variances
 
 M, S2 = 0.3, 0.25  # x_0 ~ N(m, s²)
 SHORT = schedules.evenly_spaced(schedules.linear(1000), 6)
@@ -171,3 +171,38 @@ def test_only_the_optimal_variance_samples_the_right_variance_in_few_steps():
     assert abs(end_variance("optimal") - right) < 4 * stderr
     assert end_variance("fixed_small") < right - 10 * stderr
     assert end_variance("fixed_large") > right + 10 * stderr
+
+
+# --- NPR-DDPM: Bao et al. (2022, "Estimating the optimal covariance with imperfect mean")
+
+
+@pytest.mark.parametrize("t", [2, 3, 4])
+def test_npr_is_the_variance_that_costs_least_for_a_wrong_mean(t):
+    """E KL(q(x_{t−1} | x_t, x_0) ‖ p) over x_0 given x_t is least at g = E[(ε − ε̂)² | x_t], whatever x̂_0 is."""
+    row, p = SHORT[t], reverse.make("x0", "npr")
+    x0 = jnp.asarray(np.random.default_rng(t).normal(0.2, 0.3, (500, 1, 1, 1)), jnp.float32)
+    x_t, wrong = jnp.full((1, 1, 1), 0.1), jnp.full((1, 1, 1), -0.4)
+    g = jnp.exp(row.log_snr) * jnp.mean((x0 - wrong[None]) ** 2)
+
+    @jax.jit
+    def cost(g):
+        p_prev = p(row, x_t, jnp.concatenate([wrong, jnp.full((1, 1, 1), g)], -1)).p_prev
+        return jax.vmap(lambda x0: gaussian.kl(process.q_posterior(row, x0, x_t), p_prev))(x0).mean()
+
+    costs = [float(cost(factor * g)) for factor in (0.8, 1.0, 1.25)]
+    assert costs[1] < min(costs[0], costs[2]) - 1e-6
+
+
+def test_npr_with_the_exact_error_is_the_exact_variance_and_keeps_the_decoder_s_width():
+    p, x = reverse.make("eps", "npr"), jnp.zeros((1, 1, 1))
+    exact = x0_variance(SHORT)
+    for t in range(1, 7):
+        g = jnp.full_like(x, np.exp(np.float64(SHORT.log_snr[t])) * exact[t])
+        found = p(SHORT[t], x, jnp.concatenate([x, g], -1)).p_prev.log_var[0, 0, 0]
+        optimal = reverse.make("eps", "optimal")(with_exact_variance(SHORT)[t], x, x).p_prev.log_var[0, 0, 0]
+        np.testing.assert_allclose(found, optimal, rtol=1e-5)
+    # No x_0 in [-1, 1] has a variance outside of [0, 1], whatever a network says.
+    for g, x0_var in ((-5.0, 0.0), (1e9, 1.0)):
+        found = p(SHORT[3], x, jnp.concatenate([x, jnp.full_like(x, g)], -1)).p_prev.log_var[0, 0, 0]
+        row = SHORT[3]
+        np.testing.assert_allclose(jnp.exp(found), row.beta_tilde + row.posterior_x0**2 * x0_var, rtol=1e-5)

@@ -78,10 +78,10 @@ class Mixture:
         Var(x_{t−1} | x_t) = β̃_t + (coefficient of x_0 in μ̃_t)² Var(x_0 | x_t).
 
         Raises:
-            ValueError: variance="learned_range", which cannot express every variance.
+            ValueError: another learned variance: learned_range cannot express every one.
         """
-        if p.variance == "learned_range":
-            raise ValueError("an exact denoiser outputs a variance for variance='learned', not for 'learned_range'")
+        if p.learns_variance and p.variance != "learned":
+            raise ValueError(f"an exact denoiser outputs a variance for variance='learned', not for {p.variance!r}")
         rows = schedule[1:]
 
         def one(x_t: Array, network_t: Array) -> Array:

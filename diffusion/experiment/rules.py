@@ -21,7 +21,7 @@ class Rule(NamedTuple):
 
 RULES = (
     Rule(
-        lambda it: it.objective is objectives.simple and it.learns_variance,
+        lambda it: it.objective is objectives.simple and it.learns_variance and it.config.model.variance != "npr",
         "objective.name={c.objective.name!r} has no term that trains model.variance={c.model.variance!r}; "
         "use hybrid or vlb, or a fixed variance",
     ),
@@ -29,6 +29,11 @@ RULES = (
         lambda it: it.objective is objectives.hybrid and not it.learns_variance,
         "objective.name={c.objective.name!r} trains a variance, but model.variance={c.model.variance!r} is fixed; "
         "use simple or vlb, or a learned variance",
+    ),
+    Rule(
+        lambda it: (it.objective is objectives.npr) != (it.config.model.variance == "npr"),
+        "objective.name={c.objective.name!r} and model.variance={c.model.variance!r}: the objective npr trains the "
+        "variance npr, which no other one trains; use npr for both, or for neither",
     ),
     Rule(
         lambda it: it.is_bound and it.has_weighting,

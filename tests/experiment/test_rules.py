@@ -38,6 +38,7 @@ VDM = {"model__decoder": "bayes", "model__variance": "fixed_small"}
 BREAKING = (
     {"model__variance": "learned"},
     {"objective__name": "hybrid(vlb_weight=0.01)"},
+    {"objective__name": "npr"},
     {"objective__name": "vlb", "objective__weighting": "p2(gamma=0.5)"},
     {"objective__name": "vlb", "objective__timesteps": "logit_normal(mean=0.5)"},
     {"schedule__name": "harmonic"},
