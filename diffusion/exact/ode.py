@@ -9,21 +9,19 @@ and no schedule occurs in it: a schedule only says which λ a trained network kn
 solution d log p_λ(x)/dλ = −div dx/dλ (their eq. 39), so log p(x) is the normal log density of where x ends up plus
 an integral, both from one solve.
 
-The likelihood is a density. Pixel values must be dequantized first, and −log₂ p of uniformly dequantized data bounds
-the bits of the pixel values from above (Theis et al. 2016) for the model that the ODE defines, which is not
-the reverse chain of the variational bound: see docs/bound_tightness.md.
+The likelihood is a density. Pixel values must be dequantized first, y = x_0 + u with u ~ q(u), and the mean of
+log q(u) − log p(y) bounds the cost of the pixel values from above (Theis et al. 2016; Ho et al. 2019, Flow++) for the
+model that the ODE defines, which is not the reverse chain of the variational bound: see docs/likelihoods.md.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from diffusion import gaussian
 from diffusion.gaussian import Gaussian
@@ -37,16 +35,29 @@ except ImportError as error:
 
 # (x, λ) -> ε̂(x, λ), for one example.
 PredictEps = Callable[[Array, Array], Array]
-# (f, x) -> f(x) and div f(x), or an unbiased estimate of it.
+# (f, x) -> f(x) and div f(x), or an unbiased estimate of it, or several.
 Divergence = Callable[[Callable[[Array], Array], Array], tuple[Array, Array]]
+
+MAX_STEPS = 4096  # of the solver
 
 
 class Solution(NamedTuple):
-    """log p(x) in nats, where x ends up, and how many steps the solver took."""
+    """log p(x) in nats, where x ends up, and how many steps the solver took.
 
-    log_prob_nats: Float[Array, ""]
+    log p(x) is NaN where the solver did not arrive within MAX_STEPS. It is one number for each estimate of the
+    divergence.
+    """
+
+    log_prob_nats: Float[Array, "*estimates"]
     end: Float[Array, "*shape"]
     num_steps: Int[Array, ""]
+
+
+class Dequantized(NamedTuple):
+    """An image with noise in the bins of its pixel values, and log q of that noise in nats."""
+
+    y: Float[Array, "h w c"]
+    log_noise_nats: Float[Array, ""]
 
 
 def exact_divergence(f: Callable[[Array], Array], x: Float[Array, "*shape"]) -> tuple[Array, Array]:
@@ -70,6 +81,17 @@ def hutchinson(probe: Float[Array, "*shape"]) -> Divergence:
     return divergence
 
 
+def hutchinson_each(probes: Float[Array, "j *shape"]) -> Divergence:
+    """`hutchinson` of each of several probes: j estimates from one solve, whose spread shows their error."""
+
+    def divergence(f: Callable[[Array], Array], x: Float[Array, "*shape"]) -> tuple[Array, Array]:
+        derivative = jax.vmap(lambda probe: jax.jvp(f, (x,), (probe,)), out_axes=(None, 0))
+        value, derivatives = derivative(probes)
+        return value, jnp.sum((probes * derivatives).reshape(len(probes), -1), axis=1)
+
+    return divergence
+
+
 def eps_predictor(
     denoise: Callable[[Array, Array], Array], p: Reverse, schedule: Schedule, clip_x0: bool = True
 ) -> PredictEps:
@@ -81,7 +103,7 @@ def eps_predictor(
     Args:
         denoise: (x_t [B, H, W, C], network_t [B]) -> output.
         p: what the output means; its variance plays no part.
-        schedule: concrete (not traced).
+        schedule: whose λ the network knows.
         clip_x0: clip x̂_0 to [-1, 1], as the bound does; with outermost bins that are open, nothing in the bound
             teaches a network at t = 1 to stay inside.
 
@@ -92,9 +114,9 @@ def eps_predictor(
         raise ValueError("model.prediction='mean' predicts x_{t−1} and has no ODE in continuous time; eps, x0, v have")
     if schedule.x0_scale is not None:
         raise ValueError("a schedule with an x0_scale does not preserve the variance, as the ODE here needs it")
-    log_snr, network_t = (np.asarray(table, np.float64)[:0:-1] for table in (schedule.log_snr, schedule.network_t))
-    known = np.isfinite(log_snr)
-    knots, numbers = (jnp.asarray(table[known], jnp.float32) for table in (log_snr, network_t))
+    # Where ᾱ_T = 0, λ_T = −∞ is replaced: no λ below `lowest` is asked for.
+    knots = jnp.maximum(schedule.log_snr[:0:-1], lowest(schedule) - 1)
+    numbers = jnp.asarray(schedule.network_t, jnp.float32)[:0:-1]
 
     def predict_eps(x: Array, log_snr: Array) -> Array:
         signal, noise = jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
@@ -107,13 +129,19 @@ def eps_predictor(
     return predict_eps
 
 
+def lowest(schedule: Schedule) -> Float[Array, ""]:
+    """The lowest finite log SNR of a step: λ_T, or λ_{T−1} where ᾱ_T = 0."""
+    log_snr = jnp.asarray(schedule.log_snr)
+    return jnp.min(jnp.where(jnp.isfinite(log_snr), log_snr, jnp.inf))
+
+
 def solve(
     predict_eps: PredictEps,
     x: Float[Array, "*shape"],
     log_snr_start: ArrayLike,
     log_snr_end: ArrayLike,
     divergence: Divergence = exact_divergence,
-    tolerance: float = 1e-5,
+    tolerance: ArrayLike = 1e-5,
 ) -> Solution:
     """log p(x) at `log_snr_start` of the model that is N(0, I) at `log_snr_end`; `jax.vmap` it over a batch.
 
@@ -123,7 +151,7 @@ def solve(
             dimension.)
         log_snr_start: the highest log-SNR.
         log_snr_end: the lowest.
-        divergence: `exact_divergence`, or `hutchinson(probe)` for an unbiased estimate.
+        divergence: `exact_divergence`, or `hutchinson(probe)` for an unbiased estimate, or `hutchinson_each(probes)`.
         tolerance: relative and absolute error that the adaptive solver (Tsitouras 5(4)) allows in a step.
     """
 
@@ -135,19 +163,76 @@ def solve(
 
         return divergence(velocity, state[0])
 
+    estimates = jax.eval_shape(lambda x: divergence(lambda x: x, x)[1], x)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         diffrax.Tsit5(),
         t0=log_snr_start,
         t1=log_snr_end,
         dt0=None,
-        y0=(x, jnp.zeros(())),
+        y0=(x, jnp.zeros(estimates.shape)),
         stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+        max_steps=MAX_STEPS,
+        throw=False,
     )
     end, integral = (leaf[-1] for leaf in solution.ys)
     zero = jnp.zeros_like(end)
     log_prob = gaussian.log_prob(Gaussian(zero, zero), end).sum() + integral
+    log_prob = jnp.where(solution.result == diffrax.RESULTS.successful, log_prob, jnp.nan)
     return Solution(log_prob, end, solution.stats["num_steps"])
+
+
+def uniform(key: Key[Array, ""], x0: Float[Array, "h w c"], schedule: Schedule, num_levels: int) -> Dequantized:
+    """Noise that is uniform over each pixel value's bin."""
+    return in_bins(x0, jax.random.uniform(key, x0.shape), num_levels)
+
+
+def in_bins(x0: Float[Array, "h w c"], fraction: Float[Array, "h w c"], num_levels: int) -> Dequantized:
+    """The image with each element at a fraction in [0, 1) of its pixel value's bin, as if drawn uniformly."""
+    bin_width = 2 / (num_levels - 1)
+    return Dequantized(x0 + bin_width * (fraction - 0.5), -x0.size * jnp.log(bin_width))
+
+
+def truncated_normal(
+    key: Key[Array, ""], x0: Float[Array, "h w c"], schedule: Schedule, num_levels: int
+) -> Dequantized:
+    """The noise of x_1/√ᾱ_1, cut off at the ends of the bins: √ᾱ_1 y is then what the network saw in training.
+
+    Source: Zheng et al. (2023, i-DODE), whose program (model_vdm.py, "tn") cuts it off as we do, at half a bin.
+    """
+    std = jnp.exp(-0.5 * schedule.log_snr[1])
+    cut = 1 / (num_levels - 1) / std
+    z = jax.random.truncated_normal(key, -cut, cut, x0.shape)
+    # The mass within the cut is erf(cut/√2).
+    log_scale = jnp.log(std) + jnp.log(jax.lax.erf(cut / jnp.sqrt(2.0)))
+    zero = jnp.zeros_like(z)
+    return Dequantized(x0 + std * z, jnp.sum(gaussian.log_prob(Gaussian(zero, zero), z) - log_scale))
+
+
+# eval.likelihood's dequantization: (key, x0, schedule, num_levels) -> Dequantized.
+DEQUANTIZATIONS = {"uniform": uniform, "truncated_normal": truncated_normal}
+
+
+def density_bpd(
+    predict_eps: PredictEps,
+    schedule: Schedule,
+    dequantized: Dequantized,
+    divergence: Divergence = exact_divergence,
+    tolerance: ArrayLike = 1e-5,
+) -> tuple[Float[Array, "*estimates"], Int[Array, ""]]:
+    """Bits/dim of one image by the density of its dequantized pixel values, from λ_1 to λ_T; and the solver's steps.
+
+    The model's density of x_0 is that of √ᾱ_1 x_0 at λ_1 by a change of variables. The mean over the noise bounds from
+    above the bits of the pixel values themselves under this density integrated over their bins.
+
+    Args:
+        dequantized: from `uniform` or `truncated_normal`. The other arguments are those of `eps_predictor` and `solve`.
+    """
+    y, log_noise_nats = dequantized
+    signal = schedule.sqrt_alpha_bar[1]
+    solution = solve(predict_eps, signal * y, schedule.log_snr[1], lowest(schedule), divergence, tolerance)
+    log_prob = solution.log_prob_nats + y.size * jnp.log(signal)
+    return (log_noise_nats - log_prob) / (y.size * jnp.log(2.0)), solution.num_steps
 
 
 def dequantized_bpd(
@@ -157,21 +242,13 @@ def dequantized_bpd(
     uniform: Float[Array, "h w c"],
     num_levels: int = 256,
     divergence: Divergence = exact_divergence,
-    tolerance: float = 1e-5,
-) -> Float[Array, ""]:
-    """Bits/dim of one image by the density of its uniformly dequantized pixel values, from λ_1 to λ_T.
-
-    The model's density of x_0 is that of √ᾱ_1 x_0 at λ_1 by a change of variables. The mean over `uniform` bounds
-    from above the bits of the pixel values themselves under this density integrated over their bins.
+    tolerance: ArrayLike = 1e-5,
+) -> Float[Array, "*estimates"]:
+    """`density_bpd` of an image with given uniform noise.
 
     Args:
         x0: the image in [-1, 1], on its pixel values.
         uniform: in [0, 1), where in its bin each element lies.
-        num_levels: how many pixel values there are. The other arguments are those of `eps_predictor` and `solve`.
+        num_levels: how many pixel values there are.
     """
-    bin_width = 2 / (num_levels - 1)
-    y = x0 + bin_width * (uniform - 0.5)
-    signal = schedule.sqrt_alpha_bar[1]
-    solution = solve(predict_eps, signal * y, schedule.log_snr[1], schedule.log_snr[-1], divergence, tolerance)
-    log_prob = solution.log_prob_nats + x0.size * (jnp.log(signal) + math.log(bin_width))
-    return -log_prob / (x0.size * math.log(2))
+    return density_bpd(predict_eps, schedule, in_bins(x0, uniform, num_levels), divergence, tolerance)[0]

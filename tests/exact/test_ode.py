@@ -61,10 +61,16 @@ def test_divergences_of_a_linear_map():
     for divergence, expected in (
         (ode.exact_divergence, jnp.trace(matrix)),
         (ode.hutchinson(probe), probe.ravel() @ matrix @ probe.ravel()),
+        (ode.hutchinson_each(jnp.stack([probe, 2 * x])), [v.ravel() @ matrix @ v.ravel() for v in (probe, 2 * x)]),
     ):
         value, found = divergence(f, x)
         np.testing.assert_allclose(value, f(x), rtol=1e-5)
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        np.testing.assert_allclose(found, np.asarray(expected), rtol=1e-5)
+
+
+def test_where_the_solver_does_not_arrive_nothing_is_said(monkeypatch):
+    monkeypatch.setattr(ode, "MAX_STEPS", 3)
+    assert np.isnan(ode.solve(PLANE.eps, PLANE.mean[0], 4.0, END).log_prob_nats)
 
 
 @pytest.mark.parametrize(
