@@ -1,7 +1,6 @@
 """The variational bound of every image of a split, in bits/dim: all terms, or an estimate from a few."""
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, Real
+from jaxtyping import Array, Float, Int, Int32, PyTree, Real
 
-from diffusion import continuous_time, likelihood
+from diffusion import continuous_time, guidance, likelihood
 from diffusion.data import Source
 from diffusion.data.levels import to_unit
 from diffusion.evaluation import estimators
-from diffusion.evaluation.pairs import ImageTimePairs, every_t
+from diffusion.evaluation.kept import on_disk
+from diffusion.evaluation.pairs import ImagePairs, ImageTimePairs, every_t
 from diffusion.likelihood import Measure
 from diffusion.model import Model
-from diffusion.runtime import files, processes, randomness
+from diffusion.runtime import processes, randomness
 from diffusion.runtime.devices import Replicated
 
+NOISES = "noises"  # the stream of a term's second and later ε
 PILOT_IMAGES = 8  # every term of so many images is computed to see which t matter
 PRIOR_IMAGES = 1000  # whose prior terms are computed at a time: as float32, images are four times as large
 
@@ -36,6 +37,9 @@ class Bound:
     sampling_stderr: float = 0.0  # of the mean over these images, because not every term was computed
     terms_bpd: Float[np.ndarray, "n t"] | None = None  # entry [n, t − 1] is image n's term of t
     x0_mse: Float[np.ndarray, "n t"] | None = None  # of x̂_0 as x_t shows it, in squared pixel values
+    # Of the mean over these images, and of each t's: what other ε would change. None where a term has a single ε.
+    noise_stderr: float | None = None
+    terms_noise_stderr: Float[np.ndarray, " t"] | None = None
 
     @property
     def image_bpd(self) -> Float[np.ndarray, " n"]:
@@ -54,6 +58,7 @@ class Bound:
             # Of one image there is no spread to estimate the error from.
             f"{split}_bpd_stderr": total.std(ddof=1) / len(total) ** 0.5 if len(total) > 1 else None,
             f"{split}_bpd_sampling_stderr": self.sampling_stderr,
+            **({} if self.noise_stderr is None else {f"{split}_bpd_noise_stderr": self.noise_stderr}),
             f"{split}_decoder_bpd": self.decoder_bpd.mean(),
             f"{split}_kl_bpd": self.kl_bpd.mean(),
             f"{split}_rate_bpd": (self.kl_bpd + self.prior_bpd).mean(),
@@ -86,6 +91,7 @@ class Settings:
     batch_size: int  # pairs of image and t at a time, over all devices
     protocol: str = "exact"  # one of `likelihood.PROTOCOLS`
     terms_per_image: int = 0  # 0: all; fewer: an odd number, for an estimate
+    noises_per_term: int = 1  # ε of each term, where all are computed
 
 
 def full_bound(settings: Settings, stop: Callable[[], None] | None = None) -> Callable[..., Bound]:
@@ -94,18 +100,55 @@ def full_bound(settings: Settings, stop: Callable[[], None] | None = None) -> Ca
     Every term of every image is computed exactly once: the last batch is padded and the padding dropped. With a fourth
     argument, the path of a file, process 0 keeps finished terms there, and a call that finds some computes the others;
     then the result is whole on process 0 alone. `stop` is called after each batch and may raise.
+
+    With several ε, the first is the one that a single one would be, and a term is the mean over them.
     """
-    pairs = term_pairs(settings, stop)
+    pairs, more = term_pairs(settings, stop), _pairs_of_other_noise(settings, stop)
 
     def bound(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], kept: Path | None = None) -> Bound:
         t, scale = every_t(len(numbers), num_steps(model)), _squared_levels(source.num_levels)
         found = measured(pairs, model, source, numbers, t, kept, f"score {source.split}", scale)
-        terms_bpd, x0_mse = np.asarray(found, np.float64)  # for the sums to come
+        draws = Draws(np.asarray(found, np.float64))  # for the sums to come
+        for draw in range(1, settings.noises_per_term):
+            values, file = t + draw * (t.shape[1] + 1), kept and kept.with_stem(f"{kept.stem}_noise{draw}")
+            draws.add(measured(more, model, source, numbers, values, file, f"score {source.split}, {draw}", scale))
+        terms_bpd, x0_mse = draws.mean
         prior = _prior(model, source, numbers)
-        kl = terms_bpd[:, 1:].sum(axis=1)
-        return Bound(terms_bpd[:, 0], kl, prior, x0_mse[:, 0], terms_bpd=terms_bpd, x0_mse=x0_mse)
+        kl, errors = terms_bpd[:, 1:].sum(axis=1), draws.errors()
+        return Bound(terms_bpd[:, 0], kl, prior, x0_mse[:, 0], 0.0, terms_bpd, x0_mse, *errors)
 
     return bound
+
+
+class Draws:
+    """Sums over draws of ε of the terms and of the errors of x̂_0 [2, n, t], which one after another are added."""
+
+    def __init__(self, first: Float[np.ndarray, "2 n t"]):
+        self._first, self._count = first, 1
+        # Of the differences to the first draw, so that nothing cancels.
+        self._sum, self._squares = 0.0, 0.0
+        self._totals = [first[0].sum(axis=1)]
+
+    def add(self, draw: Float[np.ndarray, "2 n t"]) -> None:
+        difference = draw.astype(np.float64) - self._first
+        self._sum = self._sum + difference
+        self._squares = self._squares + difference[0] ** 2
+        self._totals.append(draw[0].sum(axis=1, dtype=np.float64))
+        self._count += 1
+
+    @property
+    def mean(self) -> Float[np.ndarray, "2 n t"]:
+        return self._first if self._count == 1 else self._first + self._sum / self._count
+
+    def errors(self) -> tuple[float | None, Float[np.ndarray, " t"] | None]:
+        """The standard error of the images' mean over draws, of the sum over t and of each t; None of one draw."""
+        if self._count == 1:
+            return None, None
+        num_images = self._first.shape[1]
+        of_terms = (self._squares - self._sum[0] ** 2 / self._count) / (self._count - 1)
+        of_total = np.var(self._totals, axis=0, ddof=1)
+        total, terms = (np.sqrt(of.sum(axis=0) / self._count) / num_images for of in (of_total, of_terms))
+        return float(total), terms
 
 
 def estimated_bound(settings: Settings, stop: Callable[[], None] | None = None) -> Callable[..., Bound]:
@@ -134,11 +177,11 @@ def estimated_bound(settings: Settings, stop: Callable[[], None] | None = None) 
 
 
 def measured(
-    pairs: ImageTimePairs,
+    pairs: ImagePairs,
     model: Replicated,
     source: Source,
     numbers: Int[np.ndarray, " n"],
-    t: Real[np.ndarray, "n k"],
+    values: Real[np.ndarray, "n k"],
     kept: Path | None,
     desc: str,
     scale: float = 1.0,
@@ -149,12 +192,12 @@ def measured(
         kept: where process 0 keeps them; with it, the result is whole there alone, and NaN where it was kept elsewhere.
         scale: of the errors.
     """
-    shape = (2, *t.shape)
+    shape = (2, *values.shape)
     is_kept = kept is not None and processes.is_first()
-    scores = _on_disk(kept, shape) if is_kept else np.full(shape, np.nan, np.float32)
+    scores = on_disk(kept, shape) if is_kept else np.full(shape, np.nan, np.float32)
     terms, mse = scores.reshape(2, -1)
     is_done = processes.from_first(~np.isnan(terms))
-    for done, (term, x0_mse) in pairs.some(model, source, numbers, t, desc, is_done):
+    for done, (term, x0_mse) in pairs.some(model, source, numbers, values, desc, is_done):
         # The term last: it is what says that a pair is done.
         is_new = ~is_done[done]
         mse[done[is_new]] = x0_mse[is_new] * scale
@@ -164,6 +207,23 @@ def measured(
 
 def term_pairs(settings: Settings, stop: Callable[[], None] | None) -> ImageTimePairs:
     """The bound's terms and the errors of x̂_0, as the protocol has them."""
+    return ImageTimePairs(_measure_of(settings), settings.seed, settings.batch_size, stop=stop)
+
+
+def _pairs_of_other_noise(settings: Settings, stop: Callable[[], None] | None) -> ImagePairs:
+    """`term_pairs` with the ε of draw 1, 2, …: the value of t in draw d is t + d (T + 1)."""
+    measure_of = _measure_of(settings)
+
+    def measure(model: Model, labels: Array | None, x0: Array, keys: Array, values: Array) -> PyTree:
+        draw, t = jnp.divmod(values, model.schedule.num_steps + 1)
+        keys = jax.vmap(jax.random.fold_in)(keys, draw)
+        denoise = guidance.conditional(model.denoise, labels) if model.takes_labels else model.denoise
+        return likelihood.at_one_t(denoise, model.schedule[t], x0, keys, measure_of(model))
+
+    return ImagePairs(measure, settings.seed, settings.batch_size, NOISES, stop)
+
+
+def _measure_of(settings: Settings) -> Callable[[Model], Measure]:
     protocol = likelihood.PROTOCOLS[settings.protocol]
 
     def measure_of(model: Model) -> Measure:
@@ -171,7 +231,7 @@ def term_pairs(settings: Settings, stop: Callable[[], None] | None) -> ImageTime
             return continuous_time.term_and_x0_mse(model.p, model.num_levels, protocol.clip_x0)
         return likelihood.term_and_x0_mse(model.p, model.num_levels, protocol.clip_x0, protocol.decoder)
 
-    return ImageTimePairs(measure_of, settings.seed, settings.batch_size, stop=stop)
+    return measure_of
 
 
 def offsets(seed: int, source: Source, numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n 2"]:
@@ -202,18 +262,3 @@ def _prior(model: Replicated, source: Source, numbers: Int[np.ndarray, " n"]) ->
     of_images = jax.jit(jax.vmap(prior))
     parts = [numbers[begin : begin + PRIOR_IMAGES] for begin in range(0, len(numbers), PRIOR_IMAGES)]
     return np.concatenate([np.asarray(of_images(source.images(part)), np.float64) for part in parts])
-
-
-def _on_disk(path: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-    """An array of float32 that lives in a file and outlives the process; NaN at first, or if the file is damaged."""
-    if path.exists():
-        try:
-            kept = np.load(path, mmap_mode="r")  # to write, NumPy would fill a file that is cut with zeros
-            if kept.shape == shape and kept.dtype == np.float32:
-                return np.load(path, mmap_mode="r+")
-        except files.DAMAGE as error:
-            logging.warning("%s is damaged (%s); its terms are computed again", path, error)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as file:
-        np.save(file, np.full(shape, np.nan, np.float32))
-    return np.load(path, mmap_mode="r+")

@@ -81,6 +81,7 @@ def limit(settings: Settings, stop: Callable[[], None] | None = None) -> Callabl
         found = bound.measured(pairs, model, source, numbers, t, kept, f"score {source.split}, T = ∞")
         losses = np.asarray(found[0], np.float64).reshape(u.shape)
         kl, stderr = estimators.of_two_samples(length * losses.mean(axis=2))
-        return dataclasses.replace(finite, kl_bpd=kl, sampling_stderr=stderr, terms_bpd=None, x0_mse=None)
+        without = {"terms_bpd": None, "x0_mse": None, "noise_stderr": None, "terms_noise_stderr": None}
+        return dataclasses.replace(finite, kl_bpd=kl, sampling_stderr=stderr, **without)
 
     return of_images

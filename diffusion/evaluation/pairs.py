@@ -1,4 +1,4 @@
-"""The loop over (image, t) pairs: whatever is measured of an image at a t is measured here."""
+"""The loop over pairs of an image and a t, or another value: whatever is measured of an image is measured here."""
 
 from collections.abc import Callable, Iterator
 
@@ -20,54 +20,51 @@ Measured = Iterator[tuple[np.ndarray, PyTree]]
 PRECISION = "highest"
 
 
-class ImageTimePairs:
-    """Measures (image, t) pairs of any images and any t, in batches, by one compiled program.
-
-    A real t is an instant of continuous time. The ε of a pair depends only on the image's number in its split and on
-    the step of t, not on what else is in the batch. A model that takes labels is given the image's own.
+class ImagePairs:
+    """Measures pairs of any images and any values, in batches, by one compiled program.
 
     Args:
-        measure_of: model -> what is measured, for example `likelihood.term_and_x0_mse`.
-        seed: of the noise.
+        measure: (model, labels [b] or None, x0 [b, H, W, C], keys [b], values [b]) -> a tree of arrays [b, ...]. An
+            image's key depends only on its number in its split.
+        seed: of the keys.
         batch_size: pairs at a time, over all devices.
-        stream: of the noise, one of `randomness.STREAMS`; the evaluation's by default, so that a study can repeat
-            its terms.
+        stream: of the keys, one of `randomness.STREAMS`.
         stop: called after each batch; raises to stop.
+        unit: what a pair is called.
     """
 
     def __init__(
         self,
-        measure_of: Callable[[Model], Measure],
+        measure: Callable[[Model, Array | None, Array, Array, Array], PyTree],
         seed: int,
         batch_size: int,
-        stream: str = "eval",
+        stream: str,
         stop: Callable[[], None] | None = None,
+        unit: str = "term",
     ):
         seed_key = randomness.stream(seed, stream)
 
         def one_batch(shared: PyTree, items: tuple[Array, Array | None, Array, Array]) -> PyTree:
             model, split_number = shared
-            images, labels, numbers, t = items
-            denoise = guidance.conditional(model.denoise, labels) if model.takes_labels else model.denoise
+            images, labels, numbers, values = items
             x0 = to_unit(images, model.num_levels)
             keys = randomness.per_item(jax.random.fold_in(seed_key, split_number), numbers)
             with jax.default_matmul_precision(PRECISION):
-                rows = continuous_time.rows(model.schedule, t)
-                return likelihood.at_one_t(denoise, rows, x0, keys, measure_of(model))
+                return measure(model, labels, x0, keys, values)
 
         self._batches = devices.over_batches(one_batch)
-        self._batch_size, self._stop = batch_size, stop
+        self._batch_size, self._stop, self._unit = batch_size, stop, unit
 
     def some(
         self,
         model: Replicated,
         source: Source,
         numbers: Int[np.ndarray, " n"],
-        t: Real[np.ndarray, "n k"],
+        values: Real[np.ndarray, "n k"],
         desc: str,
         is_done: Bool[np.ndarray, " pairs"] | None = None,
     ) -> Measured:
-        """Measures the n × k pairs: image numbers[i] at t[i, j] is pair i·k + j.
+        """Measures the n × k pairs: image numbers[i] with values[i, j] is pair i·k + j.
 
         Args:
             is_done: of each pair. A batch of such pairs alone is left out, and the others are those that all pairs make
@@ -80,15 +77,15 @@ class ImageTimePairs:
 
         def load(items: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
             """What the devices get: of all images those of their own pairs alone, each of which is read once."""
-            image, t = items
+            image, values = items
             of_batch, which = np.unique(image, return_inverse=True)
             images = source.images(numbers[of_batch])[which.reshape(image.shape)]
-            return images, None if labels is None else labels[image], numbers[image], t
+            return images, None if labels is None else labels[image], numbers[image], values
 
         shared = model, devices.replicate(np.int32(source.split_number))
-        items = np.arange(t.size) // t.shape[1], t.ravel()
-        is_done = np.zeros(t.size, bool) if is_done is None else is_done
-        with Progress(t.size, initial=int(is_done.sum()), desc=desc, unit="term") as progress:
+        items = np.arange(values.size) // values.shape[1], values.ravel()
+        is_done = np.zeros(values.size, bool) if is_done is None else is_done
+        with Progress(values.size, initial=int(is_done.sum()), desc=desc, unit=self._unit) as progress:
             for measured, measures in self._batches(shared, items, self._batch_size, load, is_done):
                 yield measured, measures
                 progress.update(int((~is_done[measured]).sum()))
@@ -96,16 +93,49 @@ class ImageTimePairs:
                     self._stop()
 
     def all(
-        self, model: Replicated, source: Source, numbers: Int[np.ndarray, " n"], t: Real[np.ndarray, "n k"], desc: str
+        self,
+        model: Replicated,
+        source: Source,
+        numbers: Int[np.ndarray, " n"],
+        values: Real[np.ndarray, "n k"],
+        desc: str,
     ) -> PyTree:
         """Measures every pair: a tree of float64 arrays [n, k, ...]."""
-        found = [measures for _, measures in self.some(model, source, numbers, t, desc)]
+        found = [measures for _, measures in self.some(model, source, numbers, values, desc)]
 
         def joined(*parts: np.ndarray) -> np.ndarray:
             whole = np.concatenate(parts).astype(np.float64)
-            return whole.reshape(*t.shape, *whole.shape[1:])
+            return whole.reshape(*values.shape, *whole.shape[1:])
 
         return jax.tree.map(joined, *found)
+
+
+class ImageTimePairs(ImagePairs):
+    """Measures (image, t) pairs of any images and any t, in batches, by one compiled program.
+
+    A real t is an instant of continuous time. The ε of a pair depends only on the image's number in its split and on
+    the step of t, not on what else is in the batch. A model that takes labels is given the image's own.
+
+    Args:
+        measure_of: model -> what is measured, for example `likelihood.term_and_x0_mse`.
+        stream: of the noise; the evaluation's by default, so that a study can repeat its terms. The other arguments are
+            those of `ImagePairs`.
+    """
+
+    def __init__(
+        self,
+        measure_of: Callable[[Model], Measure],
+        seed: int,
+        batch_size: int,
+        stream: str = "eval",
+        stop: Callable[[], None] | None = None,
+    ):
+        def measure(model: Model, labels: Array | None, x0: Array, keys: Array, t: Array) -> PyTree:
+            denoise = guidance.conditional(model.denoise, labels) if model.takes_labels else model.denoise
+            rows = continuous_time.rows(model.schedule, t)
+            return likelihood.at_one_t(denoise, rows, x0, keys, measure_of(model))
+
+        super().__init__(measure, seed, batch_size, stream, stop)
 
 
 def every_t(num_images: int, num_steps: int) -> Int[np.ndarray, "n t"]:

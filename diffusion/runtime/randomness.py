@@ -11,6 +11,9 @@ numbers that lead to them:
                   examples  position in the batch, then of_example: noise, dropout; dropout: CRC-32 of the block's name
       monitor               as a step of train, without flip and labels
       eval, variance        split, image, then t = 1…T for ε, and NO_T for the choice of t
+      importance  split, image, then the trajectory, then t = 0…T for the ε of x_t, with 0 for none (x_0 is given)
+      noises    split, image, then the draw 1, 2, …, then t = 1…T for ε; draw 0 is that of eval
+      ode       split, image, then 0: dequantization, 1: probes
       sample    image       0: x_T; 1…T − 1: the noise of x_t; T: of `after_step`, into which t is folded
 
 Two kinds of keys are drawn from and folded into, which stays so because a run must resume bit by bit. No number comes
@@ -30,7 +33,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Int, Key
 
-STREAMS = ("init", "train", "monitor", "eval", "sample", "variance")
+STREAMS = ("init", "train", "monitor", "eval", "sample", "variance", "importance", "ode", "noises")
 NO_T = 0  # t = 0 has no ε, so its number is free
 
 

@@ -116,6 +116,26 @@ def test_an_estimate_that_is_cut_after_any_batch_ends_with_the_same_bits(replica
         np.testing.assert_array_equal(getattr(resumed, field), getattr(straight, field), err_msg=field)
 
 
+def test_several_noises_are_averaged_and_the_first_is_that_of_a_single_one(model, replicated, source, full, tmp_path):
+    """Draw 1 and 2 have keys of their own; each draw has a file, and the errors are those of independent draws."""
+    settings = Settings(seed=0, batch_size=64, noises_per_term=3)
+    several = full_bound(settings)(replicated, source, NUMBERS, tmp_path / "test.npy")
+    key = jax.random.fold_in(randomness.stream(0, "noises"), source.split_number)
+    x0, draws = to_unit(jnp.asarray(source.images(NUMBERS)), source.num_levels), [full.terms_bpd]
+    for draw in (1, 2):
+        of_draw = jax.vmap(jax.random.fold_in, in_axes=(0, None))(randomness.per_item(key, jnp.asarray(NUMBERS)), draw)
+        given = model.denoise, model.p, model.schedule, x0, of_draw
+        draws.append(np.asarray(likelihood.vlb_terms_bpd(*given, num_levels=source.num_levels)[0], np.float64))
+        np.testing.assert_allclose(np.load(tmp_path / f"test_noise{draw}.npy")[0], draws[-1], rtol=1e-5)
+    np.testing.assert_allclose(several.terms_bpd, np.mean(draws, axis=0), rtol=1e-5)
+    total = np.sum(draws, axis=2).var(axis=0, ddof=1)
+    np.testing.assert_allclose(several.noise_stderr, (total / 3).sum() ** 0.5 / 11, rtol=1e-4)
+    of_terms = (np.var(draws, axis=0, ddof=1) / 3).sum(axis=0) ** 0.5 / 11
+    np.testing.assert_allclose(several.terms_noise_stderr, of_terms, rtol=1e-3)
+    assert several.summary("test")["test_bpd_noise_stderr"] == several.noise_stderr
+    assert not any("noise" in name for name in full.summary("test"))
+
+
 def test_the_estimate_is_of_the_full_evaluation(replicated, source):
     """From the same terms: the decoder's are equal, the sum of the others has the error that is stated."""
     numbers, settings = np.arange(30), Settings(seed=0, batch_size=64, terms_per_image=3)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion import data, reverse, schedules
-from diffusion.evaluation import bound
+from diffusion.evaluation import kept
 from diffusion.evaluation.features import Batch, Features
 from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import ema, workdir
@@ -72,12 +72,12 @@ def test_a_shard_that_holds_something_else_is_drawn_again(tmp_path, foreign):
 
 def test_terms_of_an_unfinished_evaluation_are_computed_again(tmp_path, damage):
     path, shape = tmp_path / "unfinished" / "test.npy", (2, 3, 4)
-    terms = bound._on_disk(path, shape)
+    terms = kept.on_disk(path, shape)
     terms[:] = 1.0
     terms.flush()
-    assert (bound._on_disk(path, shape) == 1.0).all()
+    assert (kept.on_disk(path, shape) == 1.0).all()
     damage(path)
-    assert np.isnan(bound._on_disk(path, shape)).all()
+    assert np.isnan(kept.on_disk(path, shape)).all()
 
 
 def test_features_of_a_call_that_was_stopped_are_computed_again(tmp_path, damage):

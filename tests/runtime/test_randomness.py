@@ -71,6 +71,11 @@ def drawn_keys(seed):
     for name, split in itertools.product(("eval", "variance"), range(2)):
         for image, key in enumerate(randomness.per_item(fold_in(randomness.stream(seed, name), split), jnp.arange(2))):
             yield from (((name, split, image, t), fold_in(key, t)) for t in (randomness.NO_T, *range(1, STEPS + 1)))
+    for name, split, image in itertools.product(("importance", "noises", "ode"), range(2), range(2)):
+        (key,) = randomness.per_item(fold_in(randomness.stream(seed, name), split), jnp.asarray([image]))
+        for i in range(2):
+            below = {(t,): fold_in(fold_in(key, i), t) for t in range(STEPS + 1)} if name != "ode" else {}
+            yield from (((name, split, image, i, *t), own) for t, own in (below or {(): fold_in(key, i)}).items())
     for image, key in enumerate(randomness.per_item(randomness.stream(seed, "sample"), jnp.arange(2))):
         yield from ((("sample", image, t), fold_in(key, t)) for t in range(STEPS))
         yield from ((("hook", image, t), fold_in(fold_in(key, STEPS), t)) for t in range(1, STEPS + 1))
@@ -123,8 +128,10 @@ DERIVING = {
     "runtime/randomness.py": 5,
     "training/step.py": 2,  # a step's key; shapes
     "networks/unet.py": 1,  # a block's dropout
-    "evaluation/bound.py": 2,  # a split's key; the choice of t
+    "evaluation/bound.py": 3,  # a split's key; the choice of t; another draw of ε
     "evaluation/pairs.py": 1,  # a split's key
+    "evaluation/importance.py": 1,  # a trajectory's
+    "evaluation/density.py": 1,  # of the dequantization and of the probes
     "likelihood.py": 2,  # ε of an image and t
     "samplers.py": 3,  # noise; of the hook
     "exact/oracles.py": 1,  # of a key that the caller gives
