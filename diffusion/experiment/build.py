@@ -219,8 +219,8 @@ def logger(config: ConfigDict, directory: Path, step: int) -> loggers.Logger:
 
 def bound_settings(config: ConfigDict) -> bound.Settings:
     """How the bound is measured."""
-    settings = config.eval
-    return bound.Settings(config.seed, settings.batch_size, settings.protocol, settings.terms_per_image)
+    of = config.eval
+    return bound.Settings(config.seed, of.batch_size, of.protocol, of.terms_per_image, of.noises_per_term)
 
 
 def quality_features(config: ConfigDict, train_set: data.Source) -> Features:

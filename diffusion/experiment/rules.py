@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from diffusion import objectives, timesteps
-from diffusion.experiment import sampling
+from diffusion.experiment import other_likelihood, sampling
 from diffusion.experiment.combination import Combination, start_schedule
 
 MOSTLY = 0.5  # of an average: what it starts from
@@ -197,6 +197,7 @@ def check(config: ConfigDict) -> None:
         if rule.is_broken(combination):
             raise ValueError(rule.message.format(c=config))
     sampling.check_grid(config, schedule)
+    other_likelihood.check(config)
 
 
 def hints(config: ConfigDict) -> list[str]:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from diffusion import grids, learned_schedule, likelihood, objectives, reverse, samplers, schedules, timesteps
 from diffusion.data.source import SPLITS
-from diffusion.evaluation import quality
+from diffusion.evaluation import likelihoods, quality
 from diffusion.experiment import names
 from diffusion.experiment.constraints import EMA_LENGTH, EMA_LENGTHS, FLAG, TEXT, Constraint, integer, number, of_type
 from diffusion.experiment.names import Choice, Several
@@ -107,6 +107,7 @@ TRAINED_VARIANCES = Choice({name: v for name, v in reverse.VARIANCES.items() if 
 PREDICTIONS = Choice(reverse.PREDICTIONS)
 OBJECTIVES = Choice(objectives.OBJECTIVES, given=("setting",))
 TIMESTEPS = Choice(timesteps.SAMPLERS, given=("schedule",))
+LIKELIHOODS = Choice(likelihoods.LIKELIHOODS)
 METHODS = Choice(samplers.SAMPLERS)
 GRIDS = Choice(grids.GRIDS, given=("schedule", "num_steps"))
 LOGGERS = Several(Choice(loggers.LOGGERS, given=("directory", "step", "config")))
@@ -211,8 +212,10 @@ KEYS: dict[str, Key] = {
         "and ∞",
         FREE,
     ),
+    "eval.likelihood": Key("bound", LIKELIHOODS, "bound, importance(samples=64) or ode(probes=4), a density", FREE),
     "eval.variance": Key("model", FOR_A_TRAINED_MEAN, "variance that is scored; model: as trained", FREE),
     "eval.terms_per_image": Key(0, TERMS, "terms of the bound; a few give an estimate with its standard error", FREE),
+    "eval.noises_per_term": Key(1, integer(1), "draws of ε in each term of the bound; several show their error", FREE),
     "sample.num_images": Key(64, integer(0), "how many images are drawn; 0: none, also during training", FREE),
     "sample.num_previews": Key(64, integer(1), "how many of the drawn images the grid shows", FREE),
     "sample.batch_size": Key(256, integer(1), "images at a time, over all devices", FREE),

@@ -35,7 +35,7 @@ WRITTEN = (
     *("metrics.jsonl", "checkpoints", "loss.png", "schedule.png", "x0_variance.npz"),
     *("summary*.json", SECONDS, "tensorboard", "wandb", "wandb.json"),
     *("samples", "samples*.png", "samples.npz", "progressive.png"),
-    *("quality.json", "unfinished_quality"),
+    *("quality.json", "unfinished_quality", "importance.json", "importance.npz", "ode.json", "ode.npz"),
     *("evaluations", "unfinished_eval", "eval.json", "bpd.npz", "bpd.png", "rate_distortion.png"),
     *(BASE, "fork.json", "report.html", kept_averages.FOLDER),
 )

@@ -20,7 +20,7 @@ from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import build, kept_averages, memory, names, rules, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.ema import ema_of
-from diffusion.programs import early_stopping, evaluate, fork, in_training, sample
+from diffusion.programs import early_stopping, evaluate, fork, in_training, sample, scored
 from diffusion.programs.quality import Scorer
 from diffusion.reporting import loggers, page, plots, summary
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
@@ -106,7 +106,7 @@ def _run(
             _plot_schedule(experiment, directory, state)
         with memory.shortage_explained(experiment, "eval.batch_size"):
             model = experiment.model(state.ema_params, config.eval.variance)
-            scores = evaluate.score(experiment, directory, model, trained, splits, between_batches)
+            scores = evaluate.score_run(experiment, directory, model, trained, splits, between_batches)
         scores |= {"params_sha256": tree_sha256(state.params)} | _about(directory, stopwatch)
         scores |= early_stopping.of_summary(config, directory, int(state.step))
         summary.write_json(directory / workdir.SUMMARY, scores)
@@ -147,7 +147,7 @@ def prepare(config: ConfigDict, directory: Path, forked: str = "") -> Experiment
     parallel.check_batch_size(config.train.batch_size, config.train.grad_accum)
     described = build.describe_data(config)
     experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
-    images.num_scored(config.eval.num_images, config.eval.protocol, described.num_test)
+    scored.check(config, described.num_test)
     if "optimal" in (config.eval.variance, config.sample.variance):
         raise ValueError(
             "eval.variance or sample.variance is optimal, which needs a trained mean; train with another one first, "

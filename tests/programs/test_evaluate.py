@@ -17,7 +17,7 @@ from diffusion.evaluation import images
 from diffusion.evaluation.bound import Bound
 from diffusion.experiment import workdir
 from diffusion.experiment.ema import EmaState
-from diffusion.programs import evaluate, train
+from diffusion.programs import evaluate, scored, train
 from diffusion.runtime import preemption, randomness
 from diffusion.runtime.preemption import Preempted
 
@@ -41,8 +41,8 @@ def folder(run, name):
 
 
 def test_the_scores_of_a_checkpoint_are_those_of_the_run(run, straight, tiny, capsys):
-    scored = (run / "bpd.npz").read_bytes()
-    assert not (run / evaluate.UNFINISHED).exists()
+    curves = (run / "bpd.npz").read_bytes()
+    assert not (run / scored.UNFINISHED).exists()
     evaluate.run(tiny(eval__batch_size=7), run)  # another batch size, the same images and noise
     printed = json.loads(capsys.readouterr().out)
     summary = json.loads((straight / "summary.json").read_text())
@@ -50,7 +50,7 @@ def test_the_scores_of_a_checkpoint_are_those_of_the_run(run, straight, tiny, ca
     np.testing.assert_allclose(printed["test_bpd"], summary["test_bpd"], rtol=1e-5)
     assert printed == json.loads((run / "eval.json").read_text())
     assert printed == evaluation(run, "step6-exact-learned_range-all-20images")
-    assert (run / "bpd.npz").read_bytes() == scored  # what summary.json speaks of
+    assert (run / "bpd.npz").read_bytes() == curves  # what summary.json speaks of
 
 
 def test_a_class_is_scored_by_its_own_images(straight):
@@ -96,7 +96,7 @@ def test_latest_and_best_are_the_checkpoints_that_the_docs_name(run, tiny):
 def test_an_evaluation_that_was_stopped_goes_on_and_others_keep_their_terms(run, tiny, monkeypatch, terms, words):
     """It is stopped after some batches: what was scored is on disk, and is not scored again."""
     config = tiny(eval__terms_per_image=terms)
-    other = run / evaluate.UNFINISHED / "of another evaluation" / "test.npy"
+    other = run / scored.UNFINISHED / "of another evaluation" / "test.npy"
     other.parent.mkdir(parents=True)
     other.touch()
     calls = []
@@ -111,15 +111,15 @@ def test_an_evaluation_that_was_stopped_goes_on_and_others_keep_their_terms(run,
         with pytest.raises(Preempted):
             evaluate.run(config, run)
         out = folder(run, f"step6-exact-learned_range-{words}-20images")
-        (kept,) = (out / evaluate.UNFINISHED).glob("*/test*.npy")  # of an estimate that of the pilot
+        (kept,) = (out / scored.UNFINISHED).glob("*/test*.npy")  # of an estimate that of the pilot
         done = ~np.isnan(np.load(kept)[0])
         assert 0 < done.sum() < done.size and not (out / "eval.json").exists()
     evaluate.run(config, run)
     found, summary = (json.loads(path.read_text()) for path in (out / "eval.json", run / "summary.json"))
     error = found["test_bpd_sampling_stderr"]
     np.testing.assert_allclose(found["test_bpd"], summary["test_bpd"], rtol=1e-6, atol=4 * error)
-    assert not (out / evaluate.UNFINISHED).exists()
-    assert list((run / evaluate.UNFINISHED).rglob("*")) == [other.parent, other]
+    assert not (out / scored.UNFINISHED).exists()
+    assert list((run / scored.UNFINISHED).rglob("*")) == [other.parent, other]
 
 
 def test_two_evaluations_of_the_same_things_do_not_clash_and_two_of_others_do_not_wait(run, tiny):

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from diffusion.reporting.page import parts
+from diffusion.reporting.page import likelihoods, parts
 from diffusion.reporting.page.contents import Contents
 from diffusion.reporting.page.parts import UNKNOWN, is_number, number, text_of, with_error
 
@@ -18,6 +18,11 @@ PARTS = {
     "unconditional_bpd": ("bits/dim without the labels", ".4f"),
     "label_gain_bpd": ("saved by the labels, paired by image", ".4f"),
     "images": ("images", ","),
+}
+# Entry of summary.json between "test_bpd_" and "_stderr": where that part of the error comes from.
+PARTS_OF_ERROR = {
+    "sampling": "Not every term was computed. Estimating the others makes",
+    "noise": "Each term is the mean over several ε. That these are few makes",
 }
 # Entry of quality.json: its name, and which values are better.
 METRICS = {
@@ -79,10 +84,10 @@ def bound(scores: dict[str, Any]) -> list[str]:
     found = [entry.removeprefix("test_") for entry, value in scores.items() if _is_score(entry, value)]
     if "bpd" in found:
         made.append(_bound_table(scores, found))
-    sampling = scores.get("test_bpd_sampling_stderr")
-    if is_number(sampling) and sampling > 0:
-        words = "Not every term was computed. Estimating the others makes up this much of the test bits/dim's error: "
-        made.append(parts.element("p", f"{words}{sampling:.4f}."))
+    for entry, words in PARTS_OF_ERROR.items():
+        error = scores.get(f"test_bpd_{entry}{ERROR}")
+        if is_number(error) and error > 0:
+            made.append(parts.element("p", f"{words} up this much of the test bits/dim's error: {error:.4f}."))
     protocol = scores.get("protocol")
     if isinstance(protocol, dict):
         made.append(parts.element("h3", "Protocol"))
@@ -95,12 +100,14 @@ def bound(scores: dict[str, Any]) -> list[str]:
 
 
 def _is_score(entry: str, value: Any) -> bool:
-    return entry.startswith("test_") and is_number(value) and not entry.endswith(ERROR)
+    is_of_bound = entry.startswith("test_") and not likelihoods.is_of_another(entry)
+    return is_of_bound and is_number(value) and not entry.endswith(ERROR)
 
 
 def _entry(scores: dict[str, Any], split: str, entry: str) -> Any:
     """An entry of a split; validation_images is how many were set aside, and the protocol says how many were scored."""
-    said = (scores.get("protocol") or {}).get("validation_images")
+    protocol = scores.get("protocol")
+    said = protocol.get("validation_images") if isinstance(protocol, dict) else None
     if (split, entry) == ("validation", "images") and isinstance(said, str):
         first = said.partition(" ")[0]
         return int(first) if first.isdecimal() else None

@@ -8,7 +8,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from markupsafe import Markup
 
-from diffusion.reporting.page import numbers, parts
+from diffusion.reporting.page import likelihoods, numbers, parts
 from diffusion.reporting.page.contents import Contents
 from diffusion.reporting.page.parts import is_number, number, text_of, with_error
 
@@ -48,6 +48,7 @@ def page(contents: Contents) -> str:
         ("samples", "Samples", _samples(contents, config)),
         ("trajectory", "Denoising trajectory", _trajectory(contents)),
         ("bound", "Bits per dimension", numbers.bound(scores) + numbers.evaluations(contents)),
+        ("likelihoods", "Other likelihoods", likelihoods.tables(contents, summary)),
         ("quality", "Sample quality", numbers.quality(quality)),
         ("curves", "Curves", plots),
         ("config", "Config", _config(contents, config, found[BASE])),

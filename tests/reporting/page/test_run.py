@@ -87,6 +87,26 @@ def test_every_number_of_every_file_is_there(run_directory, read_page):
     assert [image["alt"] for image in found.all("img") if image["class"] == "plot"] == list(PLOTS.values())
 
 
+def test_other_likelihoods_have_tables_of_their_own(run_directory, read_page):
+    """A density in the bound's table would look like a bound; each is there with its errors and what it is of."""
+    path = run_directory / "summary.json"
+    own = {"test_importance_bpd": 1.90625, "test_importance_bpd_stderr": 0.03125, "test_importance_ess": 12.5}
+    protocol = {"importance_protocol": {"estimator": "64 trajectories", "name": "exact"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own | protocol))
+    density = {"test_ode_density_bpd": 2.15625, "test_ode_density_bpd_stderr": 0.0625, "test_ode_steps": 17.5}
+    (run_directory / "evaluations" / "step60-ode").mkdir()
+    (run_directory / "evaluations" / "step60-ode" / "ode.json").write_text(
+        json.dumps(density | {"protocol": {"dequantization": "uniform"}})
+    )
+    found = read_page(run_directory)
+    assert sections(found) == [*SECTIONS[:3], "likelihoods", *SECTIONS[3:]]
+    _, _, others = found.text().partition("Other likelihoods")
+    bound = found.text().partition("Other likelihoods")[0].rpartition("Bits per dimension")[2]
+    for words in ("1.9062 ± 0.0312", "the run's summary", "64 trajectories", "2.1562 ± 0.0625", "step60-ode"):
+        assert words in others and words not in bound, words
+    assert "importance" not in bound and "the two cannot be compared" in others
+
+
 def test_the_quality_of_earlier_versions_is_read(run_directory, read_page):
     """They wrote FID's names whatever the features, and called standard deviations stderr."""
     path = run_directory / "quality.json"

@@ -1,0 +1,73 @@
+"""Which likelihood besides the bound a config asks for, and whether its model has it."""
+
+from ml_collections import ConfigDict
+
+from diffusion.evaluation.likelihoods import Likelihood
+from diffusion.experiment import names
+from diffusion.experiment.schema import LIKELIHOODS
+
+# What says how the bound is measured, and has no part in another likelihood: key of `eval` -> what leaves it out.
+OF_THE_BOUND = {"terms_per_image": 0, "noises_per_term": 1}
+OF_THE_CHAIN = {"protocol": "exact", "variance": "model"}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a ValueError if the bound cannot be measured as the config says, besides what `chosen` raises."""
+    few, noises = config.eval.terms_per_image, config.eval.noises_per_term
+    if few and noises > 1:
+        raise ValueError(
+            f"eval.noises_per_term={noises} is for every term, of which eval.terms_per_image={few} takes a few; "
+            "set eval.terms_per_image=0 or eval.noises_per_term=1"
+        )
+    chosen(config)
+
+
+def chosen(config: ConfigDict) -> Likelihood | None:
+    """What eval.likelihood names; None for the bound.
+
+    Raises:
+        ValueError: its arguments are out of range, or the model does not have it.
+    """
+    entry = LIKELIHOODS.bind(config.eval.likelihood)
+    if entry is None:
+        return None
+    try:
+        likelihood = entry()
+        likelihood.check(names.parse(config.model.prediction).name)
+    except ValueError as error:
+        raise _fault(config, error) from error
+    return likelihood
+
+
+def usable(config: ConfigDict) -> Likelihood | None:
+    """What `chosen` returns. Raises a ValueError, too, if an extra that it needs is not installed."""
+    likelihood = chosen(config)
+    if likelihood is not None:
+        try:
+            likelihood.check_installed()
+        except ValueError as error:
+            raise _fault(config, error) from error
+    return likelihood
+
+
+def _fault(config: ConfigDict, error: ValueError) -> ValueError:
+    return ValueError(f"eval.likelihood={config.eval.likelihood!r}: {error}")
+
+
+def alone(config: ConfigDict) -> Likelihood | None:
+    """What `usable` returns, where it is measured without the bound.
+
+    Raises:
+        ValueError: a key is set that has no part in it, besides what `usable` raises.
+    """
+    likelihood = usable(config)
+    if likelihood is None:
+        return None
+    without_part = OF_THE_BOUND | ({} if likelihood.IS_OF_THE_CHAIN else OF_THE_CHAIN)
+    for name, value in without_part.items():
+        if config.eval[name] != value:
+            raise ValueError(
+                f"eval.{name}={config.eval[name]!r} has no part in eval.likelihood={config.eval.likelihood!r}; "
+                f"add --config.eval.{name}={value}"
+            )
+    return likelihood
