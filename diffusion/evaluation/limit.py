@@ -56,7 +56,7 @@ def _is_told_gamma(schedule: Schedule) -> bool:
 
 def points(settings: Settings) -> int:
     """Instants in each of an image's two samples."""
-    return (settings.terms_per_image - 1) // 2 or POINTS
+    return (settings.terms_per_image - 1) // 2 if settings.terms_per_image else POINTS
 
 
 def limit(settings: Settings, stop: Callable[[], None] | None = None) -> Callable[..., Bound]:

@@ -10,7 +10,7 @@ import pytest
 from diffusion import conditioning, likelihood, reverse, schedules
 from diffusion.data.levels import to_unit
 from diffusion.evaluation.bound import Settings, full_bound
-from diffusion.evaluation.limit import for_protocol, limit
+from diffusion.evaluation.limit import for_protocol, limit, points
 from diffusion.model import Model
 from diffusion.runtime import devices, randomness
 
@@ -95,6 +95,11 @@ def test_a_model_without_the_limit_is_refused(changes, message):
     given = dataclasses.replace(model(**{} if own else changes), **own)
     with pytest.raises(ValueError, match=f"the protocol 'vdm2021' scores .*{message}"):
         for_protocol(given, "vdm2021")
+
+
+def test_the_limit_takes_as_many_instants_as_an_estimate_has_terms_beside_the_decoder_s():
+    found = [points(dataclasses.replace(SETTINGS, terms_per_image=terms)) for terms in (0, 3, 9, 17)]
+    assert found == [8, 1, 4, 8]
 
 
 def test_two_decoders_are_refused():
