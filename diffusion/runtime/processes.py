@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 MESSAGE_BYTES = 2000
+PART_BYTES = 2**26  # of a tree that is sent at a time
 MAX_WAIT_MS = 24 * 60 * 60 * 1000
 _BARRIERS = itertools.count()  # every process comes to the same ones, in the same order
 
@@ -73,14 +74,43 @@ def is_first() -> bool:
 
 
 def from_first(tree: PyTree) -> PyTree:
-    """Process 0's tree of arrays, bit by bit, on every process; the others pass one of the same shapes."""
+    """Process 0's tree of arrays, bit by bit, on every process; the others pass one of the same shapes.
+
+    It is sent in parts, which lie on every device: a whole state would take twice its size there.
+    """
     if jax.process_count() == 1:
         return tree
     arrays = jax.tree.map(np.asarray, tree)
     # As bytes, because the numbers are sent as a sum, in which -0.0 would become 0.0.
-    as_bytes = jax.tree.map(lambda array: np.ascontiguousarray(array).reshape(-1).view(np.uint8), arrays)
-    received = multihost_utils.broadcast_one_to_all(as_bytes)
-    return jax.tree.map(lambda sent, array: np.asarray(sent).view(array.dtype).reshape(array.shape), received, arrays)
+    sent = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in jax.tree.leaves(arrays)]
+    received = [np.empty_like(leaf) for leaf in sent]
+    for part in _parts([len(leaf) for leaf in sent]):
+        message = np.concatenate([sent[number][begin:end] for number, begin, end in part])
+        # Every large part has one size, so that it is one program.
+        padded = np.pad(message, (0, PART_BYTES - len(message))) if sum(map(len, sent)) > PART_BYTES else message
+        answer, at = np.asarray(multihost_utils.broadcast_one_to_all(padded)), 0
+        for number, begin, end in part:
+            received[number][begin:end] = answer[at : at + end - begin]
+            at += end - begin
+    whole = jax.tree.unflatten(jax.tree.structure(arrays), received)
+    return jax.tree.map(lambda leaf, array: leaf.view(array.dtype).reshape(array.shape), whole, arrays)
+
+
+def _parts(sizes: list[int]) -> Iterator[list[tuple[int, int, int]]]:
+    """Slices (number of the leaf, begin, end) of leaves of these sizes, in parts of at most PART_BYTES."""
+    part, left = [], PART_BYTES
+    for number, size in enumerate(sizes):
+        begin = 0
+        while begin < size:
+            end = min(size, begin + left)
+            part.append((number, begin, end))
+            left -= end - begin
+            begin = end
+            if not left:
+                yield part
+                part, left = [], PART_BYTES
+    if part:
+        yield part
 
 
 def bool_from_first(value: bool) -> bool:

@@ -164,6 +164,22 @@ def test_what_process_0_sends_arrives_bit_by_bit(monkeypatch):
         assert received[name].tobytes() == leaf.tobytes()
 
 
+def test_a_tree_is_sent_in_parts_of_one_size(monkeypatch):
+    """All that a device holds at a time is a part."""
+    rng, messages = np.random.default_rng(0), []
+    tree = {"a": rng.normal(size=(3, 7)), "b": {"c": np.float32(-0.0), "d": rng.integers(0, 9, 50, np.int8)}}
+    tree["e"] = np.zeros((0, 3))
+    monkeypatch.setattr(processes, "PART_BYTES", 40)
+    fake_pair(monkeypatch, 0, lambda part: messages.append(part) or part)
+    processes.from_first(tree)
+    assert {len(part) for part in messages} == {40} and len(messages) == -(-(3 * 7 * 8 + 4 + 50) // 40)
+    sent = iter(messages)
+    fake_pair(monkeypatch, 1, lambda _: next(sent))
+    received = processes.from_first(jax.tree.map(lambda leaf: np.full_like(leaf, 1), tree))
+    for found, leaf in zip(jax.tree.leaves(received), jax.tree.leaves(tree), strict=True):
+        assert (found.dtype, found.shape, found.tobytes()) == (leaf.dtype, leaf.shape, leaf.tobytes())
+
+
 def test_a_failure_of_process_0_is_raised_on_every_process(monkeypatch):
     messages = []
 
