@@ -111,11 +111,11 @@ class _Split:
         return None
 
     def _kept(self, pixels_path: Path, classes_path: Path) -> Decoded | None:
-        """What was decoded before; None if it is absent, unreadable or incomplete."""
+        """What was decoded before; None if it is absent, incomplete, or not for this user."""
         try:
             pixels = np.load(pixels_path, mmap_mode="r")
             classes = np.load(classes_path) if self.has_labels else None
-        except (OSError, ValueError, EOFError):
+        except (FileNotFoundError, PermissionError, ValueError, EOFError):  # an error of the disk is said
             return None
         is_whole = pixels.shape == self.shape and (classes is None or len(classes) == len(pixels))
         return (pixels, classes) if is_whole else None

@@ -150,8 +150,9 @@ def open_directory(name: str, directory: Path) -> tfds.core.DatasetBuilder:
     try:
         builder = tfds.builder_from_directory(directory)
         _ = builder.info.metadata  # TFDS reads it when it is asked for
-    except OSError:
-        raise
+    except OSError as error:  # TFDS names the file alone
+        reason = getattr(error.__cause__, "strerror", None)
+        raise (OSError(f"{error} ({reason})") if reason else error) from error
     except Exception as error:  # JSON and protobuf raise different types for garbage
         raise ValueError(f"a .json file in {directory} is damaged ({error}): copy or prepare the set again") from error
     formats = sorted(file_format.value for file_format in builder.info.available_file_formats())
