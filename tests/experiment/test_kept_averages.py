@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from diffusion import post_hoc_ema
 from diffusion.experiment import kept_averages
 from diffusion.experiment.ema import EmaState, ema_of
-from diffusion.programs import evaluate
+from diffusion.programs import scored
 from diffusion.training.step import TrainState
 
 TRACKED, EVERY, NUM_STEPS = (0.05, 0.1), 4, 400
@@ -68,7 +68,7 @@ def test_the_keys_reach_training_and_the_protocol(layer):
 
     made = toy.experiment(ema__post_hoc=TRACKED, ema__length=0.07)
     assert made.training.power_ema == TRACKED and toy.experiment().training.power_ema == ()
-    assert evaluate.protocol_of(made, "fixed_large")["parameters"] == "EMA, length 0.07"
+    assert scored.protocol_of(made, "fixed_large")["parameters"] == "EMA, length 0.07"
 
 
 def test_training_ends_with_the_other_average():
