@@ -9,7 +9,8 @@ Expect   1.838 ± 0.011 bits/dim on the 299 test images (mean and 95% interval o
          1.851; 2 CPU cores, 2026-11-29), and digits that look like digits
 Paper    none: a recipe of this project
 
-The noise schedule is learned with the network. Bits/dim of the 130 validation images, by seed 0, 1, 2, and less the first row
+The noise schedule is learned with the network. Bits/dim of the 130 validation images for seeds 0, 1 and 2, and less the
+first row's
 (mean ± 95% interval, Student's t, n = 3 seeds; 2 CPU cores, 2026-11-29):
 
     this one, whose inner part varies the loss least    1.828, 1.833, 1.848
