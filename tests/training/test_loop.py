@@ -1,90 +1,26 @@
-"""Several steps per compiled call are the same steps, and no call crosses a step after which something happens."""
+"""Several steps per compiled call are the same steps, also after a signal and from the disk."""
 
 import contextlib
 import dataclasses
 import os
 import signal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
-from diffusion import data, timesteps
+from diffusion import timesteps
 from diffusion.data import Source
 from diffusion.experiment import build
 from diffusion.reporting import loggers
-from diffusion.reporting.metrics_log import Logger, MetricsLog, read_metrics
-from diffusion.reporting.progress import Progress
+from diffusion.reporting.metrics_log import Logger, read_metrics
 from diffusion.runtime.checkpoint import Checkpoints
-from diffusion.runtime.devices import Replicated
 from diffusion.runtime.digests import named_leaves, tree_sha256
-from diffusion.runtime.preemption import Preempted, Preemption
-from diffusion.training import clock, loop, parallel
+from diffusion.runtime.preemption import Preempted
+from diffusion.training import loop, parallel
 
 pytestmark = pytest.mark.usefixtures("steps_compiled_once")
-
-EVERY = ("checkpoint_every", "validate_every", "sample_every", "quality_every", "check_replicas_every")
-
-
-def plan(**changes):
-    never = dict.fromkeys(EVERY, 0)
-    return loop.Plan(**never | {"seed": 0, "num_steps": 1000, "steps_per_call": 10, "skip_nonfinite": 0} | changes)
-
-
-def calls(made, begin=0, log_every=0):
-    return list(loop._calls(made, log_every, begin, batch_size=4, num_examples=7))
-
-
-def lengths(made, begin=0, log_every=0):
-    return [len(steps) for steps, _ in calls(made, begin, log_every)]
-
-
-# --- which calls a run makes
-
-
-def test_what_is_left_before_something_happens_is_made_of_single_steps():
-    assert lengths(plan(num_steps=198), log_every=99) == 2 * (9 * [10] + 9 * [1])
-
-
-def test_a_call_is_no_longer_than_the_shortest_interval():
-    assert lengths(plan(num_steps=100, checkpoint_every=50), log_every=5) == 20 * [5]
-    assert lengths(plan(num_steps=7)) == [7]
-
-
-def test_after_a_resume_at_an_odd_step_the_next_interval_has_full_calls():
-    assert lengths(plan(num_steps=200), begin=37, log_every=100) == 6 * [10] + 3 * [1] + 10 * [10]
-    assert lengths(plan(num_steps=30), begin=7, log_every=10) == 3 * [1] + 2 * [10]
-
-
-def test_calls_hold_every_step_once_and_cross_no_event():
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        log_every, drawn = int(rng.integers(1, 30)), {name: int(rng.integers(0, 30)) for name in EVERY}
-        made = plan(num_steps=int(rng.integers(1, 120)), steps_per_call=int(rng.integers(1, 20)), **drawn)
-        begin = int(rng.integers(made.num_steps))
-        found = calls(made, begin, log_every)
-        assert [step for steps, _ in found for step in steps] == list(range(begin + 1, made.num_steps + 1))
-        intervals = [log_every, *filter(None, drawn.values())]
-        longest = min(made.steps_per_call, made.num_steps, *intervals)
-        assert {len(steps) for steps, _ in found} <= {1, longest}
-        for steps, indices in found:
-            assert not any(step % every == 0 for step in steps[:-1] for every in intervals)
-            wanted = [data.batch_indices(made.seed, step - 1, 4, 7) for step in steps]
-            np.testing.assert_array_equal(indices, wanted)
-        # A run that was stopped after a call makes the others as if it had not been.
-        stopped_at = found[len(found) // 2][0][-1]
-        assert lengths(made, stopped_at, log_every) == [len(steps) for steps, _ in found if steps[0] > stopped_at]
-
-
-@pytest.mark.parametrize(("on_cpu", "steps_per_call"), [(True, 1), (False, 7)])
-def test_on_cpus_alone_a_call_has_one_step(on_cpu, steps_per_call, monkeypatch):
-    monkeypatch.setattr(build, "runs_on_cpu", lambda: on_cpu)
-    assert build.plan(toy.config(train__steps_per_call=7)).steps_per_call == steps_per_call
-
-
-# --- whole runs
 
 
 @pytest.fixture
@@ -272,44 +208,6 @@ def test_a_checkpoint_is_ranked_by_the_validation_loss_of_its_own_step(run, tmp_
     assert ranked == {step: found[step] for step in (3, 6)}
 
 
-def test_scoring_takes_no_time_from_the_speed_of_training(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
-    measured = clock.Clock(batch_size=8, step=10)
-    for step, seconds in ((13, 2.0), (14, 0.5)):
-        with measured.stopped():
-            now[0] += 100.0
-        now[0] += seconds
-        assert measured.lap(step) == {"images_per_second": {13: 3 * 8 / 2.0, 14: 8 / 0.5}[step]}
-
-
-def test_compiling_takes_no_time_from_the_speed_of_training_nor_do_its_steps_count(monkeypatch):
-    """A call takes 100 s at first and 1 s a step later; on an accelerator it returns before its steps are computed."""
-    now, done = [0.0], [0.0]  # the time, and when what was started is computed
-    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(Replicated, "wait", lambda metrics: now.__setitem__(0, max(now[0], metrics.leaves)))
-    measured, speeds, before, compiled = clock.Clock(batch_size=8, step=0), [], None, set()
-
-    def train_steps(state, batch):
-        length = len(batch.indices)
-        now[0] += 0.0 if length in compiled else 100.0
-        compiled.add(length)
-        done[0] = max(now[0], done[0]) + length
-        return state, Replicated(done[0])
-
-    with Progress(9) as progress:
-        for step, length in ((1, 1), (2, 1), (4, 2), (6, 2), (7, 1), (9, 2)):
-            batch = parallel.Batch(jnp.zeros(1), None, jnp.zeros(length))
-            _, metrics = loop._called(train_steps, Replicated(0), batch, length, before, progress, measured)
-            if before is not None:
-                before.wait()
-            before = metrics
-            if step in (1, 4, 9):
-                before.wait()
-                speeds.append(measured.lap(step))
-    assert speeds == [{}, {"images_per_second": 8.0}, {"images_per_second": 8.0}]
-
-
 def test_a_run_from_disk_is_the_run_from_the_devices_also_after_a_signal(run, straight, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "resident", None)
     toy.interrupt(monkeypatch, (6,), stop)
@@ -357,82 +255,3 @@ def test_calls_of_unlike_lengths_are_not_timed_as_one_kind(run, taken, tmp_path,
     run(4, tmp_path)
     assert taken == 4 * [4, 1]
     assert sorted(timed) == [4 * [1], 4 * [4]]
-
-
-def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_saved(tmp_path):
-    keys = {"train__num_steps": 4, "train__checkpoint_every": 2, "train__sample_every": 2, "train__log_every": 2}
-    keys |= {"quality__every": 3}
-    made = toy.experiment(**keys, objective__timesteps="loss_aware(history_length=1)", schedule__num_steps=2)
-    monitored, shown, measured = [], [], []
-
-    def monitor(params):
-        monitored.append(params.host())
-        return {"val_loss": 1.0}
-
-    def draw(step, params, stops, only_missing):
-        shown.append(params.host())
-        return True
-
-    def quality(params, stops):
-        measured.append(params.host())
-        return {"fid": float(len(measured))}
-
-    def never(step):
-        return False
-
-    start, plan = jax.device_get(made.initial_state()), build.plan(made.config)
-    with Checkpoints(tmp_path) as checkpoints, MetricsLog(tmp_path) as log, Preemption() as preemption:
-        given = made.training, plan, start, toy.source("train"), True, monitor, never, draw, quality
-        end = loop.train(*given, checkpoints, log, preemption)
-        saved = [checkpoints.restore(step, made.abstract_state()) for step in (2, 4)]
-    assert tree_sha256(saved[1]) == tree_sha256(end)
-    assert end.timesteps.counts.sum() == 4 * 16 and saved[0].timesteps.counts.sum() == 2 * 16
-    assert [tree_sha256(params) for params in monitored] == [tree_sha256(state.ema_params) for state in saved]
-    assert [tree_sha256(params) for params in shown] == [tree_sha256(saved[0].ema_params)]
-    assert tree_sha256(end.ema_params) != tree_sha256(end.params)
-    # After every third step and at the end, in the step's row.
-    assert {row["step"]: row["fid"] for row in read_metrics(tmp_path) if "fid" in row} == {3: 1.0, 4: 2.0}
-    assert tree_sha256(measured[1]) == tree_sha256(end.ema_params) != tree_sha256(measured[0])
-
-
-def test_a_signal_that_stops_the_samples_metrics_saves_and_the_resumed_run_writes_the_same_row(tmp_path):
-    """Metrics of samples after step 2 of 4; the row of that step has the loss, too."""
-    keys = {"train__num_steps": 4, "train__checkpoint_every": 4, "train__sample_every": 0, "train__log_every": 2}
-    made = toy.experiment(**keys, quality__every=2, schedule__num_steps=2)
-    start, plan = jax.device_get(made.initial_state()), build.plan(made.config)
-    train_steps = parallel.train_steps(made.training, plan.seed)  # compiled once
-
-    def never(step):
-        return False
-
-    def drawn(*_):
-        return True
-
-    def run(directory, state, sends):
-        def quality(params, stops):
-            if sends:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return None if stops() else {"fid": float(np.abs(jax.tree.leaves(params.host())[0]).sum())}
-
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            Checkpoints(directory) as checkpoints,
-            MetricsLog(directory, int(state.step)) as log,
-            Preemption() as preemption,
-        ):
-            patch.setattr(parallel, "train_steps", lambda *_: train_steps)
-            given = made.training, plan, state, toy.source("train"), True, lambda params: {"val_loss": 1.0}
-            return loop.train(*given, never, drawn, quality, checkpoints, log, preemption)
-
-    end = run(tmp_path / "straight", start, False)
-    with pytest.raises(Preempted, match="75"):
-        run(tmp_path / "stopped", start, True)
-    assert read_metrics(tmp_path / "stopped") == []
-    with Checkpoints(tmp_path / "stopped") as checkpoints:
-        saved = checkpoints.restore(2, made.abstract_state())
-    assert tree_sha256(run(tmp_path / "stopped", saved, False)) == tree_sha256(end)
-    rows = [
-        [{key: value for key, value in row.items() if key != "images_per_second"} for row in read_metrics(directory)]
-        for directory in (tmp_path / "straight", tmp_path / "stopped")
-    ]
-    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [2, 4] and all("fid" in row for row in rows[0])
