@@ -74,9 +74,9 @@ def measured(monkeypatch):
     def note():
         found.append({device: size - before[device] for device, size in bytes_alive().items()})
 
-    def batches(sampler, model, begin, end, total):
+    def batches(sampler, model, num_images, is_done=None):
         note()
-        yield np.zeros((end - begin, *toy.SHAPE), np.uint8)
+        yield np.arange(num_images), np.zeros((num_images, *toy.SHAPE), np.uint8)
 
     def noted_monitor(*args):
         of_params = monitor(*args)

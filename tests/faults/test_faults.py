@@ -85,13 +85,13 @@ def test_samples_are_drawn_after_the_save_and_those_that_a_signal_stopped_when_t
         def __init__(self):
             """It needs nothing."""
 
-        def batches(self, model, begin, end, total):
+        def batches(self, model, num_images):
             before.append(list(saved))
             for number in range(2):
                 drawn.append(number)
                 if len(drawn) in (3, 5):  # with the first batch of the second call, and with the last of the third
                     signal.raise_signal(signal.SIGTERM)  # in this thread, so that it is there at once
-                yield np.zeros((total // 2, *toy.SHAPE), np.uint8)
+                yield np.arange(num_images // 2), np.zeros((num_images // 2, *toy.SHAPE), np.uint8)
 
     monkeypatch.setattr(Checkpoints, "save", noted)
     monkeypatch.setattr(toy.sample, "make_sampler", lambda experiment: Drawn())
