@@ -295,7 +295,9 @@ def test_another_run_starts_from_it(source, caplog):
 def test_the_mode_exports_the_chosen_checkpoint_and_an_export_is_no_run(source, tmp_path, capsys):
     run_directory, exported, run = source
     program.run(run.config, run_directory, "best", str(tmp_path / "best"))
-    assert capsys.readouterr().out.startswith(f"step 3 of {run_directory}: 0.0 MB in {tmp_path / 'best'}; model.json ")
+    size = (tmp_path / "best" / "model.safetensors").stat().st_size / 1000
+    size_and_place = f"{size:,.0f} kB in {tmp_path / 'best'}"
+    assert capsys.readouterr().out == f"step 3 of {run_directory}: {size_and_place}; see model.json there\n"
     assert workdir.load(tmp_path / "best", "3").state.step == 3
     with pytest.raises(ValueError, match="is an export of step 3 alone; there is no checkpoint 6"):
         workdir.load(tmp_path / "best", "6")
