@@ -7,7 +7,8 @@ A checkpoint of improved-diffusion or guided-diffusion is recognized by its publ
 that it was trained with, in --flags=FILE.json or in the JSON file of its own name. PyTorch reads the file: pip install
 -e '.[openai]'. A directory with ckpt-N.flax is a checkpoint of google-research/vdm, whose networks are recognized;
 --flags=FILE.json is then its config.model. Another directory is a pipeline of diffusers, with the settings of its
-scheduler; Ho et al.'s network for CIFAR-10 is recognized. By default a model is scored on the test split of the paper's
+scheduler, unless it holds PREFIX.index, a TensorFlow checkpoint of Ho et al.'s program; WEIGHTS may be PREFIX, too.
+Ho et al.'s network for CIFAR-10 is recognized in both. By default a model is scored on the test split of the paper's
 data set by the paper's protocol, a VDM for T = ∞ and T = 1000.
 
 Leaves published.json in the working directory.
@@ -24,7 +25,7 @@ from diffusion import data, interop, likelihood
 from diffusion.data import Source
 from diffusion.evaluation import bound, images
 from diffusion.evaluation.limit import for_protocol, limit
-from diffusion.interop import openai_flags, vdm, vdm_config
+from diffusion.interop import ho2020, openai_flags, vdm, vdm_config
 from diffusion.interop.files import find
 from diffusion.model import Model
 from diffusion.reporting import summary
@@ -57,7 +58,7 @@ class Checkpoint(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("weights", metavar="WEIGHTS", help="FILE.pt, or a directory")
+    parser.add_argument("weights", metavar="WEIGHTS", help="FILE.pt, a directory, or PREFIX of PREFIX.index")
     parser.add_argument("--flags", default="", help="JSON file with the flags that it was trained with")
     parser.add_argument("--data", default="", help="data.name of the images; default: the paper's")
     parser.add_argument("--data_dir", default="", help="where prepared data sets lie; default: TFDS's")
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.full and (arguments.terms < 3 or arguments.terms % 2 == 0):
         raise ValueError(f"--terms={arguments.terms} must be an odd number ≥ 3")
     weights = files.expanded(arguments.weights)
-    given = directory_of(weights, arguments.flags) if weights.is_dir() else checkpoint(weights, arguments.flags)
+    given = found_at(weights, arguments.flags)
     row = given.row
     name = arguments.data or (row.data if row else "")
     if not name:
@@ -83,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = bound.Settings(
         arguments.seed, arguments.batch_size, protocol, 0 if arguments.full else arguments.terms
     )
-    directory = files.expanded(arguments.workdir or f"runs/published/{weights.stem}")
+    name_of_weights = weights.stem if weights.exists() else weights.name  # a prefix ends with its step
+    directory = files.expanded(arguments.workdir or f"runs/published/{name_of_weights}")
     directory.mkdir(parents=True, exist_ok=True)
     # Heads, for one, are in the flags alone: no digest of the weights tells them apart.
     kept = directory / short_sha256([given.about, tree_sha256(given.model)]) if arguments.full else None
@@ -95,13 +97,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(markdown(about | found))
 
 
-def directory_of(weights: Path, config_file: str) -> Checkpoint:
-    """A checkpoint of VDM's program, or else a pipeline. Raises what `vdm_checkpoint` and `pipeline` do."""
+def found_at(weights: Path, flags_file: str) -> Checkpoint:
+    """What is given, by the names of its files. Raises what the function of its kind does."""
+    if not weights.is_dir():
+        prefix = ho2020.find(weights)
+        return checkpoint(weights, flags_file) if prefix is None else ho2020_checkpoint(prefix)
     try:
         path = vdm.find(weights)
     except FileNotFoundError:
-        return pipeline(weights)
-    return vdm_checkpoint(path, config_file)
+        prefix = ho2020.find(weights)
+        return pipeline(weights) if prefix is None else ho2020_checkpoint(prefix)
+    return vdm_checkpoint(path, flags_file)
 
 
 def vdm_checkpoint(path: Path, config_file: str) -> Checkpoint:
@@ -110,6 +116,14 @@ def vdm_checkpoint(path: Path, config_file: str) -> Checkpoint:
     model, told = vdm.loaded(path, config)
     row = published_rows.VDM.get(tuple(told[name] for name in published_rows.VDM_KEYS))
     return Checkpoint(model, (None, None, model.denoise.func.module.out_channels), {"config": told | config}, row)
+
+
+def ho2020_checkpoint(prefix: Path) -> Checkpoint:
+    """A checkpoint of Ho et al.'s program. Raises what `interop.load_ho2020` does."""
+    model = interop.load_ho2020(prefix)
+    row = published_rows.HO2020 if published_rows.is_ho2020(model) else None
+    about = {"network": str(model.denoise.func.module), "process": str(model.p)}
+    return Checkpoint(model, ho2020.image_shape(model), about, row)
 
 
 def pipeline(directory: Path) -> Checkpoint:

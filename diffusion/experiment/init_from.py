@@ -13,7 +13,7 @@ from diffusion import interop
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import export, named_run, names
 from diffusion.experiment.schema import network_keys
-from diffusion.interop import openai_flags
+from diffusion.interop import ho2020, openai_flags
 from diffusion.networks import NETWORKS
 from diffusion.networks.named_tensors import first_few
 from diffusion.reverse import VARIANCES
@@ -100,7 +100,8 @@ def _settings(network: nn.Module, config: ConfigDict) -> dict[str, Any]:
 def _read(text: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The parameters by their paths, and what is known of their network."""
     directory = files.expanded(text)
-    if not directory.exists() and not files.expanded(text.rpartition("@")[0] or text).exists():
+    places = (directory, files.expanded(text.rpartition("@")[0] or text))
+    if not any(place.exists() for place in places) and ho2020.find(text) is None:
         words = "may be a run (DIR, DIR@best, DIR@STEP), an export or published weights"
         raise FileNotFoundError(f"init_from={text!r} does not exist; it {words}")
     if _is_run(text):
@@ -133,8 +134,13 @@ def _all_settings(config: ConfigDict) -> dict[str, Any]:
 
 
 def _published(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A diffusers directory, or a FILE.pt of OpenAI's programs with its flags in FILE.json."""
-    if path.endswith(".pt"):
+    """A diffusers directory, a FILE.pt of OpenAI's programs with its flags in FILE.json, or a PREFIX of Ho et al.'s."""
+    if ho2020.find(path) is not None:
+        model = interop.load_ho2020(path)
+        network, params = model.denoise.func.module, model.denoise.args[0]
+        there = {"model.prediction": model.p.prediction, "model.variance": model.p.variance}
+        there |= {"model.conditioning": "t", "model.rescale_t": False, "schedule.num_steps": model.schedule.num_steps}
+    elif path.endswith(".pt"):
         flags = openai_flags.beside(path)
         network, params = interop.load_adm(path, flags)
         p = openai_flags.process(flags)

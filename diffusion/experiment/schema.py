@@ -144,7 +144,10 @@ def one_of(*words: str) -> Choice:
 KEYS: dict[str, Key] = {
     "seed": Key(0, integer(0), "seed of all randomness"),
     "init_from": Key(
-        "", PLACE, 'published weights (DIR, FILE.pt), an export, or a run: DIR, DIR@best, DIR@STEP; "": random'
+        "",
+        PLACE,
+        "published weights (DIR, FILE.pt, PREFIX of PREFIX.index), an export, or a run: DIR, DIR@best, DIR@STEP; "
+        '"": random',
     ),
     "init_adapt": Key(False, FLAG, "whether init_from may be another network, of which what fits is taken"),
     "data.name": Key("cifar10", TEXT, "cifar10, digits, or any image set that TFDS or diffusion.data.folder prepared"),

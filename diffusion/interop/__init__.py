@@ -1,8 +1,18 @@
 """Published weights in and out, one module per program that publishes them; `files` finds and reads the tensors."""
 
 from diffusion.interop.diffusers import load_diffusers, save_diffusers
+from diffusion.interop.ho2020 import load_ho2020
 from diffusion.interop.openai import load_adm, load_openai, save_openai
 from diffusion.interop.pipelines import load_pipeline
 from diffusion.interop.vdm import load_vdm
 
-__all__ = ["load_adm", "load_diffusers", "load_openai", "load_pipeline", "load_vdm", "save_diffusers", "save_openai"]
+__all__ = [
+    "load_adm",
+    "load_diffusers",
+    "load_ho2020",
+    "load_openai",
+    "load_pipeline",
+    "load_vdm",
+    "save_diffusers",
+    "save_openai",
+]

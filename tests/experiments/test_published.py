@@ -165,6 +165,20 @@ def test_ho_et_al_s_network_is_recognized_whatever_its_weights():
     assert published_rows.HO2020.test_bpd == 3.75 and published_rows.HO2020.protocol == "ho2020"
 
 
+def test_a_checkpoint_of_ho_et_al_s_program_is_recognized_by_its_prefix_or_directory(monkeypatch, tmp_path):
+    params = {"conv_in": {"kernel": np.zeros((3, 3, 3, 128))}, "down_1_attention_0": {}}
+    denoise = jax.tree_util.Partial(Network(UNet(), 3), params)
+    model = Model(denoise, reverse.make("eps", "fixed_large"), schedules.linear(1000))
+    monkeypatch.setattr(interop, "load_ho2020", lambda path: model)
+    (tmp_path / "model.ckpt-790000.index").touch()
+    for weights in (tmp_path, tmp_path / "model.ckpt-790000", tmp_path / "model.ckpt-790000.index"):
+        given = published.found_at(weights, "")
+        assert given.row is published_rows.HO2020 and given.image_shape == (32, 32, 3) and given.model is model
+    (tmp_path / "ckpt-3.flax").touch()  # beside clu's own index
+    with pytest.raises(ValueError, match="ckpt-3.flax"):
+        published.found_at(tmp_path, "")
+
+
 def test_a_directory_is_a_pipeline_of_diffusers(tmp_path):
     golden = Path(__file__).parents[1] / "golden"
     shutil.copyfile(golden / "unet_tiny.json", tmp_path / "config.json")
