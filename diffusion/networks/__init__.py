@@ -8,7 +8,8 @@ numbers of the classes, or -1 for none.
 """
 
 from diffusion.networks.adm import ADM
+from diffusion.networks.dit import DiT
 from diffusion.networks.unet import UNet
 
 # model.network -> the module's class.
-NETWORKS = {"unet": UNet, "adm": ADM}
+NETWORKS = {"unet": UNet, "adm": ADM, "dit": DiT}

@@ -67,10 +67,11 @@ class LabelEmbedding(nn.Module):
 
     num_classes: int
     features: int
+    initial_std: float = 1.0
 
     @nn.compact
     def __call__(self, labels: Int[Array, " b"]) -> Float[Array, "b {self.features}"]:
-        table = self.param("embedding", nn.initializers.normal(1.0), (self.num_classes, self.features))
+        table = self.param("embedding", nn.initializers.normal(self.initial_std), (self.num_classes, self.features))
         return jnp.matmul(jax.nn.one_hot(labels, self.num_classes), table, **EXACT)
 
 
