@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 
 from diffusion.schedules import Schedule
 
+NO_LIMIT = 1e30  # of s_max; a config has no name for ∞
+
 
 @dataclasses.dataclass(frozen=True)
 class Churn:
@@ -30,7 +32,7 @@ class Churn:
 
     s_churn: float | int
     s_min: float | int = 0.0
-    s_max: float | int = math.inf
+    s_max: float | int = NO_LIMIT
     s_noise: float | int = 1.0
 
     def __post_init__(self):

@@ -6,7 +6,6 @@ pictures do not depend on the batching.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from diffusion import multistep
-from diffusion.churn import Churn, between
+from diffusion.churn import NO_LIMIT, Churn, between
 from diffusion.gaussian import Gaussian
 from diffusion.multistep import PastStep
 from diffusion.reverse import Denoise, Denoised, Reverse
@@ -207,7 +206,7 @@ def _dpm_solver_pp(now: StepState, eta: float | int) -> Gaussian:
 def heun(
     s_churn: float | int = 0.0,
     s_min: float | int = 0.0,
-    s_max: float | int = math.inf,
+    s_max: float | int = NO_LIMIT,
     s_noise: float | int = 1.0,
 ) -> Step:
     """Heun's method for DDIM's ODE: second order, with two network evaluations per step but one in the last.

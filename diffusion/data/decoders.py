@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from diffusion.data.resizing import Resizing
+from diffusion.runtime import streams
 
 Part = list[tuple[bytes, int]]  # encoded pictures and their classes
 Pictures = list[UInt8[np.ndarray, "h w c"]]
@@ -128,4 +129,5 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
+    streams.guard()
     _serve()

@@ -154,7 +154,7 @@ def test_settings_are_those_of_the_config():
     for field in dataclasses.fields(plan):
         assert getattr(plan, field.name) == elsewhere.get(field.name, config.train.get(field.name))
     assert dataclasses.asdict(settings) == {
-        "seed": 4, "batch_size": 9, "protocol": "ho2020", "terms_per_image": 3,
+        "seed": 4, "batch_size": 9, "protocol": "ho2020", "terms_per_image": 3, "noises_per_term": 1,
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from test_damaged_results import MODEL, Drawer
 
 from diffusion import data
 from diffusion.data import decoded, unfinished
-from diffusion.evaluation import bound
+from diffusion.evaluation import kept
 from diffusion.evaluation.features import Batch, Features
 from diffusion.programs import sample
 from diffusion.reporting import summary
@@ -36,10 +36,10 @@ def draws(directory):
 
 
 def scores(directory):
-    kept = bound._on_disk(directory / "unfinished" / "test.npy", (2, 3, 4))
-    kept[np.isnan(kept)] = 1.0
-    kept.flush()
-    summary.write_json(directory / "eval.json", {"test_bpd": float(kept.sum())})
+    terms = kept.on_disk(directory / "unfinished" / "test.npy", (2, 3, 4))
+    terms[np.isnan(terms)] = 1.0
+    terms.flush()
+    summary.write_json(directory / "eval.json", {"test_bpd": float(terms.sum())})
 
 
 def measures(directory):
