@@ -4,6 +4,7 @@
 # make faults   runs that are killed, fill the disk or take several processes (docs/reliability.md)
 # make newest   the tests on the newest releases, without constraints.txt; they may fail, and the result is printed
 # make lint     the linter
+# make docs     the documentation as a site, in site/; a broken link is an error
 # Each sets up .venv first, once. Another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # A worker that crashes is not replaced: the new one may wait for ever (pytest-xdist issue 1327).
 PYTEST := $(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile --max-worker-restart=0
 
-.PHONY: demo check test faults newest lint
+.PHONY: demo check test faults newest lint docs
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python main.py --config=configs/digits.py --workdir=runs/digits
@@ -47,6 +48,10 @@ newest:
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check .
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+	@echo "site/index.html; to search, too: $(VENV)/bin/python -m http.server --directory site"
+
 # Not compiling every module to bytecode up front makes the set-up faster; what is imported is compiled then.
 $(VENV)/.installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -59,4 +64,8 @@ $(VENV)/.installed: setup.py constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP_INSTALL) -e '.[docs]'
 	@touch $@

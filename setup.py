@@ -53,6 +53,7 @@ setup(
         "openai": ["torch"],  # reads and writes checkpoints of improved-diffusion and guided-diffusion
         "peers": ["diffusers", "torch", "torch-fidelity", "torchvision"],  # to compare with; no program needs them
         "wandb": ["wandb>=0.31"],  # a logger; tried with 0.31.0
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings-python>=2", "ruff"],  # make docs
         "ode": ["diffrax>=0.7"],  # diffusion/exact/ode.py alone needs it
         "dev": [
             "beartype",

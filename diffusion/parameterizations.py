@@ -71,7 +71,7 @@ def weighted_error(
         p: a reverse process with a fixed variance.
         row: the schedule's row of t.
         x0: the image.
-        x_t: q_sample(row, x0, eps).
+        x_t: `process.q_sample(row, x0, eps)`.
         eps: the noise in x_t.
         output: the network's output for x_t.
     """
