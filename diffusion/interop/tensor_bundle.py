@@ -57,8 +57,9 @@ def open_bundle(prefix: Path) -> Bundle:
         num_shards = header.get(1, [0])[-1]
         if not num_shards:
             raise ValueError("it is no tensor bundle: the header is missing")
-        entries = {name.decode(): _entry(value) for name, value in pairs.items()}
-    except (IndexError, TypeError, struct.error, UnicodeDecodeError) as error:
+        # Parts of tensors have keys of their own, which are no text.
+        entries = {name.decode(errors="backslashreplace"): _entry(value) for name, value in pairs.items()}
+    except (IndexError, TypeError, struct.error) as error:
         raise ValueError(f"{path}: it is damaged ({type(error).__name__})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

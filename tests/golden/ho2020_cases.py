@@ -79,6 +79,7 @@ def results(directory: Path) -> dict[str, np.ndarray]:
             saved[name].load(tensor, session)
         prefix = tf.train.Saver().save(session, str(directory / PREFIX.partition("-")[0]), global_step)
         found = session.run(of_ema)
+        others = other_indices(directory, session)
     assert prefix == str(directory / PREFIX)
     assert Path(f"{prefix}.data-00000-of-00001").read_bytes() == data(weights(list(saved), shapes))
     return {
@@ -86,6 +87,27 @@ def results(directory: Path) -> dict[str, np.ndarray]:
         "names": np.array(list(saved)),
         "shapes": np.array([shape + (0,) * (4 - len(shape)) for shape in shapes], np.int16),
         "output": found,
+        **others,
+    }
+
+
+def other_indices(directory: Path, session) -> dict[str, np.ndarray]:
+    """Indices of a tensor that is stored in parts, and of two tensors of ones in two shards."""
+    import tensorflow.compat.v1 as tf
+
+    def save(name: str, shape_and_slice: str, tensor: tf.Tensor) -> str:
+        prefix = str(directory / name)
+        slices = {"shape_and_slices": [shape_and_slice], "tensors": [tensor]}
+        session.run(tf.raw_ops.SaveV2(prefix=prefix, tensor_names=[name], **slices))
+        return prefix
+
+    save("parts", "4 2 0,2:-", tf.ones((2, 2)))
+    shards = [save("a", "", tf.ones((2, 3))), save("b", "", tf.ones(5))]
+    merged = str(directory / "shards")
+    session.run(tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=shards, destination_prefix=merged))
+    return {
+        f"index_of_{name}": np.frombuffer((directory / f"{name}.index").read_bytes(), np.uint8)
+        for name in ("parts", "shards")
     }
 
 
