@@ -51,13 +51,17 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
 
 
 def on_page_content(html: str, page, config: MkDocsConfig, files: Files) -> str:
+    """Sets the formulas, and keeps the functions' code out of the search: their docstrings are in it."""
+    html = html.replace(
+        '<details class="mkdocstrings-source"', '<details data-search-exclude class="mkdocstrings-source"'
+    )
     return formulas.in_html(html)
 
 
 def _file(path: Path, config: MkDocsConfig) -> File:
     name = path.relative_to(ROOT).as_posix()
     if path.suffix == ".py":
-        text = f"# `{name}`\n\n```python\n{path.read_text()}```\n"
+        text = f"---\nsearch:\n  exclude: true\n---\n# `{name}`\n\n```python\n{path.read_text()}```\n"
         return File.generated(config, f"{name}.md", content=text, inclusion=NOT_IN_NAV)
     in_nav = IN_NAV if name in _names(config.nav) or name.startswith("docs/") else NOT_IN_NAV
     return File(name, str(ROOT), config.site_dir, config.use_directory_urls, inclusion=in_nav)
