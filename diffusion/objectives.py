@@ -86,7 +86,12 @@ def _of_x0_error(p: Reverse, log_weight: Callable[[Schedule], Array]) -> Weighti
     return weight
 
 
-WEIGHTINGS = {"none": unweighted, "p2": p2, "min_snr": min_snr, "sigmoid": sigmoid}
+WEIGHTINGS = {
+    "none": unweighted,
+    "p2": p2,
+    "min_snr": min_snr,
+    "sigmoid": sigmoid,
+}
 
 
 def simple(setting: Setting) -> Objective:

@@ -17,6 +17,7 @@ DIFFS = dict(re.findall(r"^## (.+?)\n.*?```diff\n(.*?)```", PAGE, re.DOTALL | re
 # Section -> the files that its row of the table names.
 TOUCHED = {
     "A loss": {"diffusion/objectives.py"},
+    "A weighting": {"diffusion/objectives.py"},
     "A schedule": {"diffusion/schedules.py"},
     "A prediction, a variance": {"diffusion/reverse.py"},
     "A sampler": {"diffusion/samplers.py"},
