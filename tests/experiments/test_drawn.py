@@ -28,6 +28,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_guidance_scores_every_weight_and_a_second_call_draws_nothing(labelled_run, tmp_path, monkeypatch):
     run = shutil.copytree(labelled_run, tmp_path / "run")
 

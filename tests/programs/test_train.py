@@ -167,6 +167,7 @@ def test_a_run_that_only_trains_is_finished_and_is_sampled_and_scored_later(leg,
     assert json.loads((run / "eval.json").read_text())["test_bpd"] == whole["test_bpd"]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_other_means_is_the_run_that_had_them_all_along(leg, tmp_path):
     at_once, _ = leg("at_once", train__num_steps=8, train__log_every=1, sample__num_images=0)
     first, _ = leg("legs", train__num_steps=5, train__log_every=2, sample__num_images=0)
