@@ -11,12 +11,13 @@ the running cell did since its last checkpoint is.
 """
 
 import argparse
+import contextlib
 import fcntl
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -183,8 +184,6 @@ def overrides(settings: list[str], flag: str = "--set") -> dict[str, str]:
 
 def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetOf) -> int:
     """Does what the flags of `argument_parser` say; returns the exit code: 1 if a cell failed."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, _stop)
     failures = {}
     if not arguments.report:
         cells, excluded = possible(cells)
@@ -198,13 +197,25 @@ def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetO
             if not 0 <= arguments.index < len(cells):
                 raise ValueError(f"--index={arguments.index} must be in 0…{len(cells) - 1}")
             cells = [cells[arguments.index]]
-        failures = run_cells(cells, arguments.workdir)
+        with _stopped_by_signals():
+            failures = run_cells(cells, arguments.workdir)
     if arguments.index is None:
         print(sweep_report.write(arguments.workdir, target_of, [cell.name for cell in cells]))
         page.refresh(arguments.workdir)
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """What a signal did before, it does again afterwards: a notebook's Ctrl-C ends no notebook."""
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stop(*_: object) -> None:

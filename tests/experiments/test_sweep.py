@@ -85,6 +85,13 @@ def test_any_config_key_can_be_an_axis_and_the_seed_stays_the_fastest():
         sweep.possible(sweep.grid(BASE, axes() | {"optim.grad_clop": ["1"]}, {}))
 
 
+def test_signals_do_after_a_sweep_what_they_did_before(tmp_path, monkeypatch):
+    before, during = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(sweep, "run_cells", lambda *_: during.append(signal.getsignal(signal.SIGINT)) or {})
+    variance.main([f"--workdir={tmp_path}", f"--base={BASE}", "--index=0"])
+    assert during == [sweep._stop] and signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_list_says_how_long_what_is_left_takes_once_it_is_known(tmp_path, monkeypatch):
     cells = sweep.grid(BASE, axes(seed=["0", "1", "2"]), {"train.num_steps": "600", "train.batch_size": "32"})
     assert sweep.expected(cells, tmp_path).startswith("3 cells, 3 to run; how long is known once")
