@@ -1,7 +1,7 @@
 """What is drawn and measured of samples while a run trains; a signal stops both after a batch."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,17 @@ from diffusion.runtime.devices import Replicated
 from diffusion.training import loop
 
 
+@contextlib.contextmanager
+def _batches(experiment: Experiment, sampler: Sampler, ema_params: Replicated, num_images: int) -> Iterator[Iterator]:
+    """What `Sampler.batches` yields for EMA parameters, with the variance that samples are drawn with."""
+    model = experiment.model(ema_params.host(), experiment.config.sample.variance)
+    with (
+        memory.shortage_explained(experiment, "sample.batch_size"),
+        contextlib.closing(sampler.batches(model, num_images)) as batches,
+    ):
+        yield batches
+
+
 def shower(
     experiment: Experiment, directory: Path, sampler: Sampler, log: MetricsLog
 ) -> loop.Draw:
@@ -27,11 +38,8 @@ def shower(
 
     def drawn(ema_params: Replicated, stops: Callable[[], bool]) -> UInt8[np.ndarray, "grid_h grid_w c"] | None:
         # A function of its own: a plotting library may keep its callers' frames, and with them the model's arrays.
-        model, images = experiment.model(ema_params.host(), experiment.config.sample.variance), []
-        with (
-            memory.shortage_explained(experiment, "sample.batch_size"),
-            contextlib.closing(sampler.batches(model, num_previews)) as batches,
-        ):
+        images = []
+        with _batches(experiment, sampler, ema_params, num_previews) as batches:
             for _, batch in batches:
                 images.append(batch)
                 if sum(map(len, images)) < num_previews and stops():
@@ -60,11 +68,8 @@ def quality_of(experiment: Experiment, sampler: Sampler, scorer: Scorer | None) 
     num_images = experiment.config.quality.num_images
 
     def of_params(ema_params: Replicated, stops: Callable[[], bool]) -> dict[str, float] | None:
-        model, images = experiment.model(ema_params.host(), experiment.config.sample.variance), []
-        with (
-            memory.shortage_explained(experiment, "sample.batch_size"),
-            contextlib.closing(sampler.batches(model, num_images)) as batches,
-        ):
+        images = []
+        with _batches(experiment, sampler, ema_params, num_images) as batches:
             for _, batch in batches:
                 images.append(batch)
                 if stops():
