@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from diffusion.runtime import streams
+from diffusion.runtime.preemption import Preempted
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -13,10 +14,16 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 
 def exit_with(main: Callable[[], int | None]) -> None:
-    """Ends the program with the exit code of `main`; what is wrong with its input prints one line, with code 2."""
+    """Ends the program with the exit code of `main`.
+
+    What is wrong with its input prints one line, with code 2; a signal that stopped it, one with code 75.
+    """
     streams.guard()
     try:
         sys.exit(main())
+    except Preempted as stop:
+        print(stop.reason, file=sys.stderr)
+        raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

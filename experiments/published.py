@@ -1,7 +1,7 @@
 """The paper's bits/dim of a published model, and what this program measures of the same weights.
 
     python -m experiments.published cifar10_uncond_50M_500K.pt --data_dir=DIR            # an estimate, with its error
-    python -m experiments.published cifar10_uncond_50M_500K.pt --data_dir=DIR --full     # every term; resumes
+    python -m experiments.published cifar10_uncond_50M_500K.pt --data_dir=DIR --full     # every term
 
 A checkpoint of improved-diffusion or guided-diffusion is recognized by its published name. Another one needs the flags
 that it was trained with, in --flags=FILE.json or in the JSON file of its own name. PyTorch reads the file: pip install
@@ -11,7 +11,7 @@ scheduler, unless it holds PREFIX.index, a TensorFlow checkpoint of Ho et al.'s 
 Ho et al.'s network for CIFAR-10 is recognized in both. By default a model is scored on the test split of the paper's
 data set by the paper's protocol, a VDM for T = ∞ and T = 1000.
 
-Leaves published.json in the working directory.
+Leaves published.json in the working directory, and finished terms: the same command goes on after a kill or a signal.
 """
 
 import json
@@ -31,6 +31,7 @@ from diffusion.model import Model
 from diffusion.reporting import summary
 from diffusion.runtime import devices, files
 from diffusion.runtime.digests import short_sha256, tree_sha256
+from diffusion.runtime.preemption import Preemption
 from experiments import published_rows, tables
 from experiments.commands import argument_parser, exit_with
 from experiments.published_rows import Row
@@ -88,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     directory = files.expanded(arguments.workdir or f"runs/published/{name_of_weights}")
     directory.mkdir(parents=True, exist_ok=True)
     # Heads, for one, are in the flags alone: no digest of the weights tells them apart.
-    kept = directory / short_sha256([given.about, tree_sha256(given.model)]) if arguments.full else None
-    found = score(given.model, test_set, settings, arguments.num_images, kept)
+    kept = directory / short_sha256([given.about, tree_sha256(given.model)])
+    with Preemption():
+        found = score(given.model, test_set, settings, arguments.num_images, kept)
     compared = bool(row and name == row.data and row.test_bpd is not None)
     about = {"weights": weights.name, **given.about, "data": name}
     about |= {"paper_bpd": row.test_bpd if compared else None, "source": row.source if compared else ""}
@@ -177,37 +179,32 @@ def check(given: Checkpoint, test_set: Source) -> None:
             raise ValueError(f"data.name={test_set.name!r} has {test_set.num_classes} classes; the model knows {known}")
 
 
-def score(
-    model: Model, test_set: Source, settings: bound.Settings, num_images: int, kept: Path | None
-) -> dict[str, Any]:
+def score(model: Model, test_set: Source, settings: bound.Settings, num_images: int, kept: Path) -> dict[str, Any]:
     """Bits/dim with their standard errors, their parts, and how they were measured.
 
     Args:
-        kept: a directory for this model's finished terms, all of which are computed; None for an estimate.
+        kept: a directory for this model's finished terms, which are not computed again.
     """
     num = images.num_scored(num_images, settings.protocol, len(test_set))
-    numbers = images.subset(len(test_set), num)
+    numbers, few = images.subset(len(test_set), num), settings.terms_per_image
     model, chosen = for_protocol(model, settings.protocol), likelihood.PROTOCOLS[settings.protocol]
     replicated = devices.replicate(model)
-    at_limit_kept = None
-    if kept:
-        scored = short_sha256([test_set.sha256(), settings.seed, settings.protocol, numbers.tolist()])
-        found = bound.full_bound(settings)(replicated, test_set, numbers, kept / f"{scored}.npy")
-        at_limit_kept = kept / f"{scored}_limit.npy"
-    else:
-        found = bound.estimated_bound(settings)(replicated, test_set, numbers)
+    terms_of = [test_set.sha256(), settings.seed, settings.protocol, numbers.tolist(), *([few] if few else [])]
+    path = kept / f"{short_sha256(terms_of)}.npy"
+    method = bound.estimated_bound if few else bound.full_bound
+    found = method(settings)(replicated, test_set, numbers, path)
     protocol = {
         "protocol": settings.protocol,
         "decoder_cdf": chosen.decoder_cdf,
         "x0_clipped": chosen.clip_x0,
-        "terms": "every term" if kept else f"{settings.terms_per_image} terms per image",
+        "terms": f"{few} terms per image" if few else "every term",
         "num_steps": model.schedule.num_steps,
         "images": f"{num} of {len(test_set)}",
         "seed": settings.seed,
     }
     scores = found.summary("test") | {"prior_bpd": found.prior_bpd.mean()}
     if chosen.kl_terms:
-        at_limit = limit(settings)(replicated, test_set, numbers, found, at_limit_kept)
+        at_limit = limit(settings)(replicated, test_set, numbers, found, path.with_stem(f"{path.stem}_limit"))
         of_limit = at_limit.summary("test_limit")
         scores |= {name: of_limit[name] for name in ("test_limit_bpd", *ERRORS)}
     return protocol | scores

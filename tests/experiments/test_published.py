@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,11 +14,13 @@ import pytest
 
 from diffusion import data, interop, reverse, schedules
 from diffusion.evaluation import bound
+from diffusion.evaluation.pairs import ImagePairs
 from diffusion.interop import openai_flags, vdm
 from diffusion.model import Model
 from diffusion.networks.adm import ADM
 from diffusion.networks.network import Network
 from diffusion.networks.unet import UNet
+from diffusion.runtime.preemption import Preempted
 from experiments import published, published_rows
 from experiments.published_rows import ROWS, Row, by_name, flags_of
 
@@ -127,6 +132,54 @@ def test_both_numbers_are_printed_with_their_errors_and_finished_terms_are_not_c
     assert other["paper_bpd"] is None and "it has no bits/dim for these weights and images" in capsys.readouterr().out
 
 
+@pytest.fixture
+def batches(monkeypatch):
+    """A record of measured batches; `batches.signal_at = n` sends SIGTERM once the n-th is there, before it is kept."""
+    measure = ImagePairs.some
+
+    def some(self, *arguments):
+        for found in measure(self, *arguments):
+            record.count += 1
+            if record.count == record.signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield found
+
+    record = SimpleNamespace(count=0, signal_at=0)
+    monkeypatch.setattr(ImagePairs, "some", some)
+    return record
+
+
+def test_an_estimate_that_a_signal_stops_goes_on_where_it_was(toy, batches, tmp_path):
+    small = "--batch_size=16"  # 3 batches of the pilot, and 5 behind it
+    straight, _ = toy(small)
+    assert batches.count == 8
+    shutil.rmtree(tmp_path / "new")
+    batches.count, batches.signal_at = 0, 5
+    with pytest.raises(Preempted) as stop:
+        toy(small)
+    assert stop.value.code == 75 and stop.value.reason == "stopped by SIGTERM; the same command goes on"
+    batches.count, batches.signal_at = 0, 0
+    assert toy(small)[0] == straight
+    assert batches.count == 4  # the one that was measured and not kept yet, and the others
+
+
+def test_each_estimate_has_finished_terms_of_its_own(toy, monkeypatch):
+    paths = []
+
+    def estimated_bound(settings):
+        def estimate(model, source, numbers, kept):
+            paths.append(kept)
+            return bound.Bound(*np.ones((4, len(numbers))))
+
+        return estimate
+
+    monkeypatch.setattr(bound, "estimated_bound", estimated_bound)
+    for other in ("--seed=0", "--seed=1", "--terms=7", "--protocol=exact", "--num_images=4"):
+        toy(other)
+    toy("--seed=0")
+    assert len(set(paths)) == 5 and paths[-1] == paths[0]
+
+
 def test_what_does_not_fit_is_refused(toy, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="--terms=4 must be an odd number ≥ 3"):
         toy("--terms=4")
@@ -201,17 +254,23 @@ def test_a_vdm_is_recognized_and_scored_for_both_numbers_of_steps(monkeypatch, t
     def limit(settings):
         def at_limit(model, source, numbers, other, kept):
             assert (model.host().schedule.num_steps, len(numbers), other) == (1001, 8, finite)
+            paths.append(kept)
             return dataclasses.replace(finite, kl_bpd=finite.kl_bpd - 2, sampling_stderr=0.25)
 
         return at_limit
 
-    monkeypatch.setattr(bound, "estimated_bound", lambda settings: lambda model, source, numbers: finite)
+    def estimated_bound(settings):
+        return lambda model, source, numbers, kept: paths.append(kept) or finite
+
+    paths = []
+    monkeypatch.setattr(bound, "estimated_bound", estimated_bound)
     monkeypatch.setattr(published, "limit", limit)
     (tmp_path / "ckpt-3.flax").touch()
     published.main([str(tmp_path), f"--workdir={tmp_path}"])
     found = json.loads((tmp_path / "published.json").read_text())
     assert (found["paper_bpd"], found["protocol"], found["num_steps"]) == (2.65, "vdm2021", 1001)
     assert not found["x0_clipped"] and found["config"] == told
+    assert paths[1] == paths[0].with_stem(f"{paths[0].stem}_limit")  # of the same estimate, for T = ∞
     printed = capsys.readouterr().out
     assert "| the paper | 2.65 | – | Kingma et al. (2021), their program: 2.637 |" in printed
     assert f"| here, T = ∞ | {found['test_bpd'] - 2:.4f} ± " in printed and "| 0.2500 | cifar10, 8 of 8 te" in printed
