@@ -82,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     test_set = data.load(name, "test", arguments.data_dir)
     check(given, test_set)
     protocol = arguments.protocol or (row.protocol if row else PROTOCOL)
-    settings = bound.Settings(
-        arguments.seed, arguments.batch_size, protocol, 0 if arguments.full else arguments.terms
-    )
+    settings = bound.Settings(arguments.seed, arguments.batch_size, protocol, 0 if arguments.full else arguments.terms)
     name_of_weights = weights.stem if weights.exists() else weights.name  # a prefix ends with its step
     directory = files.expanded(arguments.workdir or f"runs/published/{name_of_weights}")
     directory.mkdir(parents=True, exist_ok=True)
@@ -93,23 +91,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Preemption():
         found = score(given.model, test_set, settings, arguments.num_images, kept)
     compared = bool(row and name == row.data and row.test_bpd is not None)
-    about = {"weights": weights.name, **given.about, "data": name}
+    about = {"weights": weights.name, "params_sha256": tree_sha256(given.model.denoise), **given.about, "data": name}
     about |= {"paper_bpd": row.test_bpd if compared else None, "source": row.source if compared else ""}
     summary.write_json(directory / "published.json", about | found | {"device": summary.device_name()})
     print(markdown(about | found))
 
 
 def found_at(weights: Path, flags_file: str) -> Checkpoint:
-    """What is given, by the names of its files. Raises what the function of its kind does."""
-    if not weights.is_dir():
-        prefix = ho2020.find(weights)
-        return checkpoint(weights, flags_file) if prefix is None else ho2020_checkpoint(prefix)
+    """What is given, by the names of its files.
+
+    Raises:
+        ValueError: it has no flags, besides what the function of its kind raises.
+    """
+    is_file = not weights.is_dir()
     try:
-        path = vdm.find(weights)
+        of_vdm = None if is_file else vdm.find(weights)
     except FileNotFoundError:
-        prefix = ho2020.find(weights)
-        return pipeline(weights) if prefix is None else ho2020_checkpoint(prefix)
-    return vdm_checkpoint(path, flags_file)
+        of_vdm = None
+    if of_vdm:
+        return vdm_checkpoint(of_vdm, flags_file)
+    prefix = ho2020.find(weights)
+    if prefix is None and is_file:
+        return checkpoint(weights, flags_file)
+    if flags_file:
+        raise ValueError(f"--flags={flags_file} has no part: the settings of {weights} lie in its own files")
+    return pipeline(weights) if prefix is None else ho2020_checkpoint(prefix)
 
 
 def vdm_checkpoint(path: Path, config_file: str) -> Checkpoint:

@@ -119,6 +119,7 @@ def test_both_numbers_are_printed_with_their_errors_and_finished_terms_are_not_c
     estimate, _ = toy("--terms=3")
     capsys.readouterr()
     full, calls = toy("--full")
+    assert len(full["params_sha256"]) == 64 and full["params_sha256"] == estimate["params_sha256"]
     assert calls and full["paper_bpd"] == 7.25 and full["test_images"] == 8 and full["protocol"] == "nichol2021"
     assert full["decoder_cdf"].startswith("tanh") and full["terms"] == "every term"
     printed = capsys.readouterr().out
@@ -227,6 +228,8 @@ def test_a_checkpoint_of_ho_et_al_s_program_is_recognized_by_its_prefix_or_direc
     for weights in (tmp_path, tmp_path / "model.ckpt-790000", tmp_path / "model.ckpt-790000.index"):
         given = published.found_at(weights, "")
         assert given.row is published_rows.HO2020 and given.image_shape == (32, 32, 3) and given.model is model
+        with pytest.raises(ValueError, match=r"--flags=own.json has no part: the settings of .* lie in its own files"):
+            published.found_at(weights, "own.json")
     (tmp_path / "ckpt-3.flax").touch()  # beside clu's own index
     with pytest.raises(ValueError, match="ckpt-3.flax"):
         published.found_at(tmp_path, "")

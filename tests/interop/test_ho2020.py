@@ -139,6 +139,17 @@ def test_files_that_are_cut_or_damaged_are_refused(prefix):
         interop.load_ho2020(prefix)
 
 
+def test_a_tensor_with_a_nan_is_named(prefix, monkeypatch):
+    name = f"model/temb/dense0/b{EMA}"
+
+    def read(bundle, names):
+        return {each: np.full(SHAPES_OF[each], np.inf if each == name else 0.0, np.float32) for each in names}
+
+    monkeypatch.setattr(tensor_bundle, "read", read)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(prefix))}: NaN or Inf in {name}$"):
+        interop.load_ho2020(prefix)
+
+
 def test_shards_are_read_and_parts_are_not(tmp_path):
     def bundle(name):
         (tmp_path / f"{name}.index").write_bytes(GOLDEN[f"index_of_{name}"].tobytes())

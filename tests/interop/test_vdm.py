@@ -161,6 +161,17 @@ def test_what_is_no_checkpoint_is_refused(written, tmp_path):
         interop.load_vdm(tmp_path)
 
 
+def test_a_file_that_is_cut_anywhere_is_one_line(tmp_path):
+    path = tmp_path / "ckpt-1.flax"
+    whole = serialization.msgpack_serialize({"ema_params": {"a": {"b": np.ones((2, 3), np.float32)}}, "step": 3})
+    path.write_bytes(whole)
+    assert vdm._tensors(path).keys() == {"a/b"}
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"^it is damaged, or no msgpack of Flax \(\w+\)$"):
+            vdm._tensors(path)
+
+
 def test_the_newest_file_is_read_also_inside_the_folder_that_clu_makes(tmp_path):
     for name in ("checkpoints-0/ckpt-9.flax", "checkpoints-0/ckpt-10.flax", "checkpoints-0/ckpt-10.index"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
