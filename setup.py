@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["diffusion", "diffusion.*"]),
-    package_data={"diffusion.reporting.page": ["templates/*"]},
+    package_data={"diffusion": ["weights/*/*"], "diffusion.reporting.page": ["templates/*"]},
     install_requires=[
         "absl-py",
         "array-record",

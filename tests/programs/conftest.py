@@ -1,6 +1,5 @@
 """A run that was never trained, so that what the programs read from it is known: only the EMA can be used."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,6 @@ from diffusion.model import Model
 from diffusion.networks import NETWORKS
 from diffusion.runtime.checkpoint import Checkpoints
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 3  # T
 
 
@@ -50,14 +48,14 @@ def config(**changes) -> ConfigDict:
 
 
 @pytest.fixture
-def untrained_demo(tiny, tiny_data_dir, tmp_path, request):
-    """A directory in which runs/digits is a network before its first step, for the demo's; and an environment."""
-    config, demo = tiny(model__network=getattr(request, "param", "unet")), tmp_path / "runs" / "digits"
+def untrained_demo(tiny, tmp_path):
+    """A directory in which runs/digits is a network of one layer before its first step, for the demo's."""
+    config, demo = tiny(), tmp_path / "runs" / "digits"
     workdir.claim(config, demo)
     start = jax.device_get(build.experiment(config, (8, 8, 1), 17).initial_state())
     with Checkpoints(demo / "checkpoints") as checkpoints:
         checkpoints.save(0, start, {"val_loss": 1.0})
-    return tmp_path, os.environ | {"PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(tiny_data_dir)}
+    return tmp_path
 
 
 @pytest.fixture
