@@ -18,7 +18,7 @@ from diffusion.reverse import Reverse
 from diffusion.schedules import Row, Schedule
 
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
-Objective = Callable[[Row, Array, Array, Array, Array], Loss]
+Objective = Callable[..., Loss]
 Weighting = Callable[[Schedule], Array]  # the weight of t's squared error, from the row of t
 
 
@@ -148,15 +148,59 @@ def npr(setting: Setting) -> Objective:
     The best g is E[(ε − ε̂)² | x_t], from which model.variance=npr makes the optimal variance of this ε̂. NPR-DDPM: Bao
     et al. (2022, "Estimating the optimal covariance with imperfect mean"), who train g on a finished network.
     """
+
+    def target(row: Schedule, x0: Array, x_t: Array, eps: Array, predicted: Array) -> Array:
+        return _eps_error(setting.p, row, x0, x_t, eps, predicted) ** 2
+
+    return _beside_simple(setting, target)
+
+
+def sn(setting: Setting) -> Objective:
+    """L_simple, and beside it ‖ε² − h‖² of h = g + ε̂², in which ε̂ is held fixed; g is the network's second half.
+
+    The best h is E[ε² | x_t], so the best g is Var(ε | x_t) where ε̂ is the mean of ε. SN-DDPM: Bao et al. (2022,
+    "Estimating the optimal covariance with imperfect mean"), whose network outputs h.
+    """
+
+    def target(row: Schedule, x0: Array, x_t: Array, eps: Array, predicted: Array) -> Array:
+        error = _eps_error(setting.p, row, x0, x_t, eps, predicted)
+        return error * (2 * eps - error)  # ε² − ε̂²
+
+    return _beside_simple(setting, target)
+
+
+def ocm(setting: Setting) -> Objective:
+    """L_simple, and beside it ‖v ⊙ √ᾱ_t J v − g‖² with J = ∂x̂_0/∂x_t held fixed, v of random signs (see PROBED).
+
+    Its mean over v is √ᾱ_t diag J, so that is the best g. It is the diagonal of Cov(ε | x_t) = I + (1 − ᾱ_t) ∇² log q_t
+    where x̂_0 is exact. OCM: Ou et al. (2024, arXiv 2406.10808).
+    """
+
+    def target(
+        row: Schedule, x0: Array, x_t: Array, eps: Array, predicted: Array, probe: Array, slope: Array
+    ) -> Array:
+        along_probe, _ = setting.p.split(slope)
+        # x̂_0 is linear in x_t and the output, so J v is the x̂_0 of both of their derivatives.
+        return probe * row.sqrt_alpha_bar * setting.p.meaning.to_x0(row, probe, along_probe)
+
+    return _beside_simple(setting, target)
+
+
+def _eps_error(p: Reverse, row: Schedule, x0: Array, x_t: Array, eps: Array, predicted: Array) -> Array:
+    """ε − ε̂ of any prediction: given x_t, the prediction is affine in x̂_0, and x̂_0 in ε̂."""
+    x0_error = (p.target(row, x0, x_t, eps) - predicted) * x0_per_output(p, row)
+    return -jnp.exp(0.5 * row.log_snr) * x0_error
+
+
+def _beside_simple(setting: Setting, target: Callable[..., Array]) -> Objective:
+    """L_simple, and beside it ‖target − g‖² of the network's second half g; the target has no gradient."""
     of_mean = simple(setting)
 
-    def loss(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Loss:
+    def loss(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array, *probed: Array) -> Loss:
         predicted, g = setting.p.split(output)
         weighted_mse, parts = of_mean(row, x0, x_t, eps, output)
-        error = setting.p.target(row, x0, x_t, eps) - jax.lax.stop_gradient(predicted)
-        # Given x_t the prediction is affine in x̂_0, and x̂_0 in ε̂.
-        squared = (error * x0_per_output(setting.p, row)) ** 2 * jnp.exp(row.log_snr)
-        residual_mse = jnp.mean((squared - g) ** 2)
+        wanted = jax.lax.stop_gradient(target(row, x0, x_t, eps, predicted, *probed))
+        residual_mse = jnp.mean((wanted - g) ** 2)
         return weighted_mse + residual_mse, parts | {"residual_mse": residual_mse}
 
     return loss
@@ -183,12 +227,18 @@ OBJECTIVES = {
     "vlb": vlb,
     "hybrid": hybrid,
     "npr": npr,
+    "sn": sn,
+    "ocm": ocm,
     "vdm": vdm,
     "vdm_continuous": vdm,
 }
 
 # Those that estimate the bound, so that a schedule can be learned by them.
 BOUNDS = ("vlb", "vdm", "vdm_continuous")
+# Those whose second half of the output is Var(ε | x_t), for model.variance=npr.
+OF_EPS_VARIANCE = ("npr", "sn", "ocm")
+# Those that take, after `output`, a `probe` v of random signs and the output's derivative along it, ∂output/∂x_t v.
+PROBED = ("ocm",)
 # Which t an objective is made for, one of `timesteps.TIMES`; for the others every t of 1…T.
 TIMES = {"vdm": "kl_terms", "vdm_continuous": "continuous"}
 

@@ -128,8 +128,9 @@ def _optimal(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike,
 def _npr(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
     """β̃_t + (coefficient of x_0 in μ̃_t)² E[(x_0 − x̂_0)² | x_t], of each element: optimal for the mean that is learned.
 
-    `raw` is E[(ε − ε̂)² | x_t], which `objectives.npr` trains, and SNR_t times that of x_0. As in their program, the
-    latter is kept in [0, 1]. NPR-DDPM: Bao et al. (2022, "Estimating the optimal covariance with imperfect mean").
+    `raw` is E[(ε − ε̂)² | x_t], which `objectives.npr` trains, and SNR_t times that of x_0; of `sn` and `ocm` it is
+    Var(ε | x_t), the same where ε̂ is exact. As in the authors' programs, that of x_0 is kept in [0, 1]. Bao et al.
+    (2022, "Estimating the optimal covariance with imperfect mean"), Ou et al. (2024, arXiv 2406.10808).
     """
     return _with_x0_variance(row, jnp.clip(raw * jnp.exp(-row.log_snr), 0.0, 1.0))
 
@@ -276,7 +277,7 @@ def make(prediction: str, variance: str, decoder: str = "network", **arguments: 
         prediction: one of PREDICTIONS.
         variance: "fixed_small" (β̃_t), "fixed_large" (β_t), "optimal" (σ*_t², estimated from data and the trained
             mean), "learned" (the network outputs log σ_t²), "learned_range" (it outputs where between β̃_t and
-            β_t, on a log scale) or "npr" (it outputs the squared error of its ε̂).
+            β_t, on a log scale) or "npr" (it outputs the variance of ε).
         decoder: "network" (p(x_0 | x_1) is what the network says, on bins) or "bayes" (in proportion to q(x_1 | x_0)).
         arguments: the prediction's own, such as edm's sigma_data.
 

@@ -55,20 +55,6 @@ def test_hybrid_lets_the_bound_train_the_variance_only(arguments):
     np.testing.assert_allclose(hybrid[..., 1:], vlb_weight * gradient(make("vlb", p))[..., 1:], rtol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", "velocity"])
-def test_npr_trains_the_mean_by_l_simple_and_the_rest_by_the_squared_error_of_eps(prediction):
-    p, row = reverse.make(prediction, "npr"), S[25]
-    x_t = process.q_sample(row, X0, EPS)
-    x0_hat = 0.5 * X0 + 0.1
-    eps_hat = (x_t - row.sqrt_alpha_bar * x0_hat) / row.sqrt_one_minus_alpha_bar
-    g = 0.3 * jnp.ones_like(X0)
-    output = jnp.concatenate([p.target(row, x0_hat, x_t, eps_hat), g], axis=-1)
-    gradient = jax.grad(lambda output: make("npr", p)(row, X0, x_t, EPS, output)[0])(output)
-    simple = jax.grad(lambda output: make("simple", p)(row, X0, x_t, EPS, output)[0])(output)
-    np.testing.assert_allclose(gradient[..., :1], simple[..., :1], rtol=1e-5)
-    np.testing.assert_allclose(gradient[..., 1:], 2 * (g - (EPS - eps_hat) ** 2) / X0.size, rtol=2e-4, atol=1e-6)
-
-
 # Choi et al. (2022), eq. 8 with k = 1, and Hang et al. (2023), section 3.4, in terms of the SNR.
 CLOSED_FORMS = {
     ("p2", "eps"): lambda snr, gamma: (1 + snr) ** -gamma,

@@ -175,7 +175,7 @@ def experiment(
     if learned is not None:
         learned_schedule.init(schedule)  # or its refusal would come with the first state
     p = combination.reverse_process(config)
-    times = objectives.TIMES.get(names.parse(config.objective.name).name, "every_term")
+    times = objectives.TIMES.get(objective := names.parse(config.objective.name).name, "every_term")
     on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
     network = _network(config, image_shape, p.output_channels(image_shape[-1]), num_classes, on_cpu)
     training = Training(
@@ -195,6 +195,7 @@ def experiment(
         skip_nonfinite=config.train.skip_nonfinite > 0,
         grad_accum=config.train.grad_accum,
         unroll=on_cpu,
+        probed=objective in objectives.PROBED,
     )
     return Experiment(config, image_shape, p, schedule, training)
 

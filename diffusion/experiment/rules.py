@@ -31,9 +31,9 @@ RULES = (
         "use simple or vlb, or a learned variance",
     ),
     Rule(
-        lambda it: (it.objective is objectives.npr) != (it.config.model.variance == "npr"),
-        "objective.name={c.objective.name!r} and model.variance={c.model.variance!r}: the objective npr trains the "
-        "variance npr, which no other one trains; use npr for both, or for neither",
+        lambda it: (it.objective_name in objectives.OF_EPS_VARIANCE) != (it.config.model.variance == "npr"),
+        "objective.name={c.objective.name!r} and model.variance={c.model.variance!r}: the objectives npr, sn and ocm "
+        "train the variance npr, and nothing else trains it; use one of them with npr, or another with another",
     ),
     Rule(
         lambda it: it.is_bound and it.has_weighting,

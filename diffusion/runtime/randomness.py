@@ -8,7 +8,8 @@ numbers that lead to them:
     stream                  the place of its name in STREAMS
       init                  Flax folds in a digest of each parameter's name
       train     step        of_step: t, examples, flip, labels
-                  examples  position in the batch, then of_example: noise, dropout; dropout: CRC-32 of the block's name
+                  examples  position in the batch, then of_example: noise, dropout, probe
+                  dropout   CRC-32 of the block's name
       monitor               as a step of train, without flip and labels
       eval, variance        split, image, then t = 1…T for ε, and NO_T for the choice of t
       importance  split, image, then the trajectory, then t = 0…T for the ε of x_t, with 0 for none (x_0 is given)
@@ -28,6 +29,7 @@ NumPy's generators, which order the data and choose fixed subsets, have nothing 
 `default_rng(seed)` is `default_rng((seed, 0))`: the codec's first bits are those that order epoch 0.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -51,6 +53,7 @@ class ExampleKeys(NamedTuple):
 
     noise: Key[Array, " b"]  # ε
     dropout: Key[Array, " b"]
+    probe: Key[Array, " b"]  # the signs of an objective that is probed
 
 
 def stream(seed: int | Int[Array, ""], name: str) -> Key[Array, ""]:
@@ -70,7 +73,8 @@ def of_step(key: Key[Array, ""]) -> StepKeys:
 
 def of_example(keys: Key[Array, " b"]) -> ExampleKeys:
     """The keys below those of examples."""
-    return ExampleKeys(*jax.vmap(jax.random.split, out_axes=1)(keys))
+    split = partial(jax.random.split, num=len(ExampleKeys._fields))
+    return ExampleKeys(*jax.vmap(split, out_axes=1)(keys))
 
 
 def decoder_noise(key: Key[Array, ""]) -> Key[Array, ""]:

@@ -61,6 +61,7 @@ class Training:
         skip_nonfinite: whether an update with a NaN or Inf is left out, and counted in the window.
         grad_accum: in how many microbatches a device's share goes through the network.
         unroll: write the loop over microbatches out, for backends that are slow inside loops.
+        probed: whether the objective is one of `objectives.PROBED`.
     """
 
     network: nn.Module
@@ -79,6 +80,7 @@ class Training:
     grad_accum: int = 1
     unroll: bool = False
     power_ema: tuple[float, ...] = ()
+    probed: bool = False
 
 
 class Examples(NamedTuple):
@@ -107,8 +109,15 @@ def mean_loss(
     def losses_at(params: PyTree, row: Row):  # a function of the rows: a learned schedule has its own gradient
         x_t = jax.vmap(process.q_sample)(row, x0, eps)  # eq. 4
         dropout_keys = own.dropout if dropout else None
-        output = training.network.apply({"params": params}, x_t, row.network_t, dropout_keys, **given)
-        return jax.vmap(training.objective)(row, x0, x_t, eps, output)
+
+        def network(x_t: Array) -> Array:
+            return training.network.apply({"params": params}, x_t, row.network_t, dropout_keys, **given)
+
+        if not training.probed:
+            return jax.vmap(training.objective)(row, x0, x_t, eps, network(x_t))
+        probe = jax.vmap(lambda key: jax.random.rademacher(key, x0.shape[1:], x0.dtype))(own.probe)
+        output, slope = jax.jvp(network, (x_t,), (probe,))
+        return jax.vmap(training.objective)(row, x0, x_t, eps, output, probe, slope)
 
     loss, parts = training.schedule.at_rows(losses_at, params, t)
     extra = training.schedule.extra_terms(params, keys, x0, training.num_levels)

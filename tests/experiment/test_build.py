@@ -147,6 +147,12 @@ def test_arguments_of_objective_weighting_and_timesteps_reach_them():
     assert training.timesteps.init(5).losses.shape == (5, 3)
 
 
+def test_an_objective_that_is_probed_gets_its_probe():
+    for name in objectives.OF_EPS_VARIANCE:
+        training = made(objective__name=name, model__variance="npr").training
+        assert training.probed == (name == "ocm")
+
+
 def test_settings_are_those_of_the_config():
     config = tiny(seed=4, train__sample_every=7, eval__terms_per_image=3, eval__batch_size=9, eval__protocol="ho2020")
     plan, settings = build.plan(config), build.bound_settings(config)

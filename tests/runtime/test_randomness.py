@@ -49,10 +49,11 @@ BLOCKS = ("mid_block_0", "mid_block_1") + tuple(
 
 
 def keys_of_examples(key, path):
-    """The keys that are drawn from for two examples: of ε, of dropout and of the decoder's own ε."""
+    """The keys that are drawn from for two examples: of ε, of dropout, of the decoder's own ε and of the probe."""
     for position, example in enumerate(randomness.per_item(key, jnp.arange(2))):
         own = randomness.of_example(example[None])
         yield (*path, position, "noise"), own.noise[0]
+        yield (*path, position, "probe"), own.probe[0]
         yield (*path, position, "decoder"), randomness.decoder_noise(example)
         for block in BLOCKS[:3]:
             yield (*path, position, block), fold_in(own.dropout[0], zlib.crc32(block.encode()))
@@ -114,7 +115,7 @@ def test_what_splits_a_key_is_what_folds_a_number_into_it():
         assert [words(one) for one in jax.random.split(key, count)] == [words(fold_in(key, i)) for i in range(count)]
     assert [words(one) for one in randomness.of_step(key)] == [words(fold_in(key, i)) for i in range(4)]
     own = randomness.of_example(key[None])
-    assert [words(one[0]) for one in own] == [words(fold_in(key, i)) for i in range(2)]
+    assert [words(one[0]) for one in own] == [words(fold_in(key, i)) for i in range(3)]
 
 
 def test_the_first_epoch_has_the_order_of_a_generator_of_the_seed():

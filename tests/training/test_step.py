@@ -196,3 +196,28 @@ def test_another_seed_takes_other_steps(on_one_device):
     (_, ours), (_, theirs) = on_one_device, take(RANDOM, 1, seed=1)
     assert np.abs(ours[0]["losses"] - theirs[0]["losses"]).min() > 1e-6
     assert (ours[0]["t"] != theirs[0]["t"]).any()
+
+
+class Triple(nn.Module):
+    """Three times each pixel, and a number that has no part in it."""
+
+    @nn.compact
+    def __call__(self, x, network_t, dropout_keys=None):
+        return 3.0 * x + 0.0 * self.param("number", nn.initializers.ones, ())
+
+
+def probe_parts(row, x0, x_t, eps, output, probe, slope):
+    """The objective of a probed network: J v is 3 v for each of the signs v."""
+    error = jnp.abs(slope - 3 * probe).max() + jnp.abs(output - 3 * x_t).max()
+    total = jnp.sum(WEIGHTS * probe)
+    return error, {"square": jnp.mean(probe**2), "total": total, "total_squared": total**2}
+
+
+def test_a_probed_objective_has_the_derivative_of_the_output_along_random_signs():
+    _, metrics = take(training(network=Triple(), objective=probe_parts, probed=True), 2)
+    for found in metrics:
+        assert found["loss"] < 1e-6 and found["square"] == 1
+        # Each example has signs of its own: of 16 sums the variance is known to 36 %, twice of which is allowed.
+        variance = (found["total_squared"] - found["total"] ** 2) / np.sum(WEIGHTS**2)
+        assert 0.3 < variance < 2
+    assert metrics[0]["total"] != metrics[1]["total"]
