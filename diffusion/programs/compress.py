@@ -1,5 +1,6 @@
 """--mode=compress: images as a file of about the model's bound, from which --mode=decompress gets them back."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from diffusion.runtime.coded_file import Header
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preempted, Preemption
 
+CODED_PROTOCOL = "exact"  # the one whose decoder, clip and steps are the codec's
 # The keys that shape the model, as files have known them from the start. A key that came later is only in the digest
 # of a file where the model is not what it was without that key.
 KEYS_IN_EVERY_DIGEST = (
@@ -175,8 +177,11 @@ def _source(config: ConfigDict, experiment: Experiment, input: str) -> Source:
 
 
 def _bound(config: ConfigDict, model: Model, source: Source, preemption: Preemption) -> Bound:
-    """The model's bound of the same images, as --mode=eval measures it."""
-    settings = build.bound_settings(config)
+    """The bound that the codec's length is that of, of the same images: `exact`, whatever eval.protocol is.
+
+    The other protocols have another decoder, do not clip x̂_0, or have another number of steps than what is coded.
+    """
+    settings = dataclasses.replace(build.bound_settings(config), protocol=CODED_PROTOCOL)
     method = estimated_bound if settings.terms_per_image else full_bound
     return method(settings, preemption.check)(devices.replicate(model), source, np.arange(len(source)))
 
@@ -197,6 +202,7 @@ def _report(
         "file_bpd": 8 * file_bytes / dims,
         "file_without_initial_bits_bpd": net_bpd,
         "bound_bpd": bound_bpd,
+        "bound_protocol": CODED_PROTOCOL,
         "overhead_percent": None if bound_bpd is None else 100 * (net_bpd / bound_bpd - 1),
         "initial_bits": initial_bits,
         **{f"{name}_bpd": 8 * size / dims for name, size in others.items()},

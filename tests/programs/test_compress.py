@@ -1,5 +1,6 @@
 """--mode=compress and --mode=decompress: the same pixels come back, from the same model alone."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,11 +12,13 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion.data import Source
+from diffusion.evaluation.bound import full_bound
 from diffusion.experiment import build, workdir
 from diffusion.programs import compress, decompress
-from diffusion.runtime import coded_file
+from diffusion.runtime import coded_file, devices
 from diffusion.runtime.checkpoint import Checkpoints
-from diffusion.runtime.preemption import Preempted
+from diffusion.runtime.preemption import Preempted, Preemption
 
 pytestmark = pytest.mark.usefixtures("programs_compiled_once")
 
@@ -46,10 +49,23 @@ def test_a_split_is_compressed_to_about_its_bound(tiny, straight, tmp_path, caps
     num_params = json.loads((straight / "summary.json").read_text())["num_params"]
     assert said["weights_bytes"] == 4 * num_params  # the decoder needs them, and they are not in the file
     assert said["initial_bits"] == 32 * header.initial_words and said["images"] == header.num_images == 299
-    assert abs(said["overhead_percent"]) < 3
+    assert abs(said["overhead_percent"]) < 3 and said["bound_protocol"] == "exact"
     net = (8 * path.stat().st_size - said["initial_bits"]) / (299 * 64)
     assert said["file_without_initial_bits_bpd"] == pytest.approx(net)
     assert path.stat().st_size - 4 * len(words) < 50  # the header
+
+
+def test_it_is_compared_with_the_codec_s_own_bound_whatever_protocol_is_chosen(tiny, straight, images):
+    """The other protocols have another decoder than what is coded."""
+    _, model = compress.coding_model(tiny(), straight, "latest")
+    source = Source("digits", "test", images, 17)
+    own, other = (
+        compress._bound(tiny(eval__protocol=protocol), model, source, Preemption()).image_bpd
+        for protocol in ("exact", "nichol2021")
+    )
+    np.testing.assert_array_equal(other, own)
+    settings = dataclasses.replace(build.bound_settings(tiny()), protocol="exact")
+    np.testing.assert_array_equal(own, full_bound(settings)(devices.replicate(model), source, np.arange(20)).image_bpd)
 
 
 def test_a_signal_after_the_file_leaves_it_whole_and_the_report_without_the_bound(
