@@ -5,14 +5,19 @@
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
 from diffusion.reverse import Denoise
+from diffusion.schedules import Schedule
 
+TOLERANCE = 1e-5  # of two tables that count as the same
+BEYOND = 1e-3  # of log SNR: so far beyond the ends of its schedule a guide is still asked
+NO_SIGNAL = 1e6  # of −log SNR, in the place of infinity
 NO_LABEL = -1  # what the network is given for an example whose label it shall not know
 
 Conditional = Callable[[Array, Array, Array], Array]
@@ -62,12 +67,12 @@ def autoguided(
     guide: Callable[..., Array],
     scale: float | int,
     interval: tuple[float | int, ...] = (),
+    clock: "Clock | None" = None,
 ) -> jax.tree_util.Partial:
     """Autoguidance: away from what a worse network says, by `scale` times the difference; for half of the speed.
 
     ε = (1 + w) ε − w ε_guide with w = `scale`; the authors write 1 + w. The worse network is a smaller one, or one that
-    was trained for fewer steps, with the same prediction and the same noise at each network_t. Its variance is not
-    used.
+    was trained for fewer steps, with the same prediction. Its variance is not used.
 
     Source: Karras et al. (2024, arXiv 2406.02507).
 
@@ -76,12 +81,58 @@ def autoguided(
         guide: the worse one, a function of the same arguments.
         scale: w.
         interval: the t that are guided, as in `classifier_free`.
+        clock: from `clock`, of a guide with another noise schedule; None: equal noise at equal network_t.
 
     Returns:
         A function of the same arguments.
     """
     network = _as_pytree(network)
-    return _within(interval, jax.tree_util.Partial(_autoguided, network, _as_pytree(guide), scale), network)
+    return _within(interval, jax.tree_util.Partial(_autoguided, network, _as_pytree(guide), scale, clock), network)
+
+
+class Clock(NamedTuple):
+    """When a guide with a noise schedule of its own is asked: at the network_t at which it has learned the same noise.
+
+    Between two steps of either schedule, network_t is linear in log SNR, as in `continuous_time`.
+
+    Attributes:
+        own_t, own_log_snr: of the schedule that is sampled from, for t = 1…T.
+        its_t, its_log_snr: of the guide's.
+    """
+
+    own_t: Float[ArrayLike, " steps"]
+    own_log_snr: Float[ArrayLike, " steps"]
+    its_t: Float[ArrayLike, " its_steps"]
+    its_log_snr: Float[ArrayLike, " its_steps"]
+
+    def __call__(self, network_t: Real[Array, " b"]) -> tuple[Float[Array, " b"], Bool[Array, " b"]]:
+        """The guide's network_t, and whether its schedule has this noise."""
+        log_snr = jnp.interp(network_t, jnp.asarray(self.own_t), jnp.asarray(self.own_log_snr))
+        falling = jnp.asarray(self.its_log_snr)
+        is_known = (falling[-1] - BEYOND <= log_snr) & (log_snr <= falling[0] + BEYOND)
+        return jnp.interp(-log_snr, -falling, jnp.asarray(self.its_t)), is_known
+
+
+def clock(own: Schedule, its: Schedule) -> Clock | None:
+    """The clock of a guide; None where both schedules have the same noise at the same network_t.
+
+    Args:
+        own: the whole schedule that is sampled from, before any steps of it are chosen.
+        its: the guide's.
+
+    Raises:
+        ValueError: one of them scales the data, and so has other noise in x_t at the same log SNR.
+    """
+    if own.x0_scale is not None or its.x0_scale is not None:
+        raise ValueError("a schedule with an x0_scale can neither guide nor be guided by another model")
+    tables = [np.asarray(table)[1:] for of in (own, its) for table in (of.network_t, of.log_snr)]
+    pairs = zip(tables[:2], tables[2:], strict=True)
+    if all(a.shape == b.shape and np.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in pairs):
+        return None
+    own_t, own_log_snr, its_t, its_log_snr = (table.astype(np.float32) for table in tables)
+    has_signal = np.isfinite(its_log_snr)
+    # Where ours has no signal left, its has: no log SNR of the guide is as low.
+    return Clock(own_t, np.maximum(own_log_snr, -NO_SIGNAL), its_t[has_signal], its_log_snr[has_signal])
 
 
 def blind(network: Denoise) -> jax.tree_util.Partial:
@@ -127,11 +178,16 @@ def _autoguided(
     network: Callable[..., Array],
     guide: Callable[..., Array],
     scale: ArrayLike,
+    clock: Clock | None,
     x_t: Float[Array, "b h w c"],
     network_t: Real[Array, " b"],
     *labels: Int[Array, " b"],
 ) -> Float[Array, "b h w out"]:
-    return _away(network(x_t, network_t, *labels), guide(x_t, network_t, *labels), scale, x_t.shape[-1])
+    output = network(x_t, network_t, *labels)
+    if clock is not None:
+        network_t, is_known = clock(network_t)
+        scale = jnp.where(is_known, scale, 0.0)[:, None, None, None]
+    return _away(output, guide(x_t, network_t, *labels), scale, x_t.shape[-1])
 
 
 def _blind(network: Denoise, x_t: Array, network_t: Array, labels: Array) -> Array:

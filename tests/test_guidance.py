@@ -129,6 +129,55 @@ def test_autoguidance_extrapolates_away_from_the_worse_network_and_keeps_the_var
         np.testing.assert_allclose(within, found if is_guided else best(*batch, *labels), rtol=1e-5)
 
 
+def exact(schedule):
+    """ε̂ for Gaussian data of variance 1/4, which knows the noise from network_t: as its schedule has it, or between."""
+    tables = np.asarray(schedule.network_t)[1:], np.asarray(schedule.log_snr)[1:]
+
+    def eps_hat(x_t, network_t):
+        log_snr = jnp.interp(network_t, *map(jnp.asarray, tables))[:, None, None, None]
+        noise = jax.nn.sigmoid(-log_snr)
+        return jnp.sqrt(noise) * x_t / (noise + (1 - noise) / 4)
+
+    return eps_hat
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_a_guide_that_knows_the_same_at_each_noise_changes_nothing_whatever_its_schedule(batch, scale):
+    """(1 + w) ε − w ε = ε, if the guide is asked at the same log SNR."""
+    own = schedules.from_gamma(np.linspace(-6, 4, 13), np.arange(13))
+    its = schedules.from_gamma(np.linspace(-2, 2.5, 9) ** 3 / 2 - 3, 100 * np.arange(9))  # from −7 to 4.8
+    x_t, told, guide = batch[0], jax.tree_util.Partial(exact(own)), jax.tree_util.Partial(exact(its))
+    guided = guidance.autoguided(told, guide, scale, (), guidance.clock(own, its))
+    for t in (0.0, 3.0, 7.6, 12.0):  # also between two steps
+        network_t = jnp.full(3, t)
+        np.testing.assert_allclose(guided(x_t, network_t), told(x_t, network_t), rtol=1e-4, atol=1e-5)
+    careless = guidance.autoguided(told, guide, scale)
+    assert np.abs(careless(x_t, jnp.full(3, 7.0)) - told(x_t, jnp.full(3, 7.0))).max() > 0.1
+
+
+def test_noise_that_the_guide_s_schedule_does_not_have_is_not_guided(batch):
+    own = schedules.from_gamma(np.linspace(-6, 4, 11), np.arange(11))
+    its = schedules.from_gamma(np.linspace(-3, 2, 6), np.arange(6))
+    told = exact(own)
+    guided = guidance.autoguided(told, lambda x_t, t: 0 * x_t, 1.0, (), guidance.clock(own, its))
+    for t, factor in ((2, 1), (3, 2), (8, 2), (9, 1)):  # γ = t − 6
+        network_t = jnp.full(3, float(t))
+        np.testing.assert_allclose(guided(batch[0], network_t), factor * told(batch[0], network_t), rtol=1e-6)
+
+
+def test_equal_noise_at_equal_t_needs_no_clock_and_a_step_without_signal_is_no_knot():
+    assert guidance.clock(SCHEDULE, schedules.cosine(10)) is None
+    assert guidance.clock(SCHEDULE, schedules.respace(SCHEDULE, [2, 7, 10])) is not None
+    until_noise = schedules.harmonic(6)  # ᾱ_T = 0
+    assert guidance.clock(until_noise, until_noise) is None
+    asked, is_known = guidance.clock(SCHEDULE, until_noise)(SCHEDULE.network_t[1:])
+    assert np.isfinite(asked).all() and asked.max() <= 4
+    assert not guidance.clock(until_noise, SCHEDULE)(jnp.array([5.0]))[1]
+    scaled = schedules.from_gamma(np.linspace(-6, 4, 11), np.arange(11), 255 / 256)
+    with pytest.raises(ValueError, match="an x0_scale can neither guide nor be guided"):
+        guidance.clock(SCHEDULE, scaled)
+
+
 def test_a_guide_without_labels_ignores_them(batch):
     np.testing.assert_array_equal(guidance.blind(other)(*batch, jnp.asarray(LABELS)), other(*batch))
 

@@ -20,13 +20,13 @@ from diffusion.schedules import Schedule
 TRAJECTORY_FRAMES = 12
 
 
-
 class Walked(NamedTuple):
     """What images are drawn from: the model with the schedule that is walked, and what some ways need beside it."""
 
     model: Model
     levels: Schedule | None  # that churn takes its noise levels from
     guide: Callable[..., Array] | None
+    clock: guidance.Clock | None  # of a guide with another schedule
 
 
 class Sampler:
@@ -47,6 +47,7 @@ class Sampler:
         guidance_interval: tuple[float | int, ...] = (),
         grid: Grid = schedules.evenly_spaced,
         guide: Callable[..., Array] | None = None,
+        guide_schedule: Schedule | None = None,
     ):
         """Nothing is compiled before the first image.
 
@@ -61,10 +62,11 @@ class Sampler:
             guidance_interval: the t that are guided, as there.
             grid: one of `grids.GRIDS`.
             guide: a worse network than the models', a pytree that takes what they take.
+            guide_schedule: that it was trained with; None: that of the models.
         """
         self._step, self.image_shape = step, image_shape
         self._seed_key, self._batch_size, self._num_steps = randomness.stream(seed, "sample"), batch_size, num_steps
-        self._grid, self._guide = grid, guide
+        self._grid, self._guide, self._guide_schedule = grid, guide, guide_schedule
         self._labels, self._guidance = jnp.array(labels), (guidance_scale, guidance_interval)
         self._images = devices.over_batches(self._draw_images)
         self._trajectories = devices.over_batches(self._draw_trajectories)
@@ -94,10 +96,11 @@ class Sampler:
         return np.concatenate([frames for _, frames in found])
 
     def _replicated(self, model: Model) -> devices.Replicated:
-        levels = None if self._step.churn is None else model.schedule
+        levels, its = None if self._step.churn is None else model.schedule, self._guide_schedule
+        clock = None if its is None else guidance.clock(model.schedule, its)
         if self._num_steps is not None:
             model = dataclasses.replace(model, schedule=self._grid(model.schedule, self._num_steps))
-        return devices.replicate(Walked(model, levels, self._guide))
+        return devices.replicate(Walked(model, levels, self._guide, clock))
 
     def _draw_images(self, walked: Walked, numbers: Int[Array, " n"]) -> UInt8[Array, "n h w c"]:
         return to_levels(self._draw(walked, numbers, num_frames=1)[0], walked.model.num_levels)
@@ -111,7 +114,7 @@ class Sampler:
         model = walked.model
         keys, denoise = randomness.per_item(self._seed_key, numbers), model.denoise
         if walked.guide is not None:
-            denoise = guidance.autoguided(denoise, walked.guide, *self._guidance)
+            denoise = guidance.autoguided(denoise, walked.guide, *self._guidance, walked.clock)
         if model.takes_labels:
             labels = self._labels[numbers % len(self._labels)]
             is_guided = walked.guide is not None

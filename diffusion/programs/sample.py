@@ -69,6 +69,7 @@ def make_sampler(experiment: Experiment) -> Sampler:
         config.guidance_interval,
         sampling.grid(experiment.config),
         guide.network(experiment, guiding) if guiding else None,
+        guiding.model.schedule if guiding else None,
     )
 
 

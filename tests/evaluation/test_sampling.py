@@ -58,6 +58,20 @@ def test_a_guide_is_what_images_are_drawn_away_from():
     assert (sampler(guide=worse, guidance_scale=1.0).images(model, 2) == 8 + 3).all()
 
 
+def test_a_guide_with_another_schedule_is_asked_at_the_same_noise():
+    """Both say x̂_0 = log SNR/10, each by its own schedule, so guidance adds nothing; also on fewer steps."""
+
+    def told(schedule):
+        tables = jnp.asarray(schedule.network_t)[1:], jnp.asarray(schedule.log_snr)[1:]
+        return jax.tree_util.Partial(lambda x, t: jnp.zeros_like(x) + jnp.interp(t, *tables)[:, None, None, None] / 10)
+
+    own, its = (schedules.from_gamma(np.linspace(*ends, 9), np.arange(9)) for ends in ((-5, 4), (-6, 5)))
+    model = Model(told(own), X0, own, num_levels=17)
+    alone = sampler(num_steps=4).images(model, 2)
+    guided = sampler(guide=told(its), guide_schedule=its, guidance_scale=2.0, num_steps=4)
+    np.testing.assert_array_equal(guided.images(model, 2), alone)
+
+
 @pytest.mark.parametrize(("scale", "levels"), [(0.0, [3, 7, 3, 7, 3]), (1.0, [7, 15, 7, 15, 7])])
 def test_labels_come_in_turn_and_are_guided(scale, levels):
     """With a network that says its label ℓ, which is −1 for none: (1 + w) ℓ + w."""

@@ -49,11 +49,14 @@ def test_what_cannot_guide_is_refused_in_one_line(toy_run):
     named = f"sample.guide={str(toy_run.directory)!r} "
     assert refusal(shape=(4, 4, 1)) == named + "is of images (8, 8, 1), and this run of (4, 4, 1)"
     assert refusal(model__prediction="x0") == named + "predicts v, and this run has model.prediction='x0'"
-    message = refusal(schedule__name="linear_gamma")
-    assert "other noise at the same input than schedule.name='linear_gamma' here" in message
-    assert "other noise at the same input" in refusal(schedule__num_steps=4)
-    assert "is learned: no other checkpoint has the same" in refusal(schedule__name="learned(start='cosine')")
     assert "holds no run" in refusal(guide_of=toy_run.directory / "nowhere")
+
+
+@pytest.mark.parametrize("keys", [{"schedule__name": "learned(start='cosine')"}, {"schedule__num_steps": 4}])
+def test_a_guide_with_another_schedule_is_given_to_the_sampler_with_it(toy_run, keys):
+    config = toy_run.config(sample__guide=str(toy_run.directory), sample__guidance=0.5, **keys)
+    given = sample.make_sampler(build.experiment(config, toy.SHAPE, toy.LEVELS))._guide_schedule
+    np.testing.assert_array_equal(given.log_snr, toy_run.model(6).schedule.log_snr)
 
 
 def test_an_export_has_no_place_of_a_guide(toy_run, tmp_path_factory):
