@@ -103,15 +103,10 @@ def found_at(weights: Path, flags_file: str) -> Checkpoint:
     Raises:
         ValueError: it has no flags, besides what the function of its kind raises.
     """
-    is_file = not weights.is_dir()
-    try:
-        of_vdm = None if is_file else vdm.find(weights)
-    except FileNotFoundError:
-        of_vdm = None
-    if of_vdm:
+    if of_vdm := vdm.newest(weights):
         return vdm_checkpoint(of_vdm, flags_file)
     prefix = ho2020.find(weights)
-    if prefix is None and is_file:
+    if prefix is None and not weights.is_dir():
         return checkpoint(weights, flags_file)
     if flags_file:
         raise ValueError(f"--flags={flags_file} has no part: the settings of {weights} lie in its own files")

@@ -13,7 +13,7 @@ from diffusion import interop
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import export, named_run, names
 from diffusion.experiment.schema import network_keys
-from diffusion.interop import ho2020, openai_flags
+from diffusion.interop import ho2020, openai_flags, vdm
 from diffusion.networks import NETWORKS
 from diffusion.networks.named_tensors import first_few
 from diffusion.reverse import VARIANCES
@@ -104,6 +104,11 @@ def _read(text: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not any(place.exists() for place in places) and ho2020.find(text) is None:
         words = "may be a run (DIR, DIR@best, DIR@STEP), an export or published weights"
         raise FileNotFoundError(f"init_from={text!r} does not exist; it {words}")
+    if found := vdm.newest(directory):
+        raise ValueError(
+            f"init_from={text!r} is a checkpoint of VDM's program ({found.name}), with pixel values that no run has: "
+            "255/256 times these; interop.load_vdm reads it, and python -m experiments.published scores it"
+        )
     if _is_run(text):
         return _of_run(text)
     if export.is_export(directory):

@@ -186,6 +186,13 @@ RULES = (
         "sample.grid={c.sample.grid!r} lies between the steps, of which alone sample.variance={c.sample.variance!r} "
         "is known; leave out continuous",
     ),
+    Rule(
+        lambda it: it.config.model.prediction == "mean"
+        and 0 < it.config.sample.num_steps < it.config.schedule.num_steps,
+        "sample.num_steps={c.sample.num_steps} leaves out steps of schedule.num_steps={c.schedule.num_steps}, and "
+        "model.prediction={c.model.prediction!r} is the mean of the step before in that schedule alone; use 0, or eps, "
+        "x0 or v",
+    ),
 )
 
 

@@ -115,6 +115,13 @@ def find(directory: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
+    if found := newest(directory):
+        return found
+    raise FileNotFoundError(f"{expanded(directory)} holds no checkpoint of VDM's program, ckpt-N.flax")
+
+
+def newest(directory: str | Path) -> Path | None:
+    """The newest checkpoint's file; None where there is none."""
     root = expanded(directory)
     for folder in (root / name for name in FOLDERS):
         if not folder.is_dir():
@@ -122,7 +129,7 @@ def find(directory: str | Path) -> Path:
         found = [(match, path) for path in folder.iterdir() if (match := FILE_NAME.fullmatch(path.name))]
         if files := [(int(match[2] or match[3]), path) for match, path in found if path.is_file()]:
             return max(files)[1]
-    raise FileNotFoundError(f"{root} holds no checkpoint of VDM's program, ckpt-N.flax")
+    return None
 
 
 def described(tensors: Tensors) -> dict[str, Any]:

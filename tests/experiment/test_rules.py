@@ -91,6 +91,7 @@ BREAKING = (
         "model__conditioning": "gamma",
         "sample__variance": "optimal",
     },
+    {"model__prediction": "mean", "sample__num_steps": 999},
 )
 
 
@@ -168,6 +169,24 @@ def test_arguments_of_a_sampler_reach_its_step():
 
 def test_an_argument_that_a_sampler_refuses_is_refused_by_key():
     assert refusal(sample__method="ddim(eta=1.5)") == "sample.method='ddim(eta=1.5)': eta must be in [0, 1], not 1.5"
+
+
+def test_the_mean_of_a_step_is_the_mean_of_no_longer_step():
+    """A network that is perfect in T steps: respaced, its output stands for another x_0, unless it predicts ε."""
+    full = schedules.linear(50)
+    short = schedules.evenly_spaced(full, 5)
+    x0, eps = (jax.random.uniform(jax.random.key(i), (2, 2, 1), minval=-1.0) for i in range(2))
+    t = 3
+    row, respaced = full[int(short.network_t[t]) + 1], short[t]
+    x_t = process.q_sample(row, x0, eps)
+    error = {}
+    for prediction in ("eps", "mean"):
+        p = reverse.make(prediction, "fixed_small")
+        output = p.target(row, x0, x_t, eps)
+        error[prediction] = float(jnp.abs(p(respaced, x_t, output, clip_x0=False).x0_hat - x0).max())
+    assert error["eps"] < 1e-3 and error["mean"] > 0.3
+    rules.check(changed(model__prediction="mean", sample__num_steps=1000))
+    rules.check(changed(model__prediction="mean", sample__num_steps=0))
 
 
 def test_a_grid_that_cannot_be_is_refused_by_key():
