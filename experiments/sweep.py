@@ -59,7 +59,7 @@ def possible(cells: list[Cell]) -> tuple[list[Cell], dict[str, list[str]]]:
     return kept, excluded
 
 
-def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None]) -> str:
+def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None], with_quality: bool = True) -> str:
     """Trains and scores one cell in `directory` and measures its samples, or the rest of it.
 
     Returns why it failed, or "". `watch` gets a word on the progress every few seconds.
@@ -67,7 +67,7 @@ def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None]) -> str:
     try:
         config = workdir.continued(cell.config(), directory, cell.overrides)
         workdir.check(config, directory)
-        if workdir.is_finished(directory, config) and quality.is_measured(config, directory):
+        if _is_done(cell, directory, with_quality):
             return ""
         workdir.claim(config, directory)
         with (directory / LOG).open("a") as log:
@@ -78,7 +78,7 @@ def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None]) -> str:
             code = 0
             if not workdir.is_finished(directory):
                 code = _run(cell, "train", directory, log, watch)
-            if not code and not quality.is_measured(config, directory):
+            if not code and with_quality and not quality.is_measured(config, directory):
                 code = _run(cell, "quality", directory, log, watch)
     except (ValueError, OSError) as error:
         return str(error)
@@ -107,27 +107,33 @@ def _run(cell: Cell, mode: str, directory: Path, log: TextIO, watch: Callable[[s
         process.wait()
 
 
-def run_cells(cells: list[Cell], directory: Path) -> dict[str, str]:
-    """Runs the cells one after the other; returns the reasons of those that failed by their names."""
+def run_cells(cells: list[Cell], directory: Path, with_quality: bool = True) -> dict[str, str]:
+    """Runs the cells one after the other; returns the reasons of those that failed by their names.
+
+    A signal ends the running cell, which saves what it has, and then the program.
+
+    Args:
+        with_quality: whether samples are measured as well.
+    """
     failures = {}
-    finished = sum(_is_done(cell, directory / cell.name) for cell in cells)
-    with Progress(len(cells), initial=finished, desc="sweep", unit="cell") as progress:
+    finished = sum(_is_done(cell, directory / cell.name, with_quality) for cell in cells)
+    with _stopped_by_signals(), Progress(len(cells), initial=finished, desc="sweep", unit="cell") as progress:
         for cell in cells:
-            was_finished = _is_done(cell, directory / cell.name)
+            was_finished = _is_done(cell, directory / cell.name, with_quality)
 
             def watch(words: str, name: str = cell.name) -> None:
                 # In a log file, a line per cell is enough.
                 progress.set_postfix_str(f"{name}: {words}", refresh=sys.stderr.isatty())
 
-            if failure := run_cell(cell, directory / cell.name, watch):
+            if failure := run_cell(cell, directory / cell.name, watch, with_quality):
                 failures[cell.name] = failure
             progress.update(not was_finished)
     return failures
 
 
-def _is_done(cell: Cell, directory: Path) -> bool:
+def _is_done(cell: Cell, directory: Path, with_quality: bool = True) -> bool:
     config = workdir.continued(cell.config(), directory, cell.overrides)
-    return workdir.is_finished(directory, config) and quality.is_measured(config, directory)
+    return workdir.is_finished(directory, config) and (not with_quality or quality.is_measured(config, directory))
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -174,6 +180,15 @@ def expected(cells: list[Cell], directory: Path) -> str:
     return f"{words}; how long is known once the first one has logged some steps"
 
 
+def indexed(arguments: argparse.Namespace, cells: list[Cell]) -> list[Cell]:
+    """The cell that --index asks for; without it all. Raises a ValueError if there is none of that number."""
+    if arguments.index is None:
+        return cells
+    if not 0 <= arguments.index < len(cells):
+        raise ValueError(f"--index={arguments.index} must be in 0…{len(cells) - 1}")
+    return [cells[arguments.index]]
+
+
 def overrides(settings: list[str], flag: str = "--set") -> dict[str, str]:
     """["train.num_steps=500"] -> {"train.num_steps": "500"}."""
     for setting in settings:
@@ -193,12 +208,8 @@ def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetO
             print("\n".join(f"{index} {cell.name}" for index, cell in enumerate(cells)))
             print(expected(cells, arguments.workdir), file=sys.stderr)
             return 0
-        if arguments.index is not None:
-            if not 0 <= arguments.index < len(cells):
-                raise ValueError(f"--index={arguments.index} must be in 0…{len(cells) - 1}")
-            cells = [cells[arguments.index]]
-        with _stopped_by_signals():
-            failures = run_cells(cells, arguments.workdir)
+        cells = indexed(arguments, cells)
+        failures = run_cells(cells, arguments.workdir)
     if arguments.index is None:
         print(sweep_report.write(arguments.workdir, target_of, [cell.name for cell in cells]))
         page.refresh(arguments.workdir)

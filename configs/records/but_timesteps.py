@@ -1,0 +1,18 @@
+"""All four changes but low-discrepancy t.
+
+    python -m experiments.records --records=but_timesteps --minutes=8 --workdir=runs/records
+
+From     all_four
+Idea     what low-discrepancy t does beside the others
+"""
+
+from ml_collections import ConfigDict
+
+from configs.records import all_four
+
+
+def get_config() -> ConfigDict:
+    """What differs from `all_four`."""
+    config = all_four.get_config()
+    config.objective.timesteps = "uniform"
+    return config

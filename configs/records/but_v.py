@@ -1,0 +1,18 @@
+"""All four changes but the prediction of v.
+
+    python -m experiments.records --records=but_v --minutes=8 --workdir=runs/records
+
+From     all_four
+Idea     what v does beside the others
+"""
+
+from ml_collections import ConfigDict
+
+from configs.records import all_four
+
+
+def get_config() -> ConfigDict:
+    """What differs from `all_four`."""
+    config = all_four.get_config()
+    config.model.prediction = "eps"
+    return config

@@ -1,0 +1,18 @@
+"""Ho et al.'s L_simple with the variance β̃.
+
+    python -m experiments.records --records=simple_fixed_small --minutes=8 --workdir=runs/records
+
+From     simple_fixed_large
+Idea     the smaller of the two fixed variances; the same weights
+"""
+
+from ml_collections import ConfigDict
+
+from configs.records import simple_fixed_large
+
+
+def get_config() -> ConfigDict:
+    """What differs from `simple_fixed_large`."""
+    config = simple_fixed_large.get_config()
+    config.model.variance = "fixed_small"
+    return config

@@ -1,0 +1,215 @@
+r"""Bits/dim of photographs at equal compute: a table of records, each of which is one config file and three seeds.
+
+    python -m experiments.records --workdir=runs/records --data-dir=DIR --minutes=8
+    python -m experiments.records --workdir=runs/records --data-dir=DIR --minutes=8 --records=vlb,all_four
+    python -m experiments.records --workdir=runs/records --data-dir=DIR --minutes=8 --records=all_four --test
+
+A record is a file in configs/records/; its header says what it starts from. A budget is an amount of arithmetic, so
+that the machine does not matter: what two quiet CPU cores do in 8, 33 or 120 minutes with the base's network. From it
+and the network's cost per image follows the number of steps.
+
+Training looks at no test image. The end scores validation images that no step saw, and by these a recipe is chosen.
+`--test` scores test images of finished runs: once, of what was chosen. Leaves records.md and records.png in the working
+directory. What is finished is skipped and what was cut resumes, as in `experiments.sweep`.
+"""
+
+import argparse
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusion.evaluation.bound import estimated_bound
+from diffusion.evaluation.images import NONE, subset
+from diffusion.experiment import build, rules, workdir
+from diffusion.experiment.config import from_file
+from diffusion.programs.describe import forward_flops
+from diffusion.reporting import page, summary
+from diffusion.runtime import devices, files
+from experiments import records_report, sweep
+from experiments.commands import exit_with
+from experiments.records_report import Entry
+from experiments.sweep_grid import Cell
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path("configs", "records")
+# FLOP of a training, by the minutes that they take two quiet CPU cores: measured with 520 steps of 32 images of
+# `hybrid` in 8 minutes, and in proportion.
+BUDGETS = {8: 4.0e13, 33: 1.65e14, 120: 6.0e14}
+NUM_VALIDATION = 2000  # training images that are set aside
+NUM_SCORED, NUM_TERMS = 1000, 9  # images of a split, and terms of each one's bound
+CIFAR10 = (32, 32, 3)
+_forward_flops: dict[tuple[str, int], float] = {}
+
+
+def names() -> list[str]:
+    """Every record, the one that a record starts from before it."""
+    found = sorted(path.stem for path in (ROOT / FOLDER).glob("*.py"))
+    ordered: list[str] = []
+
+    def add(name: str) -> None:
+        if name in found and name not in ordered:
+            add(starts_from(name))
+            ordered.append(name)
+
+    for name in found:
+        add(name)
+    return ordered
+
+
+def starts_from(name: str) -> str:
+    """What a record's header says after "From": another record, or any other config file."""
+    return _header(name, "From")
+
+
+def _header(name: str, label: str) -> str:
+    docstring = ast.get_docstring(ast.parse(Path(file(name)).read_text(encoding="utf-8"))) or ""
+    for line in docstring.splitlines():
+        if line.startswith(f"{label} "):
+            return line.removeprefix(label).strip()
+    raise ValueError(f"{FOLDER / name}.py: its header must have a line that begins with {label!r}")
+
+
+def file(name: str) -> str:
+    """A record's config file, as --config has it."""
+    return str(ROOT / FOLDER / f"{name}.py")
+
+
+def flops_per_image(name: str) -> float:
+    """What an image costs in a step of training: three times a pass through the network."""
+    experiment = build.experiment(from_file(file(name), {}), CIFAR10, num_levels=256, num_classes=10)
+    network = str(experiment.training.network), experiment.p.output_channels(CIFAR10[-1])
+    if network not in _forward_flops:  # counting takes seconds, and many records have the same network
+        _forward_flops[network] = forward_flops(experiment)
+    return 3 * _forward_flops[network]
+
+
+def num_steps(name: str, minutes: int) -> int:
+    """How many steps a record may train in a budget."""
+    batch_size = from_file(file(name), {}).train.batch_size
+    return max(1, int(BUDGETS[minutes] / (flops_per_image(name) * batch_size)))
+
+
+def cells(chosen: Sequence[str], minutes: int, seeds: Sequence[str], extra: dict[str, str]) -> list[Cell]:
+    """The runs of some records with each seed; `extra` overrides go to all."""
+    own = {"data.validation": str(NUM_VALIDATION), "eval.num_images": str(NONE)}
+    made = []
+    for name in chosen:
+        steps = str(num_steps(name, minutes))
+        keys = own | {"train.num_steps": steps, "train.checkpoint_every": steps}
+        made += [Cell(folder(name, minutes, seed), file(name), keys | {"seed": seed} | extra) for seed in seeds]
+    return made
+
+
+def folder(name: str, minutes: int, seed: str) -> str:
+    return f"{minutes}min-{name}-seed{seed}"
+
+
+def score(directory: Path, split: str) -> None:
+    """Estimates the bound of some images of a split, unless SPLIT.json has that of these weights."""
+    loaded = workdir.load(directory, claims=False)
+    path = directory / f"{split}.json"
+    if (summary.read_json(path) or {}).get("ema_sha256") == loaded.state.sha256:
+        return
+    config, source = scored(loaded.config), getattr(build.load_splits(loaded.config), split)
+    numbers = subset(len(source), min(NUM_SCORED, len(source)))
+    unfinished = directory / f"unfinished_{split}-{loaded.state.sha256[:12]}.npy"
+    estimate = estimated_bound(build.bound_settings(config))
+    bound = estimate(devices.replicate(loaded.model), source, numbers, unfinished)
+    about = {"ema_sha256": loaded.state.sha256, "terms_per_image": NUM_TERMS}
+    summary.write_json(path, bound.summary(split) | about)
+    for kept in directory.glob(f"{unfinished.stem}*"):
+        kept.unlink()
+
+
+def scored(config: ConfigDict) -> ConfigDict:
+    """A run's config with the way in which every record is scored."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.eval.terms_per_image, config.eval.protocol, config.eval.noises_per_term = NUM_TERMS, "exact", 1
+    return config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line."""
+    parser = sweep.argument_parser(__doc__)
+    parser.add_argument("--minutes", type=int, choices=BUDGETS, default=min(BUDGETS), help="the budget")
+    parser.add_argument("--records", metavar="A,B,...", help="files of configs/records/; default: all")
+    parser.add_argument("--data-dir", help="a directory that TFDS prepared; by default ~/tensorflow_datasets")
+    parser.add_argument("--test", action="store_true", help="score test images of these records' finished runs, too")
+    arguments = parser.parse_args(argv)
+    extra = sweep.overrides(arguments.set) | ({"data.data_dir": arguments.data_dir} if arguments.data_dir else {})
+    runs = cells(chosen(arguments), arguments.minutes, sweep.seeds(arguments, ["0", "1", "2"]), extra)
+    for cell in runs:
+        rules.check(cell.config())
+    if arguments.list:
+        print("\n".join(f"{index} {cell.name}" for index, cell in enumerate(runs)))
+        return 0
+    failures = {} if arguments.report else run(arguments, runs)
+    if arguments.index is None:
+        write(arguments.workdir)
+    return 1 if failures else 0
+
+
+def chosen(arguments: argparse.Namespace) -> list[str]:
+    """The records that --records names; without it all.
+
+    Raises:
+        ValueError: one does not exist, or test images are to be scored of nobody's choice.
+    """
+    known = names()
+    if arguments.test and not arguments.records:
+        raise ValueError("--test is for records that validation images chose: name them with --records=A,B")
+    wanted = sweep.split_values(arguments.records) if arguments.records else known
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"--records: there is no {FOLDER / name}.py; there are {', '.join(known)}")
+    return wanted
+
+
+def run(arguments: argparse.Namespace, runs: list[Cell]) -> dict[str, str]:
+    """Trains and scores; returns why runs failed, by their names."""
+    failures = sweep.run_cells(sweep.indexed(arguments, runs), arguments.workdir, with_quality=False)
+    for cell in sweep.indexed(arguments, runs):
+        if cell.name not in failures:
+            for split in ("validation", *(["test"] if arguments.test else [])):
+                score(arguments.workdir / cell.name, split)
+    return failures
+
+
+def write(directory: Path) -> None:
+    """Rebuilds records.md and records.png from the folders; prints the table."""
+    entries = [entry for minutes in BUDGETS for name in names() if (entry := entry_of(directory, name, minutes))]
+    text = records_report.markdown(entries)
+    files.write_text(directory / "records.md", text)
+    records_report.plot(directory / "records.png", entries)
+    page.refresh(directory)
+    print(text)
+
+
+def entry_of(directory: Path, name: str, minutes: int) -> Entry | None:
+    """What the folders of one record in one budget hold; None if no run of it was scored."""
+    found: dict[str, dict[str, Any]] = {}
+    prefix = folder(name, minutes, "")
+    for path in sorted(directory.glob(f"{prefix}*/validation.json")):
+        scores = summary.read_json(path)
+        if scores:
+            found[path.parent.name.removeprefix(prefix)] = _facts(path.parent) | scores
+    if not found:
+        return None
+    return Entry(name, minutes, starts_from(name), _header(name, "Idea"), flops_per_image(name), found)
+
+
+def _facts(directory: Path) -> dict[str, Any]:
+    """What else of a run the table says: its test images' scores where they are scored, size, length and speed."""
+    of_run = summary.read_json(directory / "summary.json")
+    config = workdir.read_config(directory)
+    speed = records_report.images_per_second(directory)
+    facts = {"num_params": of_run["num_params"], "steps": config.train.num_steps, "images_per_second": speed}
+    return facts | (summary.read_json(directory / "test.json") or {})
+
+
+if __name__ == "__main__":
+    exit_with(main)

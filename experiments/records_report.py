@@ -1,0 +1,110 @@
+"""The table and the figure of the records, from what their folders hold."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from diffusion.reporting.metrics_log import read_metrics
+from experiments import intervals, tables
+
+SCORES = ("bits/dim, validation", "L_0", "KL", "less its start", "bits/dim, test")
+SIZES = ("parameters", "GFLOP", "steps", "images/s")
+NOTES = """\
+Bits/dim: {over_seeds}. "less its start": the same of the differences to the record
+that it starts from, seed by seed, on validation images. By these a recipe is chosen; test images are scored at the end.
+GFLOP: of one image in a step of training. images/s: the median over a run's rows and over runs; it depends on the
+machine, and nothing else here does.
+"""
+
+
+class Entry(NamedTuple):
+    """A record in one budget.
+
+    Attributes:
+        name: of its file.
+        minutes: the budget.
+        start: what it starts from.
+        idea: what its header says.
+        flops: of an image in a step of training.
+        runs: seed -> validation.json, test.json and what else of a run is said.
+    """
+
+    name: str
+    minutes: int
+    start: str
+    idea: str
+    flops: float
+    runs: dict[str, dict[str, Any]]
+
+    def by_seed(self, number: str) -> dict[str, float]:
+        """A number of each seed that has it."""
+        return {seed: run[number] for seed, run in self.runs.items() if run.get(number) is not None}
+
+
+def images_per_second(directory: Path) -> float | None:
+    """The median of a run's images per second; None where too few rows know it."""
+    found = [row["images_per_second"] for row in read_metrics(directory) if "images_per_second" in row]
+    return float(np.median(found)) if found else None
+
+
+def markdown(entries: Sequence[Entry]) -> str:
+    """A table for each budget, best first."""
+    texts = ["# Records"]
+    for minutes in dict.fromkeys(entry.minutes for entry in entries):
+        rows = sorted((entry for entry in entries if entry.minutes == minutes), key=_validation_bpd)
+        by_name = {entry.name: entry for entry in rows}
+        over_seeds = intervals.caption(len(entry.runs) for entry in rows)
+        table = tables.markdown(["record", "starts from", *SCORES, *SIZES], [_row(entry, by_name) for entry in rows])
+        texts += [f"## {minutes} minutes of two CPU cores", NOTES.format(over_seeds=over_seeds), table]
+        texts += ["\n".join(f"- `{entry.name}`: {entry.idea}" for entry in rows)]
+    return "\n\n".join(texts) + "\n"
+
+
+def _validation_bpd(entry: Entry) -> float:
+    return intervals.of_mean(entry.by_seed("validation_bpd").values()).mean
+
+
+def _row(entry: Entry, others: Mapping[str, Entry]) -> list[str]:
+    start, own = others.get(entry.start), entry.by_seed("validation_bpd")
+    less = intervals.paired(own, start.by_seed("validation_bpd")) if start else {}
+    one = next(iter(entry.runs.values()))
+    speed = entry.by_seed("images_per_second").values()
+    return [
+        entry.name,
+        entry.start,
+        *(_text(entry.by_seed(f"validation_{part}")) for part in ("bpd", "decoder_bpd", "kl_bpd")),
+        _text(less, signed=True),
+        _text(entry.by_seed("test_bpd")),
+        f"{one['num_params']:,}",
+        f"{entry.flops / 1e9:.2f}",
+        f"{one['steps']:,}",
+        f"{np.median(list(speed)):.0f}" if speed else "–",
+    ]
+
+
+def _text(by_seed: Mapping[str, float], signed: bool = False) -> str:
+    return intervals.text(intervals.of_mean(by_seed.values()), 3, signed) if by_seed else "–"
+
+
+def plot(path: Path, entries: Sequence[Entry]) -> None:
+    """A panel for each budget: bits/dim of the validation images of each seed, and the interval of their mean."""
+    budgets = list(dict.fromkeys(entry.minutes for entry in entries))
+    if not budgets:
+        return
+    most = max(sum(entry.minutes == minutes for entry in entries) for minutes in budgets)
+    figure = Figure(figsize=(5 * len(budgets) + 1, 1.4 + 0.32 * most), layout="constrained")
+    for axes, minutes in zip(figure.subplots(1, len(budgets), squeeze=False)[0], budgets, strict=True):
+        rows = sorted((entry for entry in entries if entry.minutes == minutes), key=_validation_bpd, reverse=True)
+        for y, entry in enumerate(rows):
+            values = list(entry.by_seed("validation_bpd").values())
+            interval = intervals.of_mean(values)
+            axes.plot(values, [y] * len(values), "|", color="black")
+            half_width = 0 if np.isnan(interval.half_width) else interval.half_width
+            axes.errorbar(interval.mean, y, xerr=half_width, fmt="o", color="tab:blue", capsize=3)
+        axes.set_yticks(range(len(rows)), [entry.name for entry in rows], fontsize=8)
+        axes.set(xlabel="bits/dim (validation)", title=f"{minutes} minutes of two CPU cores")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,89 @@
+"""The records: one config file each, equal arithmetic, choices by validation images."""
+
+import itertools
+
+import pytest
+
+from diffusion.experiment import config as config_lib
+from diffusion.reporting import summary
+from experiments import records, records_report
+from experiments.records_report import Entry
+
+
+def test_a_record_comes_after_what_it_starts_from():
+    names = records.names()
+    assert sorted(names) == sorted(path.stem for path in (records.ROOT / records.FOLDER).glob("*.py"))
+    for place, name in enumerate(names):
+        start = records.starts_from(name)
+        assert start in names[:place] or (records.ROOT / start).exists()
+
+
+@pytest.mark.parametrize("name", records.names())
+def test_a_record_is_a_config_whose_header_says_its_idea(name):
+    config_lib.check(config_lib.from_file(records.file(name), {}))
+    assert records._header(name, "Idea")
+
+
+def test_a_budget_is_an_amount_of_arithmetic(monkeypatch):
+    """Half the work per image, twice the steps; the budgets are in proportion to their minutes."""
+    cost = {"hybrid": 2.4e9, "vlb": 1.2e9}
+    monkeypatch.setattr(records, "flops_per_image", cost.get)
+    assert records.num_steps("hybrid", 8) == int(records.BUDGETS[8] / 2.4e9 / 32) == 520
+    assert abs(records.num_steps("vlb", 8) - 2 * 520) <= 1
+    for (minutes, budget), (others, other) in itertools.pairwise(records.BUDGETS.items()):
+        assert budget / minutes == pytest.approx(other / others, rel=0.01)
+
+
+def test_training_scores_no_test_image_and_sets_validation_images_aside(monkeypatch):
+    monkeypatch.setattr(records, "flops_per_image", lambda name: 2.4e9)
+    for cell in records.cells(["vlb"], 8, ["0", "1"], {"data.data_dir": "somewhere"}):
+        config = cell.config()
+        assert config.eval.num_images == -1 and config.data.validation == 2000
+        assert config.train.num_steps == config.train.checkpoint_every == 520
+        assert config.data.data_dir == "somewhere"
+
+
+def test_test_images_are_scored_of_named_records_alone():
+    with pytest.raises(ValueError, match="name them with --records"):
+        records.main(["--workdir=none", "--test"])
+    with pytest.raises(ValueError, match=r"there is no configs/records/vbl.py; there are .*vlb"):
+        records.main(["--workdir=none", "--records=vbl"])
+
+
+def scores(bpd, **more):
+    facts = {"num_params": 1234, "steps": 520, "images_per_second": 40.0}
+    return facts | {"validation_bpd": bpd, "validation_decoder_bpd": 1.0, "validation_kl_bpd": bpd - 1} | more
+
+
+def test_the_table_pairs_a_record_with_its_start_by_seed_and_lists_the_best_first():
+    start = Entry("vlb", 8, "hybrid", "the bound", 2.4e9, {"0": scores(4.0), "1": scores(4.5)})
+    better = Entry("v", 8, "vlb", "v", 2.4e9, {"1": scores(4.25, test_bpd=4.3), "0": scores(3.75)})
+    longer = Entry("v", 33, "vlb", "v", 2.4e9, {"0": scores(3.5)})
+    lines = records_report.markdown([start, better, longer]).splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| v")]
+    heads = next(line for line in lines if line.startswith("| record")).strip("| ").split(" | ")
+    assert [row[0] for row in rows] == ["| v", "| vlb", "| v"]
+    best, other, alone = (dict(zip(heads, row, strict=True)) for row in rows)
+    assert best["less its start"] == "-0.250 (all 2 equal)" and best["bits/dim, test"] == "4.300"
+    assert other["less its start"] == other["bits/dim, test"] == "–"
+    assert alone["bits/dim, validation"] == "3.500" and alone["less its start"] == "–"
+
+
+@pytest.mark.slow
+def test_a_record_from_training_to_the_table(tmp_path, capsys):
+    """A step of two small networks on digits: nothing is read of the test images before --test asks for it."""
+    small = ["unet.channels=8", "unet.num_groups=2", "unet.channel_mult=(1,)", "unet.attention_resolutions=()"]
+    keys = [*small, "schedule.num_steps=50", "train.num_steps=1", "optim.warmup_steps=0"]
+    keys += ["data.name=digits", "data.validation=-1", "data.flip=False", "sample.num_images=0"]
+    command = [f"--workdir={tmp_path}", "--records=hybrid,vlb", "--seeds=1", "--set", *keys]
+    assert records.main(command) == 0
+    run = tmp_path / "8min-vlb-seed0"
+    assert not (run / "test.json").exists() and "test_bpd" not in summary.read_json(run / "summary.json")
+    found = summary.read_json(run / "validation.json")
+    assert found["validation_images"] == 130
+    assert records.main([*command[:1], "--records=vlb", "--seeds=1", "--test", "--report", "--set", *keys]) == 0
+    assert not (run / "test.json").exists()
+    assert records.main([*command[:1], "--records=vlb", "--seeds=1", "--test", "--set", *keys]) == 0
+    assert summary.read_json(run / "test.json")["test_images"] == 299
+    assert summary.read_json(run / "validation.json") == found
+    assert "less its start" in capsys.readouterr().out and (tmp_path / "records.png").exists()
