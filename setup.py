@@ -35,7 +35,7 @@ setup(
         "matplotlib",
         "ml-collections",
         "numpy>=2",
-        "optax>=0.2.5",
+        "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8,<0.13",  # runtime/checkpoint.py was tested with its layout and API; 1.0 has another
         "pillow",
         "safetensors",

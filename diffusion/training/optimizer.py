@@ -1,13 +1,17 @@
-"""The optimizer, from Optax: a clip of the gradient, then Adam or AdamW at a learning rate that warms up and decays."""
+"""The optimizer, from Optax: a clip of the gradient, then Adam or another rule at a rate that warms up and decays."""
 
 from collections.abc import Callable
 
+import jax
 import optax
+from jaxtyping import PyTree
+from optax.contrib import MuonDimensionNumbers
+from optax.contrib import muon as muon_of_optax
 
 
 def adam(learning_rate: optax.Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
     """Adam (Kingma & Ba 2015) with the settings of Ho et al. (2020), appendix B."""
-    _check_betas(b1, b2)
+    _check_betas(b1=b1, b2=b2)
     return optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
 
 
@@ -15,11 +19,31 @@ def adamw(
     learning_rate: optax.Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
 ):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019): weight_decay × learning rate × parameter."""
-    _check_betas(b1, b2)
+    _check_betas(b1=b1, b2=b2)
     return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
-OPTIMIZERS = {"adam": adam, "adamw": adamw}
+def muon(learning_rate: optax.Schedule, beta: float = 0.95):
+    """Muon (Jordan 2024): every kernel's momentum with its singular values made about equal; NAdam for vectors.
+
+    A kernel of [..., in, out] is the matrix that maps what its window sees to its outputs. The elements of its step are
+    0.2 of the learning rate in size, as Adam's are in the long run (Liu et al. 2025, arXiv 2502.16982).
+    """
+    _check_betas(beta=beta)
+
+    def kernels(params: PyTree) -> PyTree:
+        def as_matrix(leaf: jax.Array) -> MuonDimensionNumbers | None:
+            if leaf.ndim < 2:
+                return None
+            *window_and_in, out = range(leaf.ndim)
+            return MuonDimensionNumbers(tuple(window_and_in), (out,))
+
+        return jax.tree.map(as_matrix, params)
+
+    return muon_of_optax(learning_rate, beta=beta, consistent_rms=0.2, muon_weight_dimension_numbers=kernels)
+
+
+OPTIMIZERS = {"adam": adam, "adamw": adamw, "muon": muon}
 
 
 def constant(peak: float, num_steps: int) -> optax.Schedule:
@@ -61,7 +85,7 @@ def make(
     return optax.chain(*clip, optimizer(schedule))
 
 
-def _check_betas(*betas: float) -> None:
-    for name, beta in zip(("b1", "b2"), betas, strict=True):
+def _check_betas(**betas: float) -> None:
+    for name, beta in betas.items():
         if not 0 <= beta < 1:
             raise ValueError(f"optim.name: {name}={beta} must be in [0, 1)")

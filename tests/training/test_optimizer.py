@@ -112,7 +112,38 @@ def test_a_training_that_is_all_warm_up_never_decays():
     np.testing.assert_allclose(found, RATE * np.array([0, 0.25, 0.5, 0.75]), atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", optimizer.OPTIMIZERS.values(), ids=optimizer.OPTIMIZERS)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_muon_makes_the_singular_values_of_a_kernels_step_about_equal(scale):
+    """Of a gradient of any size; as large as Adam's step, whose elements are about the rate in size, is 0.2 of it."""
+    kernel = RNG.normal(size=(3, 3, 4, 8))
+    spread = np.linalg.svd(kernel.reshape(36, 8), compute_uv=False)
+    step = first_step_of_muon(kernel * scale).reshape(36, 8)
+    found = np.linalg.svd(step, compute_uv=False) / (RATE * 0.2 * 36**0.5)
+    assert spread[0] / spread[-1] > 2
+    # Five Newton-Schulz iterations end in about this band (Jordan 2024).
+    assert 0.6 < found[-1] <= found[0] < 1.25
+    np.testing.assert_allclose(np.sqrt(np.mean(step**2)), 0.2 * RATE, rtol=0.15)
+
+
+def test_muon_leaves_vectors_to_adam():
+    """Of two gradients that differ in size alone the first steps are equal."""
+    vector = RNG.normal(size=8)
+    steps = [first_step_of_muon(vector * scale) for scale in (1.0, 1e3)]
+    np.testing.assert_allclose(*steps, rtol=1e-5)
+    np.testing.assert_allclose(np.abs(steps[0]), np.abs(steps[0][0]), rtol=1e-5)
+
+
+def first_step_of_muon(gradient):
+    made = make(optimizer.muon)
+    gradient = jnp.asarray(gradient, jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        return np.asarray(made.update(gradient, made.init(gradient), gradient)[0], np.float64)
+
+
+ADAMS = {"adam": optimizer.adam, "adamw": optimizer.adamw}
+
+
+@pytest.mark.parametrize("rule", ADAMS.values(), ids=ADAMS)
 @pytest.mark.parametrize("arguments", [{"b1": 1.0}, {"b2": -0.1}, {"b2": 1.5}])
 def test_a_beta_out_of_its_range_is_refused_by_its_config_key(rule, arguments):
     ((name, value),) = arguments.items()

@@ -1,0 +1,19 @@
+"""This project's recipe with Muon in place of Adam.
+
+    python -m experiments.records --records=muon --minutes=8 --workdir=runs/records
+
+From     all_four
+Idea     steps of a kernel that are as large in every direction
+"""
+
+from ml_collections import ConfigDict
+
+from configs.records import all_four
+
+
+def get_config() -> ConfigDict:
+    """What differs from `all_four`."""
+    config = all_four.get_config()
+    config.optim.name = "muon"
+    config.optim.learning_rate = 4e-3
+    return config
