@@ -87,7 +87,7 @@ def test_any_config_key_can_be_an_axis_and_the_seed_stays_the_fastest():
 
 def test_signals_do_after_a_sweep_what_they_did_before(tmp_path, monkeypatch):
     before, during = signal.getsignal(signal.SIGINT), []
-    monkeypatch.setattr(sweep, "run_cells", lambda *_: during.append(signal.getsignal(signal.SIGINT)) or {})
+    monkeypatch.setattr(sweep, "run_cell", lambda *_: during.append(signal.getsignal(signal.SIGINT)) or "")
     variance.main([f"--workdir={tmp_path}", f"--base={BASE}", "--index=0"])
     assert during == [sweep._stop] and signal.getsignal(signal.SIGINT) is before
 
@@ -246,12 +246,12 @@ else:
 
 
 ONE_CELL = """
-import pathlib, sys
+import functools, pathlib, sys
 from experiments import sweep
 
 base, directory = sys.argv[1], pathlib.Path(sys.argv[2])
 sweep.MAIN, run_cell = directory / "main.py", sweep.run_cell
-sweep.run_cell = lambda cell, folder, watch: run_cell(cell, folder, lambda words: print(words, flush=True))
+sweep.run_cell = lambda cell, folder, watch, *more: run_cell(cell, folder, functools.partial(print, flush=True), *more)
 sys.exit(bool(sweep.run_cells([sweep.Cell("cell", base, {})], directory)))
 """
 

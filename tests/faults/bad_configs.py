@@ -40,7 +40,9 @@ BAD_CALLS = {
     "model.network": ("unet(chanels=32)", "unet(channels=31)", "unet(out_channels=2)", "unet(dtype='float16')",
                       "unet(dropout=1.0)", "unet(channels=True)"),
     "objective.timesteps": ("loss_aware(history_length=0)", "loss_aware(uniform_share=2)", "uniform(share=1)"),
-    "optim.name": ("adam(b2=1.0)", "adam(learning_rate=1.0)", "adam(weight_decay=0.1)", "adamw(b1='0.9')", "muon(beta=1.0)"),
+    "optim.name": (
+        "adam(b2=1.0)", "adam(learning_rate=1.0)", "adam(weight_decay=0.1)", "adamw(b1='0.9')", "muon(beta=1.0)"
+    ),
     "optim.decay": ("cosine(end='zero')", "constant(end=0.0)", "cosine(**{})"),
     "sample.method": ("ddim(eta=2)", "ddim(eta=None)", "ancestral(eta=0.5)", "ddim(clip_x0=2)"),
 }  # fmt: skip
