@@ -31,7 +31,7 @@ from experiments.variance_accounting import estimate_x0_terms
 
 FILE = "steps"
 VARIANCES = ("fixed_small", "fixed_large", "optimal", "model")
-WITHOUT_VARIANCE = ("ddim", "dpm_solver_pp", "heun")
+WITHOUT_VARIANCE = ("ddim", "dpm_solver_pp", "dpm_solver_pp(eta=1)", "unipc", "heun", "heun(s_churn=40)")
 
 
 class Way(NamedTuple):
@@ -174,7 +174,7 @@ def plot(
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.minorticks_off()
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", loc="upper right", ncols=2)
     figure.savefig(path, dpi=120)
 
 
