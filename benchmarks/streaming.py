@@ -3,15 +3,20 @@
     python -m benchmarks.streaming                       # a set of 15.7 GB: 1,281,149 images of 64×64
     python -m benchmarks.streaming --images=20000 --size=32
     python -m benchmarks.streaming --cold                # as if the file were read for the first time
+    python -m benchmarks.streaming --jpeg --images=2000 --size=256 --pause=0.2
 
 The images are random bytes in a file that is mapped into memory, as decoded pictures are. It is written to --scratch
 once, and stays there until you delete it. Three arms take steps whose work is a pause, as it is for a host whose
 device is at work: the pause alone, batches that are read before each pause, and batches that are read during the pauses
 before, as training does it. What the second arm loses and the third one does not is hidden. With --cold the system
 forgets what it keeps of the file before every batch; dropping it is a part of the time.
+
+With --jpeg they are smooth random pictures as JPEG in record files, which are decoded on the fly.
 """
 
+import io
 import itertools
+import math
 import os
 import resource
 import time
@@ -22,6 +27,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
 
 from benchmarks import timing
 from benchmarks.timing import Arm, Arms
@@ -31,7 +38,6 @@ from diffusion.runtime import prefetch
 from diffusion.training import parallel
 from diffusion.training.parallel import Batch
 
-STEPS = 100  # of an arm
 CHUNK = 10_000  # images that are written at a time
 
 
@@ -40,24 +46,28 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_281_149)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=100, help="of an arm")
     parser.add_argument("--pause", type=float, default=0.02, help="seconds of a step")
     parser.add_argument("--scratch", type=Path, default=Path("runs/benchmarks"), help="where the file goes")
     parser.add_argument("--cold", action="store_true", help="read every batch from the disk itself")
+    parser.add_argument("--jpeg", action="store_true", help="JPEG pictures, which are decoded on the fly")
     args = parser.parse_args()
-    path = args.scratch / f"random-{args.images}-{args.size}.npy"
-    source = random_source(path, args.images, args.size)
+    source, paths = (jpeg_source if args.jpeg else random_source)(args.scratch, args.images, args.size)
     at_first = peak_gibibytes()
-    forgotten = path if args.cold else None
-    costs = timing.in_this_process(arms(source, args.batch_size, args.pause, forgotten), args.rounds)
+    forgotten = paths if args.cold else []
+    costs = timing.in_this_process(arms(source, args.batch_size, args.steps, args.pause, forgotten), args.rounds)
 
     def columns(_: str, seconds: np.ndarray) -> dict[str, Any]:
-        rate = timing.quartiles(args.batch_size * STEPS / seconds)
-        return {"milliseconds per step": timing.quartiles(1e3 * seconds / STEPS), "images/s": rate}
+        rate = timing.quartiles(args.batch_size * args.steps / seconds)
+        return {"milliseconds per step": timing.quartiles(1e3 * seconds / args.steps), "images/s": rate}
 
     rows = timing.rows(costs, columns)
     _, pause, before, during = (cost.seconds for cost in costs.values())
     hidden = timing.quartiles((before - during) / (before - pause))
-    size = {"set, GiB": source.images().nbytes / 2**30, "peak of resident memory, GiB": [at_first, peak_gibibytes()]}
+    size = {
+        "set, GiB": math.prod(source.pixels.shape) / 2**30,
+        "peak of resident memory, GiB": [at_first, peak_gibibytes()],
+    }
     timing.finish(args.out, vars(args) | {"scratch": str(args.scratch)}, rows, hidden=hidden, memory=size)
 
 
@@ -65,9 +75,9 @@ def peak_gibibytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def random_source(path: Path, num_images: int, size: int) -> Source:
-    """Random pictures in a file, which is made if it is not there."""
-    shape = (num_images, size, size, 3)
+def random_source(scratch: Path, num_images: int, size: int) -> tuple[Source, list[Path]]:
+    """Random pictures in a file, which is made if it is not there, and that file."""
+    path, shape = scratch / f"random-{num_images}-{size}.npy", (num_images, size, size, 3)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished, rng = path.with_suffix(".unfinished"), np.random.default_rng(0)
@@ -76,7 +86,36 @@ def random_source(path: Path, num_images: int, size: int) -> Source:
             for begin in range(0, num_images, CHUNK):
                 file.write(rng.bytes(min(CHUNK, num_images - begin) * size * size * 3))
         unfinished.rename(path)
-    return Source("random", "train", np.load(path, mmap_mode="r"))
+    return Source("random", "train", np.load(path, mmap_mode="r")), [path]
+
+
+def jpeg_source(scratch: Path, num_images: int, size: int) -> tuple[Source, list[Path]]:
+    """Smooth random pictures in record files, which are made if they are not there, and those files."""
+
+    class Jpeg(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        name = f"jpeg_{num_images}_{size}"
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            image = tfds.features.Image(shape=(size, size, 3), encoding_format="jpeg")
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"image": image}))
+
+        def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+            rng, coarse = np.random.default_rng(0), (-(-size // 8), -(-size // 8), 3)
+            for number in range(num_images):
+                smooth = Image.fromarray(rng.integers(0, 256, coarse, np.uint8)).resize((size, size), Image.BICUBIC)
+                pixels = np.asarray(smooth) + rng.normal(0, 6, (size, size, 3))
+                jpeg = io.BytesIO()
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(jpeg, "jpeg", quality=90)
+                yield number, {"image": jpeg.getvalue()}
+
+    builder = Jpeg(data_dir=scratch, file_format="array_record")
+    builder.download_and_prepare()
+    source = data.load(builder.name, "train", str(scratch), decode="on_the_fly")
+    return source, list(Path(builder.data_dir).glob("*.array_record*"))
 
 
 def forget(path: Path) -> None:
@@ -86,14 +125,14 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def arms(source: Source, batch_size: int, pause: float, forgotten: Path | None) -> Arms:
+def arms(source: Source, batch_size: int, num_steps: int, pause: float, forgotten: list[Path]) -> Arms:
     """The batches alone, the pauses alone, and both: one after the other, or at the same time."""
     place, counter = parallel.streamed(source), itertools.count()
 
     def batches() -> Iterator[Batch]:
-        for step in itertools.islice(counter, STEPS):
-            if forgotten:
-                forget(forgotten)
+        for step in itertools.islice(counter, num_steps):
+            for path in forgotten:
+                forget(path)
             yield jax.block_until_ready(place(data.batch_indices(0, step, batch_size, len(source))[None]))
 
     def take(steps: Iterator, seconds: float) -> None:
@@ -107,7 +146,7 @@ def arms(source: Source, batch_size: int, pause: float, forgotten: Path | None) 
 
     return {
         "read alone": Arm(lambda: take(batches(), 0)),
-        "pause alone": Arm(lambda: take(range(STEPS), pause)),
+        "pause alone": Arm(lambda: take(range(num_steps), pause)),
         "read before each pause": Arm(lambda: take(batches(), pause)),
         "read during the pauses": Arm(take_during),
     }

@@ -2,20 +2,27 @@
 
 import dataclasses
 import hashlib
+import logging
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int, Int32, UInt8, UInt64
 from tqdm import tqdm
 
+from diffusion.data.content import Content
+from diffusion.data.encoded import Encoded, image_digests
+from diffusion.data.resizing import Resizing
+from diffusion.runtime import processes
 from diffusion.runtime.digests import kept_sha256
 
 SPLITS = ("train", "test", "validation")
 STORED = SPLITS[:2]  # validation images are training images that are set aside
 IMAGES_PER_READ = 1000
+AHEAD_BYTES = 2**36  # of a split's pixel values, 64 GiB: of larger ones no decoded copy is made unasked
+DECODE = ("auto", "ahead", "on_the_fly")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +32,8 @@ class Source:
     Attributes:
         name: of the data set.
         split: "train", "test" or "validation".
-        pixels: uint8 [N, H, W, C], pixel values 0…num_levels − 1, in memory or in a file that is mapped into it.
+        pixels: uint8 [N, H, W, C], pixel values 0…num_levels − 1, in memory or in a file that is mapped into it; or
+            what decodes those that are asked for.
         classes: int32 [N], 0…num_classes − 1, or −1 for an unknown one; None for a set without labels.
         num_levels: how many values a channel of a pixel can have.
         num_classes: 0 for a set without labels.
@@ -35,7 +43,7 @@ class Source:
 
     name: str
     split: str
-    pixels: UInt8[np.ndarray, "n h w c"]
+    pixels: UInt8[np.ndarray, "n h w c"] | Encoded
     num_levels: int = 256
     classes: Int32[np.ndarray, " n"] | None = None
     num_classes: int = 0
@@ -58,8 +66,8 @@ class Source:
     def images(self, indices: Int[np.ndarray, "*b"] | slice = slice(None)) -> UInt8[np.ndarray, "*b h w c"]:
         """The pixel values of these examples; of a slice, by default all of them, not copied unless `chosen`."""
         indices = self._stored(indices)
-        mapping = self.pixels.base
-        if not isinstance(mapping, mmap.mmap) or isinstance(indices, slice):
+        mapping = self._mapping
+        if mapping is None or isinstance(indices, slice):
             return self.pixels[indices]
         _announce(self.pixels, indices)
         chosen = self.pixels[indices]
@@ -94,6 +102,18 @@ class Source:
         for begin in range(0, len(self), IMAGES_PER_READ):
             yield self.images(np.arange(begin, min(begin + IMAGES_PER_READ, len(self))))
 
+    def image_digests(self) -> UInt64[np.ndarray, " n"]:
+        """A number for each image that depends on its pixel values alone."""
+        if isinstance(self.pixels, Encoded):
+            return self.pixels.digests[self._stored(slice(None))]
+        return image_digests(image for part in self.parts() for image in part)
+
+    @property
+    def _mapping(self) -> mmap.mmap | None:
+        """What the pixels are mapped from, if they are."""
+        base = getattr(self.pixels, "base", None)
+        return base if isinstance(base, mmap.mmap) else None
+
     def _stored(self, indices: Int[np.ndarray, "*b"] | slice) -> Int[np.ndarray, "*b"] | slice:
         return indices if self.chosen is None else self.chosen[indices]
 
@@ -101,32 +121,33 @@ class Source:
         """A digest of what the split holds: pixel values, levels and labels.
 
         Where the pixels lie in a file, it is computed once and kept beside the file, until the file or a label changes.
+        It is the same for pictures that stay encoded.
         """
-        about = f"{self.pixels.shape} {self.num_levels} {self.num_classes}\n"
-        classes = b"" if self.classes is None else np.ascontiguousarray(self.classes, np.int32).tobytes()
+        content = Content(self.pixels.shape, self.num_levels, self.num_classes)
+        key = content.key(self.classes)
 
         def compute() -> str:
-            digest = hashlib.sha256(about.encode())
+            digest = content.begin()
             for part in self._stored_parts():
                 digest.update(part)
-            digest.update(classes)
-            return digest.hexdigest()
+            return content.end(digest, self.classes)
 
-        if self.file is None:
+        if isinstance(self.pixels, Encoded):
+            stored = self.pixels.known_sha256.get(key) or compute()
+        elif self.file is None:
             stored = compute()
         else:
-            stored = kept_sha256(self.file, f"{about}{hashlib.sha256(classes).hexdigest()}", compute)
+            stored = kept_sha256(self.file, key, compute)
         if self.chosen is None:
             return stored
         return hashlib.sha256(stored.encode() + np.ascontiguousarray(self.chosen, np.int64).tobytes()).hexdigest()
 
     def _stored_parts(self) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
         """All stored images in order, some at a time; what was read of a mapped file does not stay in memory."""
-        mapping = self.pixels.base
         words = f"digest of {self.name} {self.split}"
         for begin in tqdm(range(0, len(self.pixels), IMAGES_PER_READ), desc=words, leave=False, delay=5):
             yield np.ascontiguousarray(self.pixels[begin : begin + IMAGES_PER_READ])
-            if isinstance(mapping, mmap.mmap):
+            if (mapping := self._mapping) is not None:
                 mapping.madvise(mmap.MADV_DONTNEED)
 
 
@@ -169,18 +190,22 @@ class Description:
     num_classes: int
 
 
-def load(name: str, split: str, data_dir: str | None = None, image_size: int = 0, pad_to: int = 0) -> Source:
+def load(
+    name: str, split: str, data_dir: str | None = None, image_size: int = 0, pad_to: int = 0, decode: str = "auto"
+) -> Source:
     """One split of a data set, in the order of its record files.
 
     "digits" and "cifar10" are prepared on first use (cifar10 is downloaded); any other set must lie in
-    `data_dir` as TFDS prepared it, in ArrayRecord format. Decoded pictures are kept beside the prepared data, in a
-    file that is mapped into memory.
+    `data_dir` as TFDS prepared it, in ArrayRecord format.
 
     Args:
         name: "name", "name/config" or "name:version", as TFDS writes them; without a version, the newest one.
         split: "train" or "test"; see `tfds.records` for sets that have other splits.
         data_dir: root of the TFDS directories; None or "" for TFDS's default.
-        image_size, pad_to: see `decoded.Resizing`.
+        image_size, pad_to: see `resizing.Resizing`.
+        decode: "ahead" keeps decoded pictures in a file, which is mapped into memory; "on_the_fly" decodes pictures
+            whenever they are asked for, with the same result; "auto" does so where there are no decoded ones and they
+            would take more than AHEAD_BYTES.
 
     Raises:
         FileNotFoundError: the set or one of its files is missing.
@@ -189,21 +214,31 @@ def load(name: str, split: str, data_dir: str | None = None, image_size: int = 0
         OSError: the download failed (ConnectionError), `data_dir` cannot be written, or there is no room.
     """
     # TFDS takes a second to import, which `main.py --help` should not cost.
-    from diffusion.data import decoded, tfds
+    from diffusion.data import decoded, index, tfds
+    from diffusion.data.stored_split import Stored
 
     root = tfds.resolve_data_dir(data_dir)
     directory = tfds.find(name, root) or tfds.prepare(name, root)
     builder = tfds.open_directory(name, directory)
-    pixels, classes = decoded.load(name, builder, split, decoded.Resizing(image_size, pad_to))
-    file = pixels.filename and Path(pixels.filename)  # a temporary one has no name
-    return Source(name, split, pixels, tfds.num_levels(builder), classes, tfds.num_classes(builder), file)
+    stored = Stored(name, builder, split, Resizing(image_size, pad_to))
+    is_large = decode == "auto" and stored.num_bytes > AHEAD_BYTES and decoded.kept(stored) is None
+    if is_large and processes.is_first():
+        logging.warning(
+            f"the pixel values of {name} {split} take {stored.num_bytes / 2**30:.0f} GiB, more than "
+            f"{AHEAD_BYTES >> 30}, so its pictures are decoded on the fly; data.decode=ahead keeps decoded ones"
+        )
+    on_the_fly = is_large or decode == "on_the_fly"
+    pixels, classes = index.load(stored) if on_the_fly else decoded.load(stored)
+    file = getattr(pixels, "filename", None)  # of a temporary one None
+    about = tfds.num_levels(builder), classes, tfds.num_classes(builder)
+    return Source(name, split, pixels, *about, file and Path(file))
 
 
 def describe(name: str, data_dir: str | None = None, image_size: int = 0, pad_to: int = 0) -> Description:
     """What `name` holds, without preparing or downloading it. Takes and raises what `load` does."""
-    from diffusion.data import decoded, tfds
+    from diffusion.data import stored_split, tfds
 
-    root, resizing = tfds.resolve_data_dir(data_dir), decoded.Resizing(image_size, pad_to)
+    root, resizing = tfds.resolve_data_dir(data_dir), Resizing(image_size, pad_to)
     directory = tfds.find(name, root)
     if directory is None:
         builder = tfds.own_builder(name, root)
@@ -213,5 +248,5 @@ def describe(name: str, data_dir: str | None = None, image_size: int = 0, pad_to
     else:
         builder = tfds.open_directory(name, directory)
         counts = [len(tfds.records(name, builder, split)[1]) for split in STORED]
-    shape = decoded.image_shape(name, builder, resizing)
+    shape = stored_split.image_shape(name, builder, resizing)
     return Description(name, *counts, shape, tfds.num_levels(builder), tfds.num_classes(builder))

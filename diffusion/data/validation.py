@@ -5,10 +5,9 @@ the same validation images, wherever the files lie and in whatever order. Of equ
 """
 
 import dataclasses
-import hashlib
 
 import numpy as np
-from jaxtyping import Bool, UInt64
+from jaxtyping import Bool
 
 from diffusion.data.source import Source
 
@@ -35,15 +34,9 @@ def split_off(source: Source, wanted: int) -> tuple[Source, Source]:
 
 def set_aside(source: Source, wanted: int) -> Bool[np.ndarray, " n"]:
     """Which images of the training split are validation images; takes what `split_off` takes."""
-    digests = _digests(source)
+    digests = source.image_digests()
     if wanted == A_TENTH:
         return digests < np.uint64(2**64 // 10)
     aside = np.zeros(len(source), bool)
     aside[np.argsort(digests, kind="stable")[:wanted]] = True
     return aside
-
-
-def _digests(source: Source) -> UInt64[np.ndarray, " n"]:
-    """A number for each image that depends on its pixel values alone."""
-    found = [hashlib.blake2b(image, digest_size=8).digest() for part in source.parts() for image in part]
-    return np.frombuffer(b"".join(found), ">u8").astype(np.uint64)

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion import conditioning, data, learned_schedule, objectives, reverse, timesteps
+from diffusion import data, learned_schedule, objectives, reverse, timesteps
 from diffusion.data import validation
 from diffusion.data.source import Splits
 from diffusion.evaluation import bound
@@ -149,7 +149,8 @@ def load_splits(config: ConfigDict) -> Splits:
 
 
 def _stored(config: ConfigDict, split: str) -> data.Source:
-    return data.load(config.data.name, split, config.data.data_dir, config.data.image_size, config.data.pad_to)
+    of = config.data
+    return data.load(of.name, split, of.data_dir, of.image_size, of.pad_to, of.decode)
 
 
 def experiment(
@@ -177,12 +178,13 @@ def experiment(
     p = combination.reverse_process(config)
     times = objectives.TIMES.get(objective := names.parse(config.objective.name).name, "every_term")
     on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
+    of_params = combination.schedule_of(config, schedule, learned)
     network = _network(config, image_shape, p.output_channels(image_shape[-1]), num_classes, on_cpu)
     training = Training(
         network=network,
         objective=_objective(config, p, num_levels),
         timesteps=timesteps.make(_chosen(config, "objective.timesteps"), schedule, times),
-        schedule=trained_schedule.make(_schedule_of(config, schedule, learned), learned and learned.inner, times),
+        schedule=trained_schedule.make(of_params, learned and learned.inner, times),
         optimizer=_optimizer(config, learned),
         ema_decay=config.ema.decay,
         power_ema=config.ema.post_hoc,
@@ -257,17 +259,6 @@ def _network(
     network = NETWORKS[name](**fields, out_channels=out_channels)
     network.check(image_shape)
     return network
-
-
-def _schedule_of(config: ConfigDict, start: Schedule, learned: Learned | None) -> Callable[[PyTree], Schedule]:
-    """params -> the schedule, with what the network is conditioned on."""
-    of_params = learned_schedule.of_params if learned else lambda params: start
-    if config.model.conditioning == "gamma":
-        low, high = -start.log_snr[1], -start.log_snr[-1]
-        return lambda params: conditioning.on_gamma(of_params(params), low, high)
-    if config.model.rescale_t:
-        return lambda params: conditioning.on_rescaled_t(of_params(params))
-    return of_params
 
 
 def _objective(config: ConfigDict, p: Reverse, num_levels: int) -> objectives.Objective:

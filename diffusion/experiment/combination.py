@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion import learned_schedule, objectives, reverse, timesteps
+from diffusion import conditioning, learned_schedule, objectives, reverse, timesteps
 from diffusion.experiment import names
 from diffusion.experiment.schema import ALL_SCHEDULES, FIXED_SCHEDULES, PREDICTIONS
 from diffusion.learned_schedule import Learned
@@ -115,3 +116,14 @@ def start_schedule(config: ConfigDict) -> tuple[Schedule, Learned | None]:
     if problem := FIXED_SCHEDULES.problem(learned.start):
         raise ValueError(f"schedule.name={text!r}: start {problem}")
     return FIXED_SCHEDULES.bind(learned.start)(num_steps), learned
+
+
+def schedule_of(config: ConfigDict, start: Schedule, learned: Learned | None) -> Callable[[PyTree], Schedule]:
+    """params -> the schedule, with what the network is conditioned on."""
+    of_params = learned_schedule.of_params if learned else lambda params: start
+    if config.model.conditioning == "gamma":
+        low, high = -start.log_snr[1], -start.log_snr[-1]
+        return lambda params: conditioning.on_gamma(of_params(params), low, high)
+    if config.model.rescale_t:
+        return lambda params: conditioning.on_rescaled_t(of_params(params))
+    return of_params

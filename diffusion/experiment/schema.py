@@ -18,7 +18,7 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from diffusion import grids, learned_schedule, likelihood, objectives, reverse, samplers, schedules, timesteps
-from diffusion.data.source import SPLITS
+from diffusion.data.source import DECODE, SPLITS
 from diffusion.evaluation import likelihoods, quality
 from diffusion.experiment import names
 from diffusion.experiment.constraints import EMA_LENGTH, EMA_LENGTHS, FLAG, TEXT, Constraint, integer, number, of_type
@@ -154,6 +154,13 @@ KEYS: dict[str, Key] = {
     "data.data_dir": Key("", PLACE, 'where prepared sets lie; "": the default of TFDS, ~/tensorflow_datasets', FREE),
     "data.image_size": Key(0, SIDE, "N: the centre square of every picture is resized to N×N; 0: as it is"),
     "data.pad_to": Key(0, SIDE, "N: black is added around every picture up to N×N; 0: none"),
+    "data.decode": Key(
+        "auto",
+        one_of(*DECODE),
+        "ahead: pictures are decoded once, into a file; on_the_fly: when needed; auto: ahead up to 64 GiB a split",
+        FREE,
+        before="ahead",
+    ),
     "data.placement": Key(
         "auto", one_of("auto", "devices", "disk"), "of the training images; auto: by the devices' free memory", FREE
     ),

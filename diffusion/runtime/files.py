@@ -17,8 +17,9 @@ from diffusion.runtime import preemption
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows, where `streams.guard` ends every program
-    fcntl = None
+    fcntl = resource = None
 
 NO_HOME = "no home directory is known (HOME is not set, and the user is not in /etc/passwd)"
 # What NumPy raises for an .npy or .npz file that is cut or damaged; an OSError is the disk's.
@@ -27,6 +28,7 @@ MAX_BEGIN_BYTES = 128  # of a temporary file's name; file systems take 255 bytes
 SWITCH = "DIFFUSION_LOCK"  # 0 does without a lock where the file system has none
 LEFT_SECONDS = 3600.0  # a temporary file that nobody wrote to for so long is nobody's
 WAIT_SECONDS = 0.5  # between two looks at a file that another process has
+OTHER_FILES = 512  # that are open beside those of a data set
 LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, which ends with the process
 
 
@@ -145,6 +147,21 @@ def is_free(path: Path) -> bool:
         except OSError:
             return False
     return True
+
+
+def allow_open(number: int) -> None:
+    """Sees to it that this process may keep so many files open; by default a system often allows 1,024.
+
+    Raises:
+        OSError: it may not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise OSError(f"{number:,} files must be open at a time, but a process may open {hard:,}: see `ulimit -Hn`")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def expanded(text: str | Path) -> Path:

@@ -11,6 +11,13 @@ from PIL import Image
 from diffusion.data import tfds as prepared
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Nothing that another test decoded is found in the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own_cache"))
+    return tmp_path / "own_cache" / "diffusion" / "data"
+
+
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
     """A data_dir in which the digits are prepared, for tests that only read it."""
@@ -22,7 +29,7 @@ def digits_dir(tmp_path_factory):
 @pytest.fixture
 def digits_copy(digits_dir, tmp_path):
     """The same, to be changed."""
-    shutil.copytree(digits_dir, tmp_path / "data", ignore=shutil.ignore_patterns("decoded-*", "classes-*"))
+    shutil.copytree(digits_dir, tmp_path / "data", ignore=shutil.ignore_patterns("decoded-*", "classes-*", "index-*"))
     return tmp_path / "data"
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diffusion import data
-from diffusion.data import Source, decoded
+from diffusion.data import Source, places, stored_split
 
 
 def load(directory, split="train", **fit):
@@ -133,16 +133,26 @@ def test_a_part_of_a_mapped_file_is_a_source_too(tmp_path):
     assert part.images(np.array([0, 3])).ravel().tolist() == [4, 7]
 
 
-def test_without_room_beside_the_set_the_pictures_go_elsewhere(digits_copy, monkeypatch):
+def test_without_room_beside_the_set_the_pictures_go_elsewhere(digits_copy, own_cache, monkeypatch, caplog):
     expected = np.array(data.load("digits", "test", str(digits_copy)).images())
     for path in digits_copy.rglob("decoded-*"):
         path.unlink()
-    full = digits_copy / "digits" / "1.0.0"
-    monkeypatch.setattr(decoded, "_has_room", lambda directory, num_bytes: directory != full)
+    full, cache = digits_copy / "digits" / "1.0.0", own_cache / "digits-1.0.0"
+    monkeypatch.setattr(places, "has_room", lambda directory, num_bytes: directory not in (full, cache))
     np.testing.assert_array_equal(data.load("digits", "test", str(digits_copy)).images(), expected)
-    assert not list(digits_copy.rglob("decoded-*"))
-    monkeypatch.setattr(decoded, "_has_room", lambda directory, num_bytes: False)
-    with pytest.raises(OSError, match=r"the decoded test pictures of data\.name='digits' take 0\.0 GiB.*no room in"):
+    assert not [*digits_copy.rglob("decoded-*"), *cache.rglob("decoded-*")]
+    assert f"for this process alone: {full}, {cache} cannot be written or has too little room" in caplog.text
+    monkeypatch.setattr(places, "has_room", lambda directory, num_bytes: directory != full)
+    for _ in range(2):  # decoded and kept, and taken from there
+        source = data.load("digits", "test", str(digits_copy))
+        np.testing.assert_array_equal(source.images(), expected)
+        assert source.file.parent == cache and not list(digits_copy.rglob("decoded-*"))
+        monkeypatch.setattr(stored_split, "_examples", None)
+    monkeypatch.undo()
+    for path in cache.rglob("*"):
+        path.unlink()
+    monkeypatch.setattr(places, "has_room", lambda directory, num_bytes: False)
+    with pytest.raises(OSError, match=r"of data\.name='digits' take 0\.0 GiB.*no room in .*on_the_fly needs none"):
         data.load("digits", "test", str(digits_copy))
 
 
@@ -151,6 +161,6 @@ def test_a_disk_that_cannot_be_read_is_not_called_damage(digits_copy, monkeypatc
         raise OSError(5, "Input/output error")
         yield
 
-    monkeypatch.setattr(decoded, "_examples", fail)
+    monkeypatch.setattr(stored_split, "_examples", fail)
     with pytest.raises(OSError, match="Input/output error"):
         data.load("digits", "test", str(digits_copy))

@@ -12,7 +12,7 @@ import pytest
 from sklearn import datasets
 
 from diffusion import data
-from diffusion.data import Source, decoded
+from diffusion.data import Source, decoded, places, stored_split
 
 HELD_OUT = np.arange(1797) % 6 == 5
 
@@ -89,7 +89,7 @@ def copies(directory, split="test"):
 
 def test_the_copies_are_used_and_notice_new_data(digits_copy, monkeypatch):
     first = load("test", digits_copy)
-    monkeypatch.setattr(decoded, "RECORDS_PER_READ", None)  # decoding again fails
+    monkeypatch.setattr(stored_split, "RECORDS_PER_READ", None)  # decoding again fails
     again = load("test", digits_copy)
     np.testing.assert_array_equal(again.images(), first.images())
     np.testing.assert_array_equal(again.labels(), first.labels())
@@ -108,7 +108,7 @@ def test_the_decoded_pictures_of_a_copied_set_are_used(digits_copy, tmp_path, mo
     expected = np.array(first.images()), first.labels(), first.sha256()
     copy = tmp_path / "copy"
     shutil.copytree(digits_copy, copy, copy_function=shutil.copyfile)  # other times
-    monkeypatch.setattr(decoded, "RECORDS_PER_READ", None)  # decoding again fails
+    monkeypatch.setattr(stored_split, "RECORDS_PER_READ", None)  # decoding again fails
     with monkeypatch.context() as patch:
         if is_read_only:
 
@@ -199,7 +199,7 @@ def test_a_damaged_or_unwritable_digest_is_computed_again(digits_copy, monkeypat
     def refuse(*args):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(decoded.files.os, "replace", refuse)
+    monkeypatch.setattr(places.files.os, "replace", refuse)
     assert first.sha256() == digest_of(first) and not kept.exists()
 
 
@@ -207,7 +207,7 @@ def test_a_read_only_directory_is_decoded_elsewhere(digits_copy, monkeypatch):
     def refuse(*args):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(decoded.files, "alone", refuse)
+    monkeypatch.setattr(places.files, "alone", refuse)
     source = load("test", digits_copy)
     assert len(source) == 299 and source.file is None and source.sha256() == digest_of(source)
     assert not [*digits_copy.rglob("decoded-*"), *digits_copy.rglob("classes-*")]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffusion import data
-from diffusion.data import decoded, decoders, unfinished
+from diffusion.data import decoded, decoders, stored_split, unfinished
 from diffusion.data import tfds as prepared
 from diffusion.data.resizing import Resizing
 from diffusion.runtime import files
@@ -20,7 +20,7 @@ from diffusion.runtime.preemption import Preempted
 @pytest.fixture
 def small_parts(monkeypatch):
     """The 299 pictures are read in 15 parts, each of which is made safe."""
-    monkeypatch.setattr(decoded, "RECORDS_PER_READ", 20)
+    monkeypatch.setattr(stored_split, "RECORDS_PER_READ", 20)
     monkeypatch.setattr(unfinished, "SAVE_SECONDS", -1.0)
 
 
@@ -42,7 +42,7 @@ def straight(digits_dir):
 @contextlib.contextmanager
 def stopped_after(monkeypatch, num_parts, error):
     """`error` comes after so many parts were read, and is expected."""
-    examples = decoded._examples
+    examples = stored_split._examples
 
     def some(*args):
         for number, part in enumerate(examples(*args)):
@@ -51,7 +51,7 @@ def stopped_after(monkeypatch, num_parts, error):
             yield part
 
     with monkeypatch.context() as patch, pytest.raises(type(error), match=str(error)):
-        patch.setattr(decoded, "_examples", some)
+        patch.setattr(stored_split, "_examples", some)
         yield
 
 
@@ -98,7 +98,7 @@ def test_what_was_not_made_safe_is_decoded_again(small_parts, place, load, strai
 
 def test_of_two_at_once_one_decodes_and_the_other_waits_for_it(place, load, straight, monkeypatch, caplog):
     """Locks belong to open files, so that two threads are as two processes."""
-    begins, ends, calls, examples, found = threading.Event(), threading.Event(), [], decoded._examples, []
+    begins, ends, calls, examples, found = threading.Event(), threading.Event(), [], stored_split._examples, []
 
     def slow(*args):
         calls.append(args)
@@ -106,7 +106,7 @@ def test_of_two_at_once_one_decodes_and_the_other_waits_for_it(place, load, stra
         assert ends.wait(60)
         yield from examples(*args)
 
-    monkeypatch.setattr(decoded, "_examples", slow)
+    monkeypatch.setattr(stored_split, "_examples", slow)
     monkeypatch.setattr(files, "WAIT_SECONDS", 0.01)
     pair = [threading.Thread(target=lambda: found.append(load())) for _ in range(2)]
     pair[0].start()
@@ -159,11 +159,11 @@ def test_an_error_of_the_disk_is_said_and_nothing_is_decoded_elsewhere(
 
 def test_a_signal_ends_it_and_nothing_is_lost(place, load, straight, monkeypatch):
     """Also where it comes before anything was made safe."""
-    monkeypatch.setattr(decoded, "RECORDS_PER_READ", 20)
+    monkeypatch.setattr(stored_split, "RECORDS_PER_READ", 20)
     with stopped_after(monkeypatch, 3, Preempted("SIGTERM")):
         load()
-    read, numbers = decoded._Split._read, []
-    monkeypatch.setattr(decoded._Split, "_read", lambda self, begin: numbers.append(begin) or read(self, begin))
+    read, numbers = stored_split.Stored._read, []
+    monkeypatch.setattr(stored_split.Stored, "_read", lambda self, begin: numbers.append(begin) or read(self, begin))
     assert_same(load(), straight)
     assert numbers == [60]
 
@@ -199,7 +199,7 @@ def test_several_processes_decode_the_same_in_the_same_order(place, straight):
     builder = prepared.open_directory("digits", place)
     stored, numbers = prepared.records("digits", builder, "test")
     some = [numbers[begin : begin + 20] for begin in range(0, 299, 20)]
-    parts = [part for chosen in some for part in decoded._examples(builder, stored, chosen)]
+    parts = [part for chosen in some for part in stored_split._examples(builder, stored, chosen)]
     found = list(decoders.decoded(parts, Resizing(), 1, num_processes=2))
     np.testing.assert_array_equal(np.concatenate([pictures for pictures, _ in found]), straight.images())
     assert sum((labels for _, labels in found), []) == straight.classes.tolist()

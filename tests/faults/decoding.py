@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from diffusion import data
-from diffusion.data import decoded, unfinished
+from diffusion.data import stored_split, unfinished
 from diffusion.runtime import files
 from diffusion.runtime.preemption import EXIT_CODE, Preempted, Preemption
 
@@ -33,8 +33,8 @@ def start(root: Path, log: Path) -> int:
     if process:
         return process
     signal.alarm(LIMIT_SECONDS)
-    decoded.RECORDS_PER_READ, unfinished.SAVE_SECONDS, files.WAIT_SECONDS = 20, 0.05, 0.01
-    examples = decoded._examples
+    stored_split.RECORDS_PER_READ, unfinished.SAVE_SECONDS, files.WAIT_SECONDS = 20, 0.05, 0.01
+    examples = stored_split._examples
 
     def slow(*arguments):
         for part in examples(*arguments):
@@ -43,7 +43,7 @@ def start(root: Path, log: Path) -> int:
                 print(os.getpid(), file=lines)
             yield part
 
-    decoded._examples = slow
+    stored_split._examples = slow
     try:
         with Preemption() as preemption, preemption.at_points():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])

@@ -16,7 +16,7 @@ import pytest
 from test_damaged_results import MODEL, Drawer
 
 from diffusion import data
-from diffusion.data import decoded, unfinished
+from diffusion.data import decoded, stored_split, unfinished
 from diffusion.evaluation import kept
 from diffusion.evaluation.features import Batch, Features
 from diffusion.programs import sample
@@ -116,7 +116,7 @@ def contents(directory):
 )
 def test_a_fault_is_one_line_and_the_same_work_ends_as_without_it(work, code, tmp_path, monkeypatch, tiny_data_dir):
     monkeypatch.setattr(sample, "SHARD_IMAGES", 4)
-    monkeypatch.setattr(decoded, "RECORDS_PER_READ", 100)
+    monkeypatch.setattr(stored_split, "RECORDS_PER_READ", 100)
     monkeypatch.setattr(unfinished, "SAVE_SECONDS", -1.0)
     monkeypatch.setattr(decoded.tempfile, "TemporaryFile", None)
 

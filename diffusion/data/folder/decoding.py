@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,10 +95,10 @@ def to_pixels(data: bytes, target: Target) -> UInt8[np.ndarray, "h w c"]:
         Unreadable: the file is damaged, is none of FORMATS, or has pixels that 8 bits cannot show.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about oddities that Pillow gets over
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with _without_warnings():
             with opened(io.BytesIO(data)) as picture:
+                if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+                    raise Image.DecompressionBombError
                 upright = _as_8_bits(picture, data)
             opaque = _without_transparency(upright, target)
             return np.asarray(_fitted(opaque, target)).reshape(target.shape)
@@ -110,13 +111,42 @@ def to_pixels(data: bytes, target: Target) -> UInt8[np.ndarray, "h w c"]:
 @contextlib.contextmanager
 def opened(file: io.BytesIO | Path, formats: Sequence[str] | None = FORMATS) -> Iterator[Image.Image]:
     """A picture file as Pillow opens it; a PNG file may have more metadata than Pillow allows, 1 MiB."""
-    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-    PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = MAX_METADATA_BYTES, MAX_TEXTS_BYTES
-    try:
-        with Image.open(file, formats=formats) as picture:
-            yield picture
-    finally:
-        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = limits
+    with _LIMITS, Image.open(file, formats=formats) as picture:
+        yield picture
+
+
+class _Limits:
+    """Pillow's limits of a PNG file's metadata are ours while a thread is in here."""
+
+    def __init__(self):
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+                PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = MAX_METADATA_BYTES, MAX_TEXTS_BYTES
+            self._inside += 1
+
+    def __exit__(self, *exception) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = self._before
+
+
+_LIMITS = _Limits()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Drops Pillow's warnings of oddities that it gets over; in the main thread alone, as filters are the process's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def orientation(picture: Image.Image) -> int:
@@ -197,6 +227,6 @@ def _reason(error: Exception, data: bytes) -> str:
         return f"its colour profile or a text in it has more than {MAX_METADATA_BYTES / 2**20:g} MiB"
     if isinstance(error, UnidentifiedImageError):
         return f"Pillow cannot read it as {NAMES}"
-    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+    if isinstance(error, Image.DecompressionBombError):
         return f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     return " ".join(str(error).split()) or type(error).__name__

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from diffusion.data import pixel_files
-from diffusion.data.decoded import Resizing
 from diffusion.data.folder import decoding
 from diffusion.data.folder.decoding import Target, Unreadable, to_pixels
+from diffusion.data.resizing import Resizing
 
 RNG = np.random.default_rng(0)
 BACKGROUND = (10, 200, 77)

@@ -1,0 +1,53 @@
+"""Where files lie that are made of a prepared set: beside it, or in the cache where it is read-only or full."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import tensorflow_datasets as tfds
+
+from diffusion.runtime import files
+
+READ_ONLY = errno.EACCES, errno.EPERM, errno.EROFS
+Made = TypeVar("Made")
+
+
+def of(builder: tfds.core.DatasetBuilder) -> list[Path]:
+    """The directories, the preferred one first. All processes of a user on a host share them."""
+    beside = Path(builder.data_dir)
+    try:
+        return [beside, files.cache_directory() / "data" / builder.info.full_name.replace("/", "-")]
+    except FileNotFoundError:
+        return [beside]
+
+
+def made(
+    directories: list[Path], lock_name: str, waiting: str, make: Callable[[BinaryIO, Path], Made | None]
+) -> Made | None:
+    """What `make` makes in the first directory that can be written; None if there is none.
+
+    Args:
+        lock_name: of a file that one process has at a time, and the others wait for.
+        waiting: what is said before waiting.
+        make: (that file, the directory) -> what was made, also by another process meanwhile; None for no room. It
+            renames or deletes the file where it does not return None.
+    """
+    for directory in directories:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with files.alone(directory / lock_name, waiting) as file:
+                if (found := make(file, directory)) is not None:
+                    return found
+                os.unlink(file.name)
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+    return None
+
+
+def has_room(directory: Path, num_bytes: int) -> bool:
+    """Whether the disk of a directory has so many bytes left."""
+    return shutil.disk_usage(directory).free > num_bytes
