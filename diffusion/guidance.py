@@ -131,7 +131,7 @@ def clock(own: Schedule, its: Schedule) -> Clock | None:
         return None
     own_t, own_log_snr, its_t, its_log_snr = (table.astype(np.float32) for table in tables)
     has_signal = np.isfinite(its_log_snr)
-    # Where ours has no signal left, its has: no log SNR of the guide is as low.
+    # A step of ours without signal is below every log SNR of the guide, and so not guided.
     return Clock(own_t, np.maximum(own_log_snr, -NO_SIGNAL), its_t[has_signal], its_log_snr[has_signal])
 
 
