@@ -142,9 +142,13 @@ def load_data(config: ConfigDict, split: str) -> data.Source:
 
 
 def load_splits(config: ConfigDict) -> Splits:
-    """All splits of the config's data set. Raises what `data.load` and `validation.split_off` do."""
+    """All splits of the config's data set, the same on all processes.
+
+    Raises what `data.load` and `validation.split_off` do, and a ValueError where a process has other data.
+    """
     splits = Splits(*validation.split_off(_stored(config, "train"), config.data.validation), _stored(config, "test"))
-    processes.wait_for_all("data")  # on some hosts it may take longer
+    place = f"data.name={config.data.name!r} in data.data_dir={config.data.data_dir!r}"
+    processes.check_same(lambda: "".join(splits.sha256().values()), f"{place} must be the same set on all hosts")
     return splits
 
 

@@ -132,6 +132,22 @@ def wait_for_all(what: str) -> None:
         client.wait_at_barrier(f"diffusion {what} {next(_BARRIERS)}", timeout_in_ms=MAX_WAIT_MS)
 
 
+def check_same(text: Callable[[], str], complaint: str) -> None:
+    """Raises a ValueError on every process if not all of them have the same text, which has one length on all.
+
+    Args:
+        text: makes it; not called where there is one process.
+        complaint: what the error says after the numbers of the processes that differ from process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    own = np.frombuffer(text().encode(), np.uint8)
+    wait_for_all("text")  # which on some hosts may take longer
+    texts = multihost_utils.process_allgather(own)
+    if len(differing := np.flatnonzero((texts != texts[0]).any(axis=1))):
+        raise ValueError(f"process {', '.join(map(str, differing))} against process 0: {complaint}")
+
+
 def on_first(action: Callable[[], Any]) -> Any:
     """Calls `action` on process 0 alone, and returns its result there and None elsewhere.
 

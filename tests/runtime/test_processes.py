@@ -164,6 +164,23 @@ def test_what_process_0_sends_arrives_bit_by_bit(monkeypatch):
         assert received[name].tobytes() == leaf.tobytes()
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_processes_that_hold_other_data_all_end(monkeypatch, index):
+    processes.check_same(lambda: pytest.fail("it is asked for, and there is one process"), "")
+    fake_pair(monkeypatch, index, None)
+    held = ["ab", "ab"]
+
+    def gather(own):
+        assert own.tobytes() == held[index].encode()
+        return np.stack([np.frombuffer(text.encode(), np.uint8) for text in held])
+
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    processes.check_same(lambda: held[index], "other data")
+    held[1] = "ac"
+    with pytest.raises(ValueError, match="^process 1 against process 0: other data$"):
+        processes.check_same(lambda: held[index], "other data")
+
+
 def test_a_tree_is_sent_in_parts_of_one_size(monkeypatch):
     """All that a device holds at a time is a part."""
     rng, messages = np.random.default_rng(0), []
