@@ -74,11 +74,17 @@ def read(paths: list[Path], expected: dict[str, Any]) -> dict[str, np.ndarray]:
         expected: a shape by each name.
 
     Raises:
-        ValueError: a tensor is missing, extra, misshapen, no float or not finite; the message names the first few.
+        ValueError: a tensor is missing, extra, in two files, misshapen, no float or not finite; the message names the
+            first few.
     """
     tensors: dict[str, np.ndarray] = {}
     try:
-        found = {name: header for path in paths for name, header in _headers(path).items()}
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for path in paths:
+            headers = _headers(path)
+            if twice := sorted(found.keys() & headers.keys()):
+                raise ValueError(f"in more than one of its files: {first_few(twice)}")
+            found |= headers
         refuse_differences({k: shape for k, (shape, _) in found.items()}, {k: v.shape for k, v in expected.items()})
         kinds = sorted({kind for _, kind in found.values()} - {"F32"})
         if set(kinds) - set(FLOATS):
