@@ -52,9 +52,9 @@ def test_what_cannot_guide_is_refused_in_one_line(toy_run):
     assert "holds no run" in refusal(guide_of=toy_run.directory / "nowhere")
 
 
-@pytest.mark.parametrize("keys", [{"schedule__name": "learned(start='cosine')"}, {"schedule__num_steps": 4}])
-def test_a_guide_with_another_schedule_is_given_to_the_sampler_with_it(toy_run, keys):
-    config = toy_run.config(sample__guide=str(toy_run.directory), sample__guidance=0.5, **keys)
+def test_a_learned_schedule_s_guide_is_given_to_the_sampler_with_its_own(toy_run):
+    learned = "learned(start='cosine')"
+    config = toy_run.config(sample__guide=str(toy_run.directory), sample__guidance=0.5, schedule__name=learned)
     given = sample.make_sampler(build.experiment(config, toy.SHAPE, toy.LEVELS))._guide_schedule
     np.testing.assert_array_equal(given.log_snr, toy_run.model(6).schedule.log_snr)
 
