@@ -20,8 +20,9 @@ from flax import traverse_util
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-from diffusion.runtime import ranking, verification
+from diffusion.runtime import orbax_noise, ranking, verification
 from diffusion.runtime.digests import leaf_sha256, named_leaves
+from diffusion.runtime.late_json import LateJson, LateJsonRestore
 from diffusion.runtime.verification import CompleteSteps, DamagedCheckpoint
 
 DAMAGED = "damaged"  # where `resume` moves what cannot be used; nothing is ever deleted from it
@@ -74,18 +75,21 @@ class Checkpoints:
             return
         if (self.directory / str(step)).exists():
             self._move_aside(self.directory / str(step))  # Orbax would overwrite what is left of a damaged one
-        # Orbax copies NumPy arrays before it goes asynchronous; the next step may reuse the state's buffers.
-        host = {tuple(path.split("/")): np.asarray(leaf) for path, leaf in named_leaves(state)}
+        self.wait()  # before there are two copies of the state
+        # A copy, because the next step may reuse the state's buffers. (Orbax makes one of its own.)
+        host = {path: np.array(leaf) for path, leaf in named_leaves(state)}
         scores = {name: float(value) for name, value in metrics.items()}
-        digests = {"step": step, "metrics": scores, "sha256": leaf_sha256(state), "data_sha256": self._data_sha256}
+        about = {"step": step, "metrics": scores, "data_sha256": self._data_sha256}
+        digests = LateJson(lambda: about | {"sha256": leaf_sha256(host, threads=1)})
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(traverse_util.unflatten_dict(host)), digests=ocp.args.JsonSave(digests)
+            state=ocp.args.PyTreeSave(traverse_util.unflatten_dict(host, sep="/")), digests=digests
         )
-        self.wait()
         self._unfinished = step
         with self._named_failure():
-            # Forced, because Orbax would silently skip a step below the latest one.
-            self._manager.save(step, args=items, metrics=scores, force=True)
+            try:  # forced, because Orbax would silently skip a step below the latest one
+                self._manager.save(step, args=items, metrics=scores, force=True)
+            finally:
+                digests.begin()
 
     def latest_step(self) -> int | None:
         """The step of the newest sound checkpoint; None if there is none."""
@@ -244,7 +248,7 @@ class Checkpoints:
         return saved, found, stored
 
     def _digests(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(digests=ocp.args.JsonRestore())).digests
+        return self._manager.restore(step, args=ocp.args.Composite(digests=LateJsonRestore())).digests
 
     def wait(self) -> None:
         """Blocks until the save in progress is on disk, and raises what went wrong in it."""
@@ -270,10 +274,9 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             if self._unfinished is None:  # no save can have raised it
                 raise
-            reason = str(error).partition("\n")[0][:200]
             raise OSError(
-                f"the checkpoint of step {self._unfinished} could not be written to {self.directory} ({reason}); "
-                "those before it are untouched"
+                f"the checkpoint of step {self._unfinished} could not be written to {self.directory} "
+                f"({orbax_noise.reason(error)}); those before it are untouched"
             ) from error
 
     def _move_aside(self, path: Path) -> Path:

@@ -21,8 +21,12 @@ def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
-def leaf_sha256(tree: PyTree) -> dict[str, str]:
-    """Each leaf's digest, over its dtype, shape and bytes, by its path."""
+def leaf_sha256(tree: PyTree, threads: int | None = None) -> dict[str, str]:
+    """Each leaf's digest, over its dtype, shape and bytes, by its path.
+
+    Args:
+        threads: how many work on it; None for what the machine has.
+    """
 
     def digest(leaf: Any) -> str:
         array = np.asarray(leaf)
@@ -31,8 +35,8 @@ def leaf_sha256(tree: PyTree) -> dict[str, str]:
         return sha256.hexdigest()
 
     names, leaves = zip(*named_leaves(tree), strict=True)
-    with ThreadPoolExecutor() as threads:  # hashlib works on large buffers without Python's lock
-        return dict(zip(names, threads.map(digest, leaves), strict=True))
+    with ThreadPoolExecutor(threads) as pool:  # hashlib works on large buffers without Python's lock
+        return dict(zip(names, pool.map(digest, leaves), strict=True))
 
 
 def tree_sha256(tree: PyTree) -> str:

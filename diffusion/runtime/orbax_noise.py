@@ -1,7 +1,13 @@
-"""What Orbax prints of saves that go well, and of those that fail, whose error reaches the caller as an exception."""
+"""What Orbax prints of saves that go well, and of those that fail, whose error reaches the caller as an exception.
+
+That exception is long: TensorStore says what it was about to do, in which database and with which settings, and at the
+end what the disk said.
+"""
 
 import functools
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -31,3 +37,10 @@ def _without_late_writes(show: Callable[[Any], None]) -> Callable[[Any], None]:
             show(unraisable)
 
     return hook
+
+
+def reason(error: Exception) -> str:
+    """Why a save failed, in a few words: what the disk said, if it said anything."""
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(number[1]))
+    return str(error).partition("\n")[0][:200]

@@ -73,6 +73,16 @@ def test_only_writes_that_outlive_their_save_are_kept_silent():
     assert shown == others
 
 
+def test_of_tensorstore_s_long_messages_what_the_disk_said_is_told():
+    """It comes last, after paths of several lines."""
+    begin = f'UNKNOWN: Error writing "opt_state.1.0.mu/0" in OCDBT database at local file "{"/long" * 50}": Failed to '
+    spec = "[tensorstore_spec='{\\\"driver\\\":\\\"zarr\\\"}']"
+    for number, words in ((5, "Input/output error"), (28, "No space left on device")):
+        error = ValueError(f"{begin}open: {words} [os_error_code='{number}'] {spec}")
+        assert orbax_noise.reason(error) == words
+    assert orbax_noise.reason(OSError(28, "No space", "file")) == "[Errno 28] No space: 'file'"
+
+
 def test_where_process_0_cannot_save_the_others_stop_too(layer, tmp_path, monkeypatch):
     asked = []
 

@@ -1,6 +1,7 @@
 """What is saved comes back bit by bit, and what cannot be read never stands in the way."""
 
 import resource
+import threading
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ import pytest
 from flax import struct, traverse_util
 from orbax.checkpoint.experimental import v1
 
+from diffusion.runtime import checkpoint
 from diffusion.runtime.checkpoint import Checkpoints, DamagedCheckpoint
-from diffusion.runtime.digests import named_leaves
+from diffusion.runtime.digests import leaf_sha256, named_leaves
 
 
 @struct.dataclass
@@ -65,14 +67,23 @@ def test_round_trip_is_bit_identical(tmp_path):
     assert restored.ema_params["conv_in"]["kernel"].dtype == jnp.bfloat16
 
 
-def test_what_happens_to_the_buffers_during_a_save_is_not_saved(tmp_path):
+def test_a_save_returns_before_its_digests_and_what_happens_to_the_buffers_then_is_not_saved(tmp_path, monkeypatch):
+    changed = threading.Event()
+
+    def late(*state, **options):
+        assert changed.wait(60)
+        return leaf_sha256(*state, **options)
+
     state = {"w": np.ones(2_000_000, np.float32), "v": jnp.ones(2_000_000)}
     overwrite = jax.jit(lambda v: v + 1, donate_argnums=0)
+    monkeypatch.setattr(checkpoint, "leaf_sha256", late)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         state["w"][:] = 2.0
         for _ in range(3):
             state["v"] = overwrite(state["v"])
+        assert not (tmp_path / "1").exists()  # without its digests it is not complete
+        changed.set()
         restored = checkpoints.restore(1, state)
     assert np.all(restored["w"] == 1.0) and np.all(restored["v"] == 1.0)
 
