@@ -1,12 +1,17 @@
-"""What is drawn and measured of samples while a run trains; a signal stops both after a batch."""
+"""What is drawn and measured of samples while a run trains.
+
+A signal stops both after a batch. In a multi-process run it does not stop the features, which process 0 computes alone.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from diffusion.evaluation.features import BATCH_SIZE
 from diffusion.evaluation.sampling import Sampler
 from diffusion.experiment import memory
 from diffusion.experiment.build import Experiment
@@ -74,7 +79,23 @@ def quality_of(experiment: Experiment, sampler: Sampler, scorer: Scorer | None) 
                 images.append(batch)
                 if stops():
                     return None
-        numbers = processes.on_first(lambda: scorer.numbers([np.concatenate(images)], num_images)) or {}
+        parts = _unless(lambda: jax.process_count() == 1 and stops(), np.concatenate(images))
+        try:
+            numbers = processes.on_first(lambda: scorer.numbers(parts, num_images)) or {}
+        except _Stopped:
+            return None
         return {name: value for name, value in numbers.items() if value is not None}
 
     return of_params
+
+
+class _Stopped(Exception):
+    """A signal asks to stop."""
+
+
+def _unless(stops: Callable[[], bool], images: UInt8[np.ndarray, "n h w c"]) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+    """The images in parts, whose features are computed at a time; raises `_Stopped` between them."""
+    for begin in range(0, len(images), BATCH_SIZE):
+        if stops():
+            raise _Stopped
+        yield images[begin : begin + BATCH_SIZE]

@@ -192,7 +192,7 @@ def train(
     settings = {"every": config.train.checkpoint_every, "keep": keep, "data_sha256": data_sha256}
     with kept_averages.AveragesKept(directory / "checkpoints", **settings) as checkpoints:
         state = resume(experiment, checkpoints)
-        if state.step == plan.num_steps or is_over(int(state.step)):
+        if is_over(int(state.step)) or _is_trained(plan, int(state.step), directory):
             return state
         logger = build.logger(config, directory, int(state.step))
         with MetricsLog(directory, int(state.step), after_row, logger) as log:
@@ -202,6 +202,12 @@ def train(
             on_devices = processes.bool_from_first(memory.keeps_images(experiment, len(splits.train)))
             given = training, plan, state, splits.train, on_devices
             return loop.train(*given, monitor, is_over, show, quality_of, checkpoints, log, preemption)
+
+
+def _is_trained(plan: loop.Plan, step: int, directory: Path) -> bool:
+    """Whether a state of `step` is the last one, and no signal stopped what was measured of its samples."""
+    has_row = any(row["step"] == step for row in read_metrics(directory))
+    return step == plan.num_steps and (not plan.measures(step) or processes.bool_from_first(has_row))
 
 
 def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:

@@ -60,7 +60,7 @@ def train(
         monitor: what is known of EMA parameters from validation images; its val_loss ranks the checkpoints.
         is_over: (step) -> whether training ends there; asked after each validation's row is written.
         draw: shows samples of EMA parameters, after the step's save; what a signal stopped is shown when a run resumes.
-        quality: measures samples of EMA parameters, before the step's save; see `draw`. The last step's is not stopped.
+        quality: measures samples of EMA parameters, before the step's save; see `draw`.
         checkpoints, log: where process 0 saves, and what gets the rows.
         preemption: says when a signal asks to stop.
 
@@ -214,16 +214,11 @@ def _measure(
     if not math.isfinite(row.get(VAL_LOSS, 0)):
         raise FloatingPointError(f"step {step}: {VAL_LOSS} = {row[VAL_LOSS]}; {LAST_GOOD}")
     if plan.measures(step):
-        found = quality(ema_params, is_due if step < plan.num_steps else _never)
-        if found is None:
+        if (found := quality(ema_params, is_due)) is None:
             return False
         row |= found
     _write(log, progress, step, row)
     return True
-
-
-def _never() -> bool:
-    return False
 
 
 def _catch_up(

@@ -11,6 +11,7 @@ import toy
 
 from diffusion import data
 from diffusion.experiment import build
+from diffusion.programs import in_training, train
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
 from diffusion.reporting.progress import Progress
 from diffusion.runtime.checkpoint import Checkpoints
@@ -152,7 +153,7 @@ def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_s
 
 
 def test_a_signal_that_stops_the_samples_metrics_saves_and_the_resumed_run_writes_the_same_row(tmp_path):
-    """Metrics of samples after step 2 of 4; the row of that step has the loss, too."""
+    """Metrics of samples after steps 2 and 4, the last one; the row of the step has the loss, too."""
     keys = {"train__num_steps": 4, "train__checkpoint_every": 4, "train__sample_every": 0, "train__log_every": 2}
     made = toy.experiment(**keys, quality__every=2, schedule__num_steps=2)
     start, plan = jax.device_get(made.initial_state()), build.plan(made.config)
@@ -164,9 +165,11 @@ def test_a_signal_that_stops_the_samples_metrics_saves_and_the_resumed_run_write
     def drawn(*_):
         return True
 
-    def run(directory, state, sends):
+    def run(directory, state, at=None):
+        steps = iter(range(int(state.step) or 2, 5, 2))
+
         def quality(params, stops):
-            if sends:
+            if next(steps) == at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return None if stops() else {"fid": float(np.abs(jax.tree.leaves(params.host())[0]).sum())}
 
@@ -180,15 +183,39 @@ def test_a_signal_that_stops_the_samples_metrics_saves_and_the_resumed_run_write
             given = made.training, plan, state, toy.source("train"), True, lambda params: {"val_loss": 1.0}
             return loop.train(*given, never, drawn, quality, checkpoints, log, preemption)
 
-    end = run(tmp_path / "straight", start, False)
-    with pytest.raises(Preempted, match="75"):
-        run(tmp_path / "stopped", start, True)
-    assert read_metrics(tmp_path / "stopped") == []
-    with Checkpoints(tmp_path / "stopped") as checkpoints:
-        saved = checkpoints.restore(2, made.abstract_state())
-    assert tree_sha256(run(tmp_path / "stopped", saved, False)) == tree_sha256(end)
-    rows = [
-        [{key: value for key, value in row.items() if key != "images_per_second"} for row in read_metrics(directory)]
-        for directory in (tmp_path / "straight", tmp_path / "stopped")
-    ]
-    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [2, 4] and all("fid" in row for row in rows[0])
+    def rows(name):
+        return [row | {"images_per_second": 0} for row in read_metrics(tmp_path / name)]
+
+    end, wanted = run(tmp_path / "straight", start), rows("straight")
+    assert [row["step"] for row in wanted] == [2, 4] and all("fid" in row for row in wanted)
+    for at in (2, 4):
+        directory = tmp_path / f"stopped{at}"
+        with pytest.raises(Preempted, match="75"):
+            run(directory, start, at)
+        assert rows(directory.name) == wanted[: at // 2 - 1]
+        with Checkpoints(directory) as checkpoints:
+            saved = checkpoints.restore(at, made.abstract_state())
+        assert tree_sha256(run(directory, saved)) == tree_sha256(end)
+        assert rows(directory.name) == wanted
+
+
+def test_a_run_at_its_last_step_goes_on_only_if_what_was_measured_of_its_samples_has_no_row(tmp_path):
+    plan = build.plan(toy.config(train__num_steps=4, quality__every=2))
+    assert not train._is_trained(plan, 2, tmp_path)
+    with MetricsLog(tmp_path) as log:
+        for step, is_trained in ((2, False), (4, True)):
+            log.write(step, loss=1.0)
+            assert train._is_trained(plan, 4, tmp_path) == is_trained
+    assert train._is_trained(build.plan(toy.config(train__num_steps=4)), 4, tmp_path / "elsewhere")
+
+
+def test_a_signal_stops_the_features_of_samples_between_two_parts(monkeypatch):
+    """Of 5 images in parts of 2: after the first part, or not at all."""
+    monkeypatch.setattr(in_training, "BATCH_SIZE", 2)
+    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+    parts = in_training._unless(lambda: False, images)
+    assert [part.ravel().tolist() for part in parts] == [[0, 1], [2, 3], [4]]
+    asked, seen = iter([False, True]), []
+    with pytest.raises(in_training._Stopped):
+        seen.extend(len(part) for part in in_training._unless(lambda: next(asked), images))
+    assert seen == [2]
