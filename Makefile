@@ -32,6 +32,7 @@ test: $(VENV)/.installed-dev
 faults: $(VENV)/.installed-dev
 	$(VENV)/bin/python tests/faults/bad_configs.py 20
 	$(VENV)/bin/python tests/faults/disk_full.py
+	$(VENV)/bin/python tests/faults/every_io.py --number=20
 	$(VENV)/bin/python tests/faults/no_reader.py
 	$(VENV)/bin/python tests/faults/decoding.py 10
 	$(VENV)/bin/python tests/faults/several_processes.py --toy

@@ -1,11 +1,11 @@
 """A disk that answers reads with EIO while a run resumes: nothing is moved or begun anew."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import faulty_disk
 import jax
 import launch
 import numpy as np
@@ -15,7 +15,6 @@ from diffusion.experiment import build, workdir
 from diffusion.experiment import config as config_lib
 from diffusion.runtime.checkpoint import Checkpoints
 
-SOURCE = Path(__file__).parent / "eio.c"
 CONFIG = str(Path(__file__).parent / "digits_layer.py")
 STEPS = {"train.num_steps": 12}
 STOPPED_AT = 8
@@ -27,11 +26,10 @@ def library(tmp_path_factory) -> Path:
     """A library that breaks reads where it is preloaded."""
     if not sys.platform.startswith("linux"):
         pytest.skip("the library is for Linux")
-    if not (compiler := shutil.which("cc") or shutil.which("gcc")):
-        pytest.skip("there is no C compiler to make the library with")
-    built = tmp_path_factory.mktemp("eio") / "eio.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", built, SOURCE, "-ldl"], check=True)
-    return built
+    try:
+        return faulty_disk.library(tmp_path_factory.mktemp("library"))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -57,7 +55,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_the_library_breaks_the_named_files_only(library, tmp_path):
     for name in ("broken", "sound"):
         (tmp_path / name).write_text(name)
-        environment = os.environ | {"LD_PRELOAD": str(library), "EIO_PATH": str(tmp_path / "broken")}
+        environment = os.environ | {"LD_PRELOAD": str(library), "FAULTY_PATH": str(tmp_path / "broken")}
         result = subprocess.run(["cat", tmp_path / name], env=environment, capture_output=True, text=True)
         assert (result.stdout == name) == (result.returncode == 0) == (name == "sound"), result.stderr
 
@@ -67,7 +65,7 @@ def test_a_disk_that_cannot_be_read_stops_the_run_and_costs_nothing(library, sto
     # Every file of the checkpoints; then the arrays alone, which only Orbax reads.
     for part in ("checkpoints/", f"checkpoints/{STOPPED_AT}/state/"):
         printed_before = len(launch.log(stopped).read_text()) if launch.log(stopped).exists() else 0
-        broken = {"LD_PRELOAD": str(library), "EIO_PATH": str(stopped / part)}
+        broken = {"LD_PRELOAD": str(library), "FAULTY_PATH": str(stopped / part)}
         launch.wait(launch.start(stopped, config=CONFIG, variables=broken, **keys), code=2)
         printed = launch.log(stopped).read_text()[printed_before:]
         lines = [line for line in printed.splitlines() if line.strip()]

@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
         ("several_processes.py --toy", "both refused it"),
         ("decoding.py 10", "one decoding, the same bytes"),
         ("no_reader.py", "3 runs without a reader"),
+        ("every_io.py --number=2", "after each fault the same command ends with the same bits"),
         ("disk_full.py", "then, without the limit: the end is bit-identical"),
     ],
 )
