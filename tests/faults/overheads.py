@@ -75,7 +75,7 @@ def main(batch_size: int, step: float | None) -> None:
     print(f"digests, each save            {digests:.3f} s: {digests / every / step:.4%} of every step")
     print(f"replica check                 {replicas:.3f} s: {replicas / compared / step:.4%} of every step")
     print(
-        f"stall of a save, digests too  {statistics.median(stalls):.3f} s: {statistics.median(stalls) / step:.2f} steps"
+        f"stall of a save               {statistics.median(stalls):.3f} s: {statistics.median(stalls) / step:.2f} steps"
     )
 
 
