@@ -3,14 +3,22 @@
 import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from diffusion.runtime import streams
 from diffusion.runtime.preemption import Preempted
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help says more\n")
+
+
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """A parser without flags; the description, a module's docstring, is shown as it is."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def exit_with(main: Callable[[], int | None]) -> None:

@@ -5,11 +5,11 @@
 
 A checkpoint of improved-diffusion or guided-diffusion is recognized by its published name. Another one needs the flags
 that it was trained with, in --flags=FILE.json or in the JSON file of its own name. PyTorch reads the file: pip install
--e '.[openai]'. A directory with ckpt-N.flax is a checkpoint of google-research/vdm, whose networks are recognized;
---flags=FILE.json is then its config.model. Another directory is a pipeline of diffusers, with the settings of its
-scheduler, unless it holds PREFIX.index, a TensorFlow checkpoint of Ho et al.'s program; WEIGHTS may be PREFIX, too.
-Ho et al.'s network for CIFAR-10 is recognized in both. By default a model is scored on the test split of the paper's
-data set by the paper's protocol, a VDM for T = ∞ and T = 1000.
+-e '.[openai]'. ckpt-N.flax, or a directory with it, is a checkpoint of google-research/vdm, whose networks are
+recognized; --flags=FILE.json is then its config.model. Another directory is a pipeline of diffusers, with the settings
+of its scheduler, unless it holds PREFIX.index, a TensorFlow checkpoint of Ho et al.'s program; WEIGHTS may be PREFIX,
+too. Ho et al.'s network for CIFAR-10 is recognized in both. By default a model is scored on the test split of the
+paper's data set by the paper's protocol, a VDM for T = ∞ and T = 1000.
 
 Leaves published.json in the working directory, and finished terms: the same command goes on after a kill or a signal.
 """
@@ -25,7 +25,7 @@ from diffusion import data, interop, likelihood
 from diffusion.data import Source
 from diffusion.evaluation import bound, images
 from diffusion.evaluation.limit import for_protocol, limit
-from diffusion.interop import ho2020, openai_flags, vdm, vdm_config
+from diffusion.interop import ho2020, openai_flags, pipelines, vdm, vdm_config
 from diffusion.interop.files import find
 from diffusion.model import Model
 from diffusion.reporting import summary
@@ -37,6 +37,7 @@ from experiments.commands import argument_parser, exit_with
 from experiments.published_rows import Row
 
 ERRORS = ("test_limit_bpd_stderr", "test_limit_bpd_sampling_stderr")
+LEAST = {"num_images": 0, "batch_size": 1, "seed": 0}
 PROTOCOL = "exact"  # of a model that no paper is known of
 
 
@@ -73,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not arguments.full and (arguments.terms < 3 or arguments.terms % 2 == 0):
         raise ValueError(f"--terms={arguments.terms} must be an odd number ≥ 3")
+    for name, least in LEAST.items():
+        if not least <= (value := getattr(arguments, name)) < 2**31:
+            raise ValueError(f"--{name}={value} must be an integer in {least}…2³¹ − 1")
     weights = files.expanded(arguments.weights)
     given = found_at(weights, arguments.flags)
     row = given.row
@@ -101,7 +105,8 @@ def found_at(weights: Path, flags_file: str) -> Checkpoint:
     """What is given, by the names of its files.
 
     Raises:
-        ValueError: it has no flags, besides what the function of its kind raises.
+        FileNotFoundError: a directory that holds nothing known.
+        ValueError: --flags of what has none, besides what the function of its kind raises.
     """
     if of_vdm := vdm.newest(weights):
         return vdm_checkpoint(of_vdm, flags_file)
@@ -110,6 +115,10 @@ def found_at(weights: Path, flags_file: str) -> Checkpoint:
         return checkpoint(weights, flags_file)
     if flags_file:
         raise ValueError(f"--flags={flags_file} has no part: the settings of {weights} lie in its own files")
+    if prefix is None and not any(path.is_file() for path in pipelines.places(weights)):
+        raise FileNotFoundError(
+            f"{weights} holds none of ckpt-N.flax, PREFIX.index and {pipelines.SCHEDULER_FILE}; name a .pt file itself"
+        )
     return pipeline(weights) if prefix is None else ho2020_checkpoint(prefix)
 
 

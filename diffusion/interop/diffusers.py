@@ -87,7 +87,7 @@ def load_diffusers(directory: str | Path) -> tuple[UNet, PyTree]:
     """
     config, weights = files.find(directory)
     try:
-        unet, image_shape = _unet_of(json.loads(config.read_text()))
+        unet, image_shape = _unet_of(files.json_object(config))
     except ValueError as error:  # malformed JSON is one, too
         raise ValueError(f"{config}: {error}") from error
     shapes = _param_shapes(unet, image_shape)

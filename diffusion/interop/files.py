@@ -23,6 +23,14 @@ OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj
 FLOATS = ("F32", "F16", "BF16")
 
 
+def json_object(path: Path) -> dict[str, Any]:
+    """The names and values in a JSON file. Raises a ValueError, without the path, if it holds something else."""
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError("it must hold a JSON object of names and values")
+    return found
+
+
 class Files(NamedTuple):
     """The config of a published network, and the files that hold its weights."""
 

@@ -5,7 +5,6 @@ and nothing is unpickled. The shapes in it tell the network. The process is not 
 default arguments unless kwargs.json, which the program writes beside its checkpoints, says otherwise.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from jaxtyping import PyTree
 
 from diffusion import reverse, schedules
 from diffusion.interop import tensor_bundle
+from diffusion.interop.files import json_object
 from diffusion.model import Model
 from diffusion.networks.named_tensors import first_few, refuse_differences
 from diffusion.networks.network import Network
@@ -197,7 +197,7 @@ def _process(kwargs_file: Path, unet: UNet, in_channels: int) -> tuple[reverse.R
         settings["model_var_type"] = "fixedsmall"
     try:
         if kwargs_file.is_file():
-            given = json.loads(kwargs_file.read_text())
+            given = json_object(kwargs_file)
             settings |= {key: value for key, value in given.items() if key in DEFAULTS}
         _check(settings)
         p = reverse.make(MEANS[settings["model_mean_type"]], VARIANCES[settings["model_var_type"]])
@@ -208,7 +208,7 @@ def _process(kwargs_file: Path, unet: UNet, in_channels: int) -> tuple[reverse.R
             )
         ends = (float(settings["beta_start"]), float(settings["beta_end"]), settings["num_diffusion_timesteps"])
         return p, schedules.from_betas(BETAS[settings["beta_schedule"]](*ends))
-    except (ValueError, AttributeError) as error:  # malformed JSON is the first, a list the second
+    except ValueError as error:  # malformed JSON is one, too
         raise ValueError(f"{kwargs_file}: {error}") from error
 
 

@@ -151,13 +151,14 @@ def _said_and_seen(found: dict[str, tuple], adm: ADM, flags: Mapping[str, Any]) 
     wide = "channel_mult" if flags.get("channel_mult") else "image_size"
     two, outputs = 2 * openai_flags.NUM_CHANNELS_OF_IMAGES, size("out.2.weight")
     channels, strided = size("time_embed.0.weight", 1), any("op" in parts for parts in names)
+    resampled = f"input_blocks.{1 + adm.num_res_blocks}.0.in_layers.0.weight" in found  # behind the first level
     pairs = {
         "num_channels": (adm.channels, channels),
         "num_res_blocks": (adm.num_res_blocks, per_level - 1 if per_level > 1 and not rest else None),
         f"{wide}, as levels,": (len(levels), blocks // (adm.num_res_blocks + 1) if rest else None),
         "class_cond": (adm.num_classes > 0, channels and "label_emb.weight" in found),
         "learn_sigma": (adm.out_channels == two, outputs and outputs == two),
-        "resblock_updown": (adm.block_resampling, not strided if len(levels) > 1 else None),
+        "resblock_updown": (adm.block_resampling, resampled if strided != resampled and len(levels) > 1 else None),
     }
     if any(seen not in (None, said) for said, seen in pairs.values()):
         return pairs

@@ -4,13 +4,13 @@ Both programs build network and process from flags that are not in the checkpoin
 line ("True", "16,8") or the Python value. Source: their script_util.py and respace.py.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusion import conditioning, reverse, schedules
+from diffusion.interop.files import json_object
 from diffusion.networks.adm import ADM
 from diffusion.networks.named_tensors import first_few
 from diffusion.reverse import Reverse
@@ -97,8 +97,8 @@ def beside(pt_file: str | Path) -> dict[str, Any]:
 def from_file(path: Path) -> dict[str, Any]:
     """The flags in a JSON file. Raises what `read` does, with the file's name, or an OSError."""
     try:
-        return read(dict(json.loads(path.read_text())))
-    except (TypeError, ValueError) as error:
+        return read(json_object(path))
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -3,7 +3,6 @@
 Of all schedulers DDPM's and DDIM's are read. What concerns only how they sample is left out: `samplers` does that.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from diffusion import reverse, schedules
 from diffusion.interop.diffusers import load_diffusers
+from diffusion.interop.files import json_object
 from diffusion.model import Model
 from diffusion.networks.named_tensors import first_few
 from diffusion.networks.network import Network
@@ -60,14 +60,14 @@ def load_pipeline(directory: str | Path) -> Model:
         ValueError: what `load_diffusers` refuses, or a scheduler with what a `Model` cannot represent.
     """
     folder = expanded(directory)
-    path = next((found for found in _places(folder) if found.is_file()), None)
+    path = next((found for found in places(folder) if found.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"{_places(folder)[0]} does not exist; a pipeline has its scheduler's settings there")
+        raise FileNotFoundError(f"{places(folder)[0]} does not exist; a pipeline has its scheduler's settings there")
     try:
-        settings = _checked(json.loads(path.read_text()))
+        settings = _checked(json_object(path))
         p = reverse.make(PREDICTIONS[settings["prediction_type"]], VARIANCES[settings["variance_type"]])
         schedule = _schedule(settings)
-    except (ValueError, AttributeError, TypeError) as error:  # malformed JSON is the first, a list the second
+    except (ValueError, TypeError) as error:  # malformed JSON is one, too
         raise ValueError(f"{path}: {error}") from error
     unet, params = load_diffusers(folder)
     if unet.out_channels != (wanted := p.output_channels(params["conv_in"]["kernel"].shape[2])):
@@ -79,7 +79,8 @@ def load_pipeline(directory: str | Path) -> Model:
     return Model(denoise, p, schedule, NUM_LEVELS, takes_labels=unet.num_classes > 0)
 
 
-def _places(folder: Path) -> tuple[Path, ...]:
+def places(folder: Path) -> tuple[Path, ...]:
+    """Where the scheduler's settings may lie."""
     return folder / "scheduler" / SCHEDULER_FILE, folder / SCHEDULER_FILE
 
 

@@ -81,7 +81,7 @@ def load_vdm(directory: str | Path, config: Mapping[str, Any] | None = None) -> 
     A γ that is a network is straight between these steps: for T → ∞ the bound does not depend on that.
 
     Args:
-        directory: checkpoints-0 of a run, or the folder that holds it.
+        directory: checkpoints-0 of a run, the folder that holds it, or one checkpoint's file.
         config: `config.model` of the run, over that of config.json in the directory; absent keys as in the program's
             own configs.
 
@@ -123,6 +123,8 @@ def find(directory: str | Path) -> Path:
 def newest(directory: str | Path) -> Path | None:
     """The newest checkpoint's file; None where there is none."""
     root = expanded(directory)
+    if root.is_file():
+        return root if FILE_NAME.fullmatch(root.name) else None
     for folder in (root / name for name in FOLDERS):
         if not folder.is_dir():
             continue

@@ -1,6 +1,5 @@
 """What `config.model` of google-research/vdm says of a model beside its network: γ and the pixel values."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 
 from diffusion import schedules
 from diffusion.conditioning import NUM_STEPS
+from diffusion.interop.files import json_object
 from diffusion.networks.named_tensors import first_few
 from diffusion.schedules import Schedule
 
@@ -38,11 +38,14 @@ Tensors = Mapping[str, np.ndarray]
 
 def from_file(path: Path) -> dict[str, Any]:
     """`config.model`, or a whole config, from a JSON file. Raises a ValueError if it is no object."""
-    given = json.loads(path.read_text())
-    given = given.get("model", given) if isinstance(given, dict) else given
-    if not isinstance(given, dict):
-        raise ValueError(f"{path.name} must be an object of names and values")
-    return given
+    try:
+        given = json_object(path)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    model = given.get("model", given)
+    if not isinstance(model, dict):
+        raise ValueError(f"{path.name}: model={model!r} must be an object of names and values")
+    return model
 
 
 def read(folder: Path, config: Mapping[str, Any] | None) -> dict[str, Any]:

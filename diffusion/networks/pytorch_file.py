@@ -1,6 +1,7 @@
 """A PyTorch file of named tensors, read without unpickling any object, and written."""
 
 import logging
+import pickle
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import numpy as np
 
 from diffusion.networks.named_tensors import first_few
 
+ZIP_START = b"PK\3\4"
 CHUNK = 1 << 20  # bytes that are read at a time
 
 
@@ -29,14 +31,15 @@ def state_dict(path: str | Path, remedy: str) -> dict[str, Any]:
     _refuse_damage(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(name, str) for name in state):
-            raise TypeError("its keys are no names")
-        return {name: tensor.detach() for name, tensor in state.items()}
     except OSError:
         raise  # no damage
     except Exception as error:  # PyTorch raises nearly anything for a file that is something else
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"{path} is no PyTorch state_dict: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{path} {_what_is_wrong(path, error)}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{path} is no PyTorch state_dict: it has no names")
+    if others := sorted(name for name, held in state.items() if not hasattr(held, "detach")):
+        raise ValueError(f"{path} is no PyTorch state_dict: what is no tensor: {first_few(others)}")
+    return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def write(file: BinaryIO, tensors: Mapping[str, np.ndarray], remedy: str) -> None:
@@ -74,6 +77,20 @@ def _is_whole(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # NotImplementedError is one of the last
         return False
     return True
+
+
+def _what_is_wrong(path: str | Path, error: Exception) -> str:
+    """What a file is that PyTorch refuses; never its advice to read it without `weights_only`."""
+    with open(path, "rb") as file:
+        start = file.read(len(ZIP_START))
+    if not start:
+        return "is empty"
+    if start == ZIP_START and not zipfile.is_zipfile(path):
+        return "is damaged: it is cut"
+    if isinstance(error, pickle.UnpicklingError):
+        return "is no PyTorch state_dict: it holds something else than tensors"
+    reason = next(iter(str(error).splitlines()), "")
+    return f"is no PyTorch state_dict: {type(error).__name__}: {reason}"
 
 
 def _torch(path: str | Path, remedy: str) -> Any:

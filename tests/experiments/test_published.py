@@ -75,6 +75,9 @@ def test_a_file_is_recognized_by_its_name_or_by_the_flags_beside_it(tmp_path):
         assert row is None and flags["num_heads"] == 2
     (tmp_path / "mine.txt").write_text('{"package": "improved_diffusion", "num_heads": 3}')
     assert published.recognized(tmp_path / "other.pt", str(tmp_path / "mine.txt"))[0]["num_heads"] == 3
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match="list.json: it must hold a JSON object of names and values"):
+        published.recognized(tmp_path / "other.pt", str(tmp_path / "list.json"))
     with pytest.raises(FileNotFoundError, match="other.json does not exist; it must hold the flags that "):
         published.recognized(tmp_path / "other.pt", "")
     with pytest.raises(ValueError, match="has a published name, and other flags than that file's"):
@@ -184,8 +187,13 @@ def test_each_estimate_has_finished_terms_of_its_own(toy, monkeypatch):
 def test_what_does_not_fit_is_refused(toy, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="--terms=4 must be an odd number ≥ 3"):
         toy("--terms=4")
+    for wrong in ("--num_images=-1", "--batch_size=0", "--seed=-1", "--seed=99999999999"):
+        with pytest.raises(ValueError, match=rf"{wrong} must be an integer in \d…2³¹ − 1"):
+            toy(wrong)
     with pytest.raises(FileNotFoundError, match="gone.pt does not exist"):
         published.main([str(tmp_path / "gone.pt")])
+    with pytest.raises(FileNotFoundError, match=r"holds none of ckpt-N.flax, PREFIX.index and scheduler_config.json"):
+        published.main([str(tmp_path)])
     wide = np.zeros((8, 4, 8, 3), np.uint8)
     monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.Source(name, split, wide))
     with pytest.raises(ValueError, match=r"'noise' has images \(4, 8, 3\); the model takes \(4, 4, 3\)"):

@@ -153,6 +153,11 @@ def test_a_wrong_flag_is_one_line_that_names_it(changes, message, files):
     [
         (lambda held: held.pop("time_embed.0.weight"), "blocks.pt: time_embed.0.weight is missing"),
         (lambda held: held.pop("out.2.weight"), "blocks.pt: out.2.weight is missing"),
+        (
+            lambda held: held.pop("input_blocks.2.0.in_layers.0.weight"),
+            "blocks.pt: input_blocks.2.0.in_layers.0.weight is missing$",
+        ),
+        (lambda held: held.clear(), "blocks.pt: input_blocks.0.0.bias is missing; "),
         (lambda held: held.update({"ema": held["out.0.bias"]}), "blocks.pt: ema is extra"),
         (lambda held: held.update({"out.0.bias": Tensor(np.full(32, np.nan))}), "blocks.pt: NaN or Inf in out.0.bias"),
         (
@@ -161,13 +166,16 @@ def test_a_wrong_flag_is_one_line_that_names_it(changes, message, files):
         ),
         (
             lambda held: held.update({7: held["out.0.bias"]}),
-            "blocks.pt is no PyTorch state_dict: TypeError: its keys are ",
+            "blocks.pt is no PyTorch state_dict: it has no names",
         ),
         (
             lambda held: [held.update({f"module.{name}": held.pop(name)}) for name in list(held)],
             "blocks.pt: input_blocks.0.0.bias is missing; ",
         ),
-        (lambda held: held.update({"out.0.bias": 3}), "blocks.pt is no PyTorch state_dict: AttributeError: "),
+        (
+            lambda held: held.update({"out.0.bias": 3}),
+            "blocks.pt is no PyTorch state_dict: what is no tensor: out.0.bias$",
+        ),
     ],
 )
 def test_a_damaged_file_is_one_line_that_names_what_is_wrong(change, message, files):

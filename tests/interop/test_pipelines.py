@@ -87,9 +87,10 @@ def test_what_a_model_cannot_be_is_refused_by_name(changes, message, made):
     assert "\n" not in str(raised.value)
 
 
-def test_damage_of_the_network_is_not_the_scheduler_s(made, tmp_path):
-    (tmp_path / "unet" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="unet/config.json") as raised:
+@pytest.mark.parametrize(("held", "message"), [("{", "Expecting"), ("[1]", "it must hold a JSON object of names")])
+def test_damage_of_the_network_is_not_the_scheduler_s(held, message, made, tmp_path):
+    (tmp_path / "unet" / "config.json").write_text(held)
+    with pytest.raises(ValueError, match=f"unet/config.json: {message}") as raised:
         made()
     assert "scheduler" not in str(raised.value)
 

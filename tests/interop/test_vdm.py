@@ -179,6 +179,8 @@ def test_the_newest_file_is_read_also_inside_the_folder_that_clu_makes(tmp_path)
     assert vdm.find(tmp_path) == vdm.find(tmp_path / "checkpoints-0") == tmp_path / "checkpoints-0" / "ckpt-10.flax"
     (tmp_path / "checkpoint_7").touch()
     assert vdm.find(tmp_path).name == "checkpoint_7"
+    older = tmp_path / "checkpoints-0" / "ckpt-9.flax"
+    assert vdm.find(older) == older and vdm.newest(older.with_name("ckpt-10.index")) is None
 
 
 def test_a_fixed_curve_is_the_config_s_and_config_json_is_read(written):

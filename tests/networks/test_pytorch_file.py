@@ -1,5 +1,6 @@
 """PyTorch files that are damaged where PyTorch itself looks at nothing."""
 
+import pickle
 import sys
 import zipfile
 from types import SimpleNamespace
@@ -61,6 +62,38 @@ def test_a_file_without_checksums_is_read_with_a_warning(path, caplog):
     path.write_bytes(whole)
     assert list(read(path)) == ["a"]
     assert "toy.pt was written without checksums, so damage is not noticed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (b"", r"toy.pt is empty$"),
+        (None, r"toy.pt is damaged: it is cut$"),
+        (b"<html>", r"toy.pt is no PyTorch state_dict: it holds something else than tensors$"),
+    ],
+)
+def test_what_pytorch_refuses_is_told_without_its_advice_to_unpickle(held, message, path, monkeypatch):
+    def load(path, **_):
+        raise pickle.UnpicklingError("Weights only load failed. Re-running with `weights_only` set to `False` will")
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=load))
+    path.write_bytes(path.read_bytes()[:-1] if held is None else held)
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (["a"], "it has no names"),
+        ({1: Tensor()}, "it has no names"),
+        ({"a": Tensor(), "model": {}, "step": 3}, "what is no tensor: model; step"),
+    ],
+)
+def test_what_is_no_state_dict_says_why(state, message, path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=lambda path, **_: state))
+    with pytest.raises(ValueError, match=f"toy.pt is no PyTorch state_dict: {message}$"):
+        read(path)
 
 
 def test_what_is_no_archive_is_left_to_pytorch(path):
