@@ -6,7 +6,7 @@ default arguments unless kwargs.json, which the program writes beside its checkp
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from diffusion import reverse, schedules
-from diffusion.interop import tensor_bundle
+from diffusion.interop import betas, tensor_bundle
 from diffusion.interop.files import json_object
 from diffusion.model import Model
 from diffusion.networks.named_tensors import first_few, refuse_differences
@@ -225,36 +225,12 @@ def _check(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"block_size={settings['block_size']!r} cannot be represented, only 1")
 
 
-def _linear(start: float, end: float, num_steps: int) -> np.ndarray:
-    return np.linspace(start, end, num_steps)
-
-
-def _quadratic(start: float, end: float, num_steps: int) -> np.ndarray:
-    return np.linspace(start**0.5, end**0.5, num_steps) ** 2
-
-
-def _constant(start: float, end: float, num_steps: int) -> np.ndarray:
-    return np.full(num_steps, end)
-
-
-def _warmup(fraction: float) -> Callable[[float, float, int], np.ndarray]:
-    def betas(start: float, end: float, num_steps: int) -> np.ndarray:
-        rising = np.linspace(start, end, int(num_steps * fraction))
-        return np.concatenate([rising, np.full(num_steps - len(rising), end)])
-
-    return betas
-
-
-def _harmonic(start: float, end: float, num_steps: int) -> np.ndarray:
-    return 1 / np.linspace(num_steps, 1, num_steps)
-
-
-# beta_schedule -> β_1…β_T, which are not rescaled when T changes.
+# beta_schedule -> β_1…β_T
 BETAS = {
-    "linear": _linear,
-    "quad": _quadratic,
-    "const": _constant,
-    "warmup10": _warmup(0.1),
-    "warmup50": _warmup(0.5),
-    "jsd": _harmonic,
+    "linear": betas.linear,
+    "quad": betas.linear_root,
+    "const": betas.constant,
+    "warmup10": betas.warmup(0.1),
+    "warmup50": betas.warmup(0.5),
+    "jsd": betas.harmonic,
 }

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from diffusion import reverse, schedules
+from diffusion.interop import betas
 from diffusion.interop.diffusers import load_diffusers
 from diffusion.interop.files import json_object
 from diffusion.model import Model
@@ -47,6 +47,13 @@ VARIANCES = {
     "fixed_large_log": "fixed_large",
     "learned": "learned",
     "learned_range": "learned_range",
+}
+# beta_schedule -> β_1…β_T. The cosine is `schedules.cosine`.
+BETAS = {
+    "linear": betas.linear,
+    "scaled_linear": betas.linear_root,
+    "sigmoid": betas.sigmoid,
+    "squaredcos_cap_v2": None,
 }
 
 
@@ -95,7 +102,7 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
     settings = DEFAULTS | {key: value for key, value in own.items() if key in DEFAULTS}
     tables = {"prediction_type": PREDICTIONS, "variance_type": VARIANCES, "beta_schedule": BETAS}
     for key, table in tables.items():
-        if settings[key] not in table:
+        if settings[key] not in list(table):
             raise ValueError(f"{key}={settings[key]!r} cannot be represented, only {', '.join(table)}")
     kinds = {"num_train_timesteps": (int,), "beta_start": (int, float), "beta_end": (int, float)}
     for key, kind in kinds.items():
@@ -111,26 +118,10 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _linear(start: float, end: float, num_steps: int) -> np.ndarray:
-    return np.linspace(start, end, num_steps)
-
-
-def _scaled_linear(start: float, end: float, num_steps: int) -> np.ndarray:
-    return np.linspace(start**0.5, end**0.5, num_steps) ** 2
-
-
-def _sigmoid(start: float, end: float, num_steps: int) -> np.ndarray:
-    return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, num_steps)))
-
-
-# beta_schedule -> β_1…β_T; not rescaled when T changes. The cosine is `schedules.cosine`.
-BETAS = {"linear": _linear, "scaled_linear": _scaled_linear, "sigmoid": _sigmoid, "squaredcos_cap_v2": None}
-
-
 def _schedule(settings: dict[str, Any]) -> Schedule:
     if settings["trained_betas"] is not None:
         return schedules.from_betas(settings["trained_betas"])
-    betas, num_steps = BETAS[settings["beta_schedule"]], settings["num_train_timesteps"]
-    if betas is None:
+    curve, num_steps = BETAS[settings["beta_schedule"]], settings["num_train_timesteps"]
+    if curve is None:
         return schedules.cosine(num_steps)
-    return schedules.from_betas(betas(float(settings["beta_start"]), float(settings["beta_end"]), num_steps))
+    return schedules.from_betas(curve(float(settings["beta_start"]), float(settings["beta_end"]), num_steps))

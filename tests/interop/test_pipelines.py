@@ -76,6 +76,7 @@ def test_what_has_no_effect_here_is_a_warning(caplog):
         ({"variance_type": "learned_range"}, "variance_type='learned_range' needs a network of 6 out_channels, not 3"),
         ({"beta_end": 2}, r"β must lie in \(0, 1\]"),
         ({"beta_start": "small"}, "beta_start='small' must be a number"),
+        ({"prediction_type": ["epsilon"]}, r"prediction_type=\['epsilon'\] cannot be represented, only epsilon, "),
         ({"num_train_timesteps": 40.5}, "num_train_timesteps=40.5 must be an integer"),
         ({"num_train_timesteps": 0}, "the number of steps|list of T ≥ 1 numbers"),
         ({"trained_betas": ["a"]}, "could not convert string to float"),
