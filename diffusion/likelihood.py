@@ -36,17 +36,20 @@ class Protocol(NamedTuple):
     kl_terms: int = 0
 
 
+# The numbers are lines of hojonathanho/diffusion at 1e0dceb, openai/improved-diffusion at 1bc7bbb, and
+# google-research/vdm at dc27b98.
 PROTOCOLS: dict[str, Protocol] = {
     "exact": Protocol(None, "exact", 1),
-    # What the original code of Ho et al. (2020) does: 9,984 of CIFAR-10's 10,000 test images.
+    # Ho et al. (2020). diffusion_tf/utils.py has the CDF (112) and the clamp of masses (125). The bound of
+    # diffusion_utils_2.py clips x̂_0 (313). Only whole batches of 256 are scored: 9,984 of the 10,000 test images.
     "ho2020": Protocol(gaussian.tanh_discretized_log_prob, "tanh approximation, masses clamped at 1e-12", 256),
-    # Nichol & Dhariwal (2021): discretized_gaussian_log_likelihood in losses.py of improved-diffusion, whose
-    # image_nll.py clips x̂_0 and scores as many images as it is told. Here these are all.
+    # Nichol & Dhariwal (2021). improved_diffusion/losses.py has the CDF (42) and the clamp (68). scripts/image_nll.py
+    # clips x̂_0 (87) and scores as many images as it is told (54). Here these are all.
     "nichol2021": Protocol(gaussian.tanh_discretized_log_prob, "tanh approximation, masses clamped at 1e-12", 1),
-    # Kingma et al. (2021), google-research/vdm. model_vdm.py: pixel values by Bayes' rule (EncDec.decode), and losses
-    # of ε̂ itself, without a clip of x̂_0 (VDM.__call__). configs/*.py score T = ∞ (sm_n_timesteps=0), for which
-    # experiment_vdm.py samples with T = 1000. Its 100 batches of 128 test images, an instant each (experiment.py,
-    # evaluate), are drawn from a set that repeats (dataset.py); here every image is scored.
+    # Kingma et al. (2021). model_vdm.py has pixel values by Bayes' rule (198), and losses of ε̂ itself, without a clip
+    # of x̂_0 (116). configs/*.py score T = ∞ (49), for which experiment_vdm.py samples with T = 1000 (78). Its 100
+    # batches of 128 test images, an instant each, come from a set that repeats (experiment.py, 270). Here every image
+    # is scored.
     "vdm2021": Protocol(None, "none: pixel values by Bayes' rule", 1, clip_x0=False, kl_terms=1000),
 }
 
