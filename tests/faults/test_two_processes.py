@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import launch
 import numpy as np
@@ -22,13 +24,20 @@ HERE = Path(__file__).parent
 KEYS = ("--train.num_steps=10", "--train.checkpoint_every=10", "--sample.num_images=24", "--sample.batch_size=16")
 
 
-def start(mode: str, workdir: Path, *flags: str) -> subprocess.Popen:
+class Run(NamedTuple):
+    process: subprocess.Popen
+    printed: Path  # a file, because a pipe that nobody reads is full in the end, and stops the process
+
+
+def start(mode: str, workdir: Path, *flags: str) -> Run:
     environment = launch.environment(2) | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
     command = [sys.executable, str(HERE / "toy_program.py"), mode, str(workdir), *KEYS, *flags]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    handle, printed = tempfile.mkstemp(".txt", f"{mode}-", workdir.parent)
+    with open(handle, "w") as file:
+        return Run(subprocess.Popen(command, env=environment, stdout=file, stderr=file), Path(printed))
 
 
-def start_two(mode: str, workdir: Path, *flags: str) -> list[subprocess.Popen]:
+def start_two(mode: str, workdir: Path, *flags: str) -> list[Run]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -36,10 +45,9 @@ def start_two(mode: str, workdir: Path, *flags: str) -> list[subprocess.Popen]:
     return [start(mode, workdir, *of_both, f"--process_id={i}") for i in range(2)]
 
 
-def finish(*running: subprocess.Popen, code: int = 0) -> None:
-    for process in running:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == code, output
+def finish(*running: Run, code: int = 0) -> None:
+    for process, printed in running:
+        assert process.wait(timeout=240) == code, printed.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +86,9 @@ def test_a_finished_run_is_finished_for_both_and_scoring_that_a_signal_stopped_g
     both = start_two("train,evaluate", run, few_at_a_time)
     deadline = time.monotonic() + 120
     while not list(run.glob("evaluations/*/unfinished_eval/*/test.npy")):
-        assert time.monotonic() < deadline and both[0].poll() is None
+        assert time.monotonic() < deadline and both[0].process.poll() is None
         time.sleep(0.01)
-    both[1].send_signal(signal.SIGTERM)
+    both[1].process.send_signal(signal.SIGTERM)
     finish(*both, code=75)
     assert before == {path: path.stat().st_mtime_ns for path in before}
     (kept,) = run.glob("evaluations/*/unfinished_eval/*/test.npy")

@@ -20,6 +20,14 @@ def handlers() -> tuple:
     return tuple(map(signal.getsignal, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)))
 
 
+@pytest.fixture(autouse=True)
+def hangup():
+    """As in a terminal, also where `nohup` started the tests: then SIGHUP is ignored, and stays so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def two_processes(monkeypatch) -> list[int]:
     """The counts with which one of two processes asks JAX, which says to stop at the third time."""
