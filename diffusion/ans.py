@@ -1,13 +1,13 @@
-"""Integers on a stack of bits: asymmetric numeral systems (Duda 2009), under rounded Gaussians or tables.
+"""Asymmetric numeral systems (Duda 2009): integers on a stack of bits, under rounded Gaussians or tables.
 
-`push` writes integers under a distribution, at −log₂ of their probability in bits. `pop` reads them back, last in
-first out. A pop that reads bits which were no such push draws from its distribution, and the push of what it drew
-restores those bits: the "bits back" of Townsend, Bird & Barber (2019).
+`push` writes integers under a distribution: each costs −log₂ of its probability in bits. `pop` reads them back, last in
+first out. A pop of bits that no such push wrote draws from the distribution, and pushing the draw restores those bits.
+This is the "bits back" of Townsend, Bird & Barber (2019).
 
-The coder is that of `constriction`: probabilities are multiples of 2⁻²⁴, and every integer of a window keeps at least
-one of them. So a window of w integers takes w·2⁻²⁴ from the Gaussian, which makes every other integer dearer by
-1.44·w·2⁻²⁴ bits: for 6 standard deviations of 8 steps to either side 8e-6 bits, and at T = 1000 latents 0.008 bits/dim
-in all, of which pops gain most back. A window wide enough for every possible integer would cost whole bits.
+The coder is that of `constriction`. Probabilities are multiples of 2⁻²⁴, and every integer of a window gets at least
+2⁻²⁴. So a window of w integers takes w·2⁻²⁴ from the Gaussian, and every other integer costs 1.44·w·2⁻²⁴ bits more. For
+6 standard deviations of 8 steps to either side these are 8e-6 bits, and at T = 1000 latents 0.008 bits/dim in all. Pops
+gain most of this back. A window wide enough for every possible integer would cost whole bits.
 """
 
 import constriction
@@ -24,10 +24,10 @@ _categorical = constriction.stream.model.Categorical(perfect=False)
 
 
 class Stack:
-    """Words of bits, and how low the stack has been.
+    """A stack of words of bits. It also records how few words it has held.
 
     Args:
-        words: what lies on it, the top last; the last word is not 0.
+        words: the words on the stack, the top last; the last word is not 0.
     """
 
     def __init__(self, words: UInt32[np.ndarray, " n"]):
@@ -36,16 +36,16 @@ class Stack:
 
     @property
     def num_words(self) -> int:
-        """Its height, in words of 32 bits."""
+        """The height of the stack, in words of 32 bits."""
         return int(self._coder.num_words())
 
     def take_lowest(self) -> int:
-        """The least words that have lain on it, before or after an operation, since it was last asked."""
+        """The fewest words on the stack, before or after any operation, since this was last called."""
         lowest, self._lowest = self._lowest, self.num_words
         return lowest
 
     def words(self) -> UInt32[np.ndarray, " n"]:
-        """What lies on it, the top last."""
+        """The words on the stack, the top last."""
         return self._coder.get_compressed()
 
     def push_inside(
@@ -54,7 +54,7 @@ class Stack:
         """The inverse of `pop_inside`.
 
         Raises:
-            ArithmeticError: an integer is none that `pop_inside` can return.
+            ArithmeticError: `pop_inside` cannot return one of the integers.
         """
         centre = _centre(mean)
         if np.abs(integers - centre).max(initial=0) > window:
@@ -62,7 +62,7 @@ class Stack:
         self._push_gaussian(integers - centre, _gaussian(-window, window), mean - centre, np.full(len(mean), std))
 
     def pop_inside(self, mean: Float[np.ndarray, " n"], std: float, window: int) -> Int[np.ndarray, " n"]:
-        """Integers under rounded N(mean, std²), none further than `window` from its mean: a draw needs no others."""
+        """Draws integers under rounded N(mean, std²), each within `window` of its mean. A draw needs no others."""
         centre = _centre(mean)
         offset = self._pop(_gaussian(-window, window), mean - centre, np.full(len(mean), std))
         return offset.astype(np.int64) + centre
@@ -70,10 +70,10 @@ class Stack:
     def push(
         self, integers: Int[np.ndarray, " n"], mean: Float[np.ndarray, " n"], std: Float[np.ndarray, " n"], window: int
     ) -> None:
-        """Integers under rounded N(mean, std²), wherever they are.
+        """Writes integers under rounded N(mean, std²), at any distance from the mean.
 
-        An integer outside the window is written as the end of the window and its distance from there, so it costs at
-        most 24 bits, 4.6 for the number of the distance's binary digits, and those digits.
+        An integer outside the window is written as the end of the window and the distance from there. It costs at most
+        24 bits, 4.6 bits for the number of binary digits of the distance, and those digits.
 
         Raises:
             ArithmeticError: an integer is beyond ±MAX_INTEGER.
@@ -117,7 +117,7 @@ class Stack:
         return self._pop(_gaussian(0, num_levels - 1), mean, std).astype(np.uint8)
 
     def push_categorical(self, symbols: UInt8[np.ndarray, " n"], probs: Float[np.ndarray, "n size"]) -> None:
-        """Numbers 0…size − 1, each under the probabilities of its row; none of them counts as less than 2⁻²⁴."""
+        """Writes numbers 0…size − 1, each under the probabilities of its row; none of them counts as less than 2⁻²⁴."""
         self._coder.encode_reverse(symbols.astype(np.int32), _categorical, probs)
 
     def pop_categorical(self, probs: Float[np.ndarray, "n size"]) -> UInt8[np.ndarray, " n"]:
@@ -125,7 +125,7 @@ class Stack:
         return self._pop(_categorical, probs).astype(np.uint8)
 
     def push_number(self, number: int, size: int) -> None:
-        """One of 0…size − 1, for log₂ size bits."""
+        """Writes one of 0…size − 1 for log₂ size bits."""
         if size > 1:
             self._push_sized(np.array([number]), np.array([size]))
 
@@ -174,5 +174,5 @@ class Stack:
 
 
 def _centre(mean: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """The integer nearest to a mean; that of a mean far out is bounded, which only costs bits."""
+    """The integer nearest to a mean. It is bounded for a mean far out, which only costs bits."""
     return np.clip(np.rint(mean), -MAX_INTEGER, MAX_INTEGER).astype(np.int64)

@@ -1,4 +1,4 @@
-"""A choice that stays one for the whole batch when the math of one example is vmapped."""
+"""One choice for the whole batch, although the math of one example is vmapped."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,11 @@ from jaxtyping import Array, Bool
 
 
 def if_any(needed: Bool[ArrayLike, ""], compute: Callable[[], Array]) -> Array:
-    """`compute`() where it is needed; elsewhere a number that is not to be used.
+    """`compute`() where any example needs it; elsewhere a number that must not be used.
 
-    `lax.cond` under vmap computes both branches for every example. Here a batch in which no example needs the result
-    costs nothing. The bound's decoder, which t = 1 alone needs, takes 0.7 of the 4 ms of a photograph's term.
+    `lax.cond` under vmap computes both branches for every example. This function computes nothing for a batch in which
+    no example needs the result. Only t = 1 needs the bound's decoder, which takes 0.7 of the 4 ms of a photograph's
+    term.
     """
     like = jax.eval_shape(compute)
     return jax.lax.cond(_any_example(needed), compute, lambda: jnp.zeros(like.shape, like.dtype))

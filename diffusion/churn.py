@@ -1,4 +1,4 @@
-"""Churn: noise that is added before each step of a sampler of the ODE, which the step then removes."""
+"""Churn: a sampler of the ODE adds noise before each step, and the step then removes it."""
 
 import dataclasses
 import math
@@ -16,14 +16,14 @@ NO_LIMIT = 1e30  # of s_max; a config has no name for ∞
 class Churn:
     """x_t is made noisier before each step: from σ to (1 + min(S_churn/N, √2 − 1)) σ for N steps; σ = √(1 − ᾱ)/√ᾱ.
 
-    The network is asked about the nearest level, in log SNR, that it knows. The authors' program, too, rounds to the
+    The network is evaluated at the nearest level in log SNR that it knows. The authors' program also rounds to the
     levels of a discrete network.
 
     Source: Karras et al. (2022, arXiv 2206.00364), algorithm 2.
 
     Attributes:
-        s_churn: how much noise is added in all steps together.
-        s_min, s_max: noise is added where σ is in [s_min, s_max].
+        s_churn: S_churn, the amount of noise that all steps together add.
+        s_min, s_max: noise is added only where σ is in [s_min, s_max].
         s_noise: the scale of the noise that is added.
 
     Raises:
@@ -50,11 +50,11 @@ class Churn:
         x_t: Float[Array, "b h w c"],
         noise: Float[Array, "b h w c"],
     ) -> tuple[Schedule, Float[Array, "b h w c"]]:
-        """The row of the level that is reached, with the t of `row`, and x there.
+        """Returns the row of the noisier level, with the t of `row`, and x there.
 
         Args:
-            row: of x_t.
-            levels: what the network knows.
+            row: the row of x_t.
+            levels: the schedule that the network knows.
             num_steps: N.
         """
         sigma = jnp.exp(-row.log_snr / 2)
@@ -73,6 +73,6 @@ class Churn:
 def between(
     row: Schedule, next_row: Schedule, x_t: Float[Array, "*shape"], x0_hat: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """Where DDIM's ODE takes x_t for an x̂_0 that stays what it is, between rows that are not of one chain."""
+    """The step of DDIM's ODE for x̂_0 held constant, between rows that need not belong to one chain."""
     eps_hat = (x_t - row.sqrt_alpha_bar * x0_hat) / row.sqrt_one_minus_alpha_bar
     return next_row.sqrt_alpha_bar * x0_hat + next_row.sqrt_one_minus_alpha_bar * eps_hat

@@ -5,19 +5,19 @@ Bit-Swap (Kingma, Abbeel & Ho 2019, algorithm 1) on the latents of Ho et al. (20
     pop x_t ~ q(x_t | x_{t−1}),  push x_{t−1} under p_θ(x_{t−1} | x_t);  then push x_T under N(0, I)
 
 What was pushed minus what was popped is log q(x_{1:T} | x_0) − log p_θ(x_{0:T}), whose mean is the bound of eq. 3.
-Decoding runs the same steps backwards. Pushing as soon as possible keeps few bits borrowed: those that x_t has given
-x_0 less what was paid for it, and not those of all latents at once. They come from the images before it, and at first
-from random bits.
+Decoding runs the same steps backwards. Each push comes as soon as possible, so few bits are borrowed at a time: the
+bits of x_t given x_0 less those already paid, and not the bits of all latents at once. They are borrowed from the
+images before, and at first from random bits.
 
-**The grid.** Code needs numbers out of a list, so x_t is k·δ_t with an integer k, and δ_t = 2^−precision times the
-smaller of the standard deviations of q(x_t | x_{t−1}) and q(x_t | x_{t+1}, x_0). The pop of x_t gains log 1/δ_t that
-its push pays. What is left is the rounding, noise of variance δ²/12, which makes the variances of q larger by at most
-r = 4^−precision/12 of theirs. A Gaussian coded with a variance that is wrong by r costs r²/4 nats: 4e-7 at precision 3,
-or at T = 1000 6e-4 bits/dim. For what the coder itself costs, see `ans`.
+**The grid.** A code needs discrete values, so x_t is k·δ_t with an integer k. δ_t is 2^−precision times the smaller of
+the standard deviations of q(x_t | x_{t−1}) and q(x_t | x_{t+1}, x_0). The pop of x_t gains the log 1/δ_t that its push
+pays. Only the rounding remains. It is noise of variance δ²/12, which enlarges the variances of q by a fraction r of at
+most 4^−precision/12. A Gaussian coded with a variance that is wrong by r costs r²/4 nats: 4e-7 at precision 3, or 6e-4
+bits/dim at T = 1000. `ans` says what the coder itself costs.
 
-**Floats.** Both directions call one compiled program on batches of one shape and take its means and standard
-deviations as they are; a last bit that differed would garble all that follows. `Codec.fingerprint` tells machines
-apart on which they do.
+**Floats.** Both directions call one compiled program on batches of one shape, and use its means and standard deviations
+as they are. A difference in the last bit would garble everything after it. `Codec.fingerprint` detects machines whose
+last bits differ.
 """
 
 import dataclasses
@@ -44,9 +44,9 @@ STD_STEPS = (1e-6, 1e6)  # a learned standard deviation is kept between these, i
 
 
 class Message(NamedTuple):
-    """Images as words of bits, the first of which to be read is the last.
+    """Images as words of bits. Decoding reads the last word first.
 
-    initial_words: how many of the words hold random bits with which the coding began.
+    initial_words: how many of the words hold the random bits with which the coding began.
     """
 
     words: UInt32[np.ndarray, " n"]
@@ -55,9 +55,9 @@ class Message(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The numbers that latents can be, and q on them, in float64; every table has T + 1 entries.
+    """The values that latents can take, and q on them, in float64. Every table has T + 1 entries.
 
-    A mean, a standard deviation and a window are in steps of the grid.
+    Means, standard deviations and windows are in steps of the grid.
     """
 
     spacing: Float[np.ndarray, " t"]  # δ_t; entry 0 is not used, as x_0 is a pixel value
@@ -76,7 +76,7 @@ class Grid:
         return self.sqrt_alpha[t] * x_prev / self.spacing[t], std, _window(std)
 
     def reverse_window(self, t: int) -> int:
-        """That of p_θ(x_{t−1} | x_t), whose standard deviation is seldom above √β_t."""
+        """The window of p_θ(x_{t−1} | x_t), whose standard deviation is seldom above √β_t."""
         return _window(float(self.sqrt_beta[t] / self.spacing[t - 1]))
 
     def prior(self, n: int) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], int]:
@@ -107,10 +107,10 @@ class Codec:
     """The two directions, for one model and one shape of images.
 
     Args:
-        model: takes no labels; the images have its number of levels.
+        model: a model without labels, for images with its number of levels.
         image_shape: (H, W, C).
-        batch_size: images that the network sees at once. What was encoded with one is decoded with the same.
-        precision: of the grid.
+        batch_size: images that the network sees at once. Decoding needs the batch size of encoding.
+        precision: the precision of the grid.
 
     Raises:
         ValueError: the model takes labels.
@@ -129,11 +129,11 @@ class Codec:
     def encode(
         self, images: UInt8[np.ndarray, "n h w c"], seed: int = 0, tick: Callable[[int], None] = lambda done: None
     ) -> Message:
-        """The images as bits.
+        """Encodes the images as bits.
 
         Args:
             images: pixel values.
-            seed: of the random bits.
+            seed: the seed of the random bits.
             tick: called with the number of images after each group; it may raise.
 
         Raises:
@@ -156,10 +156,11 @@ class Codec:
     def decode(
         self, message: Message, num_images: int, tick: Callable[[int], None] = lambda done: None
     ) -> UInt8[np.ndarray, "n h w c"]:
-        """The images that `encode` was given.
+        """Decodes the images that `encode` was given.
 
         Raises:
-            ArithmeticError: these are not the bits of so many images under this model, as far as that can be seen.
+            ArithmeticError: these are visibly not the bits of so many images under this model. Not every such case is
+                seen.
         """
         stack = Stack(message.words)
         decoded = [np.zeros((0, *self._shape), np.uint8)]
@@ -171,7 +172,7 @@ class Codec:
         return np.concatenate(decoded[::-1])
 
     def fingerprint(self) -> bytes:
-        """A digest, bit by bit, of what the network says of a fixed input, and of the grid."""
+        """A digest of the grid and, bit by bit, of the network's output for a fixed input."""
         probe = np.random.default_rng(0).standard_normal((self._batch_size, *self._shape), np.float32)
         digest = hashlib.sha256()
         for table in (self._grid.spacing, self._grid.sqrt_alpha, self._grid.sqrt_beta):
@@ -182,10 +183,10 @@ class Codec:
         return digest.digest()
 
     def _supply(self) -> int:
-        """Words of random bits that suffice for any group; the message has only those that were used.
+        """Words of random bits that suffice for any group. The message holds only those that were used.
 
-        When x_t is popped, x_{t−1} is not pushed yet: the entropies of x_{t−1} given x_0 and of x_t given x_{t−1} are
-        borrowed, whatever of it was paid for.
+        When x_t is popped, x_{t−1} is not pushed yet. So the entropies of x_{t−1} given x_0 and of x_t given x_{t−1}
+        are counted as borrowed, although a part of them is already paid.
         """
         spacing = self._grid.spacing[1:]
         of_step = _entropy_bits(self._grid.sqrt_beta[1:] / spacing)
@@ -232,7 +233,7 @@ class Codec:
         return np.asarray(self._table(Gaussian(np.float32(mean - 1), np.float32(2 * np.log(std)))))
 
     def _latent(self, k: Int[np.ndarray, " n"] | UInt8[np.ndarray, " n"], t: int) -> Float[np.ndarray, " n"]:
-        """x_t of what is coded: steps of the grid, or at t = 0 pixel values."""
+        """x_t of the images being coded: steps of the grid, or pixel values at t = 0."""
         return k / ((self._num_levels - 1) / 2) - 1.0 if t == 0 else k * self._grid.spacing[t]
 
     def _p(self, k: Int[np.ndarray, " n"], t: int) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
@@ -263,7 +264,7 @@ def _reverse(model: Model, x_t: Float[Array, "b h w c"], t: Int[Array, ""]) -> t
 
 
 def _entropy_bits(std: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
-    """That of a Gaussian on the integers."""
+    """The entropy of a Gaussian on the integers, in bits."""
     return np.log2(math.sqrt(2 * math.pi * math.e) * std)
 
 

@@ -1,7 +1,8 @@
-"""How many images the codec codes together: a few at first, then as many as the bits so far suffice for.
+"""How many images the codec codes together: a few at first, then as many as the bits so far allow.
 
-A group's latents are drawn from bits that lie on the stack already, and that coding the group gives back. For the first
-group they are random and become part of the message, so it is small. The sizes are written on top of the stack.
+The latents of a group are drawn from bits that are already on the stack, and coding the group gives these bits back.
+The bits for the first group are random and become part of the message, so this group is small. The sizes of the groups
+are written on top of the stack.
 """
 
 import math
@@ -17,12 +18,12 @@ class Groups:
     """The sizes of the groups in the order of coding.
 
     Args:
-        largest: how many images a group can have.
-        num_words: how many words of random bits lie on the stack.
+        largest: the most images that a group can have.
+        num_words: how many words of random bits are on the stack.
 
     Attributes:
-        size: how many images the next group has, if there are so many.
-        lowest: the fewest words that have lain on the stack; below them are random bits that were not used.
+        size: how many images the next group has, if so many are left.
+        lowest: the fewest words that the stack has held; below them are random bits that were not used.
     """
 
     def __init__(self, largest: int, num_words: int = 0):
@@ -42,12 +43,12 @@ class Groups:
         self.size = self._grown(chosen)
 
     def push(self, stack: Stack) -> None:
-        """Writes how the groups grew; after the last one no other comes."""
+        """Writes how the groups grew. Call it after the last group."""
         for n in self._growth[-2::-1]:
             stack.push_number(n, len(GROWTH))
 
     def pop(self, stack: Stack, num_images: int) -> list[int]:
-        """Reads the sizes of all groups of so many images from what `push` wrote."""
+        """Reads the sizes of all groups of this many images from what `push` wrote."""
         sizes: list[int] = []
         while missing := num_images - sum(sizes):
             sizes.append(min(self.size, missing))

@@ -1,8 +1,8 @@
-"""What a network is conditioned on: the table `network_t`, where it is not t − 1.
+"""What a network is conditioned on: the table `network_t`, where it differs from t − 1.
 
-Both tables run to about 1000, the range that a time embedding is made for, and go with the schedule, so that training,
-the bound, the samplers and the codec tell the network the same. Their entry of t = 0 is below all others; no network is
-asked about clean data.
+Both tables have a range of about 1000, for which a time embedding is made. They are part of the schedule, so training,
+the bound, the samplers and the codec all give the network the same number. The entry of t = 0 is below all others; no
+network is evaluated on clean data.
 """
 
 import dataclasses
@@ -19,22 +19,22 @@ def on_rescaled_t(schedule: Schedule) -> Schedule:
     """The schedule with network_t = (t − 1) 1000/T, whatever T is; at T = 1000 it is the same schedule.
 
     Source: Nichol & Dhariwal's program (improved-diffusion, respace.py), whose default is `rescale_timesteps=True`. As
-    there, `schedules.respace` keeps the numbers: those of the T that was trained with.
+    there, `schedules.respace` keeps the numbers of the T used in training.
 
     Args:
-        schedule: not respaced.
+        schedule: one that is not respaced.
     """
     return dataclasses.replace(schedule, network_t=schedule.network_t * (NUM_STEPS / schedule.num_steps))
 
 
 def on_gamma(schedule: Schedule, low: ArrayLike, high: ArrayLike) -> Schedule:
-    """The schedule with network_t = 1000 (γ_t − low)/(high − low), the noise in x_t whatever T is.
+    """The schedule with network_t = 1000 (γ_t − low)/(high − low), which states the noise in x_t for every T.
 
-    It is then the same network for every T. A learned γ_t passes its gradient through the network, too. Kingma et al.
-    (2021, VDM), whose program rescales γ by its ends before training and multiplies by 1000.
+    So one network serves every T. A learned γ_t also passes its gradient through the network. Source: Kingma et al.
+    (2021, VDM), whose program rescales γ by its ends before training and multiplies it by 1000.
 
     Args:
-        schedule: whose γ_T is finite.
+        schedule: one with a finite γ_T.
         low, high: γ_1 and γ_T of the schedule before training.
     """
     scaled = NUM_STEPS * (-schedule.log_snr - low) / (high - low)

@@ -1,11 +1,11 @@
 """Time between the steps of a schedule, and T → ∞: the bound of Kingma et al. (2021, VDM) without discretization.
 
-Between t − 1 and t, γ = −log SNR is linear in t. So a schedule's T entries are the knots of a curve, which is what a
-finer schedule is read from (`resampled`), and whose instants (`at`) the continuous-time bound is an integral over:
+Between t − 1 and t, γ = −log SNR is linear in t. So the T entries of a schedule are the knots of a curve. A finer
+schedule is read from this curve (`resampled`), and the continuous-time bound is an integral over its instants (`at`):
 
     L_∞ = ½ ∫_1^T dγ/dt E‖ε − ε̂‖² dt                                                                VDM, eq. 17
 
-The knot γ_1 is VDM's γ(0), and our T is one more than theirs: their z_0 is our x_1.
+The knot γ_1 is VDM's γ(0). Our T is one more than theirs, because their z_0 is our x_1.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from diffusion.schedules import Instant, Row, Schedule
 
 
 def rows(schedule: Schedule, t: Real[Array, "*b"]) -> Row:
-    """The rows of t: those of steps, `schedule[t]`, for integers; instants for real numbers."""
+    """The rows of t: `schedule[t]` for integers, instants for real numbers."""
     return at(schedule, t) if jnp.issubdtype(t.dtype, jnp.floating) else schedule[t]
 
 
 def at(schedule: Schedule, t: Real[Array, "*b"]) -> Instant:
-    """The instants t in [1, T]; differentiable in γ. `network_t` is linear between the table's entries."""
+    """The instants t in [1, T], differentiable in γ. `network_t` is linear between the table's entries."""
     step_number = jnp.clip(jnp.ceil(t).astype(jnp.int32), 2, schedule.num_steps)
     back = step_number.astype(t.dtype) - t  # how much of the step is still to come
     row, before = schedule[step_number], schedule[step_number - 1]
@@ -48,10 +48,10 @@ def at(schedule: Schedule, t: Real[Array, "*b"]) -> Instant:
 
 
 def resampled(schedule: Schedule, num_steps: int) -> Schedule:
-    """The process with `num_steps` latents at equal distances of t on the same curve, with the same two ends.
+    """The process with `num_steps` latents at equal distances in t on the same curve, with the same ends.
 
-    `network_t` is interpolated as γ is. So a network that is conditioned on γ, or was trained in continuous time, has
-    a bound for every T.
+    `network_t` is interpolated like γ. So a network that is conditioned on γ, or was trained in continuous time, has a
+    bound for every T.
 
     Args:
         schedule: concrete (not traced), T ≥ 2, γ_T finite.
@@ -71,11 +71,11 @@ def visiting(schedule: Schedule, gamma: np.ndarray) -> Schedule:
     """The process whose latents have these γ, on the same curve.
 
     Args:
-        schedule: that of `resampled`.
-        gamma: from γ_1 to γ_T, strictly increasing, float64; at least 2.
+        schedule: as in `resampled`.
+        gamma: at least 2 values from γ_1 to γ_T, strictly increasing, float64.
 
     Raises:
-        ValueError: fewer than 2.
+        ValueError: fewer than 2 values.
     """
     if len(gamma) < 2:
         raise ValueError(f"a schedule with two ends has at least 2 steps, not {len(gamma)}")
@@ -84,13 +84,14 @@ def visiting(schedule: Schedule, gamma: np.ndarray) -> Schedule:
 
 
 def _gamma_passed(schedule: Schedule) -> np.ndarray:
-    """γ_t − γ_1 for t = 1…T. Not differences of the table, which would cancel: see `process.gamma_step`."""
+    """γ_t − γ_1 for t = 1…T. It is not the difference of table entries, which would cancel: see `process.gamma_step`.
+    """
     steps = np.asarray(jax.vmap(process.gamma_step)(schedule[2:]), np.float64)
     return np.concatenate([[0.0], np.cumsum(steps)])
 
 
 def _through(schedule: Schedule, passed: np.ndarray, where: np.ndarray) -> Schedule:
-    """The process that has passed so much of γ since γ_1 at each of its latents, which lie `where` (t − 1) in this."""
+    """The process whose latents are this far in γ from γ_1, and lie at `where` (t − 1) in this schedule."""
     numbers = np.asarray(schedule.network_t, np.float64)[1:]
     network_t = np.interp(where, np.arange(len(numbers)), numbers)
     scale = None if schedule.x0_scale is None else float(schedule.x0_scale[0])
@@ -99,9 +100,9 @@ def _through(schedule: Schedule, passed: np.ndarray, where: np.ndarray) -> Sched
 
 
 def term_and_x0_mse(p: Reverse, num_levels: int = 256, clip_x0: bool = True) -> Measure:
-    """`likelihood.term_and_x0_mse` of the bound of VDM, whose measure also takes an instant: there it is per unit of t.
+    """`likelihood.term_and_x0_mse` for the bound of VDM. Its measure also takes an instant, where it is per unit of t.
 
-    Whatever `p` says, the variance is β̃_t and the decoder is "bayes". No difference of two means is taken, because for
+    The variance is always β̃_t and the decoder "bayes", whatever `p` has. The code subtracts no two means, because for
     a large T they agree to more digits than float32 has.
 
     Args:

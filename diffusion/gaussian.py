@@ -1,4 +1,4 @@
-"""Diagonal Gaussians: divergence, density, and the mass that falls on one pixel value.
+"""Diagonal Gaussians: KL divergence, density, and the probability of one pixel value.
 
 Everything is elementwise and in nats. `log_var` always has the mean's shape.
 """
@@ -41,8 +41,8 @@ def discretized_log_prob(
 ) -> Float[ArrayLike, "*shape"]:
     """log of the Gaussian's mass on the bin around each pixel value of x, in nats.
 
-    The levels are −1, …, 1 in steps of 2/(num_levels − 1); a bin reaches half a step to either side, and the
-    outermost bins are open, so the masses sum to one. Source: Ho et al. (2020), eq. 13.
+    The levels are −1, …, 1 in steps of 2/(num_levels − 1); a bin reaches half a step to either side. The outermost bins
+    are open, so the masses sum to one. Source: Ho et al. (2020), eq. 13.
 
     Args:
         g: the decoder's Gaussian.
@@ -66,10 +66,10 @@ def discretized_log_prob(
 def levels_log_prob(
     g: Gaussian, x: Float[ArrayLike, "*shape"], num_levels: int = 256
 ) -> Float[ArrayLike, "*shape"]:
-    """log p(x) where each pixel value has a probability in proportion to the Gaussian's density at it, in nats.
+    """log p(x) in nats, where the probability of a pixel value is proportional to the Gaussian's density there.
 
-    Kingma et al. (2021, VDM), section 3.3: with g = N(x_1/√ᾱ_1, (1 − ᾱ_1)/ᾱ_1) it is p(x_0 | x_1) by Bayes' rule for
-    pixel values that are equally likely.
+    Kingma et al. (2021, VDM), section 3.3: with g = N(x_1/√ᾱ_1, (1 − ᾱ_1)/ᾱ_1) this is p(x_0 | x_1) by Bayes' rule, if
+    all pixel values are equally likely.
 
     Args: those of `discretized_log_prob`.
     """
@@ -88,9 +88,9 @@ def tanh_discretized_log_prob(
 ) -> Float[ArrayLike, "*shape"]:
     """`discretized_log_prob` as the original code of Ho et al. (2020) computes it, to compare with its numbers.
 
-    Φ(z) is approximated by ½(1 + tanh(√(2/π)(z + 0.044715 z³))), with an error of up to 2e-4, and masses below 1e-12
-    count as 1e-12: an outlier costs at most 40 bits. In float32 the mass of an inner bin is a difference of numbers
-    near 1 and so a multiple of 2⁻²⁵: what lies some 5σ away is rounded or clamped.
+    Φ(z) is approximated by ½(1 + tanh(√(2/π)(z + 0.044715 z³))), with an error of up to 2e-4. Masses below 1e-12 count
+    as 1e-12, so an outlier costs at most 40 bits. In float32 the mass of an inner bin is a difference of numbers near
+    1, so it is a multiple of 2⁻²⁵. Masses some 5σ away are therefore rounded or clamped.
     """
     half_bin = 1.0 / (num_levels - 1)
     inv_sigma = jnp.exp(-0.5 * g.log_var)

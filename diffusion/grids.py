@@ -1,10 +1,10 @@
-"""Grids: the noise levels that a sampler visits where it takes fewer steps than the schedule has.
+"""Grids: the noise levels that a sampler visits when it takes fewer steps than the schedule has.
 
-A grid is a function of the schedule and of the number of steps N. It returns the schedule of N steps, whose first and
-last latents are those of t = 1 and t = T. A network that learned the steps of a chain knows no noise level between
-them, so each level of a grid is rounded to the t of the nearest log SNR. Where several levels have the same nearest t,
-the noisier ones take the next t that are free, so N steps are always N different t. A network that is conditioned on γ,
-or was trained in continuous time, knows the levels between them, too: with `continuous=True` none is rounded.
+A grid is a function of the schedule and the number of steps N. It returns a schedule of N steps, whose first and last
+latents are those of t = 1 and t = T. A network that learned the steps of a chain knows no noise level between them, so
+each level of a grid is rounded to the t with the nearest log SNR. If several levels have the same nearest t, the
+noisier ones take the next free t, so N steps always have N different t. A network that is conditioned on γ, or was
+trained in continuous time, also knows the levels between. For such a network, `continuous=True` rounds no level.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ Grid = Callable[[Schedule, int], Schedule]
 
 
 def log_snr(schedule: Schedule, num_steps: int, continuous: bool = False) -> Schedule:
-    """Equal distances of log SNR: "logSNR" in the program of Lu et al. (2022, DPM-Solver, arXiv 2206.00927).
+    """Equal distances in log SNR: "logSNR" in the program of Lu et al. (2022, DPM-Solver, arXiv 2206.00927).
 
     Args:
         schedule: concrete (not traced), with a finite log SNR at t = T.
-        num_steps: in 1…T; with `continuous` at least 2.
+        num_steps: 1…T; at least 2 with `continuous`.
         continuous: whether the levels may lie between the schedule's steps.
 
     Raises:
@@ -33,9 +33,9 @@ def log_snr(schedule: Schedule, num_steps: int, continuous: bool = False) -> Sch
 
 
 def karras(schedule: Schedule, num_steps: int, rho: float = 7.0, continuous: bool = False) -> Schedule:
-    """Equal distances of σ^(1/ρ), where σ² = (1 − ᾱ)/ᾱ = 1/SNR: Karras et al. (2022, arXiv 2206.00364), eq. 5.
+    """Equal distances in σ^(1/ρ), where σ² = (1 − ᾱ)/ᾱ = 1/SNR: Karras et al. (2022, arXiv 2206.00364), eq. 5.
 
-    ρ = 1 has equal distances of σ. A greater ρ has more steps near the data; its limit is `log_snr`.
+    ρ = 1 means equal distances in σ. A greater ρ puts more steps near the data; its limit is `log_snr`.
 
     Args:
         rho: ρ ≥ 1; the other arguments are those of `log_snr`.

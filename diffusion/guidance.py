@@ -1,4 +1,4 @@
-"""Labels and guidance: a network that is given labels becomes a denoiser before any sampler or bound sees it.
+"""Labels and guidance: they turn a network with labels into a denoiser, before any sampler or bound sees it.
 
     network(x_t [B, H, W, C], network_t [B], labels [B]) -> output        becomes
     denoise(x_t [B, H, W, C], network_t [B]) -> output
@@ -24,12 +24,12 @@ Conditional = Callable[[Array, Array, Array], Array]
 
 
 def conditional(network: Conditional, labels: Int[ArrayLike, " b"]) -> Denoise:
-    """The network, given the label of each example of the batch."""
+    """The network with the label of each example of the batch."""
     return jax.tree_util.Partial(_conditional, _as_pytree(network), labels)
 
 
 def unconditional(network: Conditional) -> Denoise:
-    """The network without any label, which it knows if labels were left out in training."""
+    """The network without any label. It must be trained with label dropout."""
     return jax.tree_util.Partial(_unconditional, _as_pytree(network))
 
 
@@ -39,21 +39,21 @@ def classifier_free(
     scale: float | int,
     interval: tuple[float | int, ...] = (),
 ) -> Denoise:
-    """Classifier-free guidance: away from what the network says without a label, by `scale` times the difference.
+    """Classifier-free guidance: moves away from the prediction without a label, by `scale` times the difference.
 
-    ε = (1 + w) ε_c − w ε_u with w = `scale`: 0 is the conditional model, −1 has the mean of the unconditional one.
-    (Others write s = 1 + w.) The same combination of x̂_0, v or the mean is the same ε, because at a given x_t each is
-    an affine function of ε and the two weights sum to one. What the output says of a variance is always that of the
-    conditional half.
+    ε = (1 + w) ε_c − w ε_u with w = `scale`. w = 0 is the conditional model; w = −1 has the mean of the unconditional
+    one. (Others write s = 1 + w.) Combining x̂_0, v or the mean in this way gives the same ε, because at a given x_t
+    each is an affine function of ε and the two weights sum to one. The variance is always that of the conditional
+    output.
 
     Sources: Ho & Salimans (2022), eq. 6; the interval, Kynkäänniemi et al. (2024).
 
     Args:
         network: trained with and without labels.
-        labels: of each example.
+        labels: the label of each example.
         scale: w.
-        interval: (low, high), any real numbers: guided where low < t ≤ high, in steps of the schedule that was trained
-            with, and conditional elsewhere, for half of the work; () for every t.
+        interval: (low, high), any real numbers: guided where low < t ≤ high, in steps of the training schedule.
+            Elsewhere the model is conditional, for half of the work. () guides every t.
     """
     given_labels = conditional(network, labels)
     if scale == 0:
@@ -69,19 +69,19 @@ def autoguided(
     interval: tuple[float | int, ...] = (),
     clock: "Clock | None" = None,
 ) -> jax.tree_util.Partial:
-    """Autoguidance: away from what a worse network says, by `scale` times the difference; for half of the speed.
+    """Autoguidance: moves the prediction away from a worse network's, by `scale` times their difference; half as fast.
 
-    ε = (1 + w) ε − w ε_guide with w = `scale`; the authors write 1 + w. The worse network is a smaller one, or one that
-    was trained for fewer steps, with the same prediction. Its variance is not used.
+    ε = (1 + w) ε − w ε_guide with w = `scale`; the authors write 1 + w. The worse network is smaller or was trained for
+    fewer steps, and has the same kind of prediction. Its variance is not used.
 
     Source: Karras et al. (2024, arXiv 2406.02507).
 
     Args:
         network: (x_t, network_t) -> output, or a network with labels, (x_t, network_t, labels) -> output.
-        guide: the worse one, a function of the same arguments.
+        guide: the worse network, a function of the same arguments.
         scale: w.
         interval: the t that are guided, as in `classifier_free`.
-        clock: from `clock`, of a guide with another noise schedule; None: equal noise at equal network_t.
+        clock: from `clock`, for a guide with another noise schedule; None if equal network_t means equal noise.
 
     Returns:
         A function of the same arguments.
@@ -91,13 +91,13 @@ def autoguided(
 
 
 class Clock(NamedTuple):
-    """When a guide with a noise schedule of its own is asked: at the network_t at which it has learned the same noise.
+    """The network_t for a guide with another noise schedule: the one at which the guide has learned the same noise.
 
     Between two steps of either schedule, network_t is linear in log SNR, as in `continuous_time`.
 
     Attributes:
-        own_t, own_log_snr: of the schedule that is sampled from, for t = 1…T.
-        its_t, its_log_snr: of the guide's.
+        own_t, own_log_snr: network_t and log SNR of the schedule that is sampled from, for t = 1…T.
+        its_t, its_log_snr: the same of the guide's schedule.
     """
 
     own_t: Float[ArrayLike, " steps"]
@@ -117,11 +117,11 @@ def clock(own: Schedule, its: Schedule) -> Clock | None:
     """The clock of a guide; None where both schedules have the same noise at the same network_t.
 
     Args:
-        own: the whole schedule that is sampled from, before any steps of it are chosen.
-        its: the guide's.
+        own: the full schedule that is sampled from, before a grid chooses steps.
+        its: the guide's schedule.
 
     Raises:
-        ValueError: one of them scales the data, and so has other noise in x_t at the same log SNR.
+        ValueError: one of them scales the data, so equal log SNR means another noise in x_t.
     """
     if own.x0_scale is not None or its.x0_scale is not None:
         raise ValueError("a schedule with an x0_scale can neither guide nor be guided by another model")
@@ -136,7 +136,7 @@ def clock(own: Schedule, its: Schedule) -> Clock | None:
 
 
 def blind(network: Denoise) -> jax.tree_util.Partial:
-    """A network without labels in the place of one with labels, to guide it."""
+    """A network without labels that takes labels and ignores them, so that it can guide one with labels."""
     return jax.tree_util.Partial(_blind, _as_pytree(network))
 
 
@@ -195,7 +195,7 @@ def _blind(network: Denoise, x_t: Array, network_t: Array, labels: Array) -> Arr
 
 
 def _away(output: Array, other: Array, scale: ArrayLike, channels: int) -> Array:
-    """(1 + w) of the one's prediction less w of the other's; the one's variance."""
+    """(1 + w) times one prediction less w times the other; the variance is that of the first."""
     predicted = (1 + scale) * output[..., :channels] - scale * other[..., :channels]
     return jnp.concatenate([predicted, output[..., channels:]], axis=-1)
 

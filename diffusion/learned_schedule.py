@@ -1,11 +1,11 @@
 """A noise schedule that is trained with the network: the discrete-time form of Kingma et al. (2021, VDM).
 
-Its parameters are γ_1, log(γ_T − γ_1) and T − 1 logits, with γ_t = −log SNR_t: the logits' softmax says how the way
-from γ_1 to γ_T is divided into steps, so γ increases whatever the parameters are. From them come, inside jit and in
-float32, the tables that any other schedule has.
+Its parameters are γ_1, log(γ_T − γ_1) and T − 1 logits, with γ_t = −log SNR_t. The softmax of the logits divides the
+distance from γ_1 to γ_T into steps, so γ increases for any parameters. The tables of the schedule are computed from the
+parameters inside jit, in float32.
 
-The bound says what the ends should be: a larger γ_1 costs in the decoder's term, a smaller γ_T in the prior's. For
-T → ∞ it does not depend on the way between them (VDM, section 5.1), but for a finite T it does.
+The bound determines the ends: a larger γ_1 raises the decoder's term, a smaller γ_T the prior's. For T → ∞ the bound
+does not depend on γ between the ends (VDM, section 5.1); for a finite T it does.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ class Learned:
     """How a schedule is learned.
 
     Attributes:
-        start: the fixed schedule that it is before training, by its name in `schedules.SCHEDULES`.
-        inner: what trains it between its ends; see `losses`.
-        learning_rate: of its few parameters, which are on the scale of log SNR.
+        start: the schedule before training, by its name in `schedules.SCHEDULES`.
+        inner: what trains γ between the ends; see `losses`.
+        learning_rate: the learning rate of its few parameters, which are on the scale of log SNR.
 
     Raises:
         ValueError: the learning rate is outside (0, 10].
@@ -58,8 +58,8 @@ def init(start: Schedule) -> dict[str, Array]:
     """The parameters with which `schedule` is `start`.
 
     Raises:
-        ValueError: `start` has fewer than two steps, ends without any signal (γ_T = ∞), or has a step of less than
-            a hundredth of their mean length.
+        ValueError: `start` has fewer than two steps, ends without any signal (γ_T = ∞), or has a step shorter than a
+            hundredth of the mean step.
     """
     if start.num_steps < 2:
         raise ValueError(
@@ -80,10 +80,10 @@ def init(start: Schedule) -> dict[str, Array]:
 
 
 def schedule(params: PyTree) -> Schedule:
-    """The schedule that the parameters stand for; differentiable, and γ_1 < … < γ_T for any parameters.
+    """The schedule of these parameters. It is differentiable, and γ_1 < … < γ_T for any parameters.
 
-    `network_t` is t − 1, as in the fixed schedules: before training this is the fixed one to the last table, and the
-    network, which also sees how noisy x_t is, follows γ_t as it moves.
+    `network_t` is t − 1, as in the fixed schedules. So before training every table equals that of the fixed schedule.
+    The network also sees how noisy x_t is, so it can follow γ_t as it changes.
     """
     num_steps = params["logits"].size
     share = (1 - EVEN_SHARE) * jax.nn.softmax(params["logits"]) + EVEN_SHARE / num_steps
@@ -104,8 +104,8 @@ def from_gamma(gamma_1: Float[ArrayLike, ""], steps: Float[ArrayLike, " steps"])
         β_t = (1 − ᾱ_t)(1 − e^{−Δ_t}),  β̃_t = (1 − ᾱ_{t−1})(1 − e^{−Δ_t}),
         μ̃_t = √ᾱ_{t−1} (1 − e^{−Δ_t}) x_0 + e^{−Δ_t}/√α_t x_t:
 
-    nothing is a difference of numbers that are nearly equal, so float32 is enough. (VDM, appendix A, has the same
-    quantities in terms of γ.)
+    Nearly equal numbers are never subtracted, so float32 is enough. (VDM, appendix A, has the same quantities in terms
+    of γ.)
     """
     gamma = jnp.concatenate([jnp.array([-jnp.inf]), gamma_1 + jnp.pad(jnp.cumsum(steps), (1, 0))])
     step = jnp.concatenate([jnp.array([jnp.inf, jnp.inf]), steps])  # from clean data, the first step is infinite
@@ -143,7 +143,10 @@ def from_gamma(gamma_1: Float[ArrayLike, ""], steps: Float[ArrayLike, " steps"])
 
 
 def with_fixed_inner(params: PyTree) -> PyTree:
-    """The params, the logits without a gradient: γ_1 and γ_T depend on them by rounding alone, which Adam enlarges."""
+    """The params with no gradient for the logits.
+
+    γ_1 and γ_T depend on the logits by rounding alone, and Adam would enlarge that gradient.
+    """
     own = params[SUBTREE]
     return params | {SUBTREE: own | {"logits": jax.lax.stop_gradient(own["logits"])}}
 
@@ -156,16 +159,16 @@ def losses(
 ) -> tuple[Float[Array, " b"], PyTree]:
     """losses_of(params, rows_of(params)), with the gradient that `inner` asks for.
 
-    "bound": all gradients are those of the losses. "second_moment": the logits get the gradient of the squared losses
-    of t > 1 instead, which are the KL terms. Where the bound hardly depends on the logits, as for a large T, that
-    minimises these losses' variance over t and ε, since E[L²] = Var L + (E L)². One backward pass serves both,
-    because ∂L²/∂row = 2L ∂L/∂row for each example. VDM, appendix I.2. "fixed": the logits get no gradient, so only the
-    two ends are learned. Whatever a row has of γ, also the network's input, passes its gradient, as in VDM.
+    "bound": all gradients are those of the losses. "second_moment": the logits instead get the gradient of the squared
+    KL terms, the losses of t > 1. For a large T the bound hardly depends on the logits. Then this gradient minimises
+    the variance of these losses over t and ε, since E[L²] = Var L + (E L)². One backward pass serves both, because
+    ∂L²/∂row = 2L ∂L/∂row for each example. Source: VDM, appendix I.2. "fixed": the logits get no gradient, so only the
+    two ends are learned. Every entry of a row passes its gradient to γ, the network's input included, as in VDM.
 
     Args:
-        losses_of: (params, rows with leaves [B]) -> each example's loss, and further results without a gradient.
-        params: the network's, with the schedule's under SUBTREE.
-        rows_of: the same params -> the rows, with leaves [B]: of `schedule` at some t.
+        losses_of: (params, rows with leaves [B]) -> the loss of each example, and further results without a gradient.
+        params: the network's parameters, with the schedule's under SUBTREE.
+        rows_of: the same params -> rows of `schedule` at some t, with leaves [B].
         inner: "bound", "second_moment" or "fixed".
     """
     if inner == "bound":

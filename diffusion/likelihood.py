@@ -20,13 +20,14 @@ from diffusion.schedules import Row, Schedule
 
 
 class Protocol(NamedTuple):
-    """Choices of an evaluation that move its number though the model is the same.
+    """Choices of an evaluation that change the result for the same model.
 
     decoder: (Gaussian, x, num_levels) -> log mass of each element's pixel value, in nats; None for the model's own.
-    decoder_cdf: which normal CDF that is, in words.
-    images_multiple: only a multiple of so many images is scored, the remainder dropped.
+    decoder_cdf: the decoder's normal CDF, in words.
+    images_multiple: only a multiple of this many images is scored; the remainder is dropped.
     clip_x0: whether x̂_0 is clipped to [-1, 1].
-    kl_terms: of the bound of VDM, beside its limit T = ∞: `evaluation.limit`; 0 for the model's own bound.
+    kl_terms: the number of KL terms in the bound of VDM, which `evaluation.limit` scores beside its limit T = ∞; 0 for
+        the model's own bound.
     """
 
     decoder: Callable[..., Array] | None
@@ -79,7 +80,7 @@ def vlb_term_bpd(
         output: the network's output for x_t, [h, w, p.output_channels(c)].
         num_levels: how many pixel values the decoder distinguishes.
         clip_x0: clip x̂_0 to [-1, 1]: on in evaluation, off in training (the clip has no gradient).
-        decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats; None for that of `p`.
+        decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats; None for the decoder of `p`.
     """
     p_prev = p(row, x_t, output, clip_x0).p_prev
     log_mass = decoder or DECODERS[p.decoder]
@@ -89,15 +90,15 @@ def vlb_term_bpd(
 
 
 def prior_bpd(schedule: Schedule, x0: Float[ArrayLike, "h w c"]) -> Float[ArrayLike, ""]:
-    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) of one image, in bits/dim; only a learned schedule can change it."""
+    """L_T = KL(q(x_T | x_0) ‖ N(0, I)) of one image, in bits/dim. Only a learned schedule can change it."""
     standard_normal = gaussian.Gaussian(jnp.zeros_like(x0), jnp.zeros_like(x0))
     return bits_per_dim(gaussian.kl(process.q_marginal(schedule[schedule.num_steps], x0), standard_normal))
 
 
 def label_bpd(num_classes: int, image_shape: tuple[int, ...]) -> float:
-    """What a label costs that is one of equally likely classes, in bits/dim of its image.
+    """The cost of a label, for equally likely classes, in bits/dim of its image.
 
-    A bound given the label and this together are a bound of image and label, and so of the image alone.
+    The bound given the label plus this cost bounds image and label together, and so the image alone.
     """
     return math.log2(num_classes) / math.prod(image_shape)
 
@@ -105,7 +106,7 @@ def label_bpd(num_classes: int, image_shape: tuple[int, ...]) -> float:
 def bayes_decoder_bpd(
     row: Row, x0: Float[ArrayLike, "h w c"], eps: Float[ArrayLike, "h w c"], num_levels: int = 256
 ) -> Float[ArrayLike, ""]:
-    """L_0 of one image under the decoder "bayes", in bits/dim: it needs no network.
+    """L_0 of one image under the decoder "bayes", in bits/dim. It needs no network.
 
     Args:
         row: the schedule's row of t = 1.
@@ -153,21 +154,21 @@ def vlb_terms_bpd(
 ) -> tuple[Float[ArrayLike, "b steps"], Float[ArrayLike, "b steps"]]:
     """Every term of every image's bound, and the error of every x̂_0, for t = 1…T.
 
-    Their sum over t and `prior_bpd` make up `bound_bpd`.
+    `bound_bpd` is their sum over t plus `prior_bpd`.
 
     Args:
         denoise: (x_t [B, H, W, C], network_t [B]) -> output.
         p: the reverse process.
         schedule: its T rows are scanned.
         x0: images in [-1, 1], on their pixel values.
-        keys: one per image; ε is drawn from it and t, so a term does not depend on what it is batched with.
+        keys: one per image. ε is drawn from the key and t, so a term does not depend on the rest of the batch.
         num_levels: how many pixel values the decoder distinguishes.
         clip_x0: clip x̂_0 to [-1, 1].
         decoder: (Gaussian, x0, num_levels) -> log mass of each element, in nats; None for that of `p`.
 
     Returns:
-        The terms [B, T] in bits/dim and the mean squared errors [B, T] of x̂_0 for data in [-1, 1]; entry t − 1 is
-        that of t.
+        The terms [B, T] in bits/dim and the mean squared errors [B, T] of x̂_0 for data in [-1, 1]; entry t − 1 belongs
+        to t.
     """
     return over_all_t(denoise, schedule, x0, keys, term_and_x0_mse(p, num_levels, clip_x0, decoder))
 
@@ -182,7 +183,8 @@ def bound_bpd(
     clip_x0: bool = True,
     decoder: Callable[..., Array] | None = None,
 ) -> Float[ArrayLike, " b"]:
-    """An unbiased estimate of every image's bound, in bits/dim: the sum of its terms, one ε each, and the prior's term.
+    """An unbiased estimate of every image's bound, in bits/dim: its terms, with one ε each, and the prior's term,
+    summed.
 
     Args: those of `vlb_terms_bpd`.
     """
@@ -197,7 +199,7 @@ def at_one_t(
     keys: Key[Array, " b"],
     measure: Measure,
 ) -> PyTree:
-    """The measure of each image, each with a t of its own: row is `schedule[t]` for t [B], or the instants of real t.
+    """The measure of each image at a t of its own. The row is `schedule[t]` for t [B], or an instant for a real t.
 
     ε is drawn from the image's key and t.
     """
@@ -213,7 +215,7 @@ def over_all_t(
     keys: Key[Array, " b"],
     measure: Measure,
 ) -> PyTree:
-    """`at_one_t` for t = 1…T, one after another: leaves [B, T], entry t − 1 is that of t."""
+    """`at_one_t` for t = 1…T, one after another: leaves [B, T], where entry t − 1 belongs to t."""
 
     def of_one_t(_, row: Schedule):
         rows = jax.tree.map(lambda leaf: jnp.full(len(x0), leaf), row)
@@ -235,9 +237,9 @@ def log_weights_nats(
 ) -> Float[ArrayLike, " b"]:
     """log p_θ(x_{0:T})/q(x_{1:T} | x_0) of one trajectory x_{1:T} ~ q(x_{1:T} | x_0) for each image, in nats.
 
-    Its mean is minus the bound, and the mean of its exponential is p_θ(x_0): `importance_weighted_nats`. The
-    trajectory is drawn from its end, x_T ~ q(x_T | x_0) and then x_{t−1} ~ q(x_{t−1} | x_t, x_0), so that every
-    factor is a ratio of two Gaussians that are close to each other.
+    Its mean is minus the bound. The mean of its exponential is p_θ(x_0): see `importance_weighted_nats`. The trajectory
+    is drawn from its end: x_T ~ q(x_T | x_0), then x_{t−1} ~ q(x_{t−1} | x_t, x_0). So every factor is a ratio of two
+    Gaussians that are close to each other.
 
     Args: those of `vlb_terms_bpd`.
     """
@@ -277,12 +279,12 @@ def _noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..
 
 
 def importance_weighted_nats(log_weights: Float[ArrayLike, "n samples"], k: int) -> Float[ArrayLike, "n groups"]:
-    """log 1/K Σ of K weights, for each of the samples/K groups of independent ones: E of it is ≤ log p_θ(x_0).
+    """log 1/K Σ of K independent weights, for each of the samples/K groups. Its expectation is at most log p_θ(x_0).
 
     It grows with K, from minus the bound at K = 1 to log p_θ(x_0). Burda, Grosse & Salakhutdinov (2016), theorem 1.
 
     Raises:
-        ValueError: the number of samples is no multiple of K.
+        ValueError: the number of samples is not a multiple of K.
     """
     num_samples = log_weights.shape[-1]
     if not 1 <= k <= num_samples or num_samples % k:

@@ -1,4 +1,4 @@
-"""A diffusion model as evaluation, sampling and coding take it: what it needs, whatever it came from."""
+"""A diffusion model: all that evaluation, sampling and coding need of it, whatever program trained it."""
 
 import dataclasses
 from typing import Any
@@ -14,18 +14,18 @@ from diffusion.schedules import Schedule
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network as a function, and what its output means.
+    """A network as a function, and the meaning of its output.
 
-    A model is a pytree, so it can be an argument of a compiled function. Its arrays are those of the schedule and,
-    where `denoise` is a `jax.tree_util.Partial(apply, params)`, the network's parameters.
+    A model is a pytree, so it can be an argument of a compiled function. Its arrays are the schedule's tables. If
+    `denoise` is a `jax.tree_util.Partial(apply, params)`, they are also the network's parameters.
 
     Attributes:
         denoise: (x_t [B, H, W, C], network_t [B]) -> output [B, H, W, p.output_channels(C)].
         p: the reverse process: what the output predicts, and where the variance comes from.
         schedule: the forward process.
         num_levels: how many values a channel of a pixel can have: 256 for photographs.
-        takes_labels: whether `denoise` takes labels [B] as a third argument. Whoever knows the labels closes over them
-            with `guidance` first: no sampler and no bound takes such a network.
+        takes_labels: whether `denoise` takes labels [B] as a third argument. Samplers and bounds do not take such a
+            network; bind its labels with `guidance` first.
     """
 
     denoise: Any  # a `reverse.Denoise`, or the same with shapes in the place of arrays
@@ -44,5 +44,5 @@ class Model:
         return f"Model({process}, {size:,} parameters{', takes labels' if self.takes_labels else ''})"
 
     def without_labels(self) -> "Model":
-        """The model with a denoiser that takes no labels; its network was trained with label dropout."""
+        """The model with a denoiser that takes no labels. Its network must be trained with label dropout."""
         return dataclasses.replace(self, denoise=guidance.unconditional(self.denoise), takes_labels=False)

@@ -1,4 +1,4 @@
-"""What a multistep sampler takes for x̂_0 during a step, by the polynomial through x̂_0 at several noise levels."""
+"""The x̂_0 that a multistep sampler uses during a step: from the polynomial through x̂_0 at several noise levels."""
 
 import math
 from typing import NamedTuple
@@ -20,14 +20,14 @@ class PastStep(NamedTuple):
 
 
 def mean_x0(points: tuple[PastStep, ...], begin: Float[Array, ""], end: Float[Array, ""]) -> Float[Array, "b h w c"]:
-    """What x̂_0 a DDIM step from log SNR `begin` to `end` gets, by the polynomial in log SNR through some points.
+    """The x̂_0 for a DDIM step from log SNR `begin` to `end`, by the polynomial in log SNR through some points.
 
-    DDIM's ODE is d(x/σ) = x̂_0 d(√ᾱ/σ), and √ᾱ/σ = e^(λ/2) for log SNR λ: its solution needs the mean of x̂_0 under the
-    density e^(λ/2) between the two. With two points it is the value at the middle, as the authors of DPM-Solver++ and
-    of UniPC have it: of the same order. Points that do not exist are left out.
+    DDIM's ODE is d(x/σ) = x̂_0 d(√ᾱ/σ), and √ᾱ/σ = e^(λ/2) for log SNR λ. So its solution needs the mean of x̂_0 under
+    the density e^(λ/2) between the two. With two points the function returns the value at the middle, which is of the
+    same order, as the authors of DPM-Solver++ and of UniPC do. Points that do not exist are left out.
 
     Args:
-        points: the first one exists; the others may be of steps that were not.
+        points: the first one exists; the others may belong to steps that were never taken.
     """
     mean = points[0].x0_hat
     for number in range(2, len(points) + 1):

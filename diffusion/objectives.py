@@ -1,7 +1,7 @@
 """Training losses: one number for one example and one t.
 
-An objective is a function (row, x0, x_t, eps, output) -> (loss, parts), made once by `make`. The parts are logged,
-and name the culprit where a loss is NaN or Inf. The caller takes the batch's mean once.
+An objective is a function (row, x0, x_t, eps, output) -> (loss, parts), made once by `make`. The parts are logged, and
+they show which part made a loss NaN or Inf. The caller takes the batch mean once.
 """
 
 import math
@@ -23,7 +23,7 @@ Weighting = Callable[[Schedule], Array]  # the weight of t's squared error, from
 
 
 class Setting(NamedTuple):
-    """What an objective is made for."""
+    """The setting for which an objective is made."""
 
     p: Reverse
     num_steps: int  # T
@@ -32,14 +32,14 @@ class Setting(NamedTuple):
 
 
 def unweighted(p: Reverse) -> Weighting:
-    """1: whatever the prediction's own squared error emphasises."""
+    """1: the squared error of the prediction as it is."""
     return lambda row: jnp.ones_like(row.log_snr)
 
 
 def p2(p: Reverse, gamma: float = 1.0) -> Weighting:
-    """1/(1 + SNR)^γ for ε; for other predictions what makes it the same loss. P2 of Choi et al. (2022), their k = 1.
+    """1/(1 + SNR)^γ for ε, and the equivalent weight for other predictions. P2 of Choi et al. (2022), their k = 1.
 
-    It takes weight from the large SNR, where only imperceptible detail is left to learn.
+    It lowers the weight where SNR is large, where only imperceptible detail is left to learn.
     """
     return _of_x0_error(p, lambda row: row.log_snr - gamma * jax.nn.softplus(row.log_snr))
 
@@ -58,7 +58,7 @@ def min_snr(p: Reverse, gamma: float = 5.0) -> Weighting:
 
 
 def sigmoid(p: Reverse, k: float = 2.0) -> Weighting:
-    """w(λ) = sigmoid(k − λ) of Kingma & Gao (2023), λ = log SNR: the bound of data with noise, for it falls with λ.
+    """w(λ) = sigmoid(k − λ) of Kingma & Gao (2023), λ = log SNR; it falls with λ, so the loss bounds data with noise.
 
     Their weighted loss is L_w = ½ ∫ w(λ) E‖ε − ε̂‖² dλ, whatever the schedule. So the weight of t is the integral of w
     over the step, from λ_t to λ_{t−1}, and L_w is T/2 times the mean loss, per dimension.
@@ -76,7 +76,7 @@ def sigmoid(p: Reverse, k: float = 2.0) -> Weighting:
 def _of_x0_error(p: Reverse, log_weight: Callable[[Schedule], Array]) -> Weighting:
     """exp(log_weight(row)) times the squared error of x̂_0, as a weight of the prediction's own squared error.
 
-    Given x_t the prediction is affine in x̂_0, so every such loss is a weighted loss of x̂_0: Salimans & Ho (2022),
+    Given x_t, the prediction is affine in x̂_0. So every such loss is a weighted loss of x̂_0: Salimans & Ho (2022),
     section 4.
     """
 
@@ -95,7 +95,7 @@ WEIGHTINGS = {
 
 
 def simple(setting: Setting) -> Objective:
-    """The mean squared error of the prediction, times its weight. L_simple of Ho et al. (2020), eq. 14, for ε.
+    """The mean squared error of the prediction times its weight. For ε it is L_simple of Ho et al. (2020), eq. 14.
 
     The part "mse" is the error without the weight.
     """
@@ -109,7 +109,7 @@ def simple(setting: Setting) -> Objective:
 
 
 def vlb(setting: Setting) -> Objective:
-    """T times the bound's term: with t uniform, an unbiased estimate of the bound less its prior term, in bits/dim.
+    """T times the bound's term: for uniform t an unbiased estimate of the bound without the prior term, in bits/dim.
 
     Ho et al. (2020), eq. 5. x̂_0 is not clipped: the clip would have no gradient.
     """
@@ -143,7 +143,7 @@ def hybrid(setting: Setting, vlb_weight: float = 0.001) -> Objective:
 
 
 def npr(setting: Setting) -> Objective:
-    """L_simple, and beside it ‖(ε − ε̂)² − g‖² of the network's second half g, in which ε̂ is held fixed.
+    """L_simple + ‖(ε − ε̂)² − g‖², where g is the network's second half; the second term holds ε̂ fixed.
 
     The best g is E[(ε − ε̂)² | x_t], from which model.variance=npr makes the optimal variance of this ε̂. NPR-DDPM: Bao
     et al. (2022, "Estimating the optimal covariance with imperfect mean"), who train g on a finished network.
@@ -156,9 +156,9 @@ def npr(setting: Setting) -> Objective:
 
 
 def sn(setting: Setting) -> Objective:
-    """L_simple, and beside it ‖ε² − h‖² of h = g + ε̂², in which ε̂ is held fixed; g is the network's second half.
+    """L_simple + ‖ε² − h‖² with h = g + ε̂², where g is the network's second half; the second term holds ε̂ fixed.
 
-    The best h is E[ε² | x_t], so the best g is Var(ε | x_t) where ε̂ is the mean of ε. SN-DDPM: Bao et al. (2022,
+    The best h is E[ε² | x_t]. So the best g is Var(ε | x_t), if ε̂ is the mean of ε. SN-DDPM: Bao et al. (2022,
     "Estimating the optimal covariance with imperfect mean"), whose network outputs h.
     """
 
@@ -170,10 +170,10 @@ def sn(setting: Setting) -> Objective:
 
 
 def ocm(setting: Setting) -> Objective:
-    """L_simple, and beside it ‖v ⊙ √ᾱ_t J v − g‖² with J = ∂x̂_0/∂x_t held fixed, v of random signs (see PROBED).
+    """L_simple + ‖v ⊙ √ᾱ_t J v − g‖², with J = ∂x̂_0/∂x_t held fixed and random signs v (see PROBED).
 
-    Its mean over v is √ᾱ_t diag J, so that is the best g. It is the diagonal of Cov(ε | x_t) = I + (1 − ᾱ_t) ∇² log q_t
-    where x̂_0 is exact. OCM: Ou et al. (2024, arXiv 2406.10808).
+    The mean of v ⊙ √ᾱ_t J v over v is √ᾱ_t diag J, so this is the best g. If x̂_0 is exact, this is the diagonal of
+    Cov(ε | x_t) = I + (1 − ᾱ_t) ∇² log q_t. OCM: Ou et al. (2024, arXiv 2406.10808).
     """
 
     def target(
@@ -207,11 +207,12 @@ def _beside_simple(setting: Setting, target: Callable[..., Array]) -> Objective:
 
 
 def vdm(setting: Setting) -> Objective:
-    """T − 1 times one KL term of t > 1, or the continuous-time loss at an instant between steps, in bits/dim.
+    """T − 1 times one KL term of t > 1, in bits/dim, or the continuous-time loss at an instant between steps.
 
-    For t uniform it is an unbiased estimate of the bound without the prior's and the decoder's term, which the train
-    step adds to every example. With the variance β̃_t the KL is a squared error, which subtracts no two means.
-    Kingma et al. (2021, VDM): eq. 14, (T − 1)/2 expm1(γ_t − γ_{t−1}) ‖ε − ε̂‖², or eq. 17, ½ γ' ‖ε − ε̂‖².
+    For uniform t it is an unbiased estimate of the bound without the prior's and the decoder's terms. The train step
+    adds these two terms to every example. With the variance β̃_t the KL is a squared error, so the code subtracts no
+    two means. Sources are eqs. 14 and 17 of Kingma et al. (2021, VDM): (T − 1)/2 expm1(γ_t − γ_{t−1}) ‖ε − ε̂‖², and ½
+    γ' ‖ε − ε̂‖².
     """
 
     def loss(row: Row, x0: Array, x_t: Array, eps: Array, output: Array) -> Loss:
@@ -258,8 +259,8 @@ def make(
         p: the reverse process.
         num_steps: T.
         num_levels: how many pixel values the data have.
-        weighting: of the simple loss, from one of WEIGHTINGS; None for no weight.
-        arguments: the objective's own, such as hybrid's vlb_weight.
+        weighting: the weight of the simple loss, from one of WEIGHTINGS; None for no weight.
+        arguments: the objective's own arguments, such as hybrid's vlb_weight.
 
     Returns:
         (row, x0 [H, W, C], x_t, eps, output [H, W, p.output_channels(C)]) -> the loss and its named parts.

@@ -1,8 +1,9 @@
 """How the bound becomes "predict x_0" or "predict ε": the weight per t of each prediction's squared error.
 
-Between Gaussians of one variance σ_t² the KL is a distance of means, ‖μ̃_t − μ_θ‖²/(2σ_t²): Ho et al. (2020), eq. 8.
-Given x_t, each prediction is an affine function of each other, so this distance is a weight per t times the squared
-error of whatever the network predicts. With its weight every prediction has the same loss; without it (L_simple), none.
+The KL between Gaussians of one variance σ_t² is a distance of means, ‖μ̃_t − μ_θ‖²/(2σ_t²): Ho et al. (2020), eq. 8.
+Given x_t, each prediction is an affine function of each other one. So this distance is a weight per t times the squared
+error of whatever the network predicts. With this weight all predictions have the same loss; without it (L_simple) their
+losses differ.
 """
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from diffusion.schedules import Instant, Row
 def x0_per_output(p: Reverse, row: Row) -> Float[ArrayLike, ""]:
     """∂x̂_0/∂output at fixed x_t: −1/√SNR_t for ε, 1 for x_0, −1/√(1 + SNR_t) for v, 1/(coefficient of x_0 in μ̃_t).
 
-    Its square is what a squared error of the output means as a squared error of x̂_0.
+    Its square turns a squared error of the output into a squared error of x̂_0.
     """
     zero = jnp.zeros_like(row.log_snr)
     return p.meaning.to_x0(row, zero, zero + 1)
@@ -33,16 +34,16 @@ def bound_weight(p: Reverse, row: Row) -> Float[ArrayLike, ""]:
         u     ½ (SNR_{t−1} − SNR_t)/(1 + √SNR_t)²     the velocity ε − x_0
         μ̃    1/(2β̃_t)                                Ho et al. (2020), eq. 8
 
-    but without their subtractions, which would cost float32 most of its digits where SNR_t falls slowly.
-    At t = 1, where SNR_0 = ∞, it is the weight for the width that the decoder has; the bound's term there is L_0.
-    At an instant of continuous time it is the weight per unit of t, ½ dγ/dt for ε, whatever the variance is.
+    The code avoids these subtractions, which would cost float32 most of its digits where SNR_t falls slowly. At t = 1,
+    where SNR_0 = ∞, it is the weight for the decoder's width; the bound's term there is L_0. At an instant of
+    continuous time it is the weight per unit of t, ½ dγ/dt for ε, for every variance.
 
     Args:
         p: a reverse process with a fixed variance.
         row: the schedule's row of t, or an instant (`continuous_time.at`).
 
     Raises:
-        ValueError: the variance is learned, so that the weight is the network's and not the schedule's.
+        ValueError: the variance is learned, so the weight would depend on the network and not only on the schedule.
     """
     if p.learns_variance:
         fixed = ", ".join(name for name, variance in VARIANCES.items() if not variance.is_learned)
@@ -64,8 +65,8 @@ def weighted_error(
 ) -> Float[ArrayLike, "*shape"]:
     """w_t (target − output)² of each element, in nats: Ho et al. (2020), eq. 12, for any prediction.
 
-    With σ_t² = β̃_t this is the KL from q(x_{t−1} | x_t, x_0) to p_θ(x_{t−1} | x_t). It subtracts no two means, which
-    agree to most of their digits where one step changes little.
+    With σ_t² = β̃_t this is the KL from q(x_{t−1} | x_t, x_0) to p_θ(x_{t−1} | x_t). The code subtracts no two means,
+    because they agree to most of their digits where one step changes little.
 
     Args:
         p: a reverse process with a fixed variance.

@@ -4,9 +4,9 @@ A power-function average at step n weights the parameters of step i by about i^�
 
     θ̂_γ(n) = (γ + 1)/n^{γ+1} ∫_0^n i^γ θ(i) di,                                                 eq. 4
 
-so it reaches back by a fixed part of the training: its length is the weights' standard deviation over n, σ_rel. Two
-of them are tracked, and kept every so many steps. A least-squares fit of their weights to those of another length
-then says how that length's average is composed of what was kept.
+so it covers a fixed fraction of the training. Its length σ_rel is the standard deviation of the weights over n. Two
+averages are tracked, and saved every so many steps. An average of another length is then a linear combination of the
+saved ones: a least-squares fit of their weights to its weights gives the coefficients.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ SHORTEST, LONGEST = 0.01, 0.28  # lengths; of γ = 0, the plain mean, it is 1/�
 
 
 def exponent(length: float) -> float:
-    """γ of a σ_rel: σ_rel² = (γ + 1)/((γ + 2)² (γ + 3)). EDM2, eq. 123 and algorithm 2."""
+    """γ for a given σ_rel: σ_rel² = (γ + 1)/((γ + 2)² (γ + 3)). EDM2, eq. 123 and algorithm 2."""
     inverse = length**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
 def track(averages: Sequence[PyTree], params: PyTree, step: Int[Array, ""], lengths: Sequence[float]) -> tuple:
-    """The averages with the parameters after `step`, counted from 1. EDM2, eq. 127: β = (1 − 1/n)^{γ+1}.
+    """The averages updated with the parameters after `step`, counted from 1. EDM2, eq. 127: β = (1 − 1/n)^{γ+1}.
 
-    After the first step each is a copy of the parameters, whatever it was.
+    After the first step each average is a copy of the parameters, whatever it was before.
     """
     log_kept = jnp.log1p(-1.0 / step.astype(jnp.float32))
 
@@ -43,12 +43,12 @@ def track(averages: Sequence[PyTree], params: PyTree, step: Int[Array, ""], leng
 def coefficients(
     steps: Real[ArrayLike, " kept"], lengths: Float[ArrayLike, " kept"], step: int, length: float
 ) -> Float[np.ndarray, " kept"]:
-    """What the kept averages are multiplied by to give the average of `length` at `step`; they add up to 1.
+    """The coefficients of the saved averages in the average of `length` at `step`. They sum to 1.
 
-    The least-squares fit of its weights by theirs: EDM2, algorithm 3.
+    They are the least-squares fit of its weights by theirs: EDM2, algorithm 3.
 
     Args:
-        steps, lengths: of each average that was kept, no two alike.
+        steps, lengths: the step and the length of each saved average; no two are alike.
     """
     steps, gammas = np.asarray(steps, np.float64), np.array([exponent(one) for one in np.asarray(lengths)])
     between = _inner(steps[:, None], gammas[:, None], steps[None], gammas[None])

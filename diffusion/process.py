@@ -39,11 +39,11 @@ def q_posterior(row: Schedule, x0: Float[ArrayLike, "*shape"], x_t: Float[ArrayL
 
 
 def gamma_step(row: Schedule) -> Float[ArrayLike, ""]:
-    """γ_t − γ_{t−1} with γ_t = −log SNR_t: how much noisier a step makes; ∞ at t = 1, which starts at clean data.
+    """γ_t − γ_{t−1} with γ_t = −log SNR_t: the noise of a step; ∞ at t = 1, which starts at clean data.
 
-    The forward process depends on the schedule through γ alone (Kingma et al. 2021, VDM, section 3). Here it comes
-    from expm1(γ_t − γ_{t−1}) = SNR_{t−1}/SNR_t − 1 = β_t/(α_t (1 − ᾱ_{t−1})), whose logarithms are tables; in float32
-    a difference of the γ themselves would cancel where steps are small.
+    The forward process depends on the schedule through γ alone (Kingma et al. 2021, VDM, section 3). The difference is
+    computed from expm1(γ_t − γ_{t−1}) = SNR_{t−1}/SNR_t − 1 = β_t/(α_t (1 − ᾱ_{t−1})), whose logarithms are tables. In
+    float32 a difference of the γ themselves would cancel where steps are small.
     """
     log_one_minus_alpha_bar_prev = row.log_beta_tilde - row.log_beta + row.log_one_minus_alpha_bar
     log_expm1 = row.log_beta - row.log_alpha - log_one_minus_alpha_bar_prev

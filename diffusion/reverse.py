@@ -1,7 +1,7 @@
 """The reverse process p_θ(x_{t−1} | x_t): what the network predicts × where the variance comes from.
 
-`make` picks one entry of each of the tables below, PREDICTIONS, VARIANCES and DECODERS, so a new idea is a new
-entry. Everything is for one example and one row of the schedule.
+`make` picks one entry each of PREDICTIONS, VARIANCES and DECODERS below, so a new idea is a new entry. Everything is
+for one example and one row of the schedule.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ Denoise = Callable[[Array, Array], Array]
 
 
 class Prediction(NamedTuple):
-    """What the network's output means.
+    """The meaning of the network's output.
 
-    target: (row, x0, x_t, eps) -> what a perfect network would output.
-    to_x0: (row, x_t, output) -> the x̂_0 that this output stands for.
+    target: (row, x0, x_t, eps) -> the output of a perfect network.
+    to_x0: (row, x_t, output) -> the x̂_0 that corresponds to this output.
     """
 
     target: Callable[..., Array]
@@ -34,9 +34,9 @@ class Prediction(NamedTuple):
 
 
 class Variance(NamedTuple):
-    """Where log σ_t² comes from.
+    """The source of log σ_t².
 
-    log_var: (row, raw) -> log σ_t²; `raw` is the network's second half, or zeros where it has none.
+    log_var: (row, raw) -> log σ_t²; `raw` is the network's second half, or zeros if it has none.
     is_learned: whether the network has that second half.
     """
 
@@ -47,9 +47,10 @@ class Variance(NamedTuple):
 def edm(sigma_data: float = 0.5) -> Prediction:
     """The network F of x̂_0 = c_skip x + c_out F, where x = x_t/√ᾱ_t has noise of σ = 1/√SNR_t.
 
-    With c_skip and c_out of Karras et al. (2022, EDM), eq. 7 and table 1, F has the variance 1 for data of the standard
-    deviation `sigma_data`, and its squared error is their weighted loss. At sigma_data = 1 it is −v. The network is
-    given x_t, which then is c_in x; for others it is c_in x times a factor between sigma_data and 1.
+    c_skip and c_out are those of Karras et al. (2022, EDM), eq. 7 and table 1. For data with the standard deviation
+    `sigma_data`, F then has the variance 1, and its squared error is their weighted loss. At sigma_data = 1, F is −v
+    and the network's input x_t equals c_in x. For other sigma_data x_t is c_in x times a factor between sigma_data and
+    1.
 
     Raises:
         ValueError: sigma_data ≤ 0.
@@ -58,7 +59,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
         raise ValueError(f"model.prediction: sigma_data={sigma_data} of edm must be above 0")
 
     def std(row: Row) -> Array:
-        """Of x_t: √ᾱ_t/c_in."""
+        """The standard deviation of x_t: √ᾱ_t/c_in."""
         return jnp.hypot(sigma_data * row.sqrt_alpha_bar, row.sqrt_one_minus_alpha_bar)
 
     def target(row: Row, x0: Array, x_t: Array, eps: Array) -> Array:
@@ -106,7 +107,7 @@ PREDICTIONS: dict[str, Prediction | Callable[..., Prediction]] = {
 
 
 def _learned_range(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
-    """Between log β̃_t at raw = −1 and log β_t at raw = 1. Nichol & Dhariwal (2021), eq. 15.
+    """Interpolates from log β̃_t at raw = −1 to log β_t at raw = 1. Nichol & Dhariwal (2021), eq. 15.
 
     The upper end is log β_t itself even at t = 1, where fixed_large takes β̃_2 instead.
     """
@@ -117,8 +118,8 @@ def _learned_range(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[Arra
 def _optimal(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
     """σ*_t² = β̃_t + (coefficient of x_0 in μ̃_t)² E Var(x_0 | x_t). Bao et al. (2022, Analytic-DPM), theorem 1.
 
-    At t = 1 the decoder keeps the width of the fixed variances, as in that paper's evaluation: its bins are no
-    Gaussian's.
+    At t = 1 the decoder keeps the width of the fixed variances, as in that paper's evaluation, because its bins are not
+    Gaussian.
     """
     if row.x0_variance is None:
         raise ValueError("variance='optimal' needs a schedule whose x0_variance was estimated (see variances.py)")
@@ -126,11 +127,11 @@ def _optimal(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike,
 
 
 def _npr(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
-    """β̃_t + (coefficient of x_0 in μ̃_t)² E[(x_0 − x̂_0)² | x_t], of each element: optimal for the mean that is learned.
+    """β̃_t + (coefficient of x_0 in μ̃_t)² E[(x_0 − x̂_0)² | x_t] of each element: the optimum for the learned mean.
 
-    `raw` is E[(ε − ε̂)² | x_t], which `objectives.npr` trains, and SNR_t times that of x_0; of `sn` and `ocm` it is
-    Var(ε | x_t), the same where ε̂ is exact. As in the authors' programs, that of x_0 is kept in [0, 1]. Bao et al.
-    (2022, "Estimating the optimal covariance with imperfect mean"), Ou et al. (2024, arXiv 2406.10808).
+    `raw` is E[(ε − ε̂)² | x_t], which `objectives.npr` trains. It is SNR_t times the same of x_0, which is kept in [0,
+    1] as in the authors' programs. With `sn` and `ocm`, `raw` is Var(ε | x_t), which is equal if ε̂ is exact. Bao et
+    al. (2022, "Estimating the optimal covariance with imperfect mean"), Ou et al. (2024, arXiv 2406.10808).
     """
     return _with_x0_variance(row, jnp.clip(raw * jnp.exp(-row.log_snr), 0.0, 1.0))
 
@@ -161,7 +162,7 @@ DECODERS: dict[str, Callable[..., Array]] = {
 
 
 class Denoised(NamedTuple):
-    """What the network makes of x_t."""
+    """The result of `Reverse` for one x_t."""
 
     p_prev: Gaussian  # p_θ(x_{t−1} | x_t)
     x0_hat: Array  # x̂_0
@@ -179,7 +180,7 @@ class Reverse:
 
     @functools.cached_property
     def meaning(self) -> Prediction:
-        """What the prediction means."""
+        """The meaning of the prediction."""
         found = PREDICTIONS[self.prediction]
         return found if isinstance(found, Prediction) else found(**dict(self.arguments))
 
@@ -195,7 +196,7 @@ class Reverse:
     def split(
         self, output: Float[ArrayLike, "*shape c_out"]
     ) -> tuple[Float[ArrayLike, "*shape c"], Float[ArrayLike, "*shape c"]]:
-        """The network's output as (prediction, raw variance); zeros where the variance is not learned."""
+        """The network's output as (prediction, raw variance). The latter is zeros if the variance is not learned."""
         if self.learns_variance:
             return tuple(jnp.split(output, 2, axis=-1))
         return output, jnp.zeros_like(output)
@@ -207,7 +208,7 @@ class Reverse:
         x_t: Float[ArrayLike, "*shape"],
         eps: Float[ArrayLike, "*shape"],
     ) -> Float[ArrayLike, "*shape"]:
-        """What a perfect network would predict."""
+        """The output of a perfect network."""
         return self.meaning.target(row, x0, x_t, eps)
 
     def __call__(
@@ -219,8 +220,8 @@ class Reverse:
     ) -> Denoised:
         """p_θ(x_{t−1} | x_t) and x̂_0.
 
-        The mean is μ̃_t(x_t, x̂_0), which for ε is eq. 11 of Ho et al. (2020); where the network predicts the
-        mean itself, that prediction is the mean, and clipping changes only the x̂_0 that is reported.
+        The mean is μ̃_t(x_t, x̂_0), which for ε is eq. 11 of Ho et al. (2020). If the network predicts the mean itself,
+        its prediction is the mean, and the clip changes only the returned x̂_0.
 
         Args:
             row: the schedule's row of t.
@@ -229,7 +230,7 @@ class Reverse:
             clip_x0: clip x̂_0 to [-1, 1], as Ho et al. do in sampling and evaluation.
 
         Raises:
-            ValueError: `output` has another number of channels than x_t asks for.
+            ValueError: `output` has the wrong number of channels for x_t.
         """
         wanted = self.output_channels(x_t.shape[-1])
         if output.shape[-1] != wanted:
@@ -246,9 +247,9 @@ class Reverse:
         return Denoised(self.decoding(row, x_t, p_prev), x0_hat)
 
     def decoding(self, row: Schedule, x_t: Float[ArrayLike, "*shape"], p_prev: Gaussian) -> Gaussian:
-        """p_prev for t > 1. At t = 1 the Gaussian that the decoder reads: "bayes" has one of its own.
+        """p_prev for t > 1. At t = 1 it is the Gaussian that the decoder reads; "bayes" has its own Gaussian.
 
-        q(x_1 | x_0) as a function of x_0 is in proportion to N(x_0; x_1/√ᾱ_1, (1 − ᾱ_1)/ᾱ_1).
+        q(x_1 | x_0) as a function of x_0 is proportional to N(x_0; x_1/√ᾱ_1, (1 − ᾱ_1)/ᾱ_1).
         """
         if self.decoder == "network":
             return p_prev
@@ -257,7 +258,7 @@ class Reverse:
         return Gaussian(mean, jnp.where(is_decoder, -row.log_snr, p_prev.log_var))
 
     def level_probs(self, p_prev: Gaussian, num_levels: int) -> Float[Array, "*shape num_levels"]:
-        """p(x_0 | x_1): the probability of every pixel value, where the bound takes that of x_0 itself.
+        """p(x_0 | x_1): the probability of every pixel value. The bound uses only the probability of x_0 itself.
 
         Args:
             p_prev: what `__call__` returns at t = 1.
@@ -271,7 +272,7 @@ class Reverse:
 
 
 def make(prediction: str, variance: str, decoder: str = "network", **arguments: float) -> Reverse:
-    """The reverse process of a named prediction, a named variance and a named decoder.
+    """The reverse process with this prediction, variance and decoder, each given by name.
 
     Args:
         prediction: one of PREDICTIONS.
@@ -279,7 +280,7 @@ def make(prediction: str, variance: str, decoder: str = "network", **arguments: 
             mean), "learned" (the network outputs log σ_t²), "learned_range" (it outputs where between β̃_t and
             β_t, on a log scale) or "npr" (it outputs the variance of ε).
         decoder: "network" (p(x_0 | x_1) is what the network says, on bins) or "bayes" (in proportion to q(x_1 | x_0)).
-        arguments: the prediction's own, such as edm's sigma_data.
+        arguments: the prediction's own arguments, such as edm's sigma_data.
 
     Raises:
         ValueError: an unknown name, or an argument out of its range.

@@ -1,8 +1,8 @@
 """Sampling: the reverse process run from noise to data, one `lax.scan` over the schedule's rows.
 
-A sampler is a `Step`: it says from which Gaussian x_{t−1} is drawn. `sample` takes the step at every row of whatever
-schedule it is given (respace it for fewer steps), and draws each image's noise from that image's own key, so the
-pictures do not depend on the batching.
+A sampler is a `Step`: it gives the Gaussian from which x_{t−1} is drawn. `sample` takes the step at every row of the
+schedule; respace the schedule for fewer steps. It draws the noise of each image from that image's own key, so the
+images do not depend on the batching.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ AfterStep = Callable[[Schedule, Float[Array, "b h w c"], Key[Array, " b"]], Floa
 
 
 class StepState(NamedTuple):
-    """What is known at x_t: all that a step to x_{t−1} may use. The arrays are batches."""
+    """All that a step from x_t to x_{t−1} can use. The arrays are batches."""
 
     row: Schedule  # of t
     next_row: Schedule  # of t − 1
@@ -38,16 +38,16 @@ class StepState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """How x_{t−1} follows from x_t.
+    """A step from x_t to x_{t−1}.
 
     Steps with the same rule and arguments are equal, so `jax.jit` can take one as a static argument.
 
     Attributes:
         rule: (now, *arguments) -> the Gaussian from which x_{t−1} is drawn; a function at its module's top.
-        arguments: of the sampler, such as η.
-        draws_from_variance: whether it draws with the variance of p, or takes only its x̂_0.
-        churn: how x_t is made noisier before the network sees it; None: it is not. The row that the rule then sees
-            knows the noise in x_t, but not the step to `next_row`.
+        arguments: the sampler's arguments, such as η.
+        draws_from_variance: whether the step draws with the variance of p, or uses only its x̂_0.
+        churn: how x_t is made noisier before the network sees it; None for no churn. The row that the rule then gets
+            states the noise in x_t, but not the step to `next_row`.
     """
 
     rule: Callable[..., Gaussian]
@@ -78,22 +78,22 @@ def sample(
         step: one of the samplers below.
         denoise: the network as a function.
         p: the reverse process.
-        schedule: its rows are walked from T to 1.
+        schedule: the steps go through its rows from T to 1.
         keys: one per image.
         shape: an image's (H, W, C).
         clip_x0: clip x̂_0 to [-1, 1].
         num_frames: how many x̂_0 of the denoising trajectory to return.
-        x_T: where to start; None: drawn from N(0, I) with `keys`.
+        x_T: the start; None draws it from N(0, I) with `keys`.
         after_step: (row of t − 1, x_{t−1} [B, H, W, C], keys of this step [B]) -> x_{t−1}: called after every step, to
-            change what it made. After the last one the row is that of t = 0, and x_0 is what it returns.
-        levels: what churn takes its noise levels from: the schedule that the network learned. None: `schedule`.
+            change its result. After the last step the row is that of t = 0, and the result is x_0.
+        levels: the schedule that the network learned, from which churn takes its noise levels; None for `schedule`.
 
     Returns:
-        The samples, which are the mean of the last step: it adds no noise. And the denoising trajectory: x̂_0 from
-        noise to data.
+        The samples, and the denoising trajectory: x̂_0 from noise to data. A sample is the mean of the last step, which
+        adds no noise.
 
     Raises:
-        ValueError: more frames than steps, or another x_T than one for each key.
+        ValueError: more frames than steps, or x_T does not have one entry for each key.
     """
     num_steps = schedule.num_steps
     _check(num_frames, num_steps, x_T, (len(keys), *shape))
@@ -182,10 +182,10 @@ def ddim_step(
 def dpm_solver_pp(eta: float | int = 0.0) -> Step:
     """DPM-Solver++(2M): DDIM's ODE to second order, with one network evaluation per step; an SDE with η > 0.
 
-    A DDIM step solves the probability-flow ODE (η = 0) or the reverse SDE (η = 1) exactly for an x̂_0 that stays what it
-    is during the step. Here it gets x̂_0 at the middle of the step, in log SNR, extrapolated from this step and the one
-    before; the first step is plain DDIM, and so is the last one, which ends at infinite SNR. With η = 1 it is
-    SDE-DPM-Solver++(2M): for Gaussian data its means and variances, too, are of second order.
+    A DDIM step solves the probability-flow ODE (η = 0) or the reverse SDE (η = 1) exactly, if x̂_0 is constant during
+    the step. This sampler uses x̂_0 at the middle of the step in log SNR, extrapolated from this step and the one
+    before. The first step is plain DDIM, and so is the last one, which ends at infinite SNR. With η = 1 it is
+    SDE-DPM-Solver++(2M); for Gaussian data its means and variances are also of second order.
 
     Source: Lu et al. (2022, arXiv 2211.01095), algorithm 2 for η = 0, and their SDE-DPM-Solver++ for η = 1.
 
@@ -212,15 +212,15 @@ def heun(
     """Heun's method for DDIM's ODE: second order, with two network evaluations per step but one in the last.
 
     With σ_t = √(1 − ᾱ_t) the ODE is d(x/σ) = x̂_0 d(√ᾱ/σ), for which a DDIM step (η = 0) is Euler's method. The step is
-    taken twice: the second time with the mean of x̂_0 at its beginning and x̂_0 where the first one ended. These
-    variables have no singularity where ᾱ_T is almost 0.
+    taken twice. The second time it uses the mean of x̂_0 at the start and x̂_0 where the first try ended. In these
+    variables there is no singularity where ᾱ_T is almost 0.
 
     Source: Karras et al. (2022, arXiv 2206.00364), algorithm 1, there for d(x/√ᾱ) = ε̂ d(σ/√ᾱ); algorithm 2 with churn.
 
     Args: those of `Churn`; s_churn = 0 has none.
 
     Raises:
-        ValueError: what `Churn` raises, or one of the others without s_churn.
+        ValueError: as `Churn` raises it, or another churn argument is set without s_churn.
     """
     churn = Churn(s_churn, s_min, s_max, s_noise)
     if s_churn > 0:
@@ -243,18 +243,18 @@ def _heun(now: StepState, is_churned: bool = False) -> Gaussian:
 
 
 def unipc(order: int = 2) -> Step:
-    """UniPC: DDIM's ODE by a multistep predictor and a corrector, with one network evaluation per step.
+    """UniPC: solves DDIM's ODE by a multistep predictor and a corrector, with one network evaluation per step.
 
-    The predictor goes from x_t to x_{t−1} with the polynomial in log SNR through the last `order` x̂_0. The x̂_0 that
-    the network then gives at x_{t−1} joins them, and the step is repaired with it, which costs no evaluation more: the
-    corrector. It repairs x_t first thing in the step that follows. With two x̂_0 the polynomial's value at the middle of
-    the step stands for its mean, so the predictor of order 2 is `dpm_solver_pp`. The first steps are of as high an
-    order as they have x̂_0, and the last one, which ends at infinite SNR, is plain DDIM.
+    The predictor goes from x_t to x_{t−1} with the polynomial in log SNR through the last `order` x̂_0. The corrector
+    adds the network's x̂_0 at x_{t−1} to these points and repeats the step. This costs no further evaluation, because
+    it happens at the start of the next step. With two x̂_0 the polynomial's value at the middle of the step stands for
+    its mean, so the predictor of order 2 is `dpm_solver_pp`. The order of the first steps is the number of x̂_0 that
+    they have. The last step ends at infinite SNR and is plain DDIM.
 
     Source: Zhao et al. (2023, arXiv 2302.04867), UniPC-p for predictions of x_0, with B(h) = e^h − 1.
 
     Raises:
-        ValueError: another order than 1, 2 or 3.
+        ValueError: the order is not 1, 2 or 3.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, not {order}")

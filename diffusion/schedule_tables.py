@@ -1,6 +1,6 @@
-"""What a schedule is: the tables of a forward process, made from log α_t or from γ_t.
+"""The tables of a schedule, made from log α_t or from γ_t.
 
-They are computed in NumPy float64 and cast to float32 once: a float32 cumulative product would have a relative error of
+They are computed in NumPy float64 and cast to float32 once. A float32 cumulative product would have a relative error of
 1.7e-4 in 1 − ᾱ_1.
 """
 
@@ -18,7 +18,7 @@ Table = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The tables of a forward process; with α_t = 1 − β_t and ᾱ_t = α_1 ⋯ α_t.
+    """The tables of a forward process, with α_t = 1 − β_t and ᾱ_t = α_1 ⋯ α_t.
 
     The symbols are those of Ho et al. (2020), section 2. Entry 0 describes clean data: β_0 = 0, ᾱ_0 = 1.
     """
@@ -74,9 +74,9 @@ class Instant:
 
 
 def from_gamma(gamma: np.ndarray, network_t: np.ndarray, x0_scale: float | None = None) -> Schedule:
-    """The schedule with log SNR_t = −`gamma`[t − 1]; with `x0_scale` = s, of s x_0 in the place of x_0.
+    """The schedule with log SNR_t = −`gamma`[t − 1], of s x_0 instead of x_0 if `x0_scale` = s.
 
-    Then the first step also shrinks the image, and x_t = √(1 − σ_t²) s x_0 + σ_t ε with σ_t² = sigmoid(γ_t): in the
+    With s the first step also shrinks the image: x_t = √(1 − σ_t²) s x_0 + σ_t ε with σ_t² = sigmoid(γ_t). In the
     tables √ᾱ_t has the factor s, and 1 − ᾱ_t stands for σ_t². VDM's program has s = 255/256.
 
     Args:

@@ -1,10 +1,10 @@
 """Noise schedules: how fast the forward process turns data into noise.
 
 A `Schedule` is a pytree of tables indexed by t as the paper counts it: t = 0 is clean data,
-t = 1…T are the latents, so every table has T + 1 entries and ᾱ_0 = 1. `schedule[t]` is the same
-pytree with scalar leaves, a *row*; all the math of this package is written for one row.
+t = 1…T are the latents, so every table has T + 1 entries and ᾱ_0 = 1. `schedule[t]` is the same pytree with scalar
+leaves, a *row*. All the math of this package is written for one row.
 
-The tables are made in `schedule_tables`.
+`schedule_tables` makes the tables.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def linear(num_steps: int | np.integer, beta_start: float = 1e-4, beta_end: floa
 
 
 def quadratic(num_steps: int | np.integer, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """√β linear in t (one of the schedules that Ho et al. tried)."""
+    """√β linear in t, one of the schedules that Ho et al. tried."""
     with np.errstate(invalid="ignore"):  # of a negative β: `from_betas` refuses it
         ends = np.sqrt([beta_start, beta_end])
     return from_betas(np.linspace(*ends, _checked(num_steps)) ** 2 * 1000 / num_steps)
@@ -79,7 +79,7 @@ def warmup(
 def harmonic(num_steps: int | np.integer) -> Schedule:
     """β_t = 1/(T − t + 1), that is 1/T … 1: ᾱ_t falls linearly to 0 (Sohl-Dickstein et al. 2015).
 
-    Since ᾱ_T = 0, x_T says nothing of x_0 and a network cannot predict ε there (use x0, v or mean).
+    Since ᾱ_T = 0, x_T holds nothing of x_0, so predict x0, v or mean and not ε.
     """
     return from_betas(1.0 / np.arange(_checked(num_steps), 0, -1))
 
@@ -100,9 +100,9 @@ def cosine(num_steps: int | np.integer, offset: float = 0.008, max_beta: float =
 
 
 def linear_gamma(num_steps: int | np.integer, gamma_min: float = -13.3, gamma_max: float = 5.0) -> Schedule:
-    """γ_t = −log SNR_t linear in t from γ_1 = `gamma_min` to γ_T = `gamma_max`; the ends are VDM's for 8-bit images.
+    """γ_t = −log SNR_t linear in t from γ_1 = `gamma_min` to γ_T = `gamma_max`; by default VDM's for 8-bit images.
 
-    Source: Kingma et al. (2021, VDM), whose γ starts so before it is trained.
+    Source: Kingma et al. (2021, VDM), where γ has this form before training.
 
     Raises:
         ValueError: gamma_min ≥ gamma_max, or T = 1.
@@ -146,8 +146,8 @@ SCHEDULES = {
 def respace(schedule: Schedule, keep: Sequence[int] | ArrayLike) -> Schedule:
     """The process that visits only the latents `keep`, with the same marginals q(x_t | x_0) there.
 
-    Its β become 1 − ᾱ_{keep_i}/ᾱ_{keep_{i−1}} (Nichol & Dhariwal 2021, section 4) and `network_t` keeps the
-    original numbers, which is what the network was trained with.
+    Its β become 1 − ᾱ_{keep_i}/ᾱ_{keep_{i−1}} (Nichol & Dhariwal 2021, section 4) and `network_t` keeps the original
+    numbers, with which the network was trained.
 
     Args:
         schedule: T steps, concrete (not traced).

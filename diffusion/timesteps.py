@@ -1,6 +1,6 @@
-"""How training draws t: which term of the bound each example of a batch estimates.
+"""How training draws t, and so which term of the bound each example of a batch estimates.
 
-Each sampler draws for the whole global batch, so the numbers do not depend on how devices share it.
+Each sampler draws for the whole global batch, so the numbers do not depend on how the devices split it.
 """
 
 import inspect
@@ -18,11 +18,11 @@ INSTANTS = 2**23
 
 
 class TimestepSampler(NamedTuple):
-    """A way to draw t, as pure functions of what it remembers.
+    """A way to draw t, as pure functions of a memory.
 
-    init: (T) -> the memory before the first step, an empty tuple where there is none.
-    draw: (memory, key, batch size, T) -> t [B] and the weights [B] that make the mean of weight × loss unbiased
-        for the mean over uniform t; of those in LOSS_SHAPING the weights are 1.
+    init: (T) -> the memory before the first step; an empty tuple if the sampler has none.
+    draw: (memory, key, batch size, T) -> t [B] and the weights [B] that make the mean of weight × loss unbiased for the
+        mean over uniform t. The samplers in LOSS_SHAPING have the weights 1.
     update: (memory, t [B], unweighted losses [B]) -> the memory after the step.
     """
 
@@ -37,7 +37,7 @@ def uniform() -> TimestepSampler:
 
 
 def low_discrepancy() -> TimestepSampler:
-    """Evenly spaced t with one random offset: each t is uniform, and the batch's mean loss varies less.
+    """Evenly spaced t with one random offset. Each t is uniform, and the batch's mean loss varies less.
 
     Source: Kingma et al. (2021, VDM), appendix I.1.
     """
@@ -59,7 +59,7 @@ def _without_memory(draw: Callable[[Key[Array, ""], int, int], Int[Array, " b"]]
 def log_normal(schedule: Schedule, mean: float = -1.2, std: float = 1.2) -> TimestepSampler:
     """The step whose σ_t = 1/√SNR_t is nearest to a draw of ln σ ~ N(mean, std²). Karras et al. (2022, EDM), table 1.
 
-    No weight undoes the draw: as in that paper, how often a noise level comes is part of the loss.
+    No weight corrects for the draw. As in that paper, the frequency of a noise level is part of the loss.
 
     Raises:
         ValueError: std ≤ 0.
@@ -78,8 +78,8 @@ def log_normal(schedule: Schedule, mean: float = -1.2, std: float = 1.2) -> Time
 def logit_normal(mean: float = 0.0, std: float = 1.0) -> TimestepSampler:
     """t/T = s with logit s ~ N(mean, std²). Esser et al. (2024, Stable Diffusion 3), section 3.1.
 
-    No weight undoes the draw, as in `log_normal`. On the linear path, `schedules.rectified_flow`, both are the same:
-    there ln σ_t is logit s.
+    No weight corrects for the draw, as in `log_normal`. On the linear path, `schedules.rectified_flow`, both samplers
+    are the same, because ln σ_t is logit s there.
 
     Raises:
         ValueError: std ≤ 0.
@@ -99,10 +99,10 @@ def _check_std(std: float, name: str) -> None:
 
 
 def loss_aware(history_length: int = 10, uniform_share: float = 0.001) -> TimestepSampler:
-    """t with probability p_t ∝ √E[L_t²] and the weight 1/(T p_t), which keeps the weighted loss's mean unbiased.
+    """t with probability p_t ∝ √E[L_t²] and the weight 1/(T p_t), which keeps the mean of the weighted loss unbiased.
 
-    Nichol & Dhariwal (2021), eq. 18 and section 3.3. The mean is over the last `history_length` losses of t; the draw
-    is uniform until every t has so many, and mixed with `uniform_share` of uniform draws after that, so that no t is
+    Nichol & Dhariwal (2021), eq. 18 and section 3.3. The mean is over the last `history_length` losses of t. The draw
+    is uniform until every t has that many losses. After that `uniform_share` of the draws stay uniform, so that no t is
     forgotten.
 
     Raises:
@@ -123,7 +123,7 @@ def loss_aware(history_length: int = 10, uniform_share: float = 0.001) -> Timest
 
 
 class History(NamedTuple):
-    """The last losses of every t; row t − 1 is that of t."""
+    """The last losses of every t; row t − 1 belongs to t."""
 
     losses: Float[Array, "steps length"]  # a ring: the n-th loss of a t (from 0) is at n % length
     counts: Int[Array, " steps"]  # how many losses a t has had so far
@@ -152,7 +152,8 @@ def draw_by_loss(
 
 
 def record(history: History, t: Int[Array, " b"], losses: Float[Array, " b"]) -> History:
-    """The history after a batch's unweighted losses, in the batch's order, however often a t occurs in it."""
+    """The history with a batch's unweighted losses added in order. A t may occur any number of times.
+    """
     num_steps, length = history.losses.shape
     batch_counts = jnp.zeros(num_steps, jnp.int32).at[t - 1].add(1)
     order = jnp.argsort(t, stable=True)
@@ -167,7 +168,8 @@ def record(history: History, t: Int[Array, " b"], losses: Float[Array, " b"]) ->
 
 
 def kl_terms(sampler: TimestepSampler) -> TimestepSampler:
-    """t = 2…T drawn as `sampler` draws 1…T − 1: where the decoder's term, t = 1, is computed for every example."""
+    """Draws t = 2…T as `sampler` draws 1…T − 1. The decoder's term, t = 1, is then computed for every example.
+    """
 
     def draw(memory, key, batch_size, num_steps):
         t, weight = sampler.draw(memory, key, batch_size, num_steps - 1)
@@ -181,9 +183,9 @@ def kl_terms(sampler: TimestepSampler) -> TimestepSampler:
 
 
 def continuous(sampler: TimestepSampler) -> TimestepSampler:
-    """Real t in (1, T), drawn as `sampler` draws INSTANTS integers. It must have no memory.
+    """Draws real t in (1, T) as `sampler` draws INSTANTS integers. The sampler must have no memory.
 
-    As many instants as float32 has numbers in [½, 1): a draw of float32 has no more.
+    There are as many instants as float32 has numbers in [½, 1), because a float32 draw has no more values.
     """
 
     def draw(memory, key, batch_size, num_steps):
@@ -194,7 +196,7 @@ def continuous(sampler: TimestepSampler) -> TimestepSampler:
 
 
 def every_term(sampler: TimestepSampler) -> TimestepSampler:
-    """t = 1…T, the decoder's term being one of them: the sampler itself."""
+    """The sampler itself: t = 1…T, so the decoder's term is drawn as well."""
     return sampler
 
 
@@ -212,6 +214,6 @@ LOSS_SHAPING = ("log_normal", "logit_normal")
 
 
 def make(entry: Callable[..., TimestepSampler], schedule: Schedule, times: str) -> TimestepSampler:
-    """The sampler of an entry of SAMPLERS, its arguments bound, for the t that TIMES[times] has."""
+    """The sampler made from an entry of SAMPLERS with bound arguments, for the t of TIMES[times]."""
     takes_schedule = "schedule" in inspect.signature(entry).parameters
     return TIMES[times](entry(schedule) if takes_schedule else entry())

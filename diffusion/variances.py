@@ -1,8 +1,9 @@
 """Variances after training: the optimal σ*_t of a trained mean, and what any variance costs in bits/dim.
 
 σ*_t² = β̃_t + (coefficient of x_0 in μ̃_t)² E Var(x_0 | x_t): q(x_{t−1} | x_t) is wider than q(x_{t−1} | x_t, x_0) by
-what x_t leaves open about x_0. E Var(x_0 | x_t) depends on t through q(x_t | x_0) alone, so one estimate serves every
-respacing of the schedule: it is the schedule's table `x0_variance`, which `reverse.make(..., "optimal")` reads.
+the uncertainty about x_0 given x_t. E Var(x_0 | x_t) depends on t through q(x_t | x_0) alone, so one estimate serves
+every respacing of the schedule. The estimate is the schedule's table `x0_variance`, which `reverse.make(...,
+"optimal")` reads.
 """
 
 from collections.abc import Mapping
@@ -32,11 +33,11 @@ class X0Variance(NamedTuple):
     def over_images(cls, per_image: Float[ArrayLike, "n t"]) -> "X0Variance":
         """The mean over independent images, kept in [0, 1].
 
-        Numbers in [-1, 1] have no variance outside of that (Bao et al. 2022, theorem 2); an estimate may, near
-        t = T. The standard error is that of the mean before it is clipped.
+        The variance of numbers in [-1, 1] is in [0, 1] (Bao et al. 2022, theorem 2), but an estimate near t = T may
+        leave that range. The standard error is that of the mean before the clip.
 
         Raises:
-            ValueError: one image, which has no spread to estimate an error from.
+            ValueError: there is one image only, so no error can be estimated.
         """
         if len(per_image) < 2:
             raise ValueError(f"a variance with its standard error needs at least 2 images, not {len(per_image)}")
@@ -49,10 +50,10 @@ class X0Variance(NamedTuple):
 class X0Terms(NamedTuple):
     """Two unbiased estimates of Var(x_0 | x_t) per dimension that agree if the network is E[x_0 | x_t].
 
-    analytic: (1 − ᾱ_t)/ᾱ_t · (1 − ‖ε̂‖²/d), from the size of the prediction alone; x̂_0 is not clipped, or its
-        ε̂ would not be the conditional mean. Bao et al. (2022, Analytic-DPM), theorem 1.
-    error: ‖x_0 − x̂_0‖²/d with x̂_0 as the reverse process takes it: the variance that this mean needs, perfect
-        or not. Bao et al. (2022, "Estimating the optimal covariance with imperfect mean").
+    analytic: (1 − ᾱ_t)/ᾱ_t · (1 − ‖ε̂‖²/d), from the size of the prediction alone; x̂_0 is not clipped, because its ε̂
+        would then not be the conditional mean. Bao et al. (2022, Analytic-DPM), theorem 1.
+    error: ‖x_0 − x̂_0‖²/d with x̂_0 as the reverse process uses it: the variance that this mean needs, exact or not.
+        Bao et al. (2022, "Estimating the optimal covariance with imperfect mean").
     """
 
     analytic: Float[Array, "..."]
@@ -63,8 +64,8 @@ class Split(NamedTuple):
     """One term of the bound in bits/dim, as a sum: KL(q ‖ p_θ) = variance mismatch + mean error for t > 1.
 
     decoder: L_0 at t = 1, else 0.
-    mismatch: what the variance would cost with the posterior's own mean; 0 at t = 1.
-    mean_error: what the mean costs at this variance, ‖μ̃ − μ_θ‖²/2σ²; 0 at t = 1.
+    mismatch: the cost of the variance if the mean were the posterior's; 0 at t = 1.
+    mean_error: the cost of the mean at this variance, ‖μ̃ − μ_θ‖²/2σ²; 0 at t = 1.
     """
 
     decoder: Float[Array, "..."]
@@ -83,7 +84,7 @@ def interpolated(fraction: float) -> Variance:
 def x0_terms(p: Reverse, clip_x0: bool = True) -> Measure:
     """Both estimates for one image and t: the measure (row, x0, x_t, eps, output) -> X0Terms.
 
-    Take training images: scoring test images with their own variance would flatter.
+    Use training images. Test images scored with their own variance would look too good.
 
     Args:
         p: the reverse process; only its prediction matters.
@@ -113,12 +114,12 @@ def split_terms_bpd(
 
     Args:
         p: the reverse process that the network was trained for; its variance is replaced by each candidate.
-        candidates: by name; learned ones read the network's second half, so they need a p of their own kind.
+        candidates: variances by name. Learned ones read the network's second half, so they need a p of their own kind.
         num_levels: how many pixel values the decoder distinguishes.
         clip_x0: clip x̂_0 to [-1, 1].
 
     Returns:
-        The measure (row, x0, x_t, eps, output) -> for each candidate its Split; the sum of the three is the term.
+        The measure (row, x0, x_t, eps, output) -> the Split of each candidate, whose three parts sum to the term.
     """
 
     def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> dict[str, Split]:
