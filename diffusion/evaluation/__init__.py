@@ -1,1 +1,1 @@
-"""Evaluation: the bound of every image, in full or from a few terms, and samples with their quality."""
+"""Evaluation: the bound of every image, exact or estimated from a few terms, and the quality of samples."""

@@ -1,4 +1,4 @@
-"""The variational bound of every image of a split, in bits/dim: all terms, or an estimate from a few."""
+"""The variational bound of every image of a split, in bits/dim: from all terms, or estimated from a few."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,7 @@ PRIOR_IMAGES = 1000  # whose prior terms are computed at a time: as float32, ima
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The bound of N images: every term, or a part of each image's terms and what they say about the rest."""
+    """The bound of N images: every term, or some terms of each image and an estimate of the rest."""
 
     decoder_bpd: Float[np.ndarray, " n"]  # L_0
     kl_bpd: Float[np.ndarray, " n"]  # the sum over t > 1 of L_{t−1}, or an estimate of it
@@ -47,10 +47,10 @@ class Bound:
         return self.decoder_bpd + self.kl_bpd + self.prior_bpd
 
     def summary(self, split: str) -> dict[str, Any]:
-        """The mean over images with its standard errors, its parts, and rate and distortion.
+        """The mean over images with its standard errors, its parts, and the rate and distortion.
 
-        Ho et al. (2020), section 4.3: the rate L_1 + … + L_T is what x_1 costs, the distortion L_0 what is then
-        missing; its root mean squared error is that of x̂_0, in pixel values (0…255 for photographs).
+        Ho et al. (2020), section 4.3: the rate L_1 + … + L_T is the cost of x_1, and the distortion L_0 is the rest.
+        The root mean squared error is that of x̂_0, in pixel values (0…255 for photographs).
         """
         total = self.image_bpd
         return {
@@ -68,15 +68,15 @@ class Bound:
         }
 
     def bpd_by_class(self, labels: Int32[np.ndarray, " n"], num_classes: int) -> list[float | None]:
-        """The mean over each class's images; None for a class that has none among them."""
+        """The mean over the images of each class; None for a class without images here."""
         of_class = [self.image_bpd[labels == number] for number in range(num_classes)]
         return [bpd.mean() if len(bpd) else None for bpd in of_class]
 
     def progressive_coding(self) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
-        """What a receiver of x_t has paid, in bits/dim, and the error of its x̂_0: entry t − 1 is that of t.
+        """The bits/dim that a receiver of x_t has paid, and the error of its x̂_0. Entry t − 1 belongs to t.
 
-        The rate L_T + Σ_{s>t} L_{s−1} has bought x_T, …, x_t; the distortion is a root mean squared error in
-        pixel values. Ho et al. (2020), section 4.3 and figure 5.
+        The rate L_T + Σ_{s>t} L_{s−1} is the cost of x_T, …, x_t. The distortion is a root mean squared error in pixel
+        values. Ho et al. (2020), section 4.3 and figure 5.
         """
         terms = self.terms_bpd.mean(axis=0)
         still_to_come = np.cumsum(terms)
@@ -97,11 +97,11 @@ class Settings:
 def full_bound(settings: Settings, stop: Callable[[], None] | None = None) -> Callable[..., Bound]:
     """The bound as a function of (replicated model, source, numbers of the images to score), compiled once.
 
-    Every term of every image is computed exactly once: the last batch is padded and the padding dropped. With a fourth
-    argument, the path of a file, process 0 keeps finished terms there, and a call that finds some computes the others;
-    then the result is whole on process 0 alone. `stop` is called after each batch and may raise.
+    Every term of every image is computed exactly once: the last batch is padded and the padding dropped. The fourth
+    argument is optional, the path of a file. Process 0 then keeps finished terms there, a later call computes only the
+    others, and the result is complete on process 0 alone. `stop` is called after each batch and may raise.
 
-    With several ε, the first is the one that a single one would be, and a term is the mean over them.
+    With several ε, a term is the mean over them. The first ε is the one that a single draw would use.
     """
     pairs, more = term_pairs(settings, stop), _pairs_of_other_noise(settings, stop)
 
@@ -121,7 +121,7 @@ def full_bound(settings: Settings, stop: Callable[[], None] | None = None) -> Ca
 
 
 class Draws:
-    """Sums over draws of ε of the terms and of the errors of x̂_0 [2, n, t], which one after another are added."""
+    """Running sums over draws of ε: of the terms and of the errors of x̂_0 [2, n, t]."""
 
     def __init__(self, first: Float[np.ndarray, "2 n t"]):
         self._first, self._count = first, 1
@@ -141,7 +141,7 @@ class Draws:
         return self._first if self._count == 1 else self._first + self._sum / self._count
 
     def errors(self) -> tuple[float | None, Float[np.ndarray, " t"] | None]:
-        """The standard error of the images' mean over draws, of the sum over t and of each t; None of one draw."""
+        """The standard error over draws of the images' mean, for the sum over t and for each t; None for one draw."""
         if self._count == 1:
             return None, None
         num_images = self._first.shape[1]
@@ -152,10 +152,11 @@ class Draws:
 
 
 def estimated_bound(settings: Settings, stop: Callable[[], None] | None = None) -> Callable[..., Bound]:
-    """`full_bound` from a few terms of each image: see `estimators`. Takes and keeps what that does.
+    """`full_bound` from a few terms of each image: see `estimators`. It takes the same arguments and keeps the same
+    files.
 
-    A term is the number that the full evaluation would compute, with the same ε, so that what is estimated is
-    that evaluation's result. The terms of the pilot are kept in a file of their own, beside the path that is given.
+    Each term equals the one of the full evaluation, with the same ε. So the estimate is one of that evaluation's
+    result. The pilot's terms are kept in a file of their own, beside the given path.
     """
     pairs = term_pairs(settings, stop)
 
@@ -186,11 +187,12 @@ def measured(
     desc: str,
     scale: float = 1.0,
 ) -> Float[np.ndarray, "2 n k"]:
-    """The terms and the errors of these pairs; those that are kept on disk are not measured again.
+    """The terms and the errors of these pairs. Pairs on disk are not measured again.
 
     Args:
-        kept: where process 0 keeps them; with it, the result is whole there alone, and NaN where it was kept elsewhere.
-        scale: of the errors.
+        kept: the file in which process 0 keeps them. With it, only process 0 has the full result; other processes have
+            NaN for pairs that were on disk.
+        scale: the scale of the errors.
     """
     shape = (2, *values.shape)
     is_kept = kept is not None and processes.is_first()
@@ -206,7 +208,7 @@ def measured(
 
 
 def term_pairs(settings: Settings, stop: Callable[[], None] | None) -> ImageTimePairs:
-    """The bound's terms and the errors of x̂_0, as the protocol has them."""
+    """The bound's terms and the errors of x̂_0, as the protocol defines them."""
     return ImageTimePairs(_measure_of(settings), settings.seed, settings.batch_size, stop=stop)
 
 
@@ -235,7 +237,7 @@ def _measure_of(settings: Settings) -> Callable[[Model], Measure]:
 
 
 def offsets(seed: int, source: Source, numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n 2"]:
-    """Two uniform numbers in [0, 1) of each image: where its samples of t begin."""
+    """Two uniform numbers in [0, 1) for each image, at which its samples of t begin."""
     keys = jax.random.fold_in(randomness.stream(seed, "eval"), source.split_number)
     keys = randomness.per_item(keys, jnp.asarray(numbers))
     drawn = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, randomness.NO_T), (2,)))(keys)
@@ -248,7 +250,7 @@ def num_steps(model: Replicated) -> int:
 
 
 def _squared_levels(num_levels: int) -> float:
-    """What a squared error of data in [-1, 1] is multiplied by to be in squared pixel values."""
+    """The factor from squared errors of data in [-1, 1] to squared pixel values."""
     return ((num_levels - 1) / 2) ** 2
 
 

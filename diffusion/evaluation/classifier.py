@@ -1,4 +1,4 @@
-"""A data set's own classifier, for features: trained on its labels, kept with its digest and its test accuracy."""
+"""A classifier for features, trained on the data set's own labels, saved with its digest and test accuracy."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ LEARNING_RATE, WEIGHT_DECAY = 2e-3, 1e-2
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """The data and the training of a classifier, and the part of the test split that it gets right."""
+    """The data and training of a classifier, and its accuracy on the test split."""
 
     data: str
     data_sha256: str  # of the training split
@@ -42,7 +42,7 @@ class Provenance:
 
 
 class Trained(NamedTuple):
-    """The parameters of networks.classifier.Classifier, and where they come from."""
+    """The parameters of networks.classifier.Classifier, and their provenance."""
 
     params: PyTree
     provenance: Provenance
@@ -60,10 +60,10 @@ class Trained(NamedTuple):
 
 
 def train(train_set: Source, test_set: Source, seed: int) -> Trained:
-    """Trains for ten epochs, or 600 steps if those are more; a function of the data and the seed.
+    """Trains for ten epochs, or for 600 steps if those are more. The result depends only on the data and the seed.
 
     Raises:
-        ValueError: the set has no labels, or one class only, or an image whose label is unknown.
+        ValueError: the set has no labels, only one class, or an image with an unknown label.
     """
     if train_set.num_classes < 2:
         has = "one class only" if train_set.num_classes else "no labels"
@@ -125,12 +125,12 @@ def _compiled(params: PyTree, images: UInt8[Array, "n h w c"], num_levels: int, 
 
 
 def path_of(data_sha256: str) -> Path:
-    """Where the classifier of a data set is kept, by the digest of its training split."""
+    """The path of a data set's classifier, from the digest of the training split."""
     return files.cache_directory() / "classifiers" / f"{data_sha256[:32]}.safetensors"
 
 
 def save(trained: Trained, path: Path) -> None:
-    """Writes the parameters as safetensors, and as metadata where they come from and the digest of both."""
+    """Writes the parameters as safetensors, with the provenance and the digest of both as metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"facts": json.dumps(dataclasses.asdict(trained.provenance)), "sha256": trained.sha256()}
     leaves = {name: np.ascontiguousarray(leaf) for name, leaf in flatten_dict(trained.params, sep="/").items()}
@@ -142,7 +142,7 @@ def load(path: Path) -> Trained:
     """The classifier in a file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
         ValueError: the file is damaged.
     """
     if not path.is_file():

@@ -1,8 +1,8 @@
 """The density of every image of a split by the probability-flow ODE, in bits/dim of dequantized pixel values.
 
-It is a likelihood of other data than the bound's, by another model than the reverse chain: see docs/likelihoods.md.
-What can be wrong with it is measured beside it: Hutchinson's estimate of the divergence by the spread of several
-probes, the solver by a second solve of a few images with a tolerance that is ten times as large.
+It is a likelihood of other data than the bound's, under another model than the reverse chain: see docs/likelihoods.md.
+Its errors are measured too. The spread of several probes shows the error of Hutchinson's estimate of the divergence. A
+second solve of a few images, with a tolerance ten times as large, shows the error of the solver.
 """
 
 import dataclasses
@@ -35,9 +35,10 @@ class Ode:
     """eval.likelihood="ode(probes=4)".
 
     Attributes:
-        tolerance: relative and absolute error that the solver allows in a step.
-        probes: vectors of signs for the divergence; 0: the exact one, for as many derivatives as an image has elements.
-        dequantization: uniform over a pixel value's bin, or like the noise in x_1.
+        tolerance: the relative and absolute error that the solver allows in a step.
+        probes: the number of sign vectors for the divergence; 0 computes it exactly, with as many derivatives as an
+            image has elements.
+        dequantization: uniform over the bin of a pixel value, or like the noise in x_1.
         clip_x0: clip x̂_0 to [-1, 1], as the bound does.
     """
 
@@ -61,17 +62,17 @@ class Ode:
             raise ValueError("model.prediction='mean' predicts x_{t−1}, which has no ODE; take another prediction")
 
     def check_installed(self) -> None:
-        """Raises a ValueError where what solves the ODE is missing."""
+        """Raises a ValueError if the ODE solver is not installed."""
         if importlib.util.find_spec("diffrax") is None:
             raise ValueError("it needs the extra ode: pip install -c constraints.txt -e '.[ode]'")
 
     def name(self, protocol: str, variance: str) -> str:
-        """What tells its results from others of the same checkpoint and images."""
+        """The name that distinguishes its results from others of the same checkpoint and images."""
         clip = "" if self.clip_x0 else "-unclipped"
         return f"ode_{self.dequantization}_{self.probes}probes_{self.tolerance:g}{clip}"
 
     def about(self, protocol: dict[str, Any]) -> dict[str, Any]:
-        """How it is measured, from how the bound is."""
+        """The protocol of this measurement, made from the bound's."""
         of_bound = ("name", "decoder_cdf", "variance", "decoder", "estimator", "draws_per_term", "limit")
         shared = {name: value for name, value in protocol.items() if name not in of_bound}
         signs = f"{self.probes} vectors of signs (Hutchinson)" if self.probes else "exact"
@@ -129,7 +130,7 @@ class Ode:
 
 @dataclasses.dataclass(frozen=True)
 class Densities:
-    """Bits/dim of N dequantized images by the ODE's density, estimated with J probes."""
+    """Bits/dim of N dequantized images under the ODE's density, estimated with J probes."""
 
     probes_bpd: Float[np.ndarray, "n j"]
     num_steps: Float[np.ndarray, " n"]  # of the solver
@@ -142,9 +143,9 @@ class Densities:
 
     @property
     def probes_stderr(self) -> float | None:
-        """The standard error of the images' mean that is left with other probes; None of a single one.
+        """The part of the standard error of the images' mean that is due to the choice of probes; None for one probe.
 
-        It is part of the standard error over images already.
+        The standard error over images already contains it.
         """
         num_images, num_probes = self.probes_bpd.shape
         if num_probes == 1:
@@ -152,7 +153,7 @@ class Densities:
         return float(np.sqrt((self.probes_bpd.var(axis=1, ddof=1) / num_probes).sum()) / num_images)
 
     def summary(self, split: str) -> dict[str, Any]:
-        """The mean over images with its errors; of dequantized data, so no entry is called bpd alone."""
+        """The mean over images with its errors. The data are dequantized, so no entry is called just "bpd"."""
         name = f"{split}_ode_density_bpd"
         return {
             name: self.image_bpd.mean(),
@@ -164,5 +165,5 @@ class Densities:
         }
 
     def arrays(self, split: str) -> dict[str, np.ndarray]:
-        """What is kept of every image."""
+        """The saved numbers of every image."""
         return {f"{split}_probes_bpd": self.probes_bpd, f"{split}_num_steps": self.num_steps}

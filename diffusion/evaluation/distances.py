@@ -1,6 +1,6 @@
-"""Sample metrics of whole sets of features: kernel distance, Inception score, precision and recall.
+"""Metrics that compare sets of features: kernel distance, Inception score, precision and recall.
 
-Each agrees with torch-fidelity's on the same features. The Fréchet distance has a file of its own.
+Each agrees with torch-fidelity's on the same features. The Fréchet distance is in a file of its own.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,14 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """KID: the unbiased squared maximum mean discrepancy (MMD²) with the kernel (xᵀy/d + 1)³.
 
-    Each subset takes `subset_size` images of either side, without repetition. torch-fidelity's are the same where its
-    rng_seed (by default 2020) is `seed`. The arithmetic is in the features' dtype, as there: float32 changes the
-    mean by about 1e-6 and the error by 1e-4 of their size, so pass float64 for more.
+    Each subset takes `subset_size` images from either side, without repetition. The subsets equal torch-fidelity's if
+    its rng_seed (2020 by default) is `seed`. The arithmetic is in the features' dtype, as in torch-fidelity. float32
+    changes the mean by about 1e-6 and the error by 1e-4 of their size; pass float64 for more accuracy.
 
     Returns:
-        The mean over subsets, which may be slightly below 0, and their standard deviation, torch-fidelity's `_std`.
-        That is the error of one subset. The mean's own is smaller, down to a tenth for 100 subsets that share no image.
+        The mean over subsets, which may be slightly below 0, and their standard deviation, torch-fidelity's `_std`. The
+        latter is the error of one subset. The error of the mean is smaller, down to a tenth for 100 subsets that share
+        no image.
 
     Raises:
         ValueError: a side has fewer than `subset_size` images, or the features hold NaN or Inf.
@@ -59,12 +60,12 @@ def _kernel(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> Float[n
 def inception_score(logits: Float[np.ndarray, "n c"], splits: int = 10) -> tuple[float, float]:
     """exp(E_x KL(p(y | x) ‖ p(y))), from 1 to the number of classes, in float64.
 
-    The images are split into equal parts in the order in which they come. (torch-fidelity shuffles them before, unless
+    The images are split into equal parts in their given order. (torch-fidelity shuffles them first, unless
     samples_shuffle=False.)
 
     Args:
-        logits: of every image; their softmax is p(y | x).
-        splits: number of parts; p(y) is that of a part.
+        logits: the logits of every image, whose softmax is p(y | x).
+        splits: the number of parts; p(y) is the mean over one part.
 
     Returns:
         The mean over the parts, and their standard deviation.
@@ -90,11 +91,11 @@ def inception_score(logits: Float[np.ndarray, "n c"], splits: int = 10) -> tuple
 def precision_recall(
     generated: Float[np.ndarray, "n d"], real: Float[np.ndarray, "m d"], k: int = 3
 ) -> tuple[float, float]:
-    """Improved precision and recall: which part of one side lies on the manifold of the other, in float64.
+    """Improved precision and recall: the fraction of one side that lies on the manifold of the other, in float64.
 
-    The manifold of a set is the union of balls around its features, each reaching to the k-th nearest neighbour in the
-    set, the boundary included. Precision is the part of the generated images that lies on that of the real ones,
-    recall the part of the real ones on that of the generated. Memory grows with n + m, time with (n + m)² d.
+    The manifold of a set is the union of closed balls around its features. Each ball reaches to the k-th nearest
+    neighbour in the set. Precision is the fraction of generated images on the manifold of the real ones. Recall is the
+    fraction of real images on the manifold of the generated ones. Memory grows with n + m, time with (n + m)² d.
 
     Raises:
         ValueError: a side has no k-th neighbour, or the features hold NaN or Inf.

@@ -1,15 +1,16 @@
 """Bits/dim from a few terms per image: an unbiased estimate of the sum over all t, with its standard error.
 
-The full evaluation is a finite table, terms[image, t], and its number the mean over images of the row sums. Here the
-table is sampled as in a survey. The decoder's term (t = 1) is always taken. Of the others, each image takes two
-independent samples, each with one random offset and evenly spaced points on the scale on which every t has the
-length q_t, and weights each term by 1/(points · q_t). Whatever q > 0 is, the weighted sum is unbiased; it varies
-least where q_t is proportional to the terms' root mean square, which a few images show. That the samples are
-evenly spaced removes most of what is left, since the terms vary smoothly with t; that there are two of them shows
-what the estimate's error is.
+The full evaluation is a finite table, terms[image, t], and its result is the mean over images of the row sums. Here the
+table is sampled as in a survey. The decoder's term (t = 1) is always taken. For the other terms, each image takes two
+independent samples. A sample has one random offset and evenly spaced points, on a scale on which every t has the length
+q_t. Each term is weighted by 1/(points · q_t).
 
-Sources: unequal probabilities, Hansen & Hurwitz (1943); evenly spaced points, Madow (1949); two samples to know
-the error, Mahalanobis (1946).
+The weighted sum is unbiased for every q > 0. It varies least if q_t is proportional to the terms' root mean square,
+which a few images show. Even spacing removes most of the remaining variance, since the terms vary smoothly with t. Two
+samples give the standard error of the estimate.
+
+Sources: unequal probabilities, Hansen & Hurwitz (1943); evenly spaced points, Madow (1949); two samples to know the
+error, Mahalanobis (1946).
 """
 
 from typing import NamedTuple
@@ -29,10 +30,10 @@ class Estimate(NamedTuple):
 
 
 def proposal(pilot_terms_bpd: Float[np.ndarray, "n steps"]) -> Float[np.ndarray, " steps"]:
-    """The probability q_t with which each t is drawn, from every term of a few images; entry t − 1 is that of t.
+    """The probability q_t with which each t is drawn, from every term of a few images. Entry t − 1 belongs to t.
 
-    q_1 = 0, because the decoder's term needs no draw. For independent images and draws, q_t ∝ √E[term_t²] has
-    the least variance; a part is uniform, in case the few images missed something.
+    q_1 = 0, because the decoder's term needs no draw. For independent images and draws, q_t ∝ √E[term_t²] has the least
+    variance. A part of q is uniform, in case the few images are not typical.
     """
     root_mean_square = np.sqrt(np.mean(np.asarray(pilot_terms_bpd, np.float64) ** 2, axis=0))
     root_mean_square[0] = 0.0
@@ -45,7 +46,7 @@ def proposal(pilot_terms_bpd: Float[np.ndarray, "n steps"]) -> Float[np.ndarray,
 def draw_t(
     q: Float[np.ndarray, " steps"], offsets: Float[np.ndarray, "n 2"], terms_per_image: int
 ) -> Int[np.ndarray, "n terms"]:
-    """Which terms of each image to compute: t = 1, then two samples of (terms_per_image − 1)/2 from t > 1.
+    """The terms of each image to compute: t = 1, then two samples of (terms_per_image − 1)/2 from t > 1.
 
     Args:
         q: from `proposal`.
@@ -77,8 +78,8 @@ def estimate(
 def of_two_samples(samples: Float[np.ndarray, "n 2"]) -> tuple[Float[np.ndarray, " n"], float]:
     """The mean of each image's two samples, and the standard error of the images' mean.
 
-    The two samples of an image are independent and alike, so a quarter of their squared difference estimates
-    the variance of their mean without bias, and images are independent of one another.
+    The two samples of an image are independent with the same distribution, so a quarter of their squared difference is
+    an unbiased estimate of the variance of their mean. Images are independent of one another.
     """
     variance = (samples[:, 0] - samples[:, 1]) ** 2 / 4
     return samples.mean(axis=1), float(np.sqrt(variance.sum()) / len(samples))

@@ -1,4 +1,4 @@
-"""What samples are compared by: pixels, FID's Inception, or a classifier of the data's own classes."""
+"""Features by which samples are compared: pixels, FID's Inception, or a classifier of the data's own classes."""
 
 import functools
 import hashlib
@@ -18,23 +18,23 @@ BATCH_SIZE = 1000  # images whose features are in memory at a time
 
 
 class Batch(NamedTuple):
-    """What a metric sees of some images: features [n, d], and logits [n, classes] of features that have them."""
+    """The input of a metric for some images: features [n, d], and logits [n, classes] if the features have them."""
 
     features: Float[np.ndarray, "n d"]
     logits: Float[np.ndarray, "n classes"] | None = None
 
     def only(self, is_in: Bool[np.ndarray, " n"]) -> "Batch":
-        """That of some of the images."""
+        """The batch of some of the images."""
         return Batch(self.features[is_in], None if self.logits is None else self.logits[is_in])
 
 
 class Features(NamedTuple):
-    """How images become features.
+    """A map from images to features.
 
     Attributes:
-        extract: images -> what the metrics see of them.
-        sha256: a digest of the network's weights; "" where there is none.
-        facts: what else quality.json says of it.
+        extract: images -> their `Batch`.
+        sha256: a digest of the network's weights; "" if there is no network.
+        facts: further entries of quality.json about the features.
         is_fid: whether a Fréchet distance of these features is an FID.
     """
 
@@ -44,10 +44,10 @@ class Features(NamedTuple):
     is_fid: bool = False
 
     def batches(self, images: UInt8[np.ndarray, "n h w c"], folder: Path | None = None) -> Iterator[Batch]:
-        """What the metrics see of all images, BATCH_SIZE at a time.
+        """The features of all images, BATCH_SIZE at a time.
 
         Args:
-            folder: keeps what a network made of a batch, so that work that was stopped can go on.
+            folder: a folder that keeps the network's output for each batch, so that stopped work can resume.
         """
         for begin in range(0, len(images), BATCH_SIZE):
             batch = images[begin : begin + BATCH_SIZE]
@@ -79,18 +79,18 @@ def _pixels(images: UInt8[np.ndarray, "n h w c"], num_levels: int) -> Batch:
 
 
 def inception(train_set: Source, path: str = "", batch_size: int = 8) -> Features:
-    """FID's Inception: its 2,048 features and its logits.
+    """The 2,048 features and the logits of FID's Inception.
 
-    Grey images are repeated to three channels. Pixel values 0…L − 1 become 0…255, rounded.
+    Grey images are repeated to three channels. Pixel values 0…L − 1 are scaled to 0…255 and rounded.
 
     Args:
-        path: weights of its layout; "": the published ones, downloaded once.
-        batch_size: images that go through the network at a time.
+        path: a file of weights in its layout; "" for the published weights, which are downloaded once.
+        batch_size: the number of images in the network at a time.
 
     Raises:
         FileNotFoundError, ConnectionError: there are no weights.
         RuntimeError: PyTorch must read them first, and it is not installed.
-        ValueError: they are not the published ones, damaged, or of another layout.
+        ValueError: they are not the published weights, are damaged, or have another layout.
     """
     file = files.expanded(path) if path else inception_network.published_weights()
     params = inception_network.load(file, check_digest=not path)
@@ -112,7 +112,7 @@ def classifier(train_set: Source, path: str = "") -> Features:
     """The last hidden layer and the logits of a classifier that --mode=classifier trained.
 
     Args:
-        path: its file; "": that of this data set.
+        path: its file; "" for the classifier of this data set.
 
     Raises:
         FileNotFoundError: it was not trained yet.

@@ -1,4 +1,4 @@
-"""The Fréchet distance: between two Gaussians, from streamed moments, and extrapolated to infinitely many samples."""
+"""The Fréchet distance between two Gaussians, from streamed moments, and its limit for infinitely many samples."""
 
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ def frechet_distance(
 
 
 class FactoredGaussian(NamedTuple):
-    """A Gaussian by a factor F of its covariance, C = F Fᵀ."""
+    """A Gaussian, represented by a factor F of its covariance C = F Fᵀ."""
 
     mean: Float64[np.ndarray, " d"]
     factor: Float64[np.ndarray, "d rank"]
@@ -89,7 +89,7 @@ def add_to_moments(state: Moments, features: Float[np.ndarray, "n d"]) -> Moment
 
 
 class Estimate(NamedTuple):
-    """A distance and its standard error; None of one set."""
+    """A distance and its standard error, which is None for a single set."""
 
     distance: float
     stderr: float | None
@@ -98,10 +98,10 @@ class Estimate(NamedTuple):
 def frechet_of_subsets(
     samples: Float[np.ndarray, "n d"], size: int, mean: Float[np.ndarray, " d"], cov: Float[np.ndarray, "d d"]
 ) -> Estimate:
-    """The mean distance of disjoint subsets of `size` samples, at most MOST_SUBSETS, from a Gaussian that is known.
+    """The mean distance between disjoint subsets of `size` samples, at most MOST_SUBSETS, and a known Gaussian.
 
-    That of n samples is biased by about c/n, so two sets of images compare only at an equal n. The standard error is
-    that of independent subsets: the reference is common to all, and its own error is not in it.
+    The distance of n samples is biased by about c/n, so two sets of images compare only at an equal n. The standard
+    error treats the subsets as independent. It does not contain the error of the reference, which all subsets share.
     """
     order = np.random.default_rng(0).permutation(len(samples))
     num_subsets = min(MOST_SUBSETS, len(samples) // size)
@@ -118,21 +118,21 @@ def frechet_at_infinity(
     cov: Float[np.ndarray, "d d"],
     of_all: Moments | None = None,
 ) -> Estimate | None:
-    """FID∞: the distance of infinitely many samples from a Gaussian that is known, in float64.
+    """FID∞: the distance between infinitely many samples and a known Gaussian, in float64.
 
-    That of n samples is biased by about c/n. The samples are split into 1, 2, … and 5 disjoint subsets, which are
-    15 distances at 5 sizes, and a line in 1/n is fitted to them, weighted by n: the variance falls as 1/n. Its value
-    at 1/n = 0 is the result, slightly below 0 where the truth is near 0, and its standard error that of the fit. On
-    Gaussians the error is right to 10% or too large; with one subset of each size, as in the paper, it would be less
-    than half of the truth, because those share their samples.
+    The distance of n samples is biased by about c/n. The samples are split into 1, 2, … and 5 disjoint subsets, which
+    gives 15 distances at 5 sizes. A line in 1/n is fitted to them, weighted by n, because the variance falls as 1/n.
+    The result is its value at 1/n = 0, which may be slightly below 0 if the truth is near 0. The standard error is that
+    of the fit. On Gaussians this error is right to 10% or too large. With one subset of each size, as in the paper, it
+    would be less than half of the truth, because those subsets share their samples.
 
     Args:
         samples: features.
-        mean, cov: of the reference, whose own finite size stays in the result.
-        of_all: the moments of all samples, if `samples` are a part of them: one more size.
+        mean, cov: the moments of the reference. The error from its own finite size stays in the result.
+        of_all: the moments of all samples, if `samples` are a part of them; they add one more size.
 
     Returns:
-        None where there are fewer than 4.5 samples for each dimension: a third would be too few.
+        None if there are fewer than 4.5 samples for each dimension, because a third of them would be too few.
 
     Source: Chong & Forsyth (2020, arXiv 1911.07023), section 3.
     """

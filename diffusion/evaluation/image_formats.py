@@ -1,4 +1,4 @@
-"""How many bytes the usual lossless formats take for a set of images, to compare a model's code with."""
+"""The size of a set of images in the usual lossless formats, in bytes, to compare with the model's code."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ MAX_SHEET = 16_383  # pixels to a side, of WebP
 
 
 def sizes_bytes(images: Images) -> dict[str, int | None]:
-    """The bytes of each entry of FORMATS; None where a sheet would be too large or Pillow cannot write the format."""
+    """The bytes of each entry of FORMATS; None if a sheet would be too large or Pillow cannot write the format."""
     return {name: size(images) for name, size in FORMATS.items()}
 
 
@@ -29,7 +29,7 @@ def _each(**options) -> Callable[[Images], int | None]:
 
 
 def _sheet(**options) -> Callable[[Images], int | None]:
-    """One picture that shows all images side by side, which spares every image a file's header."""
+    """One picture that shows all images side by side, so there is only one file header."""
 
     def size(images: Images) -> int | None:
         sheet = contact_sheet(images)
@@ -39,7 +39,7 @@ def _sheet(**options) -> Callable[[Images], int | None]:
 
 
 def contact_sheet(images: Images) -> UInt8[np.ndarray, "sheet_h sheet_w c"]:
-    """All images in rows, as square as can be; the last row is filled up with 0."""
+    """All images in rows, as square as possible. The last row is filled up with 0."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     filled = np.zeros((rows * columns, *images.shape[1:]), np.uint8)
@@ -64,7 +64,7 @@ def _xz(images: Images) -> int:
 
 
 def _jpeg_xl(images: Images) -> int | None:
-    """That of the contact sheet, if `imagecodecs` is installed, which the project does not need."""
+    """The size of the contact sheet, if `imagecodecs` is installed, which the project does not need."""
     with contextlib.suppress(ImportError):
         import imagecodecs
 

@@ -1,4 +1,4 @@
-"""Which images are scored."""
+"""The choice of the images that are scored."""
 
 import numpy as np
 from jaxtyping import Int
@@ -9,7 +9,7 @@ NONE = -1  # eval.num_images of a run that is not scored
 
 
 def num_scored(wanted: int, protocol: str, num_test: int) -> int:
-    """How many of the test images are scored, and at most as many training images.
+    """The number of test images that are scored. It is also the most training images that are scored.
 
     Args:
         wanted: eval.num_images; 0 for all, -1 for none.
@@ -17,7 +17,7 @@ def num_scored(wanted: int, protocol: str, num_test: int) -> int:
         num_test: how many test images there are.
 
     Raises:
-        ValueError: there are none, or fewer than are wanted, or than the protocol needs.
+        ValueError: there are no test images, or fewer than are wanted or than the protocol needs.
     """
     if wanted == NONE:
         return 0
@@ -36,5 +36,6 @@ def num_scored(wanted: int, protocol: str, num_test: int) -> int:
 
 
 def subset(num_existing: int, num_images: int) -> Int[np.ndarray, " {num_images}"]:
-    """The numbers of a fixed random choice of images. (Of a set sorted by class the first ones are one class.)"""
+    """The numbers of a fixed random choice of images. (In a set sorted by class the first ones are all of one class.)
+    """
     return np.sort(np.random.RandomState(0).permutation(num_existing)[:num_images])

@@ -1,7 +1,7 @@
 """The importance-weighted bound of every image of a split, with the effective sample size of its weights.
 
-Burda, Grosse & Salakhutdinov (2016): −log 1/K Σ_k w_k with w_k = p_θ(x_0, …, x_T)/q(x_1, …, x_T | x_0) of K
-trajectories. Its mean is the bound at K = 1, falls with K, and never lies below −log p_θ(x_0).
+Burda, Grosse & Salakhutdinov (2016): −log 1/K Σ_k w_k with w_k = p_θ(x_0, …, x_T)/q(x_1, …, x_T | x_0), for K
+trajectories. Its mean is the bound at K = 1. The mean falls with K and is never below −log p_θ(x_0).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Importance:
     """eval.likelihood="importance(samples=64)".
 
     Attributes:
-        samples: K, trajectories of each image.
+        samples: K, the number of trajectories of each image.
     """
 
     KIND: ClassVar[str] = "importance"
@@ -42,17 +42,17 @@ class Importance:
             raise ValueError(f"samples={self.samples} must be in 2…1,000,000; one is the bound")
 
     def check(self, prediction: str) -> None:
-        """Every model has it."""
+        """Every model has this likelihood."""
 
     def check_installed(self) -> None:
-        """It needs no extra."""
+        """This likelihood needs no extra."""
 
     def name(self, protocol: str, variance: str) -> str:
-        """What tells its results from others of the same checkpoint and images."""
+        """The name that distinguishes its results from others of the same checkpoint and images."""
         return f"{protocol}-{variance}-importance_{self.samples}"
 
     def about(self, protocol: dict[str, Any]) -> dict[str, Any]:
-        """How it is measured, from how the bound is."""
+        """The protocol of this measurement, made from the bound's."""
         what = f"{self.samples} trajectories per image, log of their mean weight"
         chain = {name: value for name, value in protocol.items() if name not in ("limit", "draws_per_term")}
         return chain | {"likelihood": "importance-weighted bound", "estimator": what}
@@ -83,7 +83,7 @@ class Importance:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """log w of K trajectories of each of N images, and how many dimensions an image has."""
+    """log w of K trajectories for each of N images, and the number of dimensions of an image."""
 
     log_weights_nats: Float[np.ndarray, "n k"]
     num_dims: int
@@ -93,7 +93,7 @@ class Weights:
         return self.num_dims * np.log(2)
 
     def bpd(self, k: int) -> Float[np.ndarray, " n"]:
-        """Each image's bound with k weights, the mean over as many groups as there are."""
+        """Each image's bound with k weights: the mean over as many groups of k as there are."""
         whole = self.log_weights_nats[:, : self.log_weights_nats.shape[1] // k * k]
         groups = whole.reshape(len(whole), -1, k)
         log_mean = scipy.special.logsumexp(groups, axis=2) - np.log(k)
@@ -101,23 +101,24 @@ class Weights:
 
     @property
     def effective(self) -> Float[np.ndarray, " n"]:
-        """The effective sample size of each image, (Σ w)²/Σ w²: K if all weights are equal, 1 if one has it all."""
+        """The effective sample size of each image, (Σ w)²/Σ w²: K if all weights are equal, 1 if one weight dominates.
+        """
         weights = np.exp(self.log_weights_nats - self.log_weights_nats.max(axis=1, keepdims=True))
         return weights.sum(axis=1) ** 2 / (weights**2).sum(axis=1)
 
     @property
     def sampling_stderr(self) -> float:
-        """The standard error of the images' mean that is left with other trajectories of the same images.
+        """The part of the standard error of the images' mean that is due to the choice of trajectories.
 
-        The relative variance of an image's mean weight is (K/ESS − 1)/(K − 1), which its logarithm has as its variance
-        to first order. Where the effective sample size is near 1, it is too small: no weight that is rare was seen.
+        The relative variance of an image's mean weight is (K/ESS − 1)/(K − 1). To first order this is the variance of
+        its logarithm. It is too small if the effective sample size is near 1, because the rare weights were not seen.
         """
         num_images, k = self.log_weights_nats.shape
         variance = np.maximum(k / self.effective - 1, 0.0) / (k - 1)
         return float(np.sqrt(variance.sum()) / num_images / self.nats_per_bpd)
 
     def summary(self, split: str) -> dict[str, Any]:
-        """Means over images with their standard errors; the bound of the same trajectories, and what they save."""
+        """Means over images with their standard errors, the bound of the same trajectories, and the difference."""
         k = self.log_weights_nats.shape[1]
         total, single = self.bpd(k), self.bpd(1)
         counts = [2**power for power in range(k.bit_length()) if 2**power < k] + [k]
@@ -137,11 +138,11 @@ class Weights:
         }
 
     def arrays(self, split: str) -> dict[str, np.ndarray]:
-        """What is kept of every image."""
+        """The saved numbers of every image."""
         bpd = self.bpd(self.log_weights_nats.shape[1])
         return {f"{split}_log_weights_nats": self.log_weights_nats, f"{split}_image_bpd": bpd}
 
 
 def stderr(values: Float[np.ndarray, " n"]) -> float | None:
-    """The standard error of the mean; None of one value, which has no spread."""
+    """The standard error of the mean; None for a single value."""
     return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None

@@ -1,4 +1,4 @@
-"""What an evaluation has measured so far, in a file: a call that was stopped goes on from there."""
+"""A file of the measurements so far. A call that was stopped goes on from it."""
 
 import logging
 from pathlib import Path
@@ -23,12 +23,12 @@ def measured(
     desc: str,
     hint: str = "",
 ) -> Float[np.ndarray, "n k width"]:
-    """So many numbers of each pair, as float32; what is kept on disk is not measured again.
+    """`width` numbers of each pair, as float32. Pairs on disk are not measured again.
 
     Args:
-        pairs: whose measure is an array [b, width].
-        kept: the file in which process 0 keeps them. With it, the result is whole there alone.
-        hint: what the error says besides.
+        pairs: pairs whose measure is an array [b, width].
+        kept: the file in which process 0 keeps the numbers. With it, only process 0 has the full result.
+        hint: added to the error message.
 
     Raises:
         FloatingPointError: the first number of a pair is NaN or Inf.
@@ -49,7 +49,7 @@ def measured(
 
 
 def on_disk(path: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-    """An array of float32 that lives in a file and outlives the process; NaN at first, or if the file is damaged."""
+    """A float32 array in a file, which outlives the process. It is NaN at first, or if the file is damaged."""
     if path.exists():
         try:
             kept = np.load(path, mmap_mode="r")  # to write, NumPy would fill a file that is cut with zeros

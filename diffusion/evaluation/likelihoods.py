@@ -1,4 +1,4 @@
-"""What eval.likelihood can be: a table."""
+"""The table of values for eval.likelihood."""
 
 from diffusion.evaluation.density import Ode
 from diffusion.evaluation.importance import Importance

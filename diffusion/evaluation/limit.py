@@ -1,4 +1,5 @@
-"""The bound of VDM: a model's own curve γ in more steps, and the limit T = ∞ from a few instants of each image."""
+"""The bound of VDM: with more steps on the model's own curve γ, and in the limit T = ∞ from a few instants per image.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,10 +20,10 @@ POINTS = 8  # instants in each of an image's two samples, where every term of a 
 
 
 def for_protocol(model: Model, protocol: str) -> Model:
-    """The model as the protocol scores it: one of VDM's bound has its number of steps and its decoder.
+    """The model as the protocol scores it. A protocol of VDM's bound sets the number of steps and the decoder.
 
     Raises:
-        ValueError: the model has no such bound.
+        ValueError: the protocol needs VDM's bound and the model has none.
     """
     chosen = likelihood.PROTOCOLS[protocol]
     if chosen.decoder is not None and model.p.decoder != "network":
@@ -55,15 +56,16 @@ def _is_told_gamma(schedule: Schedule) -> bool:
 
 
 def points(settings: Settings) -> int:
-    """Instants in each of an image's two samples."""
+    """The number of instants in each of an image's two samples."""
     return (settings.terms_per_image - 1) // 2 if settings.terms_per_image else POINTS
 
 
 def limit(settings: Settings, stop: Callable[[], None] | None = None) -> Callable[..., Bound]:
-    """The bound for T = ∞ as a function of what `bound.full_bound` takes and, behind the numbers, of what it returns.
+    """The bound for T = ∞, as a function of the arguments of `bound.full_bound` and, after the numbers, its result.
 
-    The two ends do not depend on T, so they are those of the other bound. The KL terms become ½ ∫ dγ/dt E‖ε − ε̂‖² dt
-    (Kingma et al. 2021, eq. 17). Each image takes two independent samples of evenly spaced instants.
+    The prior's and the decoder's terms do not depend on T, so they are taken from that result. The KL terms become ½ ∫
+    dγ/dt E‖ε − ε̂‖² dt (Kingma et al. 2021, eq. 17). Each image takes two independent samples of evenly spaced
+    instants.
     """
     pairs = bound.term_pairs(settings, stop)
 

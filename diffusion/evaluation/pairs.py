@@ -1,4 +1,4 @@
-"""The loop over pairs of an image and a t, or another value: whatever is measured of an image is measured here."""
+"""The loop over pairs of an image and a t, or another value. Everything measured per image runs here."""
 
 from collections.abc import Callable, Iterator
 
@@ -24,13 +24,13 @@ class ImagePairs:
     """Measures pairs of any images and any values, in batches, by one compiled program.
 
     Args:
-        measure: (model, labels [b] or None, x0 [b, H, W, C], keys [b], values [b]) -> a tree of arrays [b, ...]. An
-            image's key depends only on its number in its split.
-        seed: of the keys.
-        batch_size: pairs at a time, over all devices.
-        stream: of the keys, one of `randomness.STREAMS`.
+        measure: (model, labels [b] or None, x0 [b, H, W, C], keys [b], values [b]) -> a tree of arrays [b, ...]. The
+            key of an image depends only on its number in its split.
+        seed: the seed of the keys.
+        batch_size: the number of pairs at a time, over all devices.
+        stream: the stream of the keys, one of `randomness.STREAMS`.
         stop: called after each batch; raises to stop.
-        unit: what a pair is called.
+        unit: the name of a pair.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class ImagePairs:
         """Measures the n × k pairs: image numbers[i] with values[i, j] is pair i·k + j.
 
         Args:
-            is_done: of each pair. A batch of such pairs alone is left out, and the others are those that all pairs make
-                up, so that a value has the same bits whatever was done before.
+            is_done: whether each pair is done. A batch with only such pairs is left out. The batches are always those
+                of all pairs, so a value has the same bits whatever was done before.
 
         Returns:
             An iterator of (the pairs that are measured [b], their measures [b, ...]), batch by batch.
@@ -100,7 +100,7 @@ class ImagePairs:
         values: Real[np.ndarray, "n k"],
         desc: str,
     ) -> PyTree:
-        """Measures every pair: a tree of float64 arrays [n, k, ...]."""
+        """Measures every pair and returns a tree of float64 arrays [n, k, ...]."""
         found = [measures for _, measures in self.some(model, source, numbers, values, desc)]
 
         def joined(*parts: np.ndarray) -> np.ndarray:
@@ -114,12 +114,12 @@ class ImageTimePairs(ImagePairs):
     """Measures (image, t) pairs of any images and any t, in batches, by one compiled program.
 
     A real t is an instant of continuous time. The ε of a pair depends only on the image's number in its split and on
-    the step of t, not on what else is in the batch. A model that takes labels is given the image's own.
+    the step of t, not on the rest of the batch. A model with labels gets the image's own label.
 
     Args:
-        measure_of: model -> what is measured, for example `likelihood.term_and_x0_mse`.
-        stream: of the noise; the evaluation's by default, so that a study can repeat its terms. The other arguments are
-            those of `ImagePairs`.
+        measure_of: model -> the measure, for example `likelihood.term_and_x0_mse`.
+        stream: the stream of the noise. By default it is the evaluation's, so that a study can repeat its terms. The
+            other arguments are those of `ImagePairs`.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Metrics of samples: how far generated images are from a reference set, by the features of both.
+"""Metrics of samples: the distance of generated images from a reference set, by the features of both.
 
-A metric sees all features once, batch by batch. To add one, write its three functions and a line in METRICS.
+A metric sees all features once, batch by batch. To add a metric, write its three functions and a line in METRICS.
 """
 
 from collections.abc import Callable, Iterable
@@ -55,8 +55,8 @@ class Metric(NamedTuple):
     Attributes:
         init: dimension of the features -> the state before the first batch, a tuple of arrays and numbers.
         update: (state, batch) -> the state after this batch. Metrics with the same `update` share their state.
-        result: (state of the generated images, state of the reference) -> {name in quality.json: number}, None for
-            a number that these images do not have.
+        result: (state of the generated images, state of the reference) -> {name in quality.json: number}. A number that
+            these images cannot have is None.
     """
 
     init: Callable[[int], Any]
@@ -65,9 +65,9 @@ class Metric(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A random choice of rows, in the order in which they came: those with the smallest of uniform random numbers.
+    """A random choice of rows in their order: the rows with the smallest uniform random numbers.
 
-    The numbers depend on a row's position alone, so the choice does not depend on the batches.
+    The random number depends only on the row's position, so the choice does not depend on the batches.
     """
 
     count: int  # rows seen
@@ -94,7 +94,7 @@ def _fewer(state: Kept, most: int) -> Kept:
 
 
 class Seen(NamedTuple):
-    """What most metrics need of a set's features."""
+    """The statistics of a set's features that most metrics need."""
 
     moments: Moments
     kept: Kept
@@ -109,7 +109,7 @@ def see(state: Seen, batch: Batch) -> Seen:
 
 
 def as_reference(states: States) -> States:
-    """The same without the images that are never compared with generated ones."""
+    """The same statistics without the images that are never compared with generated ones."""
     seen = states.get(see)
     return states if seen is None else states | {see: seen._replace(kept=_fewer(seen.kept, COMPARED_IMAGES))}
 
@@ -127,7 +127,9 @@ def _at_infinity(generated: Seen, reference: Seen) -> dict[str, float | None]:
 
 
 def at_equal_n(features: Float[np.ndarray, "n d"], reference: States, size: int) -> dict[str, float | None]:
-    """The Fréchet distance of `size` images, the mean of disjoint subsets: it compares with another at this size."""
+    """The Fréchet distance at `size` images, the mean over disjoint subsets. It compares with other distances at this
+    size.
+    """
     two = reference[see].moments
     distance, stderr = frechet_of_subsets(features, size, two.mean, two.cov)
     return {"frechet_equal_n": distance, "frechet_equal_n_stderr": stderr}
@@ -177,7 +179,7 @@ METRICS = {
 
 
 def updated(states: States, batch: Batch) -> States:
-    """Every metric's state after a batch; {} stands for those before the first one."""
+    """The state of every metric after a batch; {} stands for the states before the first batch."""
     if not len(batch.features):
         return states
     before = states or {metric.update: metric.init(batch.features.shape[1]) for metric in METRICS.values()}
@@ -185,7 +187,7 @@ def updated(states: States, batch: Batch) -> States:
 
 
 def states(batches: Iterable[Batch]) -> States:
-    """Every metric's state after all batches, at least one."""
+    """The state of every metric after all batches, of which there is at least one."""
     found: States = {}
     for batch in batches:
         found = updated(found, batch)
@@ -193,12 +195,12 @@ def states(batches: Iterable[Batch]) -> States:
 
 
 def kept_features(of: States) -> Float32[np.ndarray, "kept d"]:
-    """The features of the images that are kept, at most COMPARED_IMAGES."""
+    """The features of the kept images, at most COMPARED_IMAGES."""
     return _fewer(of[see].kept, COMPARED_IMAGES).rows
 
 
 def results(generated: States, reference: States, names: Iterable[str] | None = None) -> dict[str, float | int | None]:
-    """What metrics, by default all, say of the generated images, from the states of both sides."""
+    """The metrics of the generated images, by default all, from the states of both sides."""
     numbers: dict[str, float | int | None] = {}
     for metric in (METRICS[name] for name in names or METRICS):
         numbers |= metric.result(generated[metric.update], reference[metric.update])

@@ -1,4 +1,4 @@
-"""What samples are measured against, computed once: it is kept under a digest of all that it depends on."""
+"""The reference for samples, computed once and kept under a digest of everything that it depends on."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ Numbers = dict[str, float | int | None]
 
 
 class Reference(NamedTuple):
-    """The metrics' states of the reference set, and what real images are, for scale.
+    """The metrics' states of the reference set, and the metrics of real images, for scale.
 
     Attributes:
-        states: of the reference set.
-        scale: the metrics of real images against it.
-        others: features of the split that is not the reference, to be compared in sets as large as the samples'.
+        states: the states of the reference set.
+        scale: the metrics of real images against the reference.
+        others: features of the split that is not the reference, for comparison in sets as large as the samples'.
     """
 
     states: quality.States
@@ -33,14 +33,14 @@ class Reference(NamedTuple):
 
 
 def cached(facts: dict[str, str], dimension: int, make: Callable[[], Reference]) -> Reference:
-    """The reference that `make` computes, or the one that was kept when it was computed before.
+    """The reference that `make` computes, or the kept one if it was computed before.
 
     Args:
-        facts: all that it depends on; with the metrics and their code they make up its name.
-        dimension: of the features.
+        facts: everything that it depends on. The facts, the metrics and the metrics' code determine the file name.
+        dimension: the dimension of the features.
 
     Raises:
-        OSError: what was kept cannot be read. (One that is damaged is computed again, one that cannot be written is
+        OSError: the kept reference cannot be read. (A damaged one is computed again, and one that cannot be written is
             not kept; a warning says so.)
     """
     code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in (distances, frechet, quality)]
@@ -83,11 +83,11 @@ def _load(path: Path, dimension: int) -> Reference:
 
 
 def published(path: Path, dimension: int) -> quality.States:
-    """The states of a set of which only mean and covariance are known; metrics that compare images give None.
+    """The states of a set with known mean and covariance only. Metrics that compare images give None.
 
     Args:
         path: an .npz file with `mu` [d] and `sigma` [d, d].
-        dimension: of the features, d.
+        dimension: the dimension d of the features.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,4 +1,4 @@
-"""Images of a model: image n is a function of the seed and n, and of nothing else that a program chooses."""
+"""Images of a model. Image n depends on the seed and on n, and not on the batch size or the devices."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ TRAJECTORY_FRAMES = 12
 
 
 class Walked(NamedTuple):
-    """What images are drawn from: the model with the schedule that is walked, and what some ways need beside it."""
+    """The inputs of sampling: the model with the chosen steps as its schedule, and what only some samplers need."""
 
     model: Model
     levels: Schedule | None  # that churn takes its noise levels from
@@ -32,7 +32,7 @@ class Walked(NamedTuple):
 class Sampler:
     """Draws pixel values from any model of one kind, with one compiled program.
 
-    Image n is the same whatever the batch size and the number of devices.
+    Image n is the same for every batch size and number of devices.
     """
 
     def __init__(
@@ -52,17 +52,17 @@ class Sampler:
         """Nothing is compiled before the first image.
 
         Args:
-            step: how x_{t−1} follows from x_t.
+            step: the step from x_t to x_{t−1}.
             image_shape: (H, W, C).
-            seed: of all noise.
-            batch_size: how many images are drawn at once, on all devices together.
-            num_steps: so many of the model's schedule, chosen by `grid`; None takes all of them.
-            labels: those that images are drawn with, in turn, if the model takes labels.
-            guidance_scale: w of `guidance.classifier_free`, or with a guide of `guidance.autoguided`.
-            guidance_interval: the t that are guided, as there.
+            seed: the seed of all noise.
+            batch_size: the number of images drawn at once, on all devices together.
+            num_steps: the number of steps of the model's schedule, chosen by `grid`; None for all.
+            labels: the labels of the images, repeated in turn, if the model takes labels.
+            guidance_scale: w of `guidance.classifier_free`; with a guide, w of `guidance.autoguided`.
+            guidance_interval: the t that are guided, as in these functions.
             grid: one of `grids.GRIDS`.
-            guide: a worse network than the models', a pytree that takes what they take.
-            guide_schedule: that it was trained with; None: that of the models.
+            guide: a worse network than the models', a pytree with the same arguments.
+            guide_schedule: the schedule with which the guide was trained; None for that of the models.
         """
         self._step, self.image_shape = step, image_shape
         self._seed_key, self._batch_size, self._num_steps = randomness.stream(seed, "sample"), batch_size, num_steps
@@ -77,7 +77,8 @@ class Sampler:
         """The numbers and the pixel values of the first images, batch by batch.
 
         Args:
-            is_done: of each image. A batch of such images alone is left out; the others are the same.
+            is_done: whether each image is done. A batch with only such images is left out; the other batches do not
+                change.
         """
         is_done = np.zeros(num_images, bool) if is_done is None else is_done
         items = np.arange(num_images), self._batch_size, None, is_done
@@ -91,7 +92,7 @@ class Sampler:
         return np.concatenate([images for _, images in self.batches(model, num_images)])
 
     def trajectories(self, model: Model, num_images: int) -> UInt8[np.ndarray, "n f h w c"]:
-        """x̂_0 of the first images along the way from noise to data, pixel values."""
+        """The x̂_0 of the first images from noise to data, as pixel values."""
         found = self._trajectories(self._replicated(model), np.arange(num_images), self._batch_size)
         return np.concatenate([frames for _, frames in found])
 

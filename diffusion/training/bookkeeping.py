@@ -1,4 +1,4 @@
-"""What a train step does beside learning: microbatches, the window of metrics, skipped updates, norms to log."""
+"""The train step's work besides learning: microbatches, the window of metrics, skipped updates, norms to log."""
 
 from collections.abc import Callable
 
@@ -16,10 +16,10 @@ def in_microbatches(
     """`fn` of a batch, computed in `count` equal parts of it.
 
     Args:
-        fn: a batch -> (means over it, what belongs to each example [B]).
+        fn: a batch -> (means over it, values of each example [B]).
         batch: leaves [B, ...].
-        count: of microbatches.
-        unroll: write the loop over them out.
+        count: the number of microbatches.
+        unroll: whether to unroll the loop over them.
     """
     if count == 1:
         return fn(batch)
@@ -41,7 +41,7 @@ def empty_window(names: list[str], counts_skipped: bool) -> Window:
 
 
 def window_at(step: Int[Array, ""], window: Window, log_every: int) -> Window:
-    """The window to which this step's metrics are added: it starts again from zero after each row of the log."""
+    """The window to which this step's metrics are added. It starts again from zero after each row of the log."""
     keep = jnp.where(step % log_every == 0, 0.0, 1.0)
     return {name: total if name == "skipped" else keep * total for name, total in window.items()}
 
@@ -53,12 +53,12 @@ def added(window: Window, metrics: Window) -> Window:
 
 
 def skipped(window: Window) -> Window:
-    """The window with one more step whose update was left out: its metrics are not in the sums."""
+    """The window with one more skipped step. The metrics of a skipped step are not in the sums."""
     return window | {"skipped": window["skipped"] + 1.0}
 
 
 def unless_nonfinite(metrics: Window, state: PyTree, left_out: PyTree) -> PyTree:
-    """The state, or the one without this update if one of its metrics is NaN or Inf."""
+    """The state with this update, or the one without it if one of the update's metrics is NaN or Inf."""
     is_finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
     return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), state, left_out)
 

@@ -1,4 +1,4 @@
-"""What ends a training: a NaN or Inf, and devices that no longer agree."""
+"""Checks that end a training: a NaN or Inf, and replica divergence."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def finite(
 def replicas(
     plan: Plan, step: int, state: Replicated, differing_replicas: Callable[[Replicated], list[str]]
 ) -> None:
-    """Raises a RuntimeError if it is time to look and the devices hold different states."""
+    """Raises a RuntimeError if a check is due at this step and the devices hold different states."""
     is_due = plan.check_replicas_every and step % plan.check_replicas_every == 0
     if is_due and (differing := differing_replicas(state)):
         raise RuntimeError(

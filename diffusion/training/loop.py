@@ -1,4 +1,4 @@
-"""The training loop: it calls the compiled step, and between calls it logs, saves and samples."""
+"""The training loop: it calls the compiled step, and logs, saves and samples between calls."""
 
 import collections
 import math
@@ -50,18 +50,18 @@ def train(
     log: MetricsLog,
     preemption: Preemption,
 ) -> TrainState:
-    """Trains from `state` to plan.num_steps, or until it is over; returns the last state.
+    """Trains from `state` to plan.num_steps, or until `is_over`, and returns the last state.
 
     Args:
-        training, plan: what defines a step, and when what happens.
+        training, plan: the definition of a step, and the steps at which something happens.
         state: on the host.
-        train_set: what is trained on.
-        on_devices: whether every device keeps all images; else they are read from disk while a step runs.
-        monitor: what is known of EMA parameters from validation images; its val_loss ranks the checkpoints.
-        is_over: (step) -> whether training ends there; asked after each validation's row is written.
-        draw: shows samples of EMA parameters, after the step's save; what a signal stopped is shown when a run resumes.
+        train_set: the training images.
+        on_devices: whether every device keeps all images. Otherwise they are read from disk while a step runs.
+        monitor: measures EMA parameters on validation images; its val_loss ranks the checkpoints.
+        is_over: (step) -> whether training ends there. It is called after the row of each validation is written.
+        draw: shows samples of EMA parameters, after the step's save. If a signal stops it, the resumed run shows them.
         quality: measures samples of EMA parameters, before the step's save; see `draw`.
-        checkpoints, log: where process 0 saves, and what gets the rows.
+        checkpoints, log: the place where process 0 saves, and the receiver of the rows.
         preemption: says when a signal asks to stop.
 
     Raises:
@@ -117,10 +117,10 @@ def _called(
     progress: Progress,
     clock: Clock,
 ) -> tuple[Replicated, Replicated]:
-    """The state and the metrics after one call; the first of its length, which compiles, is waited for.
+    """The state and the metrics after one call. The first call of each length compiles, so it is waited for.
 
     Args:
-        before: the metrics of a call that may still be computed, and whose time counts.
+        before: the metrics of a call that may still be running and whose time counts.
     """
     if not progress.is_new(length):
         return train_steps(state, batch)
@@ -135,7 +135,7 @@ def _called(
 def _calls(
     plan: Plan, log_every: int, begin: int, batch_size: int, num_examples: int
 ) -> Iterator[tuple[range, np.ndarray]]:
-    """The compiled calls still to make: the steps each one completes, and the examples it takes, [steps, B]."""
+    """The compiled calls still to make: the steps after each, and the examples that it takes, [steps, B]."""
     step = begin
     while step < plan.num_steps:
         before = range(step, step + plan.call_length(step, log_every))
@@ -147,7 +147,7 @@ def _calls(
 def _batches(
     training: Training, plan: Plan, begin: int, train_set: Source, on_devices: bool
 ) -> Generator[tuple[range, Batch], None, None]:
-    """The steps and the batch of each call still to make; a batch is made while the calls before it are computed."""
+    """The steps and the batch of each call still to make. A batch is made while the calls before it run."""
     place = (parallel.resident if on_devices else parallel.streamed)(train_set, training.conditional)
     calls = _calls(plan, training.log_every, begin, training.batch_size, len(train_set))
     return prefetch.prefetched((steps, place(indices)) for steps, indices in calls)
@@ -162,7 +162,7 @@ def _write(log: MetricsLog, progress: Progress, step: int, row: dict[str, Suppor
 
 
 def _save(checkpoints: Checkpoints, step: int, state: Replicated, row: dict[str, SupportsFloat]) -> None:
-    """Process 0 begins to save; where it cannot, or the save before has failed, every process raises it."""
+    """Process 0 begins to save. If it cannot, or if the last save failed, every process raises the error."""
     metrics = {VAL_LOSS: row[VAL_LOSS]} if VAL_LOSS in row else {}
     processes.on_first(lambda: checkpoints.save(step, state.host(), metrics))
 
@@ -178,7 +178,7 @@ def _save_and_draw(
     draw: Draw,
     is_due: Callable[[], bool],
 ) -> bool:
-    """Saves, if the step or a signal asks for it, then shows samples; returns whether a signal asks to stop."""
+    """Saves if the step or a signal asks for it, then shows samples. Returns whether a signal asks to stop."""
     if saves or stops:
         _save(checkpoints, step, state, row)
     if stops or not plan.draws(step) or draw(step, state.part(lambda state: state.ema_params), is_due, False):
@@ -205,9 +205,9 @@ def _measure(
     progress: Progress,
     is_due: Callable[[], bool],
 ) -> bool:
-    """Adds to a step's row what is measured of the EMA: the validation loss, which ranks a checkpoint, and samples.
+    """Adds the measurements of the EMA to a step's row: the validation loss, which ranks a checkpoint, and samples.
 
-    The row is written, unless a signal stops the part of the samples; returns whether it is.
+    Writes the row, unless a signal stops the part about samples. Returns whether it did.
     """
     ema_params = state.part(lambda state: state.ema_params)
     row |= monitor(ema_params) if validates else {}
@@ -234,7 +234,7 @@ def _catch_up(
     progress: Progress,
     is_due: Callable[[], bool],
 ) -> bool:
-    """Does what a signal stopped at the step that a run resumes at; whether its row, with a validation, was missing."""
+    """Does what a signal stopped at the resumed step. Returns whether a row with a validation was missing."""
     validates = False
     if begin and plan.measures(begin) and not processes.bool_from_first(log.last_step == begin):
         row = _means(state.part(lambda state: state.window).host()) if plan.is_due(begin, training.log_every) else {}
@@ -260,7 +260,7 @@ def monitor(
 
     Args:
         num_steps: T.
-        numbers: of the images; none where no image is set aside, and then there is no loss.
+        numbers: the numbers of the images. If no image is set aside there are none, and no loss.
     """
     about = {"validation_images": float(len(validation_set))}
     if not len(numbers):

@@ -1,4 +1,4 @@
-"""The optimizer, from Optax: a clip of the gradient, then Adam or another rule at a rate that warms up and decays."""
+"""The optimizer, from Optax: gradient clipping, then Adam or another rule, with warm-up and learning rate decay."""
 
 from collections.abc import Callable
 
@@ -24,10 +24,10 @@ def adamw(
 
 
 def muon(learning_rate: optax.Schedule, beta: float = 0.95):
-    """Muon (Jordan 2024): every kernel's momentum with its singular values made about equal; NAdam for vectors.
+    """Muon (Jordan 2024): makes the singular values of every kernel's momentum about equal; NAdam for vectors.
 
-    A kernel of [..., in, out] is the matrix that maps what its window sees to its outputs. The elements of its step are
-    0.2 of the learning rate in size, as Adam's are in the long run (Liu et al. 2025, arXiv 2502.16982).
+    A kernel of [..., in, out] is the matrix that maps the inputs in its window to its outputs. The elements of its step
+    have a size of 0.2 of the learning rate, like Adam's in the long run (Liu et al. 2025, arXiv 2502.16982).
     """
     _check_betas(beta=beta)
 
@@ -47,7 +47,7 @@ OPTIMIZERS = {"adam": adam, "adamw": adamw, "muon": muon}
 
 
 def constant(peak: float, num_steps: int) -> optax.Schedule:
-    """The peak, for the whole training."""
+    """The peak learning rate for the whole training."""
     return optax.constant_schedule(peak)
 
 
@@ -67,12 +67,12 @@ def make(
     warmup_steps: int = 0,
     grad_clip: float = 0.0,
 ) -> optax.GradientTransformation:
-    """The optimizer behind a clip of the gradient's global norm. Ho et al. (2020), appendix B.
+    """The optimizer, after a clip of the gradient's global norm. Ho et al. (2020), appendix B.
 
     Args:
-        optimizer: one of OPTIMIZERS, its other arguments bound.
-        decay: one of DECAYS, its other arguments bound.
-        learning_rate: the peak.
+        optimizer: one of OPTIMIZERS, with its other arguments bound.
+        decay: one of DECAYS, with its other arguments bound.
+        learning_rate: the peak learning rate.
         num_steps: the length of training, for the decay.
         warmup_steps: the learning rate rises linearly from 0 over this many steps.
         grad_clip: the largest global norm of the gradient, before the optimizer sees it; 0 for no clip.

@@ -1,4 +1,4 @@
-"""Data parallelism with `jax.pmap`: the train step on all devices, its batches, and a check of its replicas."""
+"""Data parallelism with `jax.pmap`: the train step on all devices, its batches, and a check of the replicas."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from diffusion.training.step import Training, train_step
 
 
 def check_batch_size(batch_size: int, grad_accum: int) -> None:
-    """Raises a ValueError unless the devices can share the batch, each in `grad_accum` equal microbatches."""
+    """Raises a ValueError unless the devices can split the batch, each into `grad_accum` equal microbatches."""
     devices = jax.device_count()
     if batch_size % (devices * grad_accum):
         split = f"{devices} devices × train.grad_accum={grad_accum}" if grad_accum > 1 else f"{devices} devices"
@@ -24,7 +24,7 @@ def check_batch_size(batch_size: int, grad_accum: int) -> None:
 
 
 class Batch(NamedTuple):
-    """What the steps of one call are made from, on the devices."""
+    """The data from which the steps of one call are made, on the devices."""
 
     images: jax.Array  # uint8 [devices, n, H, W, C]
     labels: jax.Array | None  # int32 [devices, n]; None where the network takes none
@@ -35,14 +35,14 @@ Batches = Callable[[Int[np.ndarray, "steps b"]], Batch]  # from the numbers of t
 
 
 def resident(source: Source, conditional: bool = False) -> Batches:
-    """Batches of a data set that every device holds whole; with its labels for a conditional network."""
+    """Batches of a data set of which every device holds a full copy, with its labels for a conditional network."""
     images = replicate(source.images()).leaves
     labels = replicate(source.labels()).leaves if conditional else None
     return lambda indices: Batch(images, labels, jax.device_put(_shares(indices), sharding()))
 
 
 def streamed(source: Source, conditional: bool = False) -> Batches:
-    """Batches of a data set that stays on disk: each device gets the examples of its own share, and no others."""
+    """Batches of a data set that stays on disk. Each device gets only the examples of its own share."""
 
     def batch(indices: np.ndarray) -> Batch:
         shares = _shares(indices)
@@ -60,8 +60,8 @@ TrainSteps = Callable[[Replicated, Batch], tuple[Replicated, Replicated]]
 def train_steps(training: Training, seed: int) -> TrainSteps:
     """Several train steps as one compiled call: (state, batch) -> (state, metrics).
 
-    The state is donated: do not use it again. The metrics' leaves are [steps, ...]; `param_norms` are those before
-    the call.
+    The state is donated, so do not use it again. The leaves of the metrics are [steps, ...]; `param_norms` are from
+    before the call.
     """
     compiled, seeds = compiled_train_steps(training), replicate(np.int32(seed)).leaves
 
@@ -75,8 +75,8 @@ def train_steps(training: Training, seed: int) -> TrainSteps:
 def compiled_train_steps(training: Training, devices: Sequence[jax.Device] | None = None) -> Callable:
     """The program behind `train_steps`: (seeds, state, *Batch) -> (state, metrics).
 
-    A single step is not put into a loop: on the CPU backend gradients of convolutions are many times slower inside
-    one. `devices` are all there are, or those to compile for.
+    A single step is not put into a loop, because gradients of convolutions are many times slower inside one on the CPU
+    backend. `devices` are all devices, or those to compile for.
     """
 
     def call(seed, state, images, labels, indices):
@@ -102,10 +102,10 @@ def _shares(indices: Int[np.ndarray, "steps b"]) -> Int[np.ndarray, "devices ste
 
 
 def differing_replicas() -> Callable[[Replicated], list[str]]:
-    """A function of a replicated tree that names the leaves whose copies are not the same on all devices.
+    """A function of a replicated tree. It names the leaves whose copies differ between devices.
 
-    Every device sums its copy's bits, each number's with an odd weight of its own, so that one changed bit always
-    changes the sum; only the sums, 4 bytes per leaf, leave the device.
+    Every device sums the bits of its copy. Each number has an odd weight of its own, so one changed bit always changes
+    the sum. Only the sums leave the device, 4 bytes per leaf.
     """
 
     def checksum(leaf: jax.Array) -> jax.Array:

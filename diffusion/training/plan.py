@@ -1,14 +1,14 @@
-"""When what happens between the steps of training."""
+"""The steps of training after which something happens."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How long training is, and what happens when between its steps; 0 is never. See the config group `train`.
+    """The length of training, and the intervals at which something happens; 0 is never. See the config group `train`.
 
     Rows are logged every `Training.log_every` steps.
-    `steps_per_call` is 1 where several steps in one compiled call are slow: see `build.plan`.
+    `steps_per_call` is 1 if several steps in one compiled call are slow: see `build.plan`.
     """
 
     seed: int
@@ -22,11 +22,11 @@ class Plan:
     skip_nonfinite: int
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether what happens every so many steps happens after this one; at the last step all does."""
+        """Whether something with this interval happens after this step. Everything happens after the last step."""
         return step == self.num_steps or bool(every) and step % every == 0
 
     def draws(self, step: int) -> bool:
-        """Whether samples are shown after this step; those of the last step are drawn when training is over."""
+        """Whether samples are shown after this step. Those of the last step are drawn after training."""
         return step < self.num_steps and self.is_due(step, self.sample_every)
 
     def measures(self, step: int) -> bool:
@@ -34,10 +34,10 @@ class Plan:
         return bool(self.quality_every) and self.is_due(step, self.quality_every)
 
     def call_length(self, step: int, log_every: int) -> int:
-        """How many steps the compiled call after this step takes: as many as a call may have, or 1.
+        """The number of steps in the compiled call after this step: the most that a call may have, or 1.
 
-        Each length is a compilation, so there are two. No call goes beyond a step after which something happens: what
-        is left before it is made of single steps.
+        Each length needs a compilation, so there are only two lengths. No call goes beyond a step after which something
+        happens; single steps fill what is left before it.
         """
         own = self.checkpoint_every, self.validate_every, self.sample_every, self.quality_every
         intervals = [interval for interval in (log_every, *own, self.check_replicas_every) if interval]

@@ -1,4 +1,4 @@
-"""The schedule as training sees it: rows with a gradient, and terms of the bound that depend on no drawn t."""
+"""The schedule in training: rows with a gradient, and the bound's terms that depend on no drawn t."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,8 +18,8 @@ class TrainedSchedule(NamedTuple):
     """The forward process, fixed or learned, as functions made once by `make`.
 
     of_params: params -> the schedule, which depends on them if it is learned.
-    at_rows: (losses_at, params, t [B]) -> losses_at(params, the rows of t), with the gradient of a learned schedule.
-    extra_terms: (params, keys [B], x0 [B, H, W, C], number of pixel values) -> the bound's terms that depend on no
+    at_rows: (losses_at, params, t [B]) -> losses_at(params, the rows of t), with the gradient to a learned schedule.
+    extra_terms: (params, keys [B], x0 [B, H, W, C], number of pixel values) -> the terms of the bound that depend on no
         drawn t, in bits/dim [B].
     times: which t are drawn, one of `timesteps.TIMES`.
     """
@@ -33,15 +33,15 @@ class TrainedSchedule(NamedTuple):
 def make(
     of_params: Callable[[PyTree], Schedule], inner: Inner | None = None, times: str = "every_term"
 ) -> TrainedSchedule:
-    """The schedule of a training.
+    """The schedule for a training run.
 
-    A learned schedule answers for the prior's term of the bound, too, which no network can change.
+    A learned schedule is also trained by the prior's term of the bound, which no network can change.
 
     Args:
         of_params: params -> the schedule.
-        inner: None for a fixed schedule; how a learned one is trained: see `learned_schedule.losses`.
-        times: which t are drawn, one of `timesteps.TIMES`. Only "every_term" draws the decoder's term; with the others
-            it is computed for every example.
+        inner: None for a fixed schedule; otherwise how it is trained: see `learned_schedule.losses`.
+        times: which t are drawn, one of `timesteps.TIMES`. Only "every_term" draws the decoder's term. With the others
+            the term is computed for every example.
     """
 
     def at_rows(losses_at: Callable, params: PyTree, t: Real[Array, " b"]) -> Losses:
@@ -69,7 +69,7 @@ def make(
 def _decoder_bpd(
     row: Schedule, keys: Key[Array, " b"], x0: Float[Array, "b h w c"], num_levels: int
 ) -> Float[Array, " b"]:
-    """The decoder's term of each example, with noise of its own. Only the decoder "bayes" needs no network for it."""
+    """The decoder's term of each example, with its own noise. Only the decoder "bayes" needs no network for it."""
 
     def one(key: Key[Array, ""], image: Array) -> Array:
         eps = jax.random.normal(randomness.decoder_noise(key), image.shape)

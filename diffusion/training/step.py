@@ -1,4 +1,4 @@
-"""The pure train step: everything that happens between two values of the state, for one device's share of it."""
+"""The pure train step: from one value of the state to the next, for the share of one device."""
 
 import dataclasses
 from functools import partial
@@ -24,11 +24,11 @@ from diffusion.training.schedule import TrainedSchedule
 
 @flax.struct.dataclass
 class TrainState:
-    """One replica's state; a checkpoint holds it, with digests.
+    """The state of one replica. A checkpoint holds it, with digests.
 
-    Randomness and data order follow from (seed, step) and are not part of it. `window` sums the metrics since the
-    last row of metrics.jsonl, so that a run that was stopped in between writes the same row as one that was not. Its
-    entry `skipped`, if there is one, counts over the whole run.
+    Randomness and data order follow from (seed, step) and are not part of it. `window` sums the metrics since the last
+    row of metrics.jsonl, so a run that was stopped in between writes the same row as a run that was not. The entry
+    `skipped` of the window, if there is one, counts over the whole run.
     """
 
     step: Any  # int32 []: optimizer steps taken. (Leaves may be arrays, NumPy arrays or their shapes.)
@@ -42,7 +42,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What defines one train step, apart from the seed, the state and the data.
+    """The definition of one train step, apart from the seed, the state and the data.
 
     Attributes:
         network: a module of `networks.NETWORKS`.
@@ -50,17 +50,17 @@ class Training:
         timesteps: how t is drawn; see `timesteps`.
         schedule: the forward process, which depends on the parameters if it is learned.
         optimizer: from Optax.
-        ema_decay: of the parameters' moving average.
-        power_ema: the lengths of further averages, from which any length can be composed: see `post_hoc_ema`.
+        ema_decay: the decay of the parameters' moving average.
+        power_ema: the lengths of further averages, from which any other length is computed: see `post_hoc_ema`.
         num_levels: how many pixel values the data have.
         batch_size: images per step, over all devices.
         flip: whether half of the images are mirrored.
         conditional: whether the network is given the images' labels.
-        label_dropout: the part of the examples whose label the network is not given.
-        log_every: after how many steps `state.window` starts again from zero.
-        skip_nonfinite: whether an update with a NaN or Inf is left out, and counted in the window.
-        grad_accum: in how many microbatches a device's share goes through the network.
-        unroll: write the loop over microbatches out, for backends that are slow inside loops.
+        label_dropout: the fraction of examples whose label is withheld from the network.
+        log_every: the number of steps after which `state.window` starts again from zero.
+        skip_nonfinite: whether an update with a NaN or Inf is skipped, and counted in the window.
+        grad_accum: the number of microbatches into which a device's share is split.
+        unroll: whether to unroll the loop over microbatches, for backends that are slow inside loops.
         probed: whether the objective is one of `objectives.PROBED`.
     """
 
@@ -84,7 +84,7 @@ class Training:
 
 
 class Examples(NamedTuple):
-    """Examples of a batch, and what was drawn for them: a device's share, or a microbatch of it."""
+    """Examples of a batch with everything drawn for them: a device's share, or one microbatch of it."""
 
     x0: Float[Array, "b h w c"]
     labels: Int[Array, " b"] | None  # those that the network is given; None for one that takes none
@@ -99,7 +99,7 @@ def mean_loss(
     """The mean of weight × loss, whose gradient is a training step. Ho et al. (2020), algorithm 1, line 5.
 
     Returns:
-        The mean, and besides the means of the loss and its parts by name, and each example's loss without its weight.
+        The mean. Then the means of the loss and its parts by name, and the loss of each example without its weight.
     """
     x0, labels, t, weight, keys = examples
     own = randomness.of_example(keys)
@@ -157,20 +157,20 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on this device's share of the batch. Ho et al. (2020), algorithm 1.
 
-    Every random number belongs to a position in the global batch and not to a device, so the same batch gives
-    the same step on 1 device or on 8.
+    Every random number belongs to a position in the global batch and not to a device. So the same batch gives the same
+    step on 1 device or on 8.
 
     Args:
-        training: what defines the step.
-        seed: of all randomness. An argument, so that runs of other seeds are the same compiled program.
+        training: the definition of the step.
+        seed: the seed of all randomness. It is an argument, so runs with other seeds use the same compiled program.
         state: this replica's state.
         images: this device's share of the batch, pixel values.
-        axis_name: of the devices' axis, over which gradients and metrics are averaged.
-        labels: of these images; None for a network that takes none.
+        axis_name: the name of the devices' axis, over which gradients and metrics are averaged.
+        labels: the labels of these images; None for a network that takes none.
 
     Returns:
-        The next state, and the step's metrics: the loss, its parts and the gradient's norm before the clip. Besides,
-        for `nonfinite`: the batch's t and unweighted losses [B], and the norms of the gradient's
+        The next state, and the step's metrics: the loss, its parts and the gradient's norm before the clip. For
+        `nonfinite` they also hold the batch's t and unweighted losses [B], and the norms of the gradient's
         `bookkeeping.groups`.
     """
     num_steps = training.schedule.of_params(state.params).num_steps
@@ -197,7 +197,7 @@ def train_step(
 def _gradients(
     training: Training, params: PyTree, examples: Examples
 ) -> tuple[PyTree, dict[str, Float[Array, ""]], Float[Array, " b"]]:
-    """The gradient of `mean_loss`, and what else it returns; in as many microbatches as the training says."""
+    """The gradient of `mean_loss` and its other results, computed in as many microbatches as the training says."""
 
     def of(examples: Examples):
         grads, (means, losses) = jax.grad(partial(mean_loss, training), has_aux=True)(params, examples)
@@ -221,7 +221,7 @@ def _augmented(
 def _known(
     training: Training, labels: Int[Array, " b"] | None, position: Int[Array, " b"], key: Key[Array, ""]
 ) -> Int[Array, " b"] | None:
-    """The labels that the network is given: for guidance it must know the images without labels, too."""
+    """The labels that the network is given. For guidance it must also know the images without labels."""
     if labels is None or training.label_dropout == 0:
         return labels
     is_dropped = jax.random.bernoulli(key, training.label_dropout, (training.batch_size,))[position]
@@ -231,7 +231,8 @@ def _known(
 def _updated(
     training: Training, state: TrainState, grads: PyTree, memory: PyTree, metrics: dict[str, Float[Array, ""]]
 ) -> TrainState:
-    """The state after the optimizer's step, or only one step later if the update has a NaN or Inf and is left out."""
+    """The state after the optimizer's step. If an update with a NaN or Inf is skipped, `step` still increases by one.
+    """
     with jax.numpy_dtype_promotion("standard"):  # Optax multiplies its integer counts with floats
         updates, opt_state = training.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
