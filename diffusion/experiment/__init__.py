@@ -1,1 +1,1 @@
-"""From a config to objects: what a config may say, what it means, and the directory of a run."""
+"""From a config to objects: the allowed values of a config, their meaning, and the directory of a run."""

@@ -1,4 +1,4 @@
-"""From a config to objects: where the names in it become functions."""
+"""From a config to objects: turns the names in a config into functions."""
 
 import dataclasses
 import functools
@@ -40,14 +40,14 @@ ACCELERATOR_INCEPTION_BATCH = 64  # images that go through Inception at a time
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config and the data's shape determine; nothing here depends on training.
+    """Everything that a config and the data's shape determine. Nothing here depends on training.
 
     Attributes:
-        config: as given; the programs read their settings from it.
+        config: the config as given. The programs read their settings from it.
         image_shape: (H, W, C).
         p: the reverse process that is trained.
-        start_schedule: the schedule; a learned one as it is before training.
-        training: what a train step needs.
+        start_schedule: the schedule; for a learned one, its state before training.
+        training: the definition of a train step.
     """
 
     config: ConfigDict
@@ -65,14 +65,14 @@ class Experiment:
         """The model of these parameters, for evaluation, sampling and coding.
 
         Args:
-            params: usually the EMA.
-            variance: "model" is the one it was trained with. Under another, a second half that the network may have
+            params: usually the EMA parameters.
+            variance: "model" is the variance of training. With any other one, the network's second half, if it has one,
                 is not read.
-            x0_variance: what the optimal variance needs.
+            x0_variance: the estimate that the optimal variance needs.
 
         Raises:
-            ValueError: there is no such variance, the network lacks its output, or the optimal one is wanted and
-                nothing is known of it.
+            ValueError: there is no such variance, the network lacks its output, or the optimal variance was not
+                estimated.
         """
         of_any_mean = ["model", *(name for name, entry in reverse.VARIANCES.items() if not entry.is_learned)]
         if variance not in (*of_any_mean, self.p.variance):
@@ -91,7 +91,7 @@ class Experiment:
 
     @functools.cached_property
     def start(self) -> Start | None:
-        """The parameters that config.init_from names; None for random ones. Raises what `init_from.load` does."""
+        """The parameters that config.init_from names; None for random ones. Raises the errors of `init_from.load`."""
         if not self.config.init_from:
             return None
         return init_from.load(self.config, self.training.network, self.abstract_state().params)
@@ -123,17 +123,17 @@ class Experiment:
 
 
 def runs_on_cpu() -> bool:
-    """Whether JAX's default device is a CPU: what is computed in another way there asks here, and nowhere else."""
+    """Whether JAX's default device is a CPU. All code that differs on a CPU asks here, and nowhere else."""
     return jax.default_backend() == "cpu"
 
 
 def describe_data(config: ConfigDict) -> data.Description:
-    """What the config's data set holds. Raises what `data.describe` does."""
+    """The description of the config's data set. Raises the errors of `data.describe`."""
     return data.describe(config.data.name, config.data.data_dir, config.data.image_size, config.data.pad_to)
 
 
 def load_data(config: ConfigDict, split: str) -> data.Source:
-    """One of the `Splits` of the config's data set. Raises what `load_splits` does."""
+    """One of the `Splits` of the config's data set. Raises the errors of `load_splits`."""
     stored = _stored(config, "test" if split == "test" else "train")
     if split == "test":
         return stored
@@ -144,7 +144,7 @@ def load_data(config: ConfigDict, split: str) -> data.Source:
 def load_splits(config: ConfigDict) -> Splits:
     """All splits of the config's data set, the same on all processes.
 
-    Raises what `data.load` and `validation.split_off` do, and a ValueError where a process has other data.
+    Raises the errors of `data.load` and `validation.split_off`, and a ValueError if a process has other data.
     """
     splits = Splits(*validation.split_off(_stored(config, "train"), config.data.validation), _stored(config, "test"))
     place = f"data.name={config.data.name!r} in data.data_dir={config.data.data_dir!r}"
@@ -167,11 +167,11 @@ def experiment(
     """The experiment that `config` describes, for images [H, W, C] of `num_levels` pixel values.
 
     Args:
-        num_classes: of the images' labels; 0 for images without labels.
-        on_cpu: whether it is compiled for a CPU; None: for JAX's default device.
+        num_classes: the number of classes of the images' labels; 0 for images without labels.
+        on_cpu: whether it is compiled for a CPU; None means for JAX's default device.
 
     Raises:
-        ValueError: anything that does not fit, in one line that names the config key.
+        ValueError: something does not fit; one line names the config key.
     """
     config_lib.check(config)
     rules.check(config)
@@ -207,9 +207,9 @@ def experiment(
 
 
 def plan(config: ConfigDict) -> loop.Plan:
-    """When what happens in training.
+    """The plan of training: its length, and the steps at which something happens.
 
-    On the CPU backend a call has one step, because gradients of convolutions are many times slower inside a loop.
+    A call has one step on the CPU backend, because gradients of convolutions are many times slower inside a loop there.
     """
     settings, fields = config.train, [field.name for field in dataclasses.fields(loop.Plan)]
     own = {name: settings[name] for name in fields if name in settings}
@@ -218,20 +218,20 @@ def plan(config: ConfigDict) -> loop.Plan:
 
 
 def logger(config: ConfigDict, directory: Path, step: int) -> loggers.Logger:
-    """Who gets the rows of metrics.jsonl from `step` on, in process 0 alone."""
+    """The receivers of the rows of metrics.jsonl from `step` on, in process 0 alone."""
     chosen = config.train.loggers if processes.is_first() else ()
     arguments = directory, step, config.to_dict()
     return loggers.together({text: functools.partial(LOGGERS.choice.bind(text), *arguments) for text in chosen})
 
 
 def bound_settings(config: ConfigDict) -> bound.Settings:
-    """How the bound is measured."""
+    """The settings with which the bound is measured."""
     of = config.eval
     return bound.Settings(config.seed, of.batch_size, of.protocol, of.terms_per_image, of.noises_per_term)
 
 
 def quality_features(config: ConfigDict, train_set: data.Source) -> Features:
-    """What samples are compared by. Raises what the functions of `evaluation.features` do."""
+    """The features by which samples are compared. Raises the errors of the functions in `evaluation.features`."""
     make = _chosen(config, "quality.features")
     if "batch_size" in inspect.signature(make).parameters and not runs_on_cpu():
         return make(train_set, batch_size=ACCELERATOR_INCEPTION_BATCH)
@@ -239,7 +239,7 @@ def quality_features(config: ConfigDict, train_set: data.Source) -> Features:
 
 
 def _chosen(config: ConfigDict, key: str):
-    """What a config key names, its arguments bound."""
+    """The entry that a config key names, with its arguments bound."""
     group, _, name = key.partition(".")
     return KEYS[key].allowed.bind(config[group][name])
 
@@ -247,9 +247,10 @@ def _chosen(config: ConfigDict, key: str):
 def _network(
     config: ConfigDict, image_shape: tuple[int, int, int], out_channels: int, num_classes: int, on_cpu: bool
 ) -> nn.Module:
-    """The module: its fields from the config group of its name, over them the arguments of model.network.
+    """The network module. Its fields come from the config group of its name; the arguments of model.network override
+    them.
 
-    Where the config does not say what computes its convolutions, it is Winograd's algorithm on CPUs, if it has that.
+    If the config does not choose an algorithm for convolutions, a network that has Winograd's uses it on CPUs.
     """
     name, arguments = names.parse(config.model.network)
     takes = {field.name for field in dataclasses.fields(NETWORKS[name])}
@@ -272,11 +273,11 @@ def _objective(config: ConfigDict, p: Reverse, num_levels: int) -> objectives.Ob
 
 
 def _optimizer(config: ConfigDict, learned: Learned | None) -> optax.GradientTransformation:
-    """The network's optimizer; a learned schedule has one of its own, so that neither gradient clips the other.
+    """The network's optimizer. A learned schedule has its own, so that neither gradient clips the other.
 
-    Its rate rises until half of the training is over: an untrained network would have the schedule leave to the
-    decoder what it has not learned yet. Its gradient is not clipped: clipped ones carried γ_T from 20 to 76 in 900
-    steps (docs/learned_schedule.md).
+    The schedule's learning rate rises during the first half of training. Otherwise the schedule would leave to the
+    decoder what the untrained network has not learned yet. Its gradient is not clipped: clipping moved γ_T from 20 to
+    76 in 900 steps (docs/learned_schedule.md).
     """
 
     def make(rule: Callable, learning_rate: float, warmup_steps: int, grad_clip: float) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""A config's values all together, and what follows from them: what a rule asks."""
+"""All values of a config together and their consequences: the questions that rules ask."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from diffusion.schedules import Schedule
 
 
 class Combination(NamedTuple):
-    """A config's values, all together, and the schedule and the sampler that follow from them."""
+    """All values of a config, with the schedule and the sampler that follow from them."""
 
     config: ConfigDict
     schedule: Schedule  # of a learned one, as it starts
@@ -52,12 +52,12 @@ class Combination(NamedTuple):
 
     @property
     def gamma_ends(self) -> bool:
-        """Whether γ_T is finite, so that γ can be a network's input or an integral's variable."""
+        """Whether γ_T is finite. Only then can γ be a network's input or an integration variable."""
         return bool(np.isfinite(self.schedule.log_snr[-1]))
 
     @property
     def knows_between(self) -> bool:
-        """Whether the network can be asked about noise levels between the schedule's steps."""
+        """Whether the network can be evaluated at noise levels between the schedule's steps."""
         is_trained = self.is_continuous or self.config.model.conditioning == "gamma"
         return is_trained and self.config.model.prediction != "mean"
 
@@ -71,7 +71,7 @@ class Combination(NamedTuple):
 
     @property
     def loses_x0(self) -> bool:
-        """Whether at t = T the network's output says nothing of x_0: of ε, where ᾱ_T = 0."""
+        """Whether the network's output at t = T holds nothing of x_0, as for ε if ᾱ_T = 0."""
         return not np.isfinite(x0_per_output(self.p, self.schedule[self.schedule.num_steps]))
 
     @property
@@ -80,7 +80,7 @@ class Combination(NamedTuple):
 
     @property
     def scores_beta_tilde(self) -> bool:
-        """Whether the variance that is scored is β̃_t."""
+        """Whether the scored variance is β̃_t."""
         scored = self.config.eval.variance
         return (self.config.model.variance if scored == "model" else scored) == "fixed_small"
 
@@ -98,16 +98,16 @@ class Combination(NamedTuple):
 
 
 def reverse_process(config: ConfigDict) -> Reverse:
-    """The reverse process that a config names. Raises a ValueError where an argument is out of range."""
+    """The reverse process that a config names. Raises a ValueError if an argument is out of range."""
     prediction, arguments = PREDICTIONS.call(config.model.prediction)
     return reverse.make(prediction, config.model.variance, config.model.decoder, **arguments)
 
 
 def start_schedule(config: ConfigDict) -> tuple[Schedule, Learned | None]:
-    """The schedule that a config names, or the one that a learned schedule starts from and how it is trained.
+    """The schedule that a config names. For a learned one: the schedule at its start, and how it is trained.
 
     Raises:
-        ValueError: there is no such schedule of so many steps.
+        ValueError: there is no such schedule with this number of steps.
     """
     text, num_steps = config.schedule.name, config.schedule.num_steps
     if names.parse(text).name != learned_schedule.NAME:
@@ -119,7 +119,7 @@ def start_schedule(config: ConfigDict) -> tuple[Schedule, Learned | None]:
 
 
 def schedule_of(config: ConfigDict, start: Schedule, learned: Learned | None) -> Callable[[PyTree], Schedule]:
-    """params -> the schedule, with what the network is conditioned on."""
+    """params -> the schedule, with the table on which the network is conditioned."""
     of_params = learned_schedule.of_params if learned else lambda params: start
     if config.model.conditioning == "gamma":
         low, high = -start.log_snr[1], -start.log_snr[-1]

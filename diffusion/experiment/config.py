@@ -1,4 +1,4 @@
-"""Checks, completes, compares, reads and writes configs; which keys there are is said in `schema`."""
+"""Checks, completes, compares, reads and writes configs. `schema` lists their keys."""
 
 import json
 import re
@@ -36,10 +36,10 @@ def check(config: ConfigDict) -> None:
 
 
 def completed(config: Any) -> ConfigDict:
-    """The config, locked, with the default of each key that it lacks because it was written before the key existed.
+    """The config, locked. A key that did not exist when the config was written gets its default.
 
     Raises:
-        ValueError: it is no ConfigDict, or has a key that does not exist.
+        ValueError: it is not a ConfigDict, or has a key that does not exist.
     """
     if getattr(config, "to_dict", None) is None:  # where there is no such file, the first use says so
         raise ValueError(f"get_config() of the config file must return a ConfigDict, not {config!r:.60}")
@@ -51,10 +51,10 @@ def completed(config: Any) -> ConfigDict:
 
 
 def to_json(config: ConfigDict, lacking: Collection[str] = ()) -> str:
-    """The resolved config and the program's version, as config.json holds them.
+    """The text of config.json: the resolved config and the program's version.
 
     Args:
-        lacking: the keys that are left out where their absence means their value.
+        lacking: keys to leave out if their absence means their value.
     """
     known = all_keys()
     said = {
@@ -66,7 +66,7 @@ def to_json(config: ConfigDict, lacking: Collection[str] = ()) -> str:
 
 
 def read(path: Path) -> ConfigDict:
-    """The config in a config.json. Raises what `from_json` does, with the file's name."""
+    """The config in a config.json. Raises the errors of `from_json`, with the name of the file."""
     try:
         return from_json(path.read_text())
     except ValueError as error:
@@ -74,9 +74,9 @@ def read(path: Path) -> ConfigDict:
 
 
 def lacking(path: Path) -> set[str]:
-    """The keys that the config in a config.json lacks, because they did not exist when the run began.
+    """The keys that a config.json lacks because they did not exist when the run began.
 
-    Raises what `read` does.
+    Raises the errors of `read`.
     """
     read(path)  # checks it
     text = path.read_text()
@@ -84,13 +84,13 @@ def lacking(path: Path) -> set[str]:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote, locked. JSON knows lists only; in a config all of them are tuples.
+    """The config that `to_json` wrote, locked. JSON has only lists; in a config all of them become tuples.
 
-    A key that the run's version did not have yet gets the value that means what that version did.
+    A key that did not exist in the run's version gets the value that reproduces that version's behaviour.
 
     Raises:
-        ValueError: it is not the JSON of a config, or has a key that this version does not have. The message follows
-            the file's name.
+        ValueError: it is not the JSON of a config, or has a key that this version does not have. The caller puts the
+            file's name before the message.
     """
 
     def with_tuples(group: dict[str, Any]) -> dict[str, Any]:
@@ -111,14 +111,14 @@ def from_json(text: str) -> ConfigDict:
 
 
 def from_file(path: str, overrides: dict[str, str]) -> ConfigDict:
-    """The config of a file in configs/, as main.py resolves it; its values are not checked.
+    """The config of a file in configs/, as main.py resolves it. Its values are not checked.
 
     Args:
-        path: what --config would be.
+        path: the value of --config.
         overrides: config key -> value, written as for --config.KEY=VALUE.
 
     Raises:
-        ValueError: the file cannot be read, a key does not exist, or a value cannot be read as what the file has.
+        ValueError: the file cannot be read, a key does not exist, or a value cannot be read as the type in the file.
     """
     argv = ["main.py", f"--config={path}", *(f"--config.{key}={value}" for key, value in overrides.items())]
     values = flags.FlagValues()
@@ -135,10 +135,10 @@ def from_file(path: str, overrides: dict[str, str]) -> ConfigDict:
 
 
 def fault_of_key(given: Collection[str], error: BaseException) -> str:
-    """The first key that is given and does not exist, or is in a group that the config lacks; "" if there is none.
+    """The first given key that does not exist, or whose group the config lacks; "" if there is none.
 
     Args:
-        error: what setting the keys raised.
+        error: the error raised when the keys were set.
     """
     known = all_keys()
     for name in given:
@@ -152,10 +152,10 @@ def fault_of_key(given: Collection[str], error: BaseException) -> str:
 
 
 def fault_of_file(path: str, error: BaseException) -> str:
-    """Where a config file fails, and Python's words for it; "" if the error is not raised in it.
+    """The place where a config file fails, and Python's message; "" if the error comes from elsewhere.
 
     Args:
-        path: what --config is, without what it gives to `get_config`.
+        path: the value of --config, without the argument of `get_config`.
     """
     file = Path(path.partition(":")[0]).resolve()
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
@@ -168,7 +168,7 @@ def fault_of_file(path: str, error: BaseException) -> str:
 def differing(config: ConfigDict, saved: ConfigDict) -> list[str]:
     """ "key: saved → now" for each key that shaped the saved run and differs now, with the reason where it has one.
 
-    A field of a network that is left out is at its default.
+    A missing field of a network counts as its default.
     """
     known = all_keys()
     defaults = {name: key.default for name, key in known.items()}
@@ -186,7 +186,7 @@ def differing(config: ConfigDict, saved: ConfigDict) -> list[str]:
 
 
 def first_spelling(value: Any) -> Any:
-    """A config value as the first version wrote it: as now, except one argument of a learned schedule."""
+    """A config value as the first version wrote it. Only one argument of a learned schedule differs from today."""
     if not isinstance(value, str):
         return value
     return re.sub(r"\binner=(['\"])second_moment\1", r"inner=\1variance\1", value)

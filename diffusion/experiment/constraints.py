@@ -1,4 +1,6 @@
-"""What a config key may be set to: a type and a range. A key that chooses by name has a `names.Choice` instead."""
+"""Constraints on the value of a config key: a type and a range. A key that names a function has a `names.Choice`
+instead.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,13 +10,13 @@ from diffusion.post_hoc_ema import LONGEST, SHORTEST
 
 
 class Constraint(NamedTuple):
-    """A test for a value, and the words that say what it allows."""
+    """A test for a value, and a description of the allowed values."""
 
     accepts: Callable[[Any], bool]
     words: str
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, to follow "config key KEY"; None if nothing is."""
+        """The problem with a value, to follow "config key KEY" in a message; None if there is no problem."""
         return None if self.accepts(value) else f"must be {self.words}, not {value!r}"
 
 

@@ -1,4 +1,4 @@
-"""The EMA of a checkpoint, which evaluation, sampling and coding read, and the optimal variance estimated of it."""
+"""The EMA in a checkpoint, which evaluation, sampling and coding read, and its estimated optimal variance."""
 
 import functools
 from pathlib import Path
@@ -18,14 +18,14 @@ X0_VARIANCE = "x0_variance.npz"  # what the optimal variance needs
 
 @flax.struct.dataclass
 class EmaState:
-    """What evaluation, sampling and coding need of a training state, and all that they read of a checkpoint."""
+    """The part of a training state that evaluation, sampling and coding need. A checkpoint is not read beyond it."""
 
     step: Any  # int32 []: optimizer steps taken
     ema_params: PyTree
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The digest of the parameters, by which results are found."""
+        """The digest of the parameters, which identifies results."""
         return tree_sha256(self.ema_params)
 
 
@@ -34,7 +34,7 @@ def ema_of(state: TrainState) -> EmaState:
 
 
 def save_x0_variance(directory: Path, analytic: X0Variance, error: X0Variance, state: EmaState) -> None:
-    """Writes x0_variance.npz: float32 [T + 1] tables of both estimates, and which weights they belong to."""
+    """Writes x0_variance.npz: float32 [T + 1] tables of both estimates, and the digest of their weights."""
     with files.replacing(directory / X0_VARIANCE) as file:
         np.savez(
             file,
@@ -48,11 +48,11 @@ def save_x0_variance(directory: Path, analytic: X0Variance, error: X0Variance, s
 
 
 def load_x0_variance(directory: Path, state: EmaState) -> X0Variance:
-    """The analytic estimate of these weights. A file without their digest is an old one, which is found by the step.
+    """The analytic estimate of these weights. An old file without a digest is matched by the step.
 
     Raises:
         FileNotFoundError: nothing was estimated yet.
-        ValueError: what was estimated belongs to other weights.
+        ValueError: the estimate belongs to other weights.
     """
     path = directory / X0_VARIANCE
     again = f"python -m experiments.variance_accounting --workdir={directory} writes it"

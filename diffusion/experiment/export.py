@@ -1,7 +1,7 @@
 """An export: a trained model as two files, which need neither its run nor its data set.
 
-`model.safetensors` holds the EMA parameters, float32, by their paths ("conv_in/kernel"). `model.json` holds what makes
-a `Model` of them, and what a reader wants to know: config, step, digests, scores. Nothing is pickled.
+`model.safetensors` holds the EMA parameters, float32, by their paths ("conv_in/kernel"). `model.json` holds the rest of
+the `Model`, and information for a reader: config, step, digests, scores. Nothing is pickled.
 """
 
 import json
@@ -49,14 +49,14 @@ ENTRIES = {
 
 
 class Export(NamedTuple):
-    """What `model.json` says of a model.
+    """The contents of `model.json`.
 
     Attributes:
-        config: of the run.
+        config: the config of the run.
         image_shape: (H, W, C).
         num_levels: how many values a channel of a pixel can have.
-        num_classes: of the labels that the network takes; 0 for a network that takes none.
-        step: optimizer steps taken.
+        num_classes: the number of classes of the network's labels; 0 for a network without labels.
+        step: the number of optimizer steps taken.
         ema_sha256: the digest of the parameters.
     """
 
@@ -69,7 +69,7 @@ class Export(NamedTuple):
 
 
 def is_export(directory: Path) -> bool:
-    """Whether a directory holds an export, perhaps an incomplete one, and no run and no published weights."""
+    """Whether a directory holds an export, complete or not, and neither a run nor published weights."""
     has_one = any((directory / name).is_file() for name in (WEIGHTS, ABOUT))
     return has_one and not (directory / "config.json").exists()
 
@@ -78,11 +78,11 @@ def write(directory: Path, about: Export, params: dict[str, np.ndarray], facts: 
     """Writes both files, or neither. The same arguments give the same bytes.
 
     Args:
-        params: by their paths.
+        params: the parameters by their paths.
         facts: more entries of `model.json`.
 
     Raises:
-        ValueError: a parameter is NaN, Inf or no float32, or something else lies in `directory`, which stays.
+        ValueError: a parameter is NaN, Inf or not float32, or `directory` holds something else, which is not deleted.
         OSError: a file could not be written.
     """
     _check_numbers(directory / WEIGHTS, params)
@@ -112,7 +112,7 @@ def write(directory: Path, about: Export, params: dict[str, np.ndarray], facts: 
 
 
 def read(directory: Path) -> Export:
-    """What `model.json` says.
+    """Reads `model.json`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -130,10 +130,10 @@ def read(directory: Path) -> Export:
 def read_params(
     directory: Path, about: Export, shapes: dict[str, tuple[int, ...]] | None = None
 ) -> dict[str, np.ndarray]:
-    """The parameters by their paths, bit by bit those that were exported.
+    """Reads the parameters by their paths, bit-identical to the exported ones.
 
     Args:
-        shapes: what they have to be, for a message that names the first that differs.
+        shapes: the required shapes; the error message names the first that differs.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -160,7 +160,7 @@ def read_params(
 
 
 def scores_in(directory: Path, ema_sha256: str) -> dict[str, Any]:
-    """What was measured of these parameters in a run's directory, and how; {} if nothing was."""
+    """The scores of these parameters in a run's directory, and their protocol; {} if there are none."""
     patterns = ("summary.json", "summary_*.json", "eval.json", "evaluations/*/eval.json")
     for path in (path for pattern in patterns for path in sorted(directory.glob(pattern))):
         found = read_json(path) or {}
@@ -170,10 +170,10 @@ def scores_in(directory: Path, ema_sha256: str) -> dict[str, Any]:
 
 
 def command_in(directory: Path, config: ConfigDict) -> str:
-    """The command of the run in a directory: its config file, as it was then, and the keys that differ from it.
+    """The command of the run in a directory: its config file as it was then, and the keys that differ from it.
 
-    It is "" for a run that does not say which file that was. Where the data lay is left out, and of the run or the
-    weights that this one came from there is the last part of the path.
+    It is "" if the run does not record its config file. The path of the data is left out. A run or weights from which
+    this run started appear with the last part of their path.
     """
     base = read_json(directory / "base.json") or {}
     if not isinstance(base.get("values"), dict):

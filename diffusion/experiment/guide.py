@@ -1,6 +1,7 @@
 """Autoguidance from a config: `sample.guide` names the worse model that samples are guided with.
 
-Its noise schedule may be another one, as every learned schedule is: it is asked at the same log SNR, `guidance.clock`.
+Its noise schedule may be another one, as every learned schedule is. It is evaluated at the same log SNR:
+    `guidance.clock`.
 """
 
 import jax
@@ -12,10 +13,10 @@ from diffusion.experiment.workdir import LoadedRun
 
 
 def load(experiment: Experiment) -> LoadedRun | None:
-    """The run or the export that sample.guide names, if it names one.
+    """The run or the export that sample.guide names, or None.
 
     Raises:
-        ValueError: it cannot guide this experiment, in one line; or what `workdir.load` raises.
+        ValueError: it cannot guide this experiment, or an error of `workdir.load`.
         FileNotFoundError: there is no such run or no such checkpoint.
     """
     if not experiment.config.sample.guide:
@@ -27,7 +28,7 @@ def load(experiment: Experiment) -> LoadedRun | None:
 
 
 def network(experiment: Experiment, found: LoadedRun) -> jax.tree_util.Partial:
-    """A guide's network, as a function of what this experiment's network takes."""
+    """A guide's network, as a function with the arguments of this experiment's network."""
     denoise = found.model.denoise
     is_blind = experiment.config.model.conditional and not found.model.takes_labels
     return guidance.blind(denoise) if is_blind else denoise

@@ -1,4 +1,4 @@
-"""Where training starts if not at random weights: `init_from`, a run, an export or published weights."""
+"""The start of training other than random weights: `init_from` names a run, an export or published weights."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -31,11 +31,11 @@ class Start(NamedTuple):
     """Parameters to start from, on the host, by their paths ("conv_in/kernel").
 
     Attributes:
-        leaves: what is taken over.
-        resized: which of them have other channels there: they were cut, or have zeros after those that were taken.
-        anew: parameters of the network that there are none for; they start as in a new run.
-        unused: parameters that the network has no place for.
-        differing: settings of the network that are others there.
+        leaves: the parameters that are taken over.
+        resized: those of them whose number of channels differed; they were cut or padded with zeros.
+        anew: parameters of the network that are missing there; they start as in a new run.
+        unused: parameters there that the network does not have.
+        differing: settings of the network that differ there.
     """
 
     leaves: dict[str, np.ndarray]
@@ -50,7 +50,7 @@ class Start(NamedTuple):
         return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in whole.items()})
 
     def described(self) -> str:
-        """What was taken over, in one line."""
+        """A one-line description of what was taken over."""
         parts = {"with other channels": self.resized, "new": self.anew, "not taken": self.unused}
         parts |= {"settings": self.differing}
         others = [f"{words}: {first_few(items)}" for words, items in parts.items() if items]
@@ -58,15 +58,15 @@ class Start(NamedTuple):
 
 
 def load(config: ConfigDict, network: nn.Module, like: PyTree) -> Start:
-    """The parameters that config.init_from names; with config.init_adapt only those that fit.
+    """The parameters that config.init_from names. With config.init_adapt, only those that fit.
 
     Args:
-        network: the config's.
-        like: arrays, or their shapes, in the structure of its parameters.
+        network: the config's network.
+        like: arrays or their shapes, in the structure of its parameters.
 
     Raises:
         FileNotFoundError: there is no such run, checkpoint or directory of weights.
-        ValueError: they are damaged or, without config.init_adapt, of another network.
+        ValueError: they are damaged or, without config.init_adapt, belong to another network.
     """
     found, there = _read(config.init_from)
     here = _settings(network, config)

@@ -1,7 +1,7 @@
-"""What a run with ema.post_hoc keeps beside its checkpoints, and the averages that are composed of it.
+"""The averages that a run with ema.post_hoc saves beside its checkpoints, and other averages composed of them.
 
-ema_averages/STEP.safetensors holds the two averages of a regular checkpoint, with their digest. They are never deleted:
-see `post_hoc_ema` for what they are good for.
+ema_averages/STEP.safetensors holds the two averages of a regular checkpoint, with their digest. They are never deleted.
+`post_hoc_ema` explains their use.
 """
 
 from pathlib import Path
@@ -25,10 +25,10 @@ ADVICE = "without the file the average is composed of the others"
 
 
 class AveragesKept(Checkpoints):
-    """Checkpoints of a run that also keeps the averages of every `every`-th step.
+    """Checkpoints of a run that also saves the averages of every `every`-th step.
 
-    The averages come first, so a run that is killed and resumed has those of every step before it. A save at another
-    step, which a signal asks for, keeps none: then a run that was stopped has what one that was not has.
+    The averages are written before the checkpoint, so a killed and resumed run has those of every earlier step. A save
+    at another step, on a signal, writes no averages. So a run that was stopped has the same files as one that was not.
     """
 
     def __init__(self, directory: Path, every: int, **settings):
@@ -42,7 +42,7 @@ class AveragesKept(Checkpoints):
 
 
 def check_training(config: ConfigDict) -> None:
-    """Raises a ValueError if the scores at the end of training were to be those of another average."""
+    """Raises a ValueError if another average would be scored at the end of training."""
     if config.ema.length:
         raise ValueError(
             f"ema.length={config.ema.length} is composed after training, which ends with the average of ema.decay; use "
@@ -51,7 +51,7 @@ def check_training(config: ConfigDict) -> None:
 
 
 def write(folder: Path, step: int, averages: PyTree) -> None:
-    """Writes the averages of a step. Raises an OSError that names the file where it cannot."""
+    """Writes the averages of a step. Raises an OSError that names the file if it cannot."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(averages)}
     with files.replacing(folder / f"{step}.safetensors") as file:
@@ -59,14 +59,15 @@ def write(folder: Path, step: int, averages: PyTree) -> None:
 
 
 def read(checkpoints: Checkpoints, step: int | None, like: EmaState, ema: ConfigDict) -> EmaState:
-    """The average of ema.length at a checkpoint, composed of what was kept up to it; for 0, that of ema.decay.
+    """The average of ema.length at a checkpoint, composed of the averages saved up to it. For 0, the average of
+    ema.decay.
 
     Args:
         step, like: as `Checkpoints.restore` takes them.
         ema: the config group.
 
     Raises:
-        ValueError: what was kept is damaged, besides what `Checkpoints.restore` raises.
+        ValueError: a saved average is damaged, or an error of `Checkpoints.restore`.
     """
     found = checkpoints.restore(step, like)
     if not ema.length:
@@ -85,7 +86,7 @@ def read(checkpoints: Checkpoints, step: int | None, like: EmaState, ema: Config
 
 
 def kept_steps(folder: Path) -> list[int]:
-    """The steps whose averages were kept, in their order."""
+    """The steps whose averages were saved, in order."""
     return sorted(int(path.stem) for path in folder.glob("*.safetensors") if path.stem.isdecimal())
 
 

@@ -1,4 +1,4 @@
-"""What training needs of a device's memory, and the error message when that is more than it has."""
+"""The device memory that training needs, and the error message if a device has less."""
 
 import contextlib
 import math
@@ -25,7 +25,7 @@ def state_bytes(experiment: Experiment) -> int:
 
 
 def keeps_images(experiment: Experiment, num_images: int) -> bool:
-    """Whether every device of this process keeps all training images, by data.placement."""
+    """Whether every device of this process keeps all training images, as data.placement says."""
     placement = experiment.config.data.placement
     if placement != "auto":
         return placement == "devices"
@@ -38,7 +38,7 @@ def _free_bytes(stats: dict[str, int]) -> int:
 
 
 def data_bytes(experiment: Experiment, num_images: int) -> int:
-    """The training images as uint8, on every device: all of them, or those of the calls that are under way."""
+    """The training images as uint8, on every device: all of them, or those of the running calls."""
     if not keeps_images(experiment, num_images):
         per_step = experiment.training.batch_size // jax.device_count()
         num_images = CALLS_UNDER_WAY * build.plan(experiment.config).steps_per_call * per_step
@@ -46,12 +46,12 @@ def data_bytes(experiment: Experiment, num_images: int) -> int:
 
 
 def local_batch(experiment: Experiment) -> int:
-    """How many images go through the network of one device at a time."""
+    """The number of images in the network of one device at a time."""
     return experiment.training.batch_size // jax.device_count() // experiment.training.grad_accum
 
 
 def residual_bytes(experiment: Experiment, num_images: int) -> int:
-    """What JAX would keep of so many images for the backward pass if XLA fused nothing: an upper estimate."""
+    """The bytes that JAX would keep for the backward pass if XLA fused nothing: an upper estimate."""
 
     def backward(params, examples):
         def loss(params):
@@ -82,12 +82,12 @@ def shortage_explained(
     """Turns a device's lack of memory into a one-line error.
 
     Args:
-        experiment: what is computed.
-        batch_key: the config key that says how much at a time.
+        experiment: the experiment that runs.
+        batch_key: the config key of the number of images at a time.
         num_train: how many training images there are.
 
     Raises:
-        MemoryError: says what needs how much and which config key lowers it.
+        MemoryError: the message says what needs how much memory, and which config key lowers it.
     """
     try:
         yield

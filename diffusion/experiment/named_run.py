@@ -9,28 +9,28 @@ from diffusion.runtime.checkpoint import Checkpoints
 
 
 class NamedRun(NamedTuple):
-    """The run's directory, and which checkpoint: "latest", "best" or a step."""
+    """The directory of a run, and one of its checkpoints: "latest", "best" or a step."""
 
     directory: Path
     which: str
 
     @property
     def checkpoints(self) -> Path:
-        """Where its checkpoints lie."""
+        """The directory of its checkpoints."""
         return self.directory / "checkpoints"
 
     def step(self, checkpoints: Checkpoints) -> int | None:
-        """The step of the checkpoint; None for the newest sound one. Raises what `Checkpoints.best_step` does."""
+        """The step of the checkpoint; None for the newest sound one. Raises the errors of `Checkpoints.best_step`."""
         if self.which == "best":
             return checkpoints.best_step()
         return int(self.which) if self.which.isdecimal() else None
 
 
 def warn_of_seen_images(name: str, new: int, old: int) -> None:
-    """Warns where a run starts from one that has trained on some of its validation images.
+    """Warns if a run starts from one that has trained on some of its validation images.
 
     Args:
-        name: what it starts from, as the user gave it.
+        name: the run that it starts from, as the user gave it.
         new, old: data.validation of both runs.
     """
     if new and new != old:
@@ -39,13 +39,13 @@ def warn_of_seen_images(name: str, new: int, old: int) -> None:
 
 
 def parse(text: str, key: str) -> NamedRun:
-    """What `text` names.
+    """Parses DIR, DIR@latest, DIR@best or DIR@STEP.
 
     Args:
-        key: the flag or the config key that it is the value of, for messages.
+        key: the flag or config key with this value, for messages.
 
     Raises:
-        ValueError: what comes after the @ is none of latest, best and a step.
+        ValueError: the part after the @ is not latest, best or a step.
     """
     directory, at, which = text.rpartition("@")
     if not at or files.expanded(text).exists():

@@ -1,7 +1,7 @@
 """Names with arguments: how a config chooses a function, such as schedule.name="linear(beta_end=0.03)".
 
-A choice is a table of functions and values by name. What stands in brackets are keyword arguments of the function,
-read as literals (never evaluated) and checked against its signature.
+A choice is a table of functions and values by name. The keyword arguments in brackets are read as literals (never
+evaluated) and checked against the function's signature.
 """
 
 import ast
@@ -24,7 +24,7 @@ def parse(text: str) -> Call:
     """ "ddim(eta=0.5)" as Call("ddim", {"eta": 0.5}).
 
     Raises:
-        ValueError: it is neither a name nor a name with keyword arguments that are literals.
+        ValueError: the text is not a name, with or without literal keyword arguments.
     """
     try:
         node = ast.parse(text.strip(), mode="eval").body
@@ -40,11 +40,11 @@ def parse(text: str) -> Call:
 
 
 class Choice(NamedTuple):
-    """What a config key can name.
+    """The values that a config key can name.
 
     Attributes:
         table: functions (or classes), which may take arguments, and other values, which take none.
-        given: the parameters that the program passes, which a config cannot set.
+        given: the parameters that the program passes and a config cannot set.
     """
 
     table: Mapping[str, Any]
@@ -72,20 +72,20 @@ class Choice(NamedTuple):
         return f"is {value!r}, but {call.name} needs the argument {missing[0]}" if missing else None
 
     def parameters(self, name: str) -> dict[str, inspect.Parameter]:
-        """What a config can set of the entry of that name."""
+        """The parameters of this entry that a config can set."""
         entry = self.table[name]
         if not (inspect.isfunction(entry) or inspect.isclass(entry)):
             return {}
         return {k: p for k, p in inspect.signature(entry).parameters.items() if k not in self.given}
 
     def call(self, text: str) -> Call:
-        """The name in `text` and its arguments, of the types that are annotated."""
+        """The name in `text` and its arguments, with the annotated types."""
         name, arguments = parse(text)
         parameters = self.parameters(name)
         return Call(name, {k: float(v) if parameters[k].annotation is float else v for k, v in arguments.items()})
 
     def bind(self, text: str) -> Any:
-        """The entry that `text` names; a function with the arguments bound."""
+        """The entry that `text` names. A function comes with its arguments bound."""
         name, arguments = self.call(text)
         return functools.partial(self.table[name], **arguments) if arguments else self.table[name]
 
@@ -107,7 +107,7 @@ class Several(NamedTuple):
 
 
 def accepts(annotation: Any, value: Any) -> bool:
-    """Whether a literal is of the annotated type; integers are numbers, True and False are neither."""
+    """Whether a literal has the annotated type. An integer counts as a float. True and False are not numbers."""
     if annotation is float:
         return type(value) in (int, float) and abs(value) < 1e300
     if annotation in (int, bool, str):
@@ -123,7 +123,7 @@ def accepts(annotation: Any, value: Any) -> bool:
 
 
 def words(annotation: Any) -> str:
-    """What `accepts` takes, in words."""
+    """The values that `accepts` takes, in words."""
     plain = {float: "a number", int: "an integer", bool: "True or False", str: "a string"}
     if annotation in plain:
         return plain[annotation]

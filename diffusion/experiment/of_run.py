@@ -1,4 +1,4 @@
-"""The config of a run or an export, as a config file: main.py takes it where one is named and no --config is given."""
+"""A config file that returns the config of a run or an export. main.py uses it if one is named without --config."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from diffusion.experiment import export, workdir
 
 
 def get_config(directory: str) -> ConfigDict:
-    """What config.json of the run in `directory` says, or model.json of an export.
+    """The config in config.json of the run in `directory`, or in model.json of an export.
 
-    Raises what `workdir.read_config` and `export.read` do.
+    Raises the errors of `workdir.read_config` and `export.read`.
     """
     path = Path(directory)
     return export.read(path).config if export.is_export(path) else workdir.read_config(path)

@@ -1,4 +1,4 @@
-"""Which likelihood besides the bound a config asks for, and whether its model has it."""
+"""The likelihood besides the bound for which a config asks, and whether its model has it."""
 
 from ml_collections import ConfigDict
 
@@ -12,7 +12,7 @@ OF_THE_CHAIN = {"protocol": "exact", "variance": "model"}
 
 
 def check(config: ConfigDict) -> None:
-    """Raises a ValueError if the bound cannot be measured as the config says, besides what `chosen` raises."""
+    """Raises a ValueError if the bound cannot be measured as the config says, and the errors of `chosen`."""
     few, noises = config.eval.terms_per_image, config.eval.noises_per_term
     if few and noises > 1:
         raise ValueError(
@@ -23,10 +23,10 @@ def check(config: ConfigDict) -> None:
 
 
 def chosen(config: ConfigDict) -> Likelihood | None:
-    """What eval.likelihood names; None for the bound.
+    """The likelihood that eval.likelihood names; None for the bound.
 
     Raises:
-        ValueError: its arguments are out of range, or the model does not have it.
+        ValueError: its arguments are out of range, or the model does not have this likelihood.
     """
     entry = LIKELIHOODS.bind(config.eval.likelihood)
     if entry is None:
@@ -40,7 +40,7 @@ def chosen(config: ConfigDict) -> Likelihood | None:
 
 
 def usable(config: ConfigDict) -> Likelihood | None:
-    """What `chosen` returns. Raises a ValueError, too, if an extra that it needs is not installed."""
+    """The result of `chosen`. It also raises a ValueError if a required extra is not installed."""
     likelihood = chosen(config)
     if likelihood is not None:
         try:
@@ -55,10 +55,10 @@ def _fault(config: ConfigDict, error: ValueError) -> ValueError:
 
 
 def alone(config: ConfigDict) -> Likelihood | None:
-    """What `usable` returns, where it is measured without the bound.
+    """The result of `usable`, for a measurement without the bound.
 
     Raises:
-        ValueError: a key is set that has no part in it, besides what `usable` raises.
+        ValueError: a key is set that has no effect on it, or an error of `usable`.
     """
     likelihood = usable(config)
     if likelihood is None:

@@ -1,4 +1,4 @@
-"""Trained models that come with the package, by their names: exports in `diffusion/weights`, each with a card."""
+"""Trained models that come with the package, by name. They are exports in `diffusion/weights`, each with a card."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> workdir.LoadedRun:
-    """The trained model of that name: `load("digits").model`. Nothing is downloaded.
+    """Loads a trained model by name: `load("digits").model`. Nothing is downloaded.
 
     Raises:
         ValueError: there is no such model.

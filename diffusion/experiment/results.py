@@ -1,4 +1,4 @@
-"""Where a program that reads a run writes its results: into the run, or beside a run that is somebody else's."""
+"""The place where a program that reads a run writes its results: in the run, or beside another person's run."""
 
 import errno
 import tempfile
@@ -11,15 +11,15 @@ NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 def place(run: Path, output: str, folder: str) -> Path:
-    """Returns `run`, or the directory that --output names, which it makes.
+    """Returns `run`, or makes and returns the directory that --output names.
 
     Args:
         output: "" for the run itself.
-        folder: the one in it that gets the results, which need not exist.
+        folder: the folder in it for the results, which need not exist.
 
     Raises:
-        ValueError: `output` is no directory, or another run's or an export.
-        OSError: that cannot be written to. Of a run, the message names --output.
+        ValueError: `output` is not a directory, or holds another run or an export.
+        OSError: the directory cannot be written to. For a run, the message names --output.
     """
     out = workdir.parse(output, "--output") if output else run
     processes.on_first(lambda: _make(out, output, run) if output else _check_ours(run, folder))
@@ -52,6 +52,6 @@ def _check_ours(run: Path, folder: str) -> None:
 
 
 def _probe(directory: Path) -> None:
-    """Raises the OSError of a directory in which no file can be made; asking for rights alone misses some."""
+    """Raises the OSError of a directory in which no file can be made. Checking permissions alone misses some cases."""
     with tempfile.TemporaryFile(dir=directory):
         pass

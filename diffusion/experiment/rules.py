@@ -1,4 +1,4 @@
-"""Combinations of config values that are each possible and together are not: a table."""
+"""The table of combinations of config values that are allowed alone but not together."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ MOSTLY = 0.5  # of an average: what it starts from
 
 
 class Rule(NamedTuple):
-    """A combination that cannot be, and the error message; {c} stands for the config."""
+    """An impossible combination, and its error message; {c} stands for the config."""
 
     is_broken: Callable[[Combination], bool]
     message: str
@@ -197,7 +197,7 @@ RULES = (
 
 
 def check(config: ConfigDict) -> None:
-    """Raises a ValueError with one line on the first rule that a config breaks; `config.check` comes before."""
+    """Raises a one-line ValueError about the first rule that a config breaks. Call `config.check` first."""
     schedule, learned = start_schedule(config)
     combination = Combination(config, schedule, learned, sampling.step(config))
     for rule in RULES:
@@ -208,7 +208,7 @@ def check(config: ConfigDict) -> None:
 
 
 def hints(config: ConfigDict) -> list[str]:
-    """What is possible and probably not meant, a line each."""
+    """Hints about values that are possible but probably not meant, one line each."""
     found, num_steps = [], config.train.num_steps
     still = config.ema.decay**num_steps
     if still > MOSTLY:

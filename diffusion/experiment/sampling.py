@@ -1,4 +1,4 @@
-"""How samples are drawn, as a config says it: the step, and where the steps lie."""
+"""The sampler of a config: the step, and the grid of steps."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from diffusion.schedules import Schedule
 
 
 def step(config: ConfigDict) -> Step:
-    """How x_{t−1} follows from x_t. Raises a ValueError where an argument of the sampler is out of range."""
+    """The step from x_t to x_{t−1}. Raises a ValueError if an argument of the sampler is out of range."""
     with _named(config, "sample.method"):
         return METHODS.bind(config.sample.method)()
 
 
 def grid(config: ConfigDict) -> Grid:
-    """Which steps are taken."""
+    """The grid of steps to take."""
     return GRIDS.bind(config.sample.grid)
 
 
 def check_grid(config: ConfigDict, schedule: Schedule) -> None:
-    """Raises a ValueError where there is no such grid of so many steps."""
+    """Raises a ValueError if there is no such grid with this number of steps."""
     if config.sample.grid != "even":
         with _named(config, "sample.grid"):
             grid(config)(schedule, config.sample.num_steps)

@@ -1,7 +1,8 @@
-"""Every config key, once: its default, what it may be, whether it may change between the legs of a run, and its help.
+"""Every config key, once: its default, allowed values and help, and whether it may change between the legs of a run.
 
-The defaults are Ho et al.'s (2020) CIFAR-10 experiment. The fields of a network are keys, too: `unet.channels`.
-A run that was made before a key existed has no such key, which means what the program did then: its `when_absent`.
+The defaults are those of Ho et al.'s (2020) CIFAR-10 experiment. The fields of a network are keys, too:
+`unet.channels`. A run made before a key existed does not have the key. Its absence means the program's behaviour at
+that time: `when_absent`.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class Partly(NamedTuple):
     """Some changes of a key between legs are allowed.
 
     Attributes:
-        words: which ones.
+        words: the changes that are allowed.
         why_not: (config, saved value) -> why this change is refused, or "".
     """
 
@@ -44,11 +45,11 @@ class Key(NamedTuple):
     """A config key.
 
     Attributes:
-        default: of new runs.
-        allowed: what it may be.
-        help: one line.
-        free: whether it may change between the legs of a run: True, False, or which changes.
-        before: what the program did before the key existed, where that is not the default; else None.
+        default: the value for new runs.
+        allowed: the allowed values.
+        help: a line of help.
+        free: whether it may change between the legs of a run: True, False, or the allowed changes.
+        before: the value that reproduces the program before the key existed; None if this is the default.
     """
 
     default: Any
@@ -59,7 +60,7 @@ class Key(NamedTuple):
 
     @property
     def when_absent(self) -> Any:
-        """What a run that was made without the key does."""
+        """The value that holds for a run made without the key."""
         return self.default if self.before is None else self.before
 
     @property
@@ -283,7 +284,7 @@ def all_keys() -> dict[str, Key]:
 
 
 def default_config() -> ConfigDict:
-    """Every key at its default, locked; of the networks' keys those of the default network."""
+    """Every key at its default, locked. Only the default network's keys are included."""
     network = KEYS["model.network"].default
     own = {name: key for name, key in network_keys().items() if name.startswith(f"{network}.")}
     values = {name: key.default for name, key in (KEYS | own).items()}

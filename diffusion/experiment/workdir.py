@@ -1,4 +1,4 @@
-"""The working directory of a run: which run it belongs to, whether that is finished, and its last checkpoint."""
+"""The working directory of a run: which run it belongs to, whether the run is finished, and its last checkpoint."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ def parse(text: str, flag: str = "--workdir") -> Path:
     """The directory that a flag names.
 
     Raises:
-        ValueError: it is a URL, which as a path would be a local folder of that name.
+        ValueError: it is a URL, which would become a local folder of that name.
     """
     if "://" in text:
         raise ValueError(f"{flag}={text} is not a local directory; remote paths are not read")
@@ -53,9 +53,9 @@ def parse(text: str, flag: str = "--workdir") -> Path:
 
 
 def check(config: ConfigDict, directory: Path) -> None:
-    """Raises a ValueError if `directory` is another run's, with the keys that differ, or a run would overwrite files.
+    """Raises a ValueError if `directory` is another run's, with the differing keys, or if files would be overwritten.
 
-    What else lies in it, such as a scheduler's log, is no obstacle.
+    Other files, such as a scheduler's log, do no harm.
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"--workdir={directory} is not a directory; take another --workdir")
@@ -79,12 +79,12 @@ def check(config: ConfigDict, directory: Path) -> None:
 
 
 def continued(config: ConfigDict, directory: Path, chosen: Collection[str] = ()) -> ConfigDict:
-    """The config, with what the run in `directory` means by the keys that did not exist when it began.
+    """The config, with the values that the run in `directory` implies for keys that did not exist when it began.
 
-    So a config file may set a new key, and the runs that were made with it before go on.
+    So a config file may set a new key, and earlier runs of this file can still resume.
 
     Args:
-        chosen: the keys that the user set, which keep their values.
+        chosen: the keys that the user set. They keep their values.
     """
     path = directory / "config.json"
     if not path.exists():
@@ -99,10 +99,10 @@ def continued(config: ConfigDict, directory: Path, chosen: Collection[str] = ())
 
 
 def claim(config: ConfigDict, directory: Path) -> None:
-    """Makes `directory` this run's by writing config.json. Raises what `check` raises.
+    """Makes `directory` this run's by writing config.json. Raises the errors of `check`.
 
-    A key that did not exist when the run began stays out of config.json while it means what the program did then.
-    Where a finished run goes on, its summary.json becomes summary_STEP.json.
+    A key that did not exist when the run began stays out of config.json while it has the meaning of that time. If a
+    finished run goes on, its summary.json becomes summary_STEP.json.
     """
     check(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def claim(config: ConfigDict, directory: Path) -> None:
 
 
 def save_base(directory: Path, path: str) -> None:
-    """Keeps the config file of a run, which may change later: its path as --config has it, and the values in it."""
+    """Saves the path in --config and the values of the config file, because the file may change later."""
     values = config_lib.from_file(path, {}).to_dict()
     text = json.dumps({"config": path, "values": values}, indent=2, sort_keys=True)
     files.write_text(directory / BASE, text + "\n")
@@ -124,12 +124,12 @@ def save_base(directory: Path, path: str) -> None:
 
 @contextlib.contextmanager
 def owned(config: ConfigDict, directory: Path) -> Iterator[Path]:
-    """Claims `directory` and keeps other runs out of it; yields where to write.
+    """Claims `directory`, keeps other runs out of it, and yields the folder to write into.
 
-    In a multi-process run, process 0 writes into `directory` and the others into a folder that is thrown away.
+    In a multi-process run, process 0 writes into `directory`. The others write into a temporary folder.
 
     Raises:
-        ValueError: another process, which the message names, runs here, or what `check` raises.
+        ValueError: another process, named in the message, runs here, or an error of `check`.
     """
     with locked(directory), contextlib.ExitStack() as stack:
         processes.on_first(lambda: claim(config, directory))
@@ -138,10 +138,10 @@ def owned(config: ConfigDict, directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keeps others out of `directory`, which it makes. In a multi-process run process 0 holds the lock.
+    """Makes `directory` and keeps others out of it. In a multi-process run process 0 holds the lock.
 
     Raises:
-        ValueError: another process, which the message names, is at work there.
+        ValueError: another process, named in the message, is at work there.
     """
     with contextlib.ExitStack() as stack:
         processes.on_first(lambda: stack.enter_context(files.locked(directory, ADVICE)))
@@ -165,7 +165,7 @@ def read_config(directory: Path) -> ConfigDict:
 
 
 def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:
-    """Whether the run trained to its end and was scored; with a config, whether to the end that this one sets."""
+    """Whether the run trained to its end and was scored. With a config, the end is the one that it sets."""
     found = read_json(directory / SUMMARY)
     if found is None:  # one that is damaged is written again
         return False
@@ -175,16 +175,15 @@ def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:
 
 
 def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest", claims: bool = True) -> EmaState:
-    """The EMA in a checkpoint, for evaluation or sampling; without any, the weights of config.init_from.
+    """The EMA in a checkpoint, for evaluation or sampling. Without checkpoints, the weights of config.init_from.
 
     Args:
-        checkpoint: "latest"; "best", the one with the lowest val_loss of those that are kept; or a step.
-        claims: whether `directory` becomes the run of such weights. Otherwise nothing is written.
+        checkpoint: "latest"; "best", the kept one with the lowest val_loss; or a step.
+        claims: whether `directory` becomes the run of these weights. Otherwise nothing is written.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: `checkpoint` is none of these, the checkpoint was trained with another config, or it is not that
-            of its network.
+        ValueError: `checkpoint` is none of these, was trained with another config, or does not fit its network.
     """
     if checkpoint not in ("latest", "best") and not checkpoint.isdecimal():
         raise ValueError(f"--checkpoint={checkpoint} must be latest, best or the step of a checkpoint")
@@ -208,7 +207,7 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest",
 
 
 class LoadedRun(NamedTuple):
-    """A trained run or an export: its config as objects, the EMA of a checkpoint, and where it lies."""
+    """A trained run or an export: its config as objects, the EMA of a checkpoint, and its path."""
 
     experiment: Experiment
     state: EmaState
@@ -228,20 +227,20 @@ class LoadedRun(NamedTuple):
 
     @property
     def model(self) -> Model:
-        """The model of the EMA parameters, with the variance that it was trained with."""
+        """The model of the EMA parameters, with the variance of training."""
         return self.experiment.model(self.state.ema_params)
 
     def model_with(self, variance: str) -> Model:
-        """The model under another variance, as `Experiment.model` takes it. Raises what `load_x0_variance` does."""
+        """The model with another variance, as `Experiment.model` takes it. Raises the errors of `load_x0_variance`."""
         x0_variance = load_x0_variance(self.directory, self.state) if variance == "optimal" else None
         return self.experiment.model(self.state.ema_params, variance, x0_variance)
 
     def export(self, directory: str | Path, license: str = "") -> None:
-        """Writes the model as two files, which `load` and `init_from` take without the run and without its data set.
+        """Writes the model as two files. `load` and `init_from` take them without the run and its data set.
 
         Args:
-            directory: one that holds no other export.
-            license: of the parameters, for whoever gets them; the program does not read it.
+            directory: a directory without another export.
+            license: the license of the parameters, for their users; the program does not read it.
 
         Raises:
             ValueError: `directory` holds something else, or this is an export already.
@@ -270,10 +269,10 @@ def load(
     Args:
         directory: DIR, DIR@best or DIR@STEP.
         checkpoint, claims: see `restore`.
-        config: of a run: one that differs from its own in what may change; None for its own.
+        config: for a run, a config that differs from its own only in keys that may change; None for its own.
 
     Raises:
-        FileNotFoundError: there is neither in it, or no checkpoint, or the run's data set is missing.
+        FileNotFoundError: the directory holds neither, there is no checkpoint, or the run's data set is missing.
         ValueError: the config or the checkpoint is damaged.
     """
     if checkpoint == "latest":
