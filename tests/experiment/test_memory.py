@@ -92,6 +92,7 @@ def measured(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_in_training_a_device_holds_the_state_once_and_the_images(wide, measured, tmp_path):
     images = np.random.default_rng(0).integers(0, toy.LEVELS, (2**15, *toy.SHAPE), np.uint8)  # 2 MiB
     splits = Splits(Source("toy", "train", images, toy.LEVELS), toy.source("validation"), toy.source("test"))
