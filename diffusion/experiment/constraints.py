@@ -1,6 +1,4 @@
-"""Constraints on the value of a config key: a type and a range. A key that names a function has a `names.Choice`
-instead.
-"""
+"""Constraints on the value of a config key: a type and a range. A key that chooses by name has a `names.Choice`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,1 +1,1 @@
-"""What keeps a run alive and its files sound; nothing here knows of diffusion."""
+"""The parts that keep a run alive and its files sound. Nothing here knows of diffusion."""

@@ -1,4 +1,5 @@
-"""Freed memory stays with the process: XLA's CPU temporaries are then not fetched from the system at every call."""
+"""Keeps freed memory in the process, so that XLA's CPU temporaries need not be fetched from the system at every call.
+"""
 
 import ctypes
 import os
@@ -12,21 +13,20 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc's malloc to keep what is freed; to be called before JAX starts its devices.
+    """Tells glibc's malloc to keep freed memory. Call it before JAX starts its devices.
 
     On a CPU XLA allocates the temporaries of a compiled program at every call and frees them at its end. By default
-    glibc returns large ones to the system, which must then clear and map every page anew. Here large allocations come
-    from the heap as well, the heap never shrinks, and all threads share it, since the heaps of further threads are
-    too small for large allocations. That holds for threads that start later. In return the process stays as large as
-    it once was.
+    glibc returns large ones to the system, which must then clear and map every page anew. With this setting large
+    allocations also come from the heap, and the heap never shrinks. All threads that start later share one heap, since
+    the heaps of further threads are too small for large allocations. In return the process keeps its peak size.
 
-    On an accelerator the temporaries are in the device's memory, and CUDA allocates pinned host memory itself. What
-    malloc hands out there are batches and results, so little is gained or lost.
+    On an accelerator the temporaries are in the device's memory, and CUDA allocates pinned host memory itself. malloc
+    then serves only batches and results, so little is gained or lost.
 
     Returns:
-        Whether malloc was told. It is left alone where DIFFUSION_KEEP_FREED_MEMORY is 0, where the user has set it
-        by GLIBC_TUNABLES or MALLOC_..., where another library has replaced it (jemalloc or tcmalloc by LD_PRELOAD),
-        and where the C library is not glibc.
+        Whether malloc was told. It is left alone if DIFFUSION_KEEP_FREED_MEMORY is 0, if the user has set it by
+        GLIBC_TUNABLES or MALLOC_..., if another library has replaced it (jemalloc or tcmalloc by LD_PRELOAD), and if
+        the C library is not glibc.
     """
     if os.environ.get(SWITCH) == "0" or _is_set_by_the_user() or not _is_glibcs():
         return False

@@ -1,8 +1,8 @@
-"""Checkpoints, which Orbax writes and reads.
+"""Checkpoints, written and read by Orbax.
 
-A checkpoint is a nested dict of host arrays, named as the leaves of the training state are
-(`params/conv_in/kernel`), so it can be read without this project's classes, and the SHA-256 digest of every leaf:
-Orbax silently restores a file with a flipped bit.
+A checkpoint is a nested dict of host arrays with the names of the training state's leaves (`params/conv_in/kernel`), so
+it can be read without this project's classes. It also holds the SHA-256 digest of every leaf, because Orbax silently
+restores a file with a flipped bit.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class Checkpoints:
     Args:
         directory: holds one directory per saved step.
         keep: how many of the latest checkpoints to keep; the one with the lowest val_loss is kept as well.
-        data_sha256: the digests of what is trained on, by their names; every checkpoint that is saved holds them.
+        data_sha256: the digests of the training data, by name. Every saved checkpoint holds them.
     """
 
     def __init__(self, directory: str | Path, keep: int = 3, data_sha256: dict[str, str] | None = None):
@@ -68,8 +68,8 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, metrics: dict[str, SupportsFloat]) -> None:
         """Starts writing a checkpoint and returns once the state is copied.
 
-        The checkpoint appears under its final name when it is complete. A step that is already saved is left
-        as it is. Errors of the previous save (a full disk) are raised here or by `wait`.
+        The checkpoint appears under its final name when it is complete. A step that is already saved does not change.
+        Errors of the previous save (a full disk) are raised here or by `wait`.
         """
         if step in self._manager.all_steps():
             return
@@ -109,7 +109,7 @@ class Checkpoints:
         return ranking.best_step(metrics, self.directory.parent)
 
     def trained_on(self, only: int | None = None) -> dict[str, str]:
-        """The digests of what the newest checkpoint, or that of a step, was trained on; {} if none says so."""
+        """The digests of the training data of the newest checkpoint, or of one step; {} if none are recorded."""
         steps = [step for step in self._manager.all_steps() if only in (None, step)]
         for step in sorted(steps, reverse=True):
             with contextlib.suppress(ValueError):  # damaged JSON, which `resume` finds, too
@@ -119,11 +119,11 @@ class Checkpoints:
     def resume(self, like: PyTree) -> PyTree | None:
         """The newest sound checkpoint as `restore` returns it; None if nothing was ever saved.
 
-        Every damaged checkpoint that is newer than it, and every interrupted save, is named in a warning and moved
-        into damaged/. This is for the run that owns the directory. Use `restore` to read without moving anything.
+        Warns about every newer damaged checkpoint and every interrupted save, and moves them into damaged/. Only the
+        run that owns the directory may call it. Use `restore` to read without moving anything.
 
         Raises:
-            OSError: a checkpoint cannot be read; nothing is moved, for that is not damage.
+            OSError: a checkpoint cannot be read. Nothing is moved, because this is not damage.
             ValueError: the checkpoint does not fit `like`.
             DamagedCheckpoint: there are checkpoints and none is sound; nothing is moved.
         """
@@ -148,9 +148,10 @@ class Checkpoints:
         """Reads one checkpoint, or some of the entries at its top, and verifies what it reads.
 
         Args:
-            step: which one; None is the newest sound one, after a warning about each damaged one passed over.
+            step: the step of the checkpoint; None for the newest sound one, with a warning about each damaged one
+                before it.
             like: a tree of the wanted structure whose leaves have a shape and a dtype (arrays or the structs
-                of `jax.eval_shape`). Entries of the checkpoint that it does not have at its top are not read.
+                of `jax.eval_shape`). Top-level entries of the checkpoint that `like` lacks are not read.
 
         Returns:
             A tree of the structure of `like` with NumPy arrays, bit-identical to what was saved.
@@ -164,9 +165,9 @@ class Checkpoints:
         return self._sound(step, lambda step: self._read_as(step, like, _entries_of(like)))
 
     def entry(self, step: int | None, name: str) -> dict[str, np.ndarray]:
-        """Reads one entry at the top of a checkpoint whatever is in it: its leaves by their paths in the entry.
+        """Reads one top-level entry of a checkpoint, whatever its structure: the leaves by their paths in the entry.
 
-        Takes and raises what `restore` does.
+        It has the arguments and the errors of `restore`.
         """
         leaves = self._sound(step, lambda step: self._read(step, {name}))
         return {path.removeprefix(f"{name}/"): leaf for path, leaf in leaves.items()}
@@ -251,7 +252,7 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(digests=LateJsonRestore())).digests
 
     def wait(self) -> None:
-        """Blocks until the save in progress is on disk, and raises what went wrong in it."""
+        """Blocks until the save in progress is on disk, and raises its error if it failed."""
         with self._named_failure():
             self._manager.wait_until_finished()
             self._unfinished = None

@@ -1,12 +1,12 @@
-"""The file of --mode=compress: what it was made with and of, a checksum of every byte, and the coded bits.
+"""The file of --mode=compress: a header about the model and the images, a checksum of every byte, and the coded bits.
 
     4 bytes   "DDC" and the version of this format
     4 bytes   CRC-32 of all other bytes; it finds every change within 32 bits in a row
     then      the header's fields in their order: digests of 4 bytes, numbers as LEB128, texts after their length
     to the end   the body: words of 32 bits, little-endian
 
-The header is short, about 40 bytes, because it counts. A digest of 4 bytes takes a wrong thing for the right one once
-in 4e9 times.
+The header is short, about 40 bytes, because it counts as a part of the file. A digest of 4 bytes accepts a wrong value
+once in 4e9 times.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ _CHECKSUM = slice(4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What must be the same where the file is decoded, and what the decoder has to know.
+    """Values that must be equal where the file is decoded, and values that the decoder needs.
 
     Attributes:
-        weights, config: digests of the model's numbers, and of the config keys that say what they mean.
-        device, jax_version: where the network was run, such as "cpu" and "0.10.1".
-        floats: digest of what the network computed there of a fixed input.
-        dtype: of the network's computations, as its place in DTYPES.
-        precision, batch_size: of the codec.
-        num_images, height, width, channels, num_levels: of the images.
+        weights, config: digests of the model's weights, and of the config keys that give them their meaning.
+        device, jax_version: the device and JAX version that ran the network, such as "cpu" and "0.10.1".
+        floats: digest of the network's output there for a fixed input.
+        dtype: the dtype of the network's computations, as its index in DTYPES.
+        precision, batch_size: the settings of the codec.
+        num_images, height, width, channels, num_levels: the shape and levels of the images.
         pixels: digest of the images.
-        initial_words: how many words of the body are random.
+        initial_words: the number of random words in the body.
     """
 
     weights: bytes
@@ -70,7 +70,7 @@ def read(path: Path) -> tuple[Header, UInt32[np.ndarray, " n"]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such file, of another version, or damaged.
+        ValueError: it is not such a file, has another version, or is damaged.
     """
     data = path.read_bytes()
     if data[:3] != MAGIC:

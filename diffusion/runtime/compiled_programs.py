@@ -1,8 +1,8 @@
-"""Where JAX keeps compiled programs, so that the next process does not compile them again.
+"""The folder in which JAX keeps compiled programs, so that the next process need not compile them again.
 
-A program for one CPU may not run on another that reads the same home directory, and JAX does not tell CPUs apart: there
-is a folder for each model of CPU. The rest is JAX's own cache. A file that a killed process left half written costs a
-warning, and its program is compiled again.
+A program for one CPU may not run on another that reads the same home directory, and JAX does not distinguish CPUs. So
+there is a folder for each model of CPU. The rest is JAX's own cache. If a killed process leaves a file half written,
+JAX warns and compiles the program again.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ UNSAFE = "avx512f"
 
 
 def keep(on_cpu: bool) -> None:
-    """Has JAX keep compiled programs in `files.cache_directory()`, unless JAX_COMPILATION_CACHE_DIR names a folder.
+    """Makes JAX keep compiled programs in `files.cache_directory()`, unless JAX_COMPILATION_CACHE_DIR names a folder.
 
-    None are kept for CPUs that are UNSAFE or that Linux does not describe, nor without a home directory.
+    Programs are not kept for CPUs that are UNSAFE or that Linux does not describe, or without a home directory.
 
     Args:
         on_cpu: whether the programs are for a CPU.

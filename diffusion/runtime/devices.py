@@ -1,7 +1,7 @@
-"""What every program shares about devices: copies of a tree on all of them, and batches that they split.
+"""The handling of devices that all programs share: copies of a tree on every device, and batches that devices split.
 
-Other modules pass host arrays in, and get back host arrays or a `Replicated` tree, whose [devices, ...] axis only this
-module and `training.parallel` know.
+Other modules pass in host arrays, and get back host arrays or a `Replicated` tree. Only this module and
+`training.parallel` know its [devices, ...] axis.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Replicated:
 
 
 def replicate(tree: PyTree) -> Replicated:
-    """A copy of a host tree on every device; the host needs no memory for it."""
+    """A copy of a host tree on every device. The host needs no extra memory for it."""
     on_rows, count = sharding(), jax.local_device_count()
 
     def copies(leaf: ArrayLike) -> jax.Array:
@@ -51,7 +51,7 @@ def replicate(tree: PyTree) -> Replicated:
 def sharding() -> jax.sharding.NamedSharding:
     """Places an array [devices, ...] row by row on this process's devices.
 
-    It equals that of what `jax.pmap` returns: with another one for what it takes, the second step would compile again.
+    It equals the sharding of `jax.pmap`'s outputs. If the inputs had another one, the second step would compile again.
     """
     return jax.sharding.NamedSharding(_mesh(jax.local_devices()), jax.sharding.PartitionSpec(AXIS))
 
@@ -72,8 +72,8 @@ def on_each(fn: Callable[..., PyTree], devices: Sequence[jax.Device] | None = No
     Every process runs its own program on its own devices, and none waits for another.
 
     Args:
-        fn: of trees of arrays; returns a tree of arrays.
-        devices: this process's, or those to compile for.
+        fn: a function of trees of arrays that returns a tree of arrays.
+        devices: this process's devices, or those to compile for.
     """
 
     def on_own_rows(*rows: PyTree) -> PyTree:
@@ -95,11 +95,12 @@ def over_batches(fn: Callable[[PyTree, PyTree], PyTree]) -> InBatches:
 
     Returns:
         (a tree of `Replicated`, items with leaves [N, ...] on the host, batch size) -> an iterator of the numbers [n]
-        of the items that are done and their results [n, ...] on the host. Every item comes once, on every process.
-        One batch is computed while the one before is fetched.
+        of finished items and their results [n, ...] on the host. Every item comes once, on every process. One batch is
+        computed while the one before is fetched.
 
-        `load`, if it is given, makes of a batch's items [devices, b] what `fn` gets, on the host, for this process's
-        devices alone. A batch of items that `is_done` [N] says are done is left out; the others stay what they are.
+        `load`, if given, turns the items [devices, b] of a batch into the inputs of `fn`, on the host, for this
+        process's devices alone. A batch is left out if `is_done` [N] is true for all of its items; the other batches do
+        not change.
     """
     compiled, on_rows = on_each(fn), sharding()
 

@@ -1,4 +1,4 @@
-"""SHA-256 digests of states, files and descriptions: what is cached, resumed or reused is found by them."""
+"""SHA-256 digests of states, files and descriptions, by which cached, resumed and reused files are found."""
 
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ def leaf_sha256(tree: PyTree, threads: int | None = None) -> dict[str, str]:
     """Each leaf's digest, over its dtype, shape and bytes, by its path.
 
     Args:
-        threads: how many work on it; None for what the machine has.
+        threads: the number of threads; None for as many as the machine has.
     """
 
     def digest(leaf: Any) -> str:
@@ -50,16 +50,16 @@ def tree_sha256(tree: PyTree) -> str:
 
 
 def short_sha256(description: Any) -> str:
-    """Twelve hex digits, for a folder's name, of a description that JSON can hold."""
+    """Twelve hex digits of the digest of a JSON-like description, for the name of a folder."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def kept_sha256(file: Path, about: str, compute: Callable[[], str]) -> str:
-    """The digest that `compute` makes of a file, computed once: it is kept beside the file, where that can be written.
+    """The digest that `compute` makes of a file. It is computed once and kept beside the file, if that is writable.
 
     Args:
-        file: a change of its size, of its times or of its place on the disk makes what was kept invalid.
-        about: what else the digest depends on.
+        file: the file. A change of its size, its times or its place on the disk makes the kept digest invalid.
+        about: everything else on which the digest depends.
     """
     stat, path = file.stat(), file.with_name(f"{file.name}.sha256")
     now = [about, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

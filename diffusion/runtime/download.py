@@ -1,4 +1,4 @@
-"""Files from a server: complete and as they should be, or not there."""
+"""Downloads of files: complete and correct, or not there."""
 
 import hashlib
 import os
@@ -21,15 +21,15 @@ NOT_SATISFIABLE = 416  # the answer of a server that has no bytes from there on
 def download(urls: str | Sequence[str], sha256: str, path: Path, num_bytes: int | None = None) -> None:
     """Downloads a file to `path`, which appears only once complete and with the right SHA-256.
 
-    What came before a download was cut is kept beside `path`, and the next call, or the next server, goes on after it.
-    Of several processes one downloads, and the others wait.
+    If a download is cut, its first part is kept beside `path`. The next call or the next server continues from there.
+    If several processes call it, one downloads and the others wait.
 
     Args:
-        urls: where it is, in the order in which they are tried.
-        num_bytes: the right size, where it is known; a server that announces another is not read.
+        urls: the addresses of the file, in the order in which they are tried.
+        num_bytes: the right size, if known. A server that announces another size is not read.
 
     Raises:
-        ValueError: a server sent something else.
+        ValueError: a server sent another file.
         OSError: the servers or the disk failed; a ConnectionError if the download was cut.
     """
     urls = [urls] if isinstance(urls, str) else urls

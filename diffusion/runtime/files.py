@@ -1,4 +1,5 @@
-"""Files that are written completely or not at all, locked directories, and where files lie that can be made again."""
+"""Files that are written completely or not at all, locked directories, and the place of files that can be made again.
+"""
 
 import contextlib
 import errno
@@ -34,10 +35,10 @@ LOCK = "lock"  # holds the name of its owner; what counts is the lock on it, whi
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file open for writing that takes the place of `path` once all is in it.
+    """A file open for writing. It replaces `path` once everything is written.
 
-    Until then, and if anything is raised meanwhile, `path` stays what it was. Several processes may do it at once;
-    the last one wins.
+    `path` does not change until then, or if an error is raised. Several processes may do this at once; the last one
+    wins.
 
     Raises:
         OSError: the file could not be written; the message names it.
@@ -57,7 +58,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def unfinished(path: Path, ending: str) -> Path:
-    """A name beside `path` that no other process takes, short enough wherever that of `path` is."""
+    """A name beside `path` that no other process takes. It is short enough if the name of `path` is."""
     begin = os.fsencode(path.name)[:MAX_BEGIN_BYTES].decode(errors="ignore")
     return path.with_name(f"{begin}.{uuid.uuid4().hex}.{ending}")
 
@@ -70,7 +71,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(directory: Path, advice: str) -> Iterator[None]:
-    """Keeps other processes out of a directory, which it makes.
+    """Makes a directory and keeps other processes out of it.
 
     Raises:
         ValueError: another process is at work there; the message names it and ends with `advice`.
@@ -96,13 +97,13 @@ def locked(directory: Path, advice: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(path: Path, waiting: str) -> Iterator[BinaryIO]:
-    """The file at `path`, which is made if need be, open to append to; other processes that ask for it wait meanwhile.
+    """The file at `path`, made if necessary and open for appending. Other processes that ask for it wait meanwhile.
 
-    Whoever gets it looks first whether another one has done the work. It is to be renamed or deleted in the end. Where
-    the file system has no locks, it is a file of this process alone, which is deleted.
+    The caller first checks whether another process has done the work, and renames or deletes the file at the end.
+    Without locks in the file system, the file belongs to this process alone and is deleted.
 
     Args:
-        waiting: what is said before waiting.
+        waiting: the message before waiting.
     """
     while True:
         with path.open("a+b") as file:
@@ -140,7 +141,7 @@ def _wait_for(file: BinaryIO, waiting: str) -> None:
 
 
 def is_free(path: Path) -> bool:
-    """Whether no process has the file of `alone`."""
+    """Whether no process holds the file of `alone`."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,10 +151,10 @@ def is_free(path: Path) -> bool:
 
 
 def allow_open(number: int) -> None:
-    """Sees to it that this process may keep so many files open; by default a system often allows 1,024.
+    """Raises this process's limit of open files if necessary. Systems often allow 1,024 by default.
 
     Raises:
-        OSError: it may not.
+        OSError: the system refuses so many open files.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = number + OTHER_FILES
@@ -180,7 +181,7 @@ def cache_directory() -> Path:
     """`$XDG_CACHE_HOME/diffusion`, or ~/.cache/diffusion; it need not exist.
 
     Raises:
-        FileNotFoundError: there is no home directory. Whoever can do without a cache goes on.
+        FileNotFoundError: there is no home directory. A caller that can do without a cache catches it.
     """
     try:
         return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "diffusion"

@@ -1,7 +1,7 @@
-"""An item of a checkpoint, JSON, that is computed while the other items are written.
+"""A JSON item of a checkpoint that is computed while the other items are written.
 
-The digests of a state take longer than its copy. Computed here they do not hold up training, and a checkpoint still
-gets its final name only after them. The file is the one of Orbax's JsonSave, so JsonRestore reads it.
+The digests of a state take longer than its copy. Computed here, they do not delay training, and a checkpoint still gets
+its final name only after them. The file has the format of Orbax's JsonSave, so JsonRestore reads it.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ class LateJsonHandler(ocp.JsonCheckpointHandler):
 @ocp.args.register_with_handler(LateJsonHandler, for_save=True)
 @dataclasses.dataclass
 class LateJson(ocp.args.CheckpointArgs):
-    """What `make` returns, which JSON can hold; it is called in another thread, after `begin`.
+    """The result of `make` as JSON. `make` is called in another thread, after `begin`.
 
-    Before, it would share the processor with the copy of the other items, which training waits for.
+    If it started earlier, it would slow down the copy of the other items, for which training waits.
     """
 
     make: Callable[[], dict[str, Any]]
@@ -43,4 +43,4 @@ class LateJson(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(LateJsonHandler, for_restore=True)
 @dataclasses.dataclass
 class LateJsonRestore(ocp.args.CheckpointArgs):
-    """Reads it."""
+    """Reads the item that `LateJson` wrote."""

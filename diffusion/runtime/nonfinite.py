@@ -1,4 +1,4 @@
-"""What is known of a train step whose loss or gradient is NaN or Inf."""
+"""The error about a train step whose loss or gradient is NaN or Inf."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,10 +11,10 @@ def check(unchecked: list[tuple[range, Metrics]], groups: list[str], skipped: in
     """Raises a FloatingPointError about the first step that has a NaN or Inf.
 
     Args:
-        unchecked: steps and their metrics.
+        unchecked: steps that were not checked yet, and their metrics.
         groups: the names of the parameter groups, in the order of `group_norms`.
-        skipped: how many updates were left out so far.
-        allowed: how many may be: train.skip_nonfinite.
+        skipped: the number of updates skipped so far.
+        allowed: the number that may be skipped: train.skip_nonfinite.
     """
     if allowed and skipped <= allowed:
         return

@@ -1,7 +1,7 @@
-"""What Orbax prints of saves that go well, and of those that fail, whose error reaches the caller as an exception.
+"""Hides Orbax's messages about saves: about good ones, and about failed ones, whose error reaches the caller anyway.
 
-That exception is long: TensorStore says what it was about to do, in which database and with which settings, and at the
-end what the disk said.
+The exception of a failed save is long: TensorStore lists its operation, its database and its settings, and at the end
+the disk's own message.
 """
 
 import functools
@@ -15,10 +15,10 @@ from typing import Any
 
 @functools.cache
 def silence() -> None:
-    """Hides it, for the rest of the process.
+    """Hides these messages for the rest of the process.
 
-    Orbax reports every phase of every save through absl's logger, and where a save fails, asyncio's reports each of
-    its writes that failed too.
+    Orbax reports every phase of every save through absl's logger. If a save fails, asyncio's logger also reports each
+    of its failed writes.
     """
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
@@ -40,7 +40,7 @@ def _without_late_writes(show: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def reason(error: Exception) -> str:
-    """Why a save failed, in a few words: what the disk said, if it said anything."""
+    """The reason why a save failed, in a few words: the disk's message, if there is one."""
     if number := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(number[1]))
     return str(error).partition("\n")[0][:200]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, as schedulers send them before they kill."""
+"""Signals that ask a run to stop. Schedulers send them before they kill a run."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ EXIT_CODE = 75  # os.EX_TEMPFAIL: the run is not finished, and the same command 
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop. Ends the program with EXIT_CODE."""
+    """The run was asked to stop. The program ends with EXIT_CODE."""
 
     def __init__(self, reason: str):
         super().__init__(EXIT_CODE)
@@ -28,9 +28,9 @@ def point() -> None:
 class Preemption:
     """While entered, SIGTERM, SIGHUP and SIGINT raise `Preempted` at once, or set `signal_name` inside `deferred`.
 
-    A second SIGINT always interrupts at once: a person at the keyboard means it. In a multi-process run
-    JAX's coordination service receives SIGTERM and tells every process where to stop; SIGHUP is passed on to it as a
-    SIGTERM, and SIGINT keeps its usual meaning. A SIGHUP that is ignored (nohup) stays so.
+    A second SIGINT always interrupts at once, because a person at the keyboard means it. In a multi-process run JAX's
+    coordination service receives SIGTERM and tells every process where to stop. SIGHUP is passed on to it as a SIGTERM,
+    and SIGINT keeps its usual meaning. A SIGHUP that is ignored (nohup) stays ignored.
     """
 
     def __init__(self):
@@ -55,7 +55,7 @@ class Preemption:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Between two steps is the time to stop: see `is_due`."""
+        """Defers the stop to the time between two steps: see `is_due`."""
         self._deferring = True
         try:
             yield
@@ -66,7 +66,7 @@ class Preemption:
 
     @contextlib.contextmanager
     def at_points(self) -> Iterator[None]:
-        """A signal raises where `point` is called: some libraries take what is raised inside them for an error."""
+        """Defers the exception to calls of `point`. Some libraries take an exception inside them for an error."""
         self.stops_at_points = True
         try:
             with self.deferred():
@@ -75,7 +75,7 @@ class Preemption:
             self.stops_at_points = False
 
     def is_due(self) -> bool:
-        """Whether to save and stop now. Every process asks after each call; all are told at the same one."""
+        """Whether to save and stop now. Every process asks after each call, and all get the answer at the same call."""
         if jax.process_count() > 1:
             # JAX stops one past the furthest process, so this has to count by ones, which steps need not.
             self._asked += 1
@@ -84,9 +84,9 @@ class Preemption:
         return bool(self.signal_name)
 
     def check(self) -> None:
-        """Raises `Preempted` if a signal asked to stop: between parts of work that need no saving of their own.
+        """Raises `Preempted` if a signal asked to stop. Call it between parts of work that need no save of their own.
 
-        Alone, a process stops as the signal comes; in a multi-process run every process has to ask at the same point.
+        A single process stops as the signal comes. In a multi-process run every process must call it at the same point.
         """
         if jax.process_count() > 1 and self.is_due():
             raise Preempted("stopped by a signal; the same command goes on")

@@ -1,4 +1,4 @@
-"""Making the next items in a thread of their own while the present one is used."""
+"""Makes the next items in a separate thread while the current one is used."""
 
 import collections
 from collections.abc import Generator, Iterator
@@ -13,8 +13,8 @@ _END = object()
 def prefetched(items: Iterator[Item]) -> Generator[Item, None, None]:
     """The same items in the same order, `AHEAD` of them made in advance.
 
-    What making an item raises is raised where that item is asked for. Closing the iterator waits for the items that
-    are being made.
+    An error in making an item is raised when that item is asked for. Closing the iterator waits for the items in the
+    making.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
         pending = collections.deque(pool.submit(next, items, _END) for _ in range(AHEAD))

@@ -1,4 +1,4 @@
-"""Multi-process runs, on one machine or on many: who takes part, and what process 0 does for all."""
+"""Multi-process runs, on one machine or many: joining them, and the work that process 0 does for all."""
 
 import itertools
 import logging
@@ -17,12 +17,12 @@ _BARRIERS = itertools.count()  # every process comes to the same ones, in the sa
 
 
 def join(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
-    """Makes this process part of a multi-process run; does nothing where it is the only one.
+    """Makes this process a part of a multi-process run. A single process does nothing.
 
     Args:
         coordinator: "host:port" of process 0; "" to let JAX detect the cluster (Slurm, Cloud TPU VMs, MPI,
             Kubernetes), which is joined if it has more than one process.
-        num_processes, process_id: of a coordinator that is given; None where JAX finds them.
+        num_processes, process_id: required with a coordinator; None if JAX finds them.
 
     Raises:
         ValueError: the flags do not fit together, or the devices belong to more processes than were joined.
@@ -40,10 +40,11 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None) ->
 
 
 def detected_processes() -> int:
-    """How many processes the cluster has that JAX would detect; 1 where it detects none.
+    """The number of processes in the cluster that JAX would detect; 1 if it detects none.
 
-    `jax.distributed.initialize` does not say: alone it raises what a cluster that does not answer may raise too, and in
-    a cluster of one process it opens a port, which a second program in the same job would find taken.
+    `jax.distributed.initialize` does not tell. For a single process its error may also come from a cluster that does
+    not answer. In a cluster of one process it opens a port, and a second program in the same job would find the port
+    taken.
     """
     try:
         from jax._src.clusters import ClusterEnv  # JAX has no public way to ask what it would detect
@@ -59,7 +60,7 @@ def detected_processes() -> int:
 def check_joined() -> None:
     """Raises a ValueError if this is one of several processes that do not know of each other.
 
-    The devices of a TPU slice belong together even so, but no signal would reach the other processes.
+    The devices of a TPU slice belong together even then, but no signal would reach the other processes.
     """
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise ValueError(
@@ -74,9 +75,9 @@ def is_first() -> bool:
 
 
 def from_first(tree: PyTree) -> PyTree:
-    """Process 0's tree of arrays, bit by bit, on every process; the others pass one of the same shapes.
+    """Process 0's tree of arrays, bit-identical on every process. The others pass a tree of the same shapes.
 
-    It is sent in parts, which lie on every device: a whole state would take twice its size there.
+    It is sent in parts, each of which lies on every device. A whole state would take twice its size there.
     """
     if jax.process_count() == 1:
         return tree
@@ -114,15 +115,15 @@ def _parts(sizes: list[int]) -> Iterator[list[tuple[int, int, int]]]:
 
 
 def bool_from_first(value: bool) -> bool:
-    """What process 0 says, on every process."""
+    """The value of process 0, on every process."""
     return bool(from_first(np.asarray(value)))
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until every process has come so far, for a day if need be; a collective would give up after minutes.
+    """Waits until every process has reached this point, for up to a day. A collective would give up after minutes.
 
     Args:
-        what: a name for the point.
+        what: the name of the point.
     """
     if jax.process_count() == 1:
         return
@@ -133,11 +134,11 @@ def wait_for_all(what: str) -> None:
 
 
 def check_same(text: Callable[[], str], complaint: str) -> None:
-    """Raises a ValueError on every process if not all of them have the same text, which has one length on all.
+    """Raises a ValueError on every process unless all have the same text. The text must have the same length on all.
 
     Args:
-        text: makes it; not called where there is one process.
-        complaint: what the error says after the numbers of the processes that differ from process 0.
+        text: makes the text. It is not called if there is only one process.
+        complaint: the end of the error message, after the numbers of the processes that differ from process 0.
     """
     if jax.process_count() == 1:
         return
@@ -149,11 +150,12 @@ def check_same(text: Callable[[], str], complaint: str) -> None:
 
 
 def on_first(action: Callable[[], Any]) -> Any:
-    """Calls `action` on process 0 alone, and returns its result there and None elsewhere.
+    """Calls `action` on process 0 alone. Returns its result there and None elsewhere.
 
     Raises:
-        ValueError: `action` raised it or an OSError; on every process, so that none waits for another in vain.
-        Exception: `action` raised another one, on process 0 as it is; the others raise a ValueError that names it.
+        ValueError: `action` raised it or an OSError. It is raised on every process, so that none waits in vain.
+        Exception: `action` raised another exception. Process 0 raises it as it is; the others raise a ValueError that
+            names it.
     """
     if jax.process_count() == 1:
         return action()

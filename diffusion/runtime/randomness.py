@@ -1,9 +1,9 @@
-"""Every random number is a pure function of (seed, stream, step or image, position): nothing is carried along.
+"""Every random number is a pure function of (seed, stream, step or image, position). There is no random state.
 
-So resuming needs the step and nothing else, and no two uses of one seed share their noise.
+So resuming needs only the step, and no two uses of one seed share their noise.
 
-JAX's `split(key, n)[i]` is `fold_in(key, i)`, so what is folded into one key has to have one meaning. The keys, and the
-numbers that lead to them:
+JAX's `split(key, n)[i]` is `fold_in(key, i)`, so all numbers folded into one key must have the same meaning. The keys,
+and the numbers that lead to them:
 
     stream                  the place of its name in STREAMS
       init                  Flax folds in a digest of each parameter's name
@@ -17,16 +17,16 @@ numbers that lead to them:
       ode       split, image, then 0: dequantization, 1: probes
       sample    image       0: x_T; 1…T − 1: the noise of x_t; T: of `after_step`, into which t is folded
 
-Two kinds of keys are drawn from and folded into, which stays so because a run must resume bit by bit. No number comes
-twice: what is drawn at place i is the exclusive or of the two words of the key that folding i would give.
+Two kinds of keys are both drawn from and folded into. This cannot change, because a run must resume bit by bit. No
+number comes twice: the draw at place i is the exclusive or of the two words of the key that folding i would give.
 
 - With the objectives "vdm" and "vdm_continuous" the decoder's term draws its ε from an example's key of dropout, whose
   own bits come from keys below it: `decoder_noise`.
 - experiments/parameterizations.py draws the errors of image 0, 1, 2 and t from the evaluation's key of image t of the
   split of that number, whose ε come from keys below it.
 
-NumPy's generators, which order the data and choose fixed subsets, have nothing in common with these keys. Of them
-`default_rng(seed)` is `default_rng((seed, 0))`: the codec's first bits are those that order epoch 0.
+NumPy's generators order the data and choose fixed subsets. They have nothing in common with these keys.
+`default_rng(seed)` equals `default_rng((seed, 0))`, so the codec's first bits are those that order epoch 0.
 """
 
 from functools import partial
@@ -40,7 +40,7 @@ NO_T = 0  # t = 0 has no ε, so its number is free
 
 
 class StepKeys(NamedTuple):
-    """What is drawn for a training step."""
+    """The keys of a training step."""
 
     t: Key[Array, ""]
     examples: Key[Array, ""]  # see `per_item` and `of_example`
@@ -49,7 +49,7 @@ class StepKeys(NamedTuple):
 
 
 class ExampleKeys(NamedTuple):
-    """What is drawn for each example of a batch."""
+    """The keys of each example of a batch."""
 
     noise: Key[Array, " b"]  # ε
     dropout: Key[Array, " b"]
@@ -62,7 +62,7 @@ def stream(seed: int | Int[Array, ""], name: str) -> Key[Array, ""]:
 
 
 def per_item(key: Key[Array, ""], items: Int[Array, " b"]) -> Key[Array, " b"]:
-    """A key for each item (an image, a position in the batch), whatever batch it is part of."""
+    """A key for each item (an image, a position in the batch). It does not depend on the batch that the item is in."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, items)
 
 
@@ -78,5 +78,5 @@ def of_example(keys: Key[Array, " b"]) -> ExampleKeys:
 
 
 def decoder_noise(key: Key[Array, ""]) -> Key[Array, ""]:
-    """The key of an example's ε at t = 1 where the decoder's term is computed at every step; see above."""
+    """The key of an example's ε at t = 1, if the decoder's term is computed at every step; see above."""
     return jax.random.fold_in(key, ExampleKeys._fields.index("dropout"))

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best: by the loss of validation images, which no step has seen."""
+"""The choice of the best checkpoint: by the loss of validation images, which no step has seen."""
 
 import logging
 from pathlib import Path
@@ -8,18 +8,18 @@ TEST_LOSS = "test_loss"  # ... and by which version 0.3 and earlier ranked them
 
 
 def score(metrics: dict[str, float]) -> float:
-    """The loss that a checkpoint with these metrics is ranked by; infinite for one that was not scored."""
+    """The loss that ranks a checkpoint with these metrics. It is infinite if the checkpoint was not scored."""
     return metrics.get(VAL_LOSS, metrics.get(TEST_LOSS, float("inf")))
 
 
 def best_step(metrics: dict[int, dict[str, float]], directory: Path) -> int:
-    """The step of the lowest loss, the later of equals.
+    """The step of the lowest loss; of equal losses, the latest.
 
-    In a run of an earlier version it is the lowest loss of test images, and a warning says so.
+    A run of an earlier version is ranked by the loss of test images, with a warning.
 
     Args:
-        metrics: of each checkpoint, by its step.
-        directory: of the run, for messages.
+        metrics: the metrics of each checkpoint, by step.
+        directory: the run's directory, for messages.
 
     Raises:
         ValueError: no checkpoint was scored.

@@ -1,4 +1,4 @@
-"""Standard streams that stop no program: closed ones, readers that leave, terminals that go, letters without a code."""
+"""Standard streams that never stop the program: if closed, unread, on a lost terminal, or unable to encode a letter."""
 
 import errno
 import importlib.util
@@ -14,7 +14,7 @@ EVERY = frozenset(errno.errorcode)
 
 
 class _Lasting(io.FileIO):
-    """A stream that throws away what it cannot write, for some errors."""
+    """A stream that drops text which it cannot write, for some errors."""
 
     def __init__(self, descriptor: int, ignored: Container[int]):
         super().__init__(descriptor, "w", closefd=False)
@@ -32,11 +32,11 @@ class _Lasting(io.FileIO):
 
 
 def guard() -> None:
-    """Makes this process's standard streams last; the first thing that a program does. On Windows it ends it.
+    """Makes this process's standard streams last. A program calls it first. On Windows it ends the program.
 
-    A closed one is opened to nowhere, so that no file gets its descriptor and with it a library's messages. What
-    cannot be written since nobody reads it is thrown away: a run goes on. On stderr, which nothing depends on, any
-    failure counts so. On stdout a full or failing disk is an error. What an encoding has no code for is escaped.
+    A closed stream is opened to nowhere, so that no file gets its descriptor and a library's messages with it. Text
+    that nobody can read any more is dropped, and the run goes on. On stderr, on which nothing depends, this holds for
+    every failure. On stdout a full or failing disk is an error. Characters that the encoding lacks are escaped.
     """
     if importlib.util.find_spec("fcntl") is None:
         print("error: this needs Linux or macOS; on Windows, run it in WSL 2", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What can be known of a stored checkpoint: whether it is complete, readable, what was saved, and what is wanted."""
+"""Checks of a stored checkpoint: whether it is complete, readable, unchanged, and fits the run."""
 
 import json
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ from diffusion.runtime.digests import named_leaves
 
 
 class DamagedCheckpoint(ValueError):
-    """What is stored is not what was saved."""
+    """The stored checkpoint differs from the saved one."""
 
 
 class OtherCheckpoint(ValueError):
-    """What is stored is of another model or optimizer than the config's."""
+    """The stored checkpoint belongs to another model or optimizer than the config's."""
 
 
 def is_complete(path: Path) -> bool:
-    """Whether every part of a checkpoint is there; reading it finds out whether it is what was saved.
+    """Whether every part of a checkpoint is there. Only reading it shows whether it is unchanged.
 
     Raises:
-        OSError: the disk does not say.
+        OSError: the disk cannot be read.
     """
     try:
         json.loads((path / "metrics" / "metrics").read_bytes())  # Orbax reads the scores of all steps at once
@@ -37,7 +37,7 @@ def is_complete(path: Path) -> bool:
 
 
 def check_readable(path: Path) -> None:
-    """Raises an OSError if a file of a checkpoint cannot be read: then nothing is known of what is in it."""
+    """Raises an OSError if a file of a checkpoint cannot be read. Its contents are then unknown."""
     try:
         for file in sorted(path.rglob("*")):
             if file.is_file():
@@ -54,7 +54,7 @@ def check_readable(path: Path) -> None:
 
 
 def differing(found: dict[str, Any], stored: dict[str, Any]) -> str:
-    """The name of the first entry that is not what was stored; "" if all are."""
+    """The name of the first entry that differs from the stored one; "" if none does."""
     for name in sorted(found["sha256"].keys() | stored["sha256"].keys()):
         if found["sha256"].get(name) != stored["sha256"].get(name):
             return name
@@ -62,7 +62,7 @@ def differing(found: dict[str, Any], stored: dict[str, Any]) -> str:
 
 
 def check_fit(saved: dict[str, np.ndarray], like: PyTree, path: Path) -> None:
-    """Raises an OtherCheckpoint that names the first leaf of which the checkpoint and `like` differ."""
+    """Raises an OtherCheckpoint that names the first leaf in which the checkpoint and `like` differ."""
     wanted = dict(named_leaves(like))
     for name, leaf in wanted.items():
         if name not in saved:
@@ -78,10 +78,10 @@ def check_fit(saved: dict[str, np.ndarray], like: PyTree, path: Path) -> None:
 
 
 class CompleteSteps:
-    """Orbax's naming of step directories, blind to those that no complete checkpoint is in.
+    """Orbax's naming of step directories. It ignores directories without a complete checkpoint.
 
-    Orbax takes any directory with a number for its name as a checkpoint, an empty one too: as the latest to
-    resume from, and as one of the last few when old ones are deleted.
+    Orbax takes any directory whose name is a number for a checkpoint, even an empty one. It would resume from it, and
+    would count it among the last few when it deletes old ones.
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""A dump of every thread's stack when a step takes far longer than usual: where a run that hangs, hangs."""
+"""Dumps every thread's stack if a step takes far longer than usual, to show where a run hangs."""
 
 import collections
 import contextlib
@@ -14,11 +14,11 @@ WARM_UP = 5  # steps that are not watched: the first ones compile
 
 
 class Watchdog:
-    """Watches what runs in `step()`. The dump is written by a thread that needs no Python, so a hang in C is seen.
+    """Watches the code inside `step()`. A thread that needs no Python writes the dump, so a hang in C is seen.
 
     Args:
-        at_least: seconds below which no step is too slow; shorter pauses are those of a busy machine.
-        file: where the stacks go; it must have a file descriptor.
+        at_least: the seconds below which no step is too slow, because a busy machine causes shorter pauses.
+        file: the file for the stacks; it must have a file descriptor.
     """
 
     def __init__(self, at_least: float = 10.0, file: TextIO = sys.__stderr__):
@@ -27,7 +27,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Dumps the stacks, once and while it still runs, if what is inside takes FACTOR times the median."""
+        """Dumps the stacks once, while the code inside still runs, if it takes FACTOR times the median."""
         if len(self._seconds) >= WARM_UP:
             limit = max(FACTOR * statistics.median(self._seconds), self._at_least)
             faulthandler.dump_traceback_later(limit, file=self._file)
