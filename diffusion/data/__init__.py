@@ -1,7 +1,7 @@
-"""Pictures in: data sets through TensorFlow Datasets (TFDS), read without TensorFlow.
+"""Images: data sets through TensorFlow Datasets (TFDS), read without TensorFlow.
 
-`load` gives a split as a `Source`, `describe` says what a set holds without touching a picture, and `batch_indices`
-says which examples make up a training step. `validation.split_off` sets training images aside.
+`load` returns a split as a `Source`, and `describe` describes a set without reading an image. `batch_indices` gives the
+examples of a training step. `validation.split_off` sets training images aside.
 """
 
 from diffusion.data.batches import batch_indices

@@ -1,4 +1,4 @@
-"""Which examples make up which step: a pure function of (seed, step), so resuming needs the step alone."""
+"""The examples of each step: a pure function of (seed, step), so resuming needs only the step."""
 
 import functools
 
@@ -14,8 +14,8 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> Int32[np.ndarray, 
 def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> Int32[np.ndarray, "{batch_size}"]:
     """The examples of training step `step`, counted from 0.
 
-    Every epoch is a permutation of its own, and epochs follow one another without a gap: a batch may cross the
-    end of an epoch or span several epochs, and still each example comes exactly once per epoch.
+    Every epoch is a permutation of its own, and epochs follow one another without a gap. A batch may cross the end of
+    an epoch or span several epochs. Each example still comes exactly once per epoch.
 
     Args:
       seed: any integer >= 0.

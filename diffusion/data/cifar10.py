@@ -70,10 +70,10 @@ BUILDER = Cifar10  # of data.name=cifar10
 
 
 def find_archive(data_dir: Path, urls: Sequence[str], sha256: str) -> Path:
-    """The file that `urls` name: a copy in `data_dir` or `data_dir`/downloads, else downloaded to the latter.
+    """The file of `urls`: a copy in `data_dir` or `data_dir`/downloads, or else a download to the latter.
 
     Raises:
-      ValueError: a copy whose SHA-256 is not `sha256`.
+      ValueError: the SHA-256 of a copy is not `sha256`.
       ConnectionError: the download failed.
     """
     filename = urls[0].rpartition("/")[2]

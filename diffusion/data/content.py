@@ -1,4 +1,4 @@
-"""The digest of what a split holds: its shape, levels, pixel values and labels, however they are stored."""
+"""The digest of a split's contents: shape, levels, pixel values and labels, however they are stored."""
 
 import hashlib
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from jaxtyping import Int32
 
 
 class Content(NamedTuple):
-    """What the digest depends on, besides pixel values and labels."""
+    """All that the digest depends on besides pixel values and labels."""
 
     shape: tuple[int, ...]
     num_levels: int
@@ -19,16 +19,16 @@ class Content(NamedTuple):
         return f"{self.shape} {self.num_levels} {self.num_classes}\n"
 
     def begin(self) -> "hashlib._Hash":
-        """The digest, to be updated with the pixel values in order."""
+        """The new digest. Update it with the pixel values in order."""
         return hashlib.sha256(self._about.encode())
 
     def end(self, digest: "hashlib._Hash", classes: Int32[np.ndarray, " n"] | None) -> str:
-        """The digest once all pixel values are in it."""
+        """The final digest, after all pixel values."""
         digest.update(_bytes(classes))
         return digest.hexdigest()
 
     def key(self, classes: Int32[np.ndarray, " n"] | None) -> str:
-        """What a digest is kept by: all that it depends on but the pixel values."""
+        """The key under which a digest is kept: all that it depends on except the pixel values."""
         return f"{self._about}{hashlib.sha256(_bytes(classes)).hexdigest()}"
 
 

@@ -1,4 +1,4 @@
-"""Decoded pictures: one array in a file beside the prepared set, which is mapped into memory and not read into it."""
+"""Decoded images: one array in a file beside the prepared set, mapped into memory and not read into it."""
 
 import contextlib
 import logging
@@ -17,23 +17,24 @@ Decoded = tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"] | None]
 
 
 def kept(stored: Stored) -> Decoded | None:
-    """What was decoded before, from files that fit the records; None without such files.
+    """The images decoded before, from files that match the records; None without such files.
 
-    Their names have the sizes and times of the record files. If only the times changed, as in a copy of the set, the
-    content of the record files decides whether they fit.
+    The names of the files depend on the sizes and times of the record files. If only the times changed, as in a copy of
+    the set, the content of the record files decides whether they match.
     """
     found = (_kept(stored, *_paths(stored, directory)) for directory in places.of(stored.builder))
     return next((one for one in found if one), None) or _renamed(stored)
 
 
 def load(stored: Stored) -> Decoded:
-    """The pixel values and the classes of a split, from files that are made if there are none.
+    """The pixel values and the classes of a split, from files that are made if they are missing.
 
-    Where neither the directory of the set nor the cache can be written or has room, the pictures go into a file without
-    a name, which ends with this process.
+    If neither the directory of the set nor the cache is writable and has room, the images go into a file without a
+    name, which disappears with this process.
 
     Raises:
-        ValueError: the record files are damaged, or the pictures have not one size or more pixel values than they say.
+        ValueError: the record files are damaged, or the pictures differ in size or have more pixel values than
+            declared.
         OSError: no disk has room for the decoded pictures.
     """
     if (found := kept(stored)) is not None:

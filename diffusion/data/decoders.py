@@ -1,7 +1,7 @@
-"""Processes that decode pictures, one a core.
+"""Processes that decode pictures, one per core.
 
-They are programs of their own: those of `multiprocessing` would run the user's script once more, and need a guard
-there. Each ends when its stdin does, so none outlives the process that started it.
+They are separate programs, because the processes of `multiprocessing` would run the user's script once more and need a
+guard there. Each ends when its stdin does, so none outlives the process that started it.
 """
 
 import collections
@@ -51,7 +51,7 @@ def decode(resizing: Resizing, channels: int, encoded: list[bytes]) -> Pictures:
 def decoded(
     parts: Iterable[Part], resizing: Resizing, channels: int, num_processes: int
 ) -> Iterator[tuple[Pictures, list[int]]]:
-    """The pictures and the classes of each part, in order; by other processes if there are to be several.
+    """The pictures and the classes of each part, in order. Other processes do the work if more than one is wanted.
 
     Raises:
         Undecodable: a picture is damaged.

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Handwritten digits that come with scikit-learn: nothing to download.
+    """Handwritten digits that come with scikit-learn, so there is nothing to download.
 
     Pixels keep the original counts 0..16. Every sixth picture (5, 11, 17, ...) is held out as the test split.
     """

@@ -1,4 +1,6 @@
-"""Pictures that stay encoded: what stands for the array of their pixel values decodes those that are asked for."""
+"""Pictures that stay encoded: a substitute for the array of pixel values, which decodes pictures when they are asked
+for.
+"""
 
 import dataclasses
 import functools
@@ -23,10 +25,11 @@ class Encoded:
 
     Attributes:
         shape: [N, H, W, C].
-        numbers: where each of the N lies.
-        picture: the pixel values of the picture with such a number; several threads call it at once.
-        digests: of each picture's pixel values: see `image_digests`.
-        known_sha256: the digest of all pixel values and labels, by what it depends on: see `Source.sha256`.
+        numbers: the record number of each of the N.
+        picture: a function from a record number to pixel values; several threads call it at once.
+        digests: the digest of each picture's pixel values: see `image_digests`.
+        known_sha256: known digests of all pixel values and labels, by the key of what they depend on: see
+            `Source.sha256`.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +42,7 @@ class Encoded:
         return len(self.numbers)
 
     def __getitem__(self, indices: Int[np.ndarray, "*b"] | slice) -> UInt8[np.ndarray, "*b h w c"]:
-        """These pictures, each of them decoded once."""
+        """These pictures. Each of them is decoded once."""
         wanted = self.numbers[indices]
         once, places = np.unique(wanted, return_inverse=True)
         repeats = len(once) < wanted.size

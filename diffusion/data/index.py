@@ -1,4 +1,4 @@
-"""Splits whose pictures stay encoded: all are decoded once, for their classes and digests, which an index keeps."""
+"""Splits whose pictures stay encoded. All are decoded once, and an index file keeps their classes and digests."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ EncodedSplit = tuple[Encoded, Int32[np.ndarray, " n"] | None]
 
 
 class Index(NamedTuple):
-    """What is known of a split's pictures without decoding them again; the digests are those of `Encoded`."""
+    """All that is known about a split's pictures without decoding them again. The digests are those of `Encoded`."""
 
     digests: UInt64[np.ndarray, " n"]
     classes: Int32[np.ndarray, " n"]
@@ -29,11 +29,12 @@ class Index(NamedTuple):
 def load(stored: Stored) -> EncodedSplit:
     """The pictures of a split and their classes.
 
-    The index is a file of twelve bytes a picture. A pass over the pictures that is interrupted begins anew. Where
-    neither the directory of the set nor the cache can be written, each process makes the pass.
+    The index is a file of twelve bytes a picture. An interrupted pass over the pictures starts again. If neither the
+    directory of the set nor the cache is writable, each process makes the pass.
 
     Raises:
-        ValueError: the record files are damaged, or the pictures have not one size or more pixel values than they say.
+        ValueError: the record files are damaged, or the pictures differ in size or have more pixel values than
+            declared.
         OSError: the index could not be written.
     """
     directories, file_name = places.of(stored.builder), stored.file_name("index", "npz")

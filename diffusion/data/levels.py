@@ -1,4 +1,4 @@
-"""Pixel values as they are stored, 0…L − 1, and as the mathematics sees them, in [-1, 1]."""
+"""Pixel values as they are stored, 0…L − 1, and as the model sees them, in [-1, 1]."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Images out of files, with the very pixel values that are in them: .npy, .npz, or a folder of pictures."""
+"""Images from files, with exactly their pixel values: .npy, .npz, or a folder of pictures."""
 
 from pathlib import Path
 
@@ -11,16 +11,16 @@ from diffusion.runtime import files
 
 
 def read(path: Path, image_shape: tuple[int, int, int], num_levels: int) -> UInt8[np.ndarray, "n h w c"]:
-    """The images in `path`, in its order; that of a folder is by the pictures' paths.
+    """The images in `path`, in its order. A folder is ordered by the paths of its pictures.
 
     Args:
-        path: an .npy file; an .npz file, of which the array `images` or the only one is taken; or a folder.
-        image_shape: (H, W, C) that they must have; nothing is resized.
-        num_levels: their pixel values must be below it.
+        path: an .npy file; an .npz file with an array `images` or a single array; or a folder.
+        image_shape: the required (H, W, C); nothing is resized.
+        num_levels: all pixel values must be below it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such file, or the images are others.
+        ValueError: it is not such a file, or its images do not fit.
     """
     if path.is_dir():
         images = _pictures(path, image_shape)

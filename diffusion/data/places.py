@@ -1,4 +1,4 @@
-"""Where files lie that are made of a prepared set: beside it, or in the cache where it is read-only or full."""
+"""The place of files that are made from a prepared set: beside it, or in the cache if it is read-only or full."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ Made = TypeVar("Made")
 
 
 def of(builder: tfds.core.DatasetBuilder) -> list[Path]:
-    """The directories, the preferred one first. All processes of a user on a host share them."""
+    """The directories, with the preferred one first. All processes of a user on a host share them."""
     beside = Path(builder.data_dir)
     try:
         return [beside, files.cache_directory() / "data" / builder.info.full_name.replace("/", "-")]
@@ -27,13 +27,13 @@ def of(builder: tfds.core.DatasetBuilder) -> list[Path]:
 def made(
     directories: list[Path], lock_name: str, waiting: str, make: Callable[[BinaryIO, Path], Made | None]
 ) -> Made | None:
-    """What `make` makes in the first directory that can be written; None if there is none.
+    """The result of `make` in the first writable directory; None if there is none.
 
     Args:
-        lock_name: of a file that one process has at a time, and the others wait for.
-        waiting: what is said before waiting.
-        make: (that file, the directory) -> what was made, also by another process meanwhile; None for no room. It
-            renames or deletes the file where it does not return None.
+        lock_name: the name of a file that one process holds at a time while the others wait.
+        waiting: the message before waiting.
+        make: (that file, the directory) -> the result, perhaps of another process; None without room. It renames or
+            deletes the file unless it returns None.
     """
     for directory in directories:
         try:
@@ -49,5 +49,5 @@ def made(
 
 
 def has_room(directory: Path, num_bytes: int) -> bool:
-    """Whether the disk of a directory has so many bytes left."""
+    """Whether the disk of a directory has this many bytes left."""
     return shutil.disk_usage(directory).free > num_bytes

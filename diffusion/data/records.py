@@ -1,4 +1,6 @@
-"""Which record files were decoded: by name, size and time, or, where only the times differ, by content."""
+"""The record files from which pictures were decoded: compared by name, size and time, or by content if only times
+differ.
+"""
 
 import contextlib
 import hashlib
@@ -15,25 +17,25 @@ FINGERPRINT_LETTERS = 16
 
 
 def about(pixels_path: Path) -> Path:
-    """The file that says of which records the pictures in `pixels_path` were decoded."""
+    """The file that names the records from which the pictures in `pixels_path` were decoded."""
     return pixels_path.with_name(f"{pixels_path.name}.records")
 
 
 def known_fingerprints(pattern: Path) -> list[str]:
-    """The fingerprints at the place of * in `pattern`, such as decoded-train-*.npy, with such a file."""
+    """The fingerprints in place of * in `pattern`, such as decoded-train-*.npy, that have such a file."""
     wanted = about(pattern).name.replace("*", FINGERPRINT_LETTERS * "[0-9a-f]")
     return sorted(path.name.split(".")[-3].split("-")[-1] for path in pattern.parent.glob(wanted))
 
 
 def write_about(pixels_path: Path, name: str, builder: tfds.core.DatasetBuilder, split: str) -> None:
-    """Writes it beside the pictures, where the disk has room."""
+    """Writes this file beside the pictures if the disk has room."""
     with contextlib.suppress(OSError):
         found = {"sizes": sizes(builder, split), "sha256": content_sha256(name, builder, split)}
         files.write_text(about(pixels_path), json.dumps(found) + "\n")
 
 
 def read_about(pixels_path: Path) -> dict:
-    """What it says; {} if it is absent or damaged."""
+    """The contents of this file; {} if it is absent or damaged."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(about(pixels_path).read_text())
         return found if isinstance(found, dict) else {}
@@ -46,7 +48,7 @@ def sizes(builder: tfds.core.DatasetBuilder, split: str) -> dict[str, int]:
 
 
 def content_sha256(name: str, builder: tfds.core.DatasetBuilder, split: str) -> str:
-    """A digest of the metadata and of the record files' bytes, which are all read."""
+    """A digest of the metadata and of all bytes of the record files."""
     digest = _metadata_digest(builder)
     for path in tqdm(builder.info.splits[split].filepaths, desc=f"reading {name} {split}", unit=" files", leave=False):
         preemption.point()
@@ -63,7 +65,7 @@ def _metadata_digest(builder: tfds.core.DatasetBuilder) -> "hashlib._Hash":
 
 
 def fingerprint(builder: tfds.core.DatasetBuilder, split: str) -> str:
-    """A digest of the metadata and the record files' sizes and times: it changes when the set is prepared or copied."""
+    """A digest of the metadata and the record files' sizes and times. It changes when the set is prepared or copied."""
     digest = _metadata_digest(builder)
     for path in builder.info.splits[split].filepaths:
         stat = os.stat(path)

@@ -1,4 +1,4 @@
-"""What becomes of an encoded picture of a prepared set: its pixel values, in the size that the config asks for."""
+"""From an encoded picture of a prepared set to pixel values in the size that the config asks for."""
 
 import dataclasses
 import io
@@ -11,18 +11,18 @@ from diffusion.data.folder.decoding import MODES, Target, opened, to_pixels
 
 @dataclasses.dataclass(frozen=True)
 class Resizing:
-    """The size that pictures get; without any, all of a set must have one.
+    """The size of the images. Without one, all pictures of a set must have the same size.
 
     Attributes:
-        image_size: the centre square of every picture is resized to so many pixels; 0: as it is.
-        pad_to: black is added around every picture up to so many pixels; 0: none.
+        image_size: the side in pixels to which the centre square of every picture is resized; 0 leaves it as it is.
+        pad_to: the side in pixels up to which black is added around every picture; 0 adds none.
     """
 
     image_size: int = 0
     pad_to: int = 0
 
     def shape(self, name: str, stored: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(H, W, C) of what becomes of pictures of the shape `stored`.
+        """(H, W, C) of the result for pictures of the shape `stored`.
 
         Raises:
             ValueError: the pictures are larger than `pad_to`.
@@ -36,7 +36,7 @@ class Resizing:
         return self.pad_to or height, self.pad_to or width, channels
 
     def pixels(self, encoded: bytes, channels: int) -> UInt8[np.ndarray, "h w c"]:
-        """What becomes of an encoded picture."""
+        """The pixel values of an encoded picture, resized."""
         if self.image_size:
             pixels = to_pixels(encoded, Target(self.image_size, self.image_size, channels))
         else:
@@ -48,6 +48,6 @@ class Resizing:
         return np.pad(pixels, [*((less // 2, less - less // 2) for less in missing), (0, 0)])
 
     def __str__(self) -> str:
-        """For file names: "" without any change."""
+        """A text for file names: "" if nothing changes."""
         size, pad = (f"-{self.image_size}" if self.image_size else ""), (f"-pad{self.pad_to}" if self.pad_to else "")
         return size + pad

@@ -1,4 +1,4 @@
-"""What a data set is: pixel values and labels by index, and what is known of a set before it is read."""
+"""A data set: pixel values and labels by index, and a description that needs no reading."""
 
 import dataclasses
 import hashlib
@@ -32,13 +32,14 @@ class Source:
     Attributes:
         name: of the data set.
         split: "train", "test" or "validation".
-        pixels: uint8 [N, H, W, C], pixel values 0…num_levels − 1, in memory or in a file that is mapped into it; or
-            what decodes those that are asked for.
+        pixels: uint8 [N, H, W, C], pixel values 0…num_levels − 1, in memory or in a mapped file; or an object that
+            decodes images when they are asked for.
         classes: int32 [N], 0…num_classes − 1, or −1 for an unknown one; None for a set without labels.
         num_levels: how many values a channel of a pixel can have.
         num_classes: 0 for a set without labels.
-        file: what `pixels` is mapped from, whole; None for pixels in memory or in a file that goes with this process.
-        chosen: which of `pixels` and `classes` are this source's examples; None for all.
+        file: the complete file from which `pixels` is mapped; None for pixels in memory or in a file that disappears
+            with this process.
+        chosen: the indices of this source's examples in `pixels` and `classes`; None for all.
     """
 
     name: str
@@ -60,11 +61,11 @@ class Source:
 
     @property
     def split_number(self) -> int:
-        """Tells the random numbers of the splits apart."""
+        """A number that gives each split its own random numbers."""
         return SPLITS.index(self.split)
 
     def images(self, indices: Int[np.ndarray, "*b"] | slice = slice(None)) -> UInt8[np.ndarray, "*b h w c"]:
-        """The pixel values of these examples; of a slice, by default all of them, not copied unless `chosen`."""
+        """The pixel values of these examples, by default all. A slice is not copied unless `chosen` is set."""
         indices = self._stored(indices)
         mapping = self._mapping
         if mapping is None or isinstance(indices, slice):
@@ -84,7 +85,7 @@ class Source:
             complete: whether an example without a class is an error. TFDS gives it the label −1.
 
         Raises:
-            ValueError: the set has no labels, or one of these labels is none of 0…num_classes − 1.
+            ValueError: the set has no labels, or one of these labels is outside 0…num_classes − 1.
         """
         if self.classes is None:
             raise ValueError(f"data.name={self.name!r} has no labels")
@@ -118,10 +119,10 @@ class Source:
         return indices if self.chosen is None else self.chosen[indices]
 
     def sha256(self) -> str:
-        """A digest of what the split holds: pixel values, levels and labels.
+        """A digest of the split's contents: pixel values, levels and labels.
 
-        Where the pixels lie in a file, it is computed once and kept beside the file, until the file or a label changes.
-        It is the same for pictures that stay encoded.
+        If the pixels are in a file, the digest is computed once and kept beside the file until the file or a label
+        changes. Pictures that stay encoded have the same digest.
         """
         content = Content(self.pixels.shape, self.num_levels, self.num_classes)
         key = content.key(self.classes)
@@ -152,14 +153,14 @@ class Source:
 
 
 class Splits(NamedTuple):
-    """What is trained on, what chooses, and what is reported; the names are those of the splits."""
+    """The images to train on, the images to choose by, and the images to report; the names are those of the splits."""
 
     train: Source
     validation: Source
     test: Source
 
     def sha256(self) -> dict[str, str]:
-        """The digests of both stored splits, as checkpoints and results hold them; they determine the third."""
+        """The digests of both stored splits, for checkpoints and results. They determine the third split."""
         return {source.split: source.sha256() for source in (self.train, self.test)}
 
 
@@ -180,7 +181,7 @@ def _announce(pixels: np.ndarray, indices: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a data set holds. `image_shape` is (height, width, channels)."""
+    """The description of a data set. `image_shape` is (height, width, channels)."""
 
     name: str
     num_train: int
@@ -203,9 +204,9 @@ def load(
         split: "train" or "test"; see `tfds.records` for sets that have other splits.
         data_dir: root of the TFDS directories; None or "" for TFDS's default.
         image_size, pad_to: see `resizing.Resizing`.
-        decode: "ahead" keeps decoded pictures in a file, which is mapped into memory; "on_the_fly" decodes pictures
-            whenever they are asked for, with the same result; "auto" does so where there are no decoded ones and they
-            would take more than AHEAD_BYTES.
+        decode: "ahead" keeps decoded pictures in a file, which is mapped into memory. "on_the_fly" decodes pictures
+            whenever they are asked for, with the same result. "auto" does the latter if there are no decoded pictures
+            and they would take more than AHEAD_BYTES.
 
     Raises:
         FileNotFoundError: the set or one of its files is missing.
@@ -235,7 +236,7 @@ def load(
 
 
 def describe(name: str, data_dir: str | None = None, image_size: int = 0, pad_to: int = 0) -> Description:
-    """What `name` holds, without preparing or downloading it. Takes and raises what `load` does."""
+    """The description of `name`, without preparing or downloading it. Arguments and errors are those of `load`."""
     from diffusion.data import stored_split, tfds
 
     root, resizing = tfds.resolve_data_dir(data_dir), Resizing(image_size, pad_to)

@@ -1,4 +1,4 @@
-"""A split of a prepared set, in the size that the config asks for: its pictures in order, or one by one."""
+"""A split of a prepared set in the size that the config asks for: its pictures in order, or one by one."""
 
 import contextlib
 import dataclasses
@@ -25,10 +25,10 @@ PROCESSES_FROM_BYTES = 2**26  # of decoded pictures: fewer are done before anoth
 
 
 def image_shape(name: str, builder: tfds.core.DatasetBuilder, resizing: Resizing) -> tuple[int, int, int]:
-    """(H, W, C) of every picture; of the first one where the set promises no size.
+    """(H, W, C) of every picture; of the first one if the set promises no size.
 
     Raises:
-        ValueError: they do not fit, or have no 8 bits and 1 or 3 channels.
+        ValueError: they do not fit, or do not have 8 bits and 1 or 3 channels.
     """
     height, width, channels = prepared.image_shape(name, builder)
     if height is None or width is None:
@@ -46,7 +46,7 @@ def _first_size(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What is read: `split` of a prepared set. Its length is the number of its pictures.
+    """The split to read of a prepared set. Its length is the number of its pictures.
 
     Raises:
         ValueError: there is no such split, or its pictures do not fit.
@@ -63,12 +63,12 @@ class Stored:
 
     @property
     def stored_split(self) -> str:
-        """The split of the prepared set that the records belong to."""
+        """The split of the prepared set to which the records belong."""
         return self._where[0]
 
     @property
     def numbers(self) -> Int[np.ndarray, " n"]:
-        """Which of its records they are."""
+        """The numbers of the records in that split."""
         return self._where[1]
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
-        """Of all pixel values."""
+        """The number of bytes of all pixel values."""
         return math.prod(self.shape)
 
     @property
@@ -90,23 +90,23 @@ class Stored:
 
     @property
     def directory(self) -> Path:
-        """Of the prepared set."""
+        """The directory of the prepared set."""
         return Path(self.builder.data_dir)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells the record files apart from those that are there after the set was prepared or copied again."""
+        """A digest of the record files. It changes when the set is prepared or copied again."""
         return records.fingerprint(self.builder, self.stored_split)
 
     def file_name(self, what: str, ending: str, fingerprint: str = "") -> str:
-        """The name of a file that is made of these records; by default as they are now."""
+        """The name of a file made from these records, by default from their present state."""
         return f"{what}-{self.split}{self.resizing}-{fingerprint or self.fingerprint}.{ending}"
 
     def decoded(self, begin: int) -> Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, " b"]]]:
-        """The pictures from number `begin` on and their classes, some at a time, by all cores if they are many.
+        """The pictures from number `begin` on and their classes, some at a time. All cores decode if there are many.
 
         Raises:
-            ValueError: the records are damaged, or the pictures have not one size or more pixel values than they say.
+            ValueError: the records are damaged, or the pictures differ in size or have more pixel values than declared.
         """
         parts, num_bytes = self._read(begin), (len(self) - begin) * math.prod(self.shape[1:])
         number = decoders.num_cores() if num_bytes >= PROCESSES_FROM_BYTES else 1
@@ -133,7 +133,8 @@ class Stored:
             raise self._damaged(error) from error
 
     def reader(self) -> Callable[[int], UInt8[np.ndarray, "h w c"]]:
-        """A function from the number of a record to its picture, for several threads. It raises what `decoded` does."""
+        """A function from the number of a record to its picture, for several threads. It raises what `decoded` does.
+        """
         source, parser = _data_source(self.builder, self.stored_split), _parser(self.builder, ["image"])
 
         def picture(number: int) -> UInt8[np.ndarray, "h w c"]:

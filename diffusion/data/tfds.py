@@ -22,7 +22,7 @@ HELD_OUT = 20  # one of so many examples is for testing, where a set has trainin
 
 
 def own_builders() -> list[str]:
-    """The names of the project's own sets: of the files of this folder that have a BUILDER."""
+    """The names of the project's own sets. They are the files of this folder that have a BUILDER."""
     return [info.name for info in pkgutil.iter_modules([Path(__file__).parent]) if _builder_class(info.name)]
 
 
@@ -33,14 +33,14 @@ def is_own(name: str) -> bool:
 
 @functools.cache
 def _builder_class(name: str) -> type[tfds.core.GeneratorBasedBuilder] | None:
-    """The project's own builder of a set; no file but that of its name is imported."""
+    """The project's own builder of a set. Only the file with its name is imported."""
     if importlib.util.find_spec(f"diffusion.data.{name}") is None:
         return None
     return getattr(importlib.import_module(f"diffusion.data.{name}"), "BUILDER", None)
 
 
 def resolve_data_dir(data_dir: str | None) -> Path:
-    """`data_dir`, or where TFDS itself keeps data when that is None or empty.
+    """`data_dir`, or TFDS's own directory if that is None or empty.
 
     Raises:
       ValueError: it is a URL, or it is in a home directory that does not exist.
@@ -65,7 +65,8 @@ def own_builder(name: str, data_dir: Path) -> tfds.core.GeneratorBasedBuilder | 
 
 
 def find(name: str, data_dir: Path) -> Path | None:
-    """The directory of the prepared set "name[/config][:version]", by default of its newest version, if any.
+    """The directory of the prepared set "name[/config][:version]", by default its newest version; None if there is
+    none.
 
     Raises:
       ValueError: a malformed name.
@@ -82,7 +83,7 @@ def find(name: str, data_dir: Path) -> Path | None:
 
 
 def missing(name: str, data_dir: Path) -> FileNotFoundError:
-    """What to say when `name` is neither prepared in `data_dir` nor one of the project's own."""
+    """The error message if `name` is neither prepared in `data_dir` nor one of the project's own sets."""
     infos = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
     present = sorted({str(info.parent.parent.relative_to(data_dir)) for info in infos})
     return FileNotFoundError(
@@ -96,12 +97,12 @@ def missing(name: str, data_dir: Path) -> FileNotFoundError:
 def prepare(name: str, data_dir: Path) -> Path:
     """Prepares one of the project's own sets as ArrayRecord and returns its directory.
 
-    TFDS writes to a temporary directory and renames it when complete, so an interrupted run leaves nothing
-    that looks prepared. Of several processes one prepares, and the others wait and take its result.
+    TFDS writes to a temporary directory and renames it when complete, so an interrupted run leaves nothing that looks
+    prepared. If several processes call it, one prepares and the others wait for its result.
 
     Raises:
       FileNotFoundError: the project has no builder of that name.
-      ValueError: a wrong checksum.
+      ValueError: the checksum is wrong.
       OSError: the download failed (ConnectionError), or `data_dir` cannot be written.
     """
     builder = own_builder(name, data_dir)
@@ -172,10 +173,10 @@ def open_directory(name: str, directory: Path) -> tfds.core.DatasetBuilder:
 
 
 def image_shape(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int | None, int | None, int]:
-    """(height, width, channels) of every picture; None where the set promises no size.
+    """(height, width, channels) of every picture; None if the set promises no size.
 
     Raises:
-      ValueError: the set has no `image` feature of 8 bits and 1 or 3 channels.
+      ValueError: the set has no `image` feature with 8 bits and 1 or 3 channels.
     """
     features = builder.info.features
     names = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
@@ -188,14 +189,14 @@ def image_shape(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int | Non
 
 
 def num_levels(builder: tfds.core.DatasetBuilder) -> int:
-    """Pixel values per channel: what the project's own builders wrote into the metadata, else 256."""
+    """The number of pixel values per channel: from the metadata of the project's own builders, or else 256."""
     return int((builder.info.metadata or {}).get("num_levels", 256))
 
 
 def records(name: str, builder: tfds.core.DatasetBuilder, split: str) -> tuple[str, Int[np.ndarray, " n"]]:
-    """Where the examples of "train" or "test" are: a split of the prepared set, and the numbers of its records.
+    """The place of the examples of "train" or "test": a split of the prepared set, and the numbers of its records.
 
-    Without a test split its validation split is taken, and without either every HELD_OUT-th training example.
+    If there is no test split, the validation split is used; without either, every HELD_OUT-th training example.
 
     Raises:
       ValueError: there is no such split.
@@ -212,7 +213,7 @@ def records(name: str, builder: tfds.core.DatasetBuilder, split: str) -> tuple[s
 
 
 def num_classes(builder: tfds.core.DatasetBuilder) -> int:
-    """How many classes the `label` feature has; 0 where there is none."""
+    """The number of classes of the `label` feature; 0 if there is none."""
     features = builder.info.features
     label = features["label"] if "label" in list(features) else None
     return label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0

@@ -1,4 +1,4 @@
-"""Decoded pictures in the making: they are appended to a file, and what is done outlives a kill."""
+"""Decoded pictures in the making. They are appended to a file, and finished work survives a kill."""
 
 import contextlib
 import io
@@ -18,20 +18,20 @@ SAVE_SECONDS = 10.0  # what a kill costs at most
 
 
 def of(path: Path) -> Path:
-    """The file that becomes `path`."""
+    """The unfinished file that becomes `path`."""
     return path.with_name(f"{path.name}.unfinished")
 
 
 class Unfinished:
-    """Pictures of one shape as an .npy file, and their classes, both without an end yet.
+    """Pictures of one shape as an .npy file, and their classes, both incomplete.
 
-    Beside them a file says how many are on the disk for sure, also after a power failure. Where it is absent, the
-    work begins anew.
+    A file beside them records how many are safely on the disk, even after a power failure. If it is absent, the work
+    starts again.
 
     Args:
         file: from `files.alone`, so that no other process writes to it.
-        pixels_path, classes_path: what becomes of it.
-        shape: of all pictures, [N, H, W, C].
+        pixels_path, classes_path: the final paths.
+        shape: the shape of all pictures, [N, H, W, C].
     """
 
     def __init__(self, file: BinaryIO, pixels_path: Path, classes_path: Path, shape: tuple[int, ...]):
@@ -66,7 +66,7 @@ class Unfinished:
         return count if 0 <= count <= self._shape[0] and is_there else 0
 
     def append(self, pixels: UInt8[np.ndarray, "b h w c"], classes: Int32[np.ndarray, " b"]) -> None:
-        """Adds the next pictures; from time to time all are made safe."""
+        """Appends the next pictures. From time to time it makes all of them safe."""
         with self._named():
             self._file.write(pixels.data)
             self._classes.write(classes.tobytes())
@@ -75,7 +75,7 @@ class Unfinished:
                 self.save()
 
     def save(self) -> None:
-        """Makes safe what was appended."""
+        """Makes everything appended so far safe."""
         with self._named():
             for file in (self._file, self._classes):
                 file.flush()
@@ -84,7 +84,8 @@ class Unfinished:
             self._saved = time.monotonic()
 
     def finish(self, has_labels: bool) -> None:
-        """Gives both files their names, the pictures' last: it says that all is done."""
+        """Gives both files their final names. The pictures' file comes last: its name means that all is done.
+        """
         pixels_path, classes_path = self._paths
         self.save()
         if has_labels:
@@ -99,7 +100,7 @@ class Unfinished:
             path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Deletes all of it."""
+        """Deletes all its files."""
         self.close()
         for path in (self._classes_path, self._count_path, self.path):
             path.unlink(missing_ok=True)
@@ -118,10 +119,10 @@ class Unfinished:
 
 
 def remove_left_over(pixels_path: Path, split: str, fingerprint: str) -> None:
-    """Deletes what dead processes left beside `pixels_path` of this split, and what nobody can go on with.
+    """Deletes files beside `pixels_path` of this split that dead processes left or that no process can continue.
 
     Args:
-        fingerprint: of the record files as they are now.
+        fingerprint: the fingerprint of the present record files.
     """
     for path in sorted(pixels_path.parent.glob(f"*-{split}-*.npy.*")):
         with contextlib.suppress(OSError):

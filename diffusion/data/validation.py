@@ -1,7 +1,8 @@
-"""Training images that are set aside: what chooses a checkpoint or a recipe sees these, not the test images.
+"""Training images that are set aside. A choice of a checkpoint or a recipe sees these, not the test images.
 
-An image's own pixel values say whether it is set aside. So every run with the same data set and `data.validation` has
-the same validation images, wherever the files lie and in whatever order. Of equal images A_TENTH takes all or none.
+An image's own pixel values decide whether it is set aside. So every run with the same data set and `data.validation`
+has the same validation images, wherever the files are and in whatever order. A_TENTH takes either all or none of
+several equal images.
 """
 
 import dataclasses
@@ -15,15 +16,15 @@ A_TENTH = -1  # data.validation for the images whose digest is in the lowest ten
 
 
 def split_off(source: Source, wanted: int) -> tuple[Source, Source]:
-    """The images of the training split that are left to train on, and those that are set aside.
+    """Splits the training split into images to train on and images that are set aside.
 
     Args:
         source: the training split.
-        wanted: data.validation: that many images, those with the lowest digests; or A_TENTH, whose number varies with
-            the pictures, but for which adding some moves none of the others.
+        wanted: data.validation. A number takes that many images, with the lowest digests. A_TENTH takes a number that
+            varies with the pictures, but new pictures do not move the others.
 
     Raises:
-        ValueError: none would be left to train on.
+        ValueError: no image would be left to train on.
     """
     aside = set_aside(source, wanted) if wanted else np.zeros(len(source), bool)
     if aside.all():
@@ -33,7 +34,7 @@ def split_off(source: Source, wanted: int) -> tuple[Source, Source]:
 
 
 def set_aside(source: Source, wanted: int) -> Bool[np.ndarray, " n"]:
-    """Which images of the training split are validation images; takes what `split_off` takes."""
+    """Which images of the training split are validation images. The arguments are those of `split_off`."""
     digests = source.image_digests()
     if wanted == A_TENTH:
         return digests < np.uint64(2**64 // 10)

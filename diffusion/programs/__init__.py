@@ -1,1 +1,1 @@
-"""What --mode runs."""
+"""The programs that --mode runs."""

@@ -1,4 +1,4 @@
-"""--mode=classifier: trains the classifier of the data's own labels that quality.features="classifier" takes."""
+"""--mode=classifier: trains the classifier on the data's own labels, for quality.features="classifier"."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from diffusion.runtime.preemption import Preemption
 
 
 def run(config: ConfigDict, _directory: Path) -> None:
-    """Trains it from config.seed and keeps it in the cache, by the digest of the data; prints what is known of it."""
+    """Trains the classifier from config.seed, keeps it in the cache by the data's digest, and prints its provenance."""
 
     def train() -> None:
         trained = classifier.train(train_set, test_set, config.seed)

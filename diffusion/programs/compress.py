@@ -1,4 +1,4 @@
-"""--mode=compress: images as a file of about the model's bound, from which --mode=decompress gets them back."""
+"""--mode=compress: writes images to a file of about the model's bound in size. --mode=decompress restores them."""
 
 import dataclasses
 import hashlib
@@ -41,7 +41,7 @@ KEYS_IN_EVERY_DIGEST = (
 
 
 def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint: str = "latest") -> None:
-    """Compresses images with the EMA parameters of a checkpoint of `directory`, and prints how many bits they took.
+    """Compresses images with the EMA parameters of a checkpoint of `directory`, and prints the bits used.
 
     Args:
         input: train, test, an .npy or .npz file of uint8 [N, H, W, C], or a folder of pictures of the model's size.
@@ -49,7 +49,7 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
 
     Raises:
         FileExistsError: `output` exists.
-        FileNotFoundError: there is no such input, or no checkpoint.
+        FileNotFoundError: there is no such input or no checkpoint.
         ValueError: the images or the model cannot be coded; the message says why.
         ArithmeticError: the network's output is NaN or Inf.
     """
@@ -87,11 +87,11 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
 
 
 def new_file(output: str) -> Path:
-    """The path of a file that is to be written.
+    """The path of a new file to write.
 
     Raises:
-        FileExistsError: it is there already.
-        FileNotFoundError: its folder is not.
+        FileExistsError: the file exists already.
+        FileNotFoundError: its folder does not exist.
         PermissionError: its folder cannot be written to.
         ValueError: there are several processes.
     """
@@ -108,7 +108,7 @@ def new_file(output: str) -> Path:
 
 
 def coding_model(config: ConfigDict, directory: Path, checkpoint: str) -> tuple[Experiment, Model]:
-    """The model that the evaluation scores; a network that takes labels, without them.
+    """The model that the evaluation scores. A network that takes labels is used without them.
 
     Raises:
         ValueError: the network always needs labels.
@@ -123,7 +123,7 @@ def coding_model(config: ConfigDict, directory: Path, checkpoint: str) -> tuple[
 
 
 def identity(experiment: Experiment, model: Model) -> dict[str, Any]:
-    """The header's fields that must be equal where the file is decoded, except its `fingerprint`."""
+    """The header's fields that must be equal at decoding, except its `fingerprint`."""
     dtype = jnp.dtype(getattr(experiment.training.network, "dtype", jnp.float32)).name
     height, width, channels = experiment.image_shape
     return {
@@ -152,7 +152,7 @@ def _shaping_keys(config: ConfigDict) -> list[tuple[str, Any]]:
 
 
 def fingerprint(codec: Codec) -> bytes:
-    """A short digest of the floats that both directions must agree on."""
+    """A short digest of the floats on which both directions must agree."""
     return codec.fingerprint()[: coded_file.DIGEST_BYTES]
 
 

@@ -1,4 +1,4 @@
-"""--mode=decompress: the images in a file of --mode=compress, bit by bit, or a one-line error that says why not."""
+"""--mode=decompress: restores the images in a file of --mode=compress exactly, or prints a one-line error."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ WHAT_DIFFERS = {
 def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint: str = "latest") -> None:
     """Writes the images in `input` as uint8 [N, H, W, C] into the array `images` of `output`, an .npz file.
 
-    It needs the checkpoint that compressed them, of which it takes the EMA parameters.
+    It needs the EMA parameters of the checkpoint that compressed them.
 
     Raises:
         FileExistsError: `output` exists.

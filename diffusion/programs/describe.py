@@ -1,4 +1,4 @@
-"""--mode=describe: a config's keys, and its network, work, memory and schedule in numbers, without training."""
+"""--mode=describe: prints a config's keys, and its network, work, memory and schedule in numbers, without training."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from diffusion.training import parallel
 
 
 def run(config_dict: ConfigDict, _directory: Path) -> None:
-    """Prints the description; no network is compiled and nothing is written."""
+    """Prints the description. No network is compiled and nothing is written."""
     parallel.check_batch_size(config_dict.train.batch_size, config_dict.train.grad_accum)
     described = build.describe_data(config_dict)
     experiment = build.experiment(config_dict, described.image_shape, described.num_levels, described.num_classes)
@@ -34,7 +34,7 @@ def run(config_dict: ConfigDict, _directory: Path) -> None:
 
 
 def keys(config_dict: ConfigDict) -> list[str]:
-    """A line for each key: value, default, whether it may change between the legs of a run, and what it is."""
+    """A line for each key: value, default, whether it may change between the legs of a run, and its help."""
     values = config.flatten(config_dict)
     rows = [("key", "value", "default", "may change", "")] + [
         (name, repr(values.get(name, key.default)), repr(key.default), key.may_change, key.help)
@@ -44,7 +44,7 @@ def keys(config_dict: ConfigDict) -> list[str]:
 
 
 def label(experiment: Experiment) -> dict[str, str]:
-    """What the labels cost that the bound is given, if it is."""
+    """The cost of the labels, if the bound is given them."""
     if not experiment.training.conditional:
         return {}
     num_classes = experiment.training.network.num_classes
@@ -72,7 +72,7 @@ def network(experiment: Experiment, num_train: int) -> dict[str, str]:
 
 
 def forward_flops(experiment: Experiment) -> float:
-    """FLOPs of one image through the network, as XLA counts them; `networks/convolution.py` leaves one image to XLA."""
+    """FLOPs of one image through the network, as XLA counts them. `networks/convolution.py` leaves one image to XLA."""
     network = Network(experiment.training.network, experiment.p.output_channels(experiment.image_shape[-1]))
     image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.float32)
     params, number = experiment.abstract_state().params, jax.ShapeDtypeStruct((1,), jnp.float32)
@@ -82,7 +82,7 @@ def forward_flops(experiment: Experiment) -> float:
 
 
 def schedule_figures(experiment: Experiment) -> dict[str, str]:
-    """How much signal is left at both ends, and what the two fixed variances cost whatever the network learns."""
+    """The signal left at both ends, and the cost of the two fixed variances for any network."""
     schedule, name = experiment.start_schedule, experiment.config.schedule.name
     if experiment.learns_schedule:
         name += ", before training"

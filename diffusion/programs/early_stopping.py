@@ -1,7 +1,7 @@
-"""Early stopping: training ends after train.patience validations in a row without a lower val_loss.
+"""Early stopping: training ends after train.patience consecutive validations without a lower val_loss.
 
-It follows from what metrics.jsonl holds up to the step, so a run that was killed stops where it would have stopped. A
-fork counts its own validations.
+The decision depends only on metrics.jsonl up to the step, so a killed and resumed run stops at the same step. A fork
+counts its own validations.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from diffusion.runtime.ranking import VAL_LOSS
 
 
 class Stop(NamedTuple):
-    """Why training stopped, as summary.json has it."""
+    """The reason why training stopped, as in summary.json."""
 
     validations: int  # in a row without a lower val_loss; the last one is of the step where training stopped
     lowest_val_loss: float
@@ -26,7 +26,7 @@ class Stop(NamedTuple):
 
 
 def check(config: ConfigDict, num_validation: int) -> None:
-    """Raises a ValueError if there is a patience and no image that val_loss could be of, as in a tenth of very few."""
+    """Raises a ValueError if a patience is set and there is no validation image, as with a tenth of very few."""
     if config.train.patience and not num_validation:
         raise ValueError(
             f"train.patience={config.train.patience} follows val_loss, and data.validation={config.data.validation} "
@@ -47,7 +47,7 @@ def rule(config: ConfigDict, directory: Path) -> Callable[[int], bool]:
 
 
 def at(config: ConfigDict, directory: Path, step: int) -> Stop | None:
-    """Why training stops after `step`; None if it goes on, or if it is the last step anyway."""
+    """The reason why training stops after `step`; None if it goes on, or if this is the last step anyway."""
     begin = fork.origin_of(directory).get("step", 0)
     rows = [row for row in read_metrics(directory) if VAL_LOSS in row and begin < row["step"] <= step]
     losses = {row["step"]: row[VAL_LOSS] for row in rows}
@@ -59,6 +59,6 @@ def at(config: ConfigDict, directory: Path, step: int) -> Stop | None:
 
 
 def of_summary(config: ConfigDict, directory: Path, step: int) -> dict[str, Any]:
-    """What summary.json says of it."""
+    """The entry of summary.json."""
     stop = at(config, directory, step)
     return {STOPPED_EARLY: stop._asdict()} if stop else {}

@@ -1,4 +1,4 @@
-"""--mode=eval: which images are scored, by which protocol, and the numbers and curves of a trained model."""
+"""--mode=eval: the choice of images and protocol, and the scores and curves of a trained model."""
 
 import contextlib
 import functools
@@ -32,16 +32,17 @@ LIMIT = ("test_bpd", "test_bpd_stderr", "test_bpd_sampling_stderr", "test_kl_bpd
 
 
 def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output: str = "") -> None:
-    """Scores a checkpoint of `directory`, and leaves what the run itself wrote as it is.
+    """Scores a checkpoint of `directory`. The files that the run itself wrote do not change.
 
-    The results go into a folder that is named by what was measured; eval.json is a copy of the last ones. With another
-    eval.likelihood than the bound, that is measured instead, and the file has its name: importance.json, ode.json.
+    The results go into a folder with a name that describes the measurement; eval.json is a copy of the latest results.
+    If eval.likelihood is not the bound, this likelihood is measured instead, and the file has its name:
+    importance.json, ode.json.
 
     Args:
         output: a directory for both; "" for the run's own. With it, nothing is written into the run.
 
     Raises:
-        ValueError: no image is to be scored, besides what `results.place` and `workdir.load` raise.
+        ValueError: no image is to be scored, or an error of `results.place` or `workdir.load`.
     """
     if config.eval.num_images == images.NONE:
         raise ValueError("eval.num_images=-1 scores no image; --config.eval.num_images=0 scores all of the test set")
@@ -85,7 +86,7 @@ def check_labels(config: ConfigDict, splits: Splits) -> None:
 
 
 def name(experiment: Experiment, step: int, num_images: int, other: Likelihood | None = None) -> str:
-    """What a reader tells evaluations apart by: checkpoint, protocol, variance, estimator and images."""
+    """A name that distinguishes evaluations: checkpoint, protocol, variance, estimator and images."""
     settings = experiment.config.eval
     variance = experiment.p.variance if settings.variance == "model" else settings.variance
     if other:
@@ -96,10 +97,10 @@ def name(experiment: Experiment, step: int, num_images: int, other: Likelihood |
 
 
 def score_run(experiment: Experiment, *given: Any) -> dict[str, Any]:
-    """What `score` returns, and another likelihood's entries where eval.likelihood names one.
+    """The result of `score`, with the entries of another likelihood if eval.likelihood names one.
 
     Args:
-        given: what `score` takes after the experiment.
+        given: the arguments of `score` after the experiment.
     """
     return score(experiment, *given) | likelihoods.after_bound(experiment, *given)
 
@@ -114,9 +115,8 @@ def score(
 ) -> dict[str, Any]:
     """Scores the EMA parameters on the test split and on as many validation and training images.
 
-    A conditional network gets their labels.
-
-    A network that also knows images without their labels is scored without them, too, on the same test images.
+    A conditional network gets their labels. A network that also knows images without their labels is scored without
+    them, too, on the same test images.
 
     With eval.num_images=-1 nothing is scored.
 
@@ -124,15 +124,15 @@ def score(
     bpd.png and rate_distortion.png.
 
     Args:
-        experiment: says how it is scored.
-        directory: where the curves go, and the terms that are done.
-        model: of the parameters of `state`, with the variance that is scored.
-        state: on the host.
-        splits: what is scored.
-        stop: called between batches; raises to stop.
+        experiment: its config has the settings of the evaluation.
+        directory: the place of the curves and of finished terms.
+        model: the model of the parameters of `state`, with the variance to score.
+        state: the state, on the host.
+        splits: the splits to score.
+        stop: called between batches; it raises to stop.
 
     Returns:
-        The entries of summary.json that say what was scored, how, and how well; on process 0 alone, {} elsewhere.
+        The entries of summary.json about the images, the protocol and the scores, on process 0 alone; {} elsewhere.
     """
     config, about = experiment.config, scored.about(state, splits)
     if config.eval.num_images == images.NONE:

@@ -1,4 +1,4 @@
-"""--mode=export: a checkpoint as two files that need neither the run nor its data set."""
+"""--mode=export: writes a checkpoint as two files that need neither the run nor its data set."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from diffusion.runtime import files, processes
 
 
 def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output: str = "") -> None:
-    """Exports a checkpoint of `directory` to `output`. Raises what `workdir.load` and `LoadedRun.export` do."""
+    """Exports a checkpoint of `directory` to `output`. Raises the errors of `workdir.load` and `LoadedRun.export`."""
     loaded, out = workdir.load(directory, checkpoint, config), files.expanded(output)
     processes.on_first(lambda: loaded.export(out))
     if processes.is_first():

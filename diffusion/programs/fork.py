@@ -1,6 +1,6 @@
-"""--fork: a new run that goes on from a checkpoint of another one, optimizer state included, with other keys.
+"""--fork: a new run that continues from a checkpoint of another run, optimizer state included, with other keys.
 
-What a run may not change, a fork may: it is another run, and fork.json says where it comes from.
+A fork may change keys that a run may not, because it is another run. fork.json records its origin.
 """
 
 import json
@@ -21,7 +21,7 @@ NAME = "fork.json"  # in the new run: where it comes from
 
 
 class Fork(NamedTuple):
-    """A state to go on from, on the host, and where it comes from."""
+    """A state to continue from, on the host, and its origin."""
 
     state: TrainState
     origin: dict[str, Any]  # what fork.json holds
@@ -29,7 +29,7 @@ class Fork(NamedTuple):
 
 
 def check_target(text: str, directory: Path) -> None:
-    """Raises a ValueError if a run has begun in `directory` that is no fork of what `text` names."""
+    """Raises a ValueError if `directory` holds a run that is not a fork of the run that `text` names."""
     if not has_begun(directory):
         return
     source, known = named_run.parse(text, "--fork"), origin_of(directory)
@@ -41,7 +41,7 @@ def check_target(text: str, directory: Path) -> None:
 
 
 def read(experiment: Experiment, text: str, directory: Path) -> Fork | None:
-    """What `text` names; None if `directory` is a fork of it that has a checkpoint. Nothing is written.
+    """The run that `text` names; None if `directory` is a fork of it with a checkpoint. Nothing is written.
 
     Raises:
         FileNotFoundError: there is no such run or checkpoint.
@@ -65,9 +65,9 @@ def read(experiment: Experiment, text: str, directory: Path) -> Fork | None:
 
 
 def write(fork: Fork, directory: Path, data_sha256: dict[str, str]) -> None:
-    """Puts the state into `directory`, which is the new run's: from there its training resumes.
+    """Writes the state into `directory`, the new run's. Its training resumes from there.
 
-    The checkpoint comes last: a call that is killed before is repeated.
+    The checkpoint is written last, so a call that is killed earlier is repeated.
     """
     files.write_text(directory / NAME, json.dumps(fork.origin, indent=2) + "\n")
     files.write_text(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in fork.rows))
@@ -76,20 +76,20 @@ def write(fork: Fork, directory: Path, data_sha256: dict[str, str]) -> None:
 
 
 def has_begun(directory: Path) -> bool:
-    """Whether a run has saved a checkpoint there, even if it is damaged by now."""
+    """Whether a run has saved a checkpoint there, even if it is damaged now."""
     saved = (directory / "checkpoints").glob("*")
     return any(path.name.isdecimal() or path.name == DAMAGED for path in saved)
 
 
 def check_made(directory: Path) -> None:
-    """Raises a ValueError if a fork was killed before it had the state that it goes on from."""
+    """Raises a ValueError if a fork was killed before its first state was written."""
     if (known := origin_of(directory)) and not has_begun(directory):
         again = f"--fork={known['directory']}@{known['step']}"
         raise ValueError(f"{directory} is a fork that was stopped before its first checkpoint; give {again} again")
 
 
 def origin_of(directory: Path) -> dict[str, Any]:
-    """What fork.json of a run holds; {} for a run that is no fork. Raises a ValueError if it is damaged."""
+    """The contents of a run's fork.json; {} for a run that is not a fork. Raises a ValueError if it is damaged."""
     path = directory / NAME
     found = summary.read_json(path)
     if found is None and path.exists():

@@ -1,4 +1,4 @@
-"""What is drawn and measured of samples while a run trains.
+"""Samples while a run trains: drawing and measuring them.
 
 A signal stops both after a batch. In a multi-process run it does not stop the features, which process 0 computes alone.
 """

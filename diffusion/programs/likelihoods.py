@@ -1,4 +1,4 @@
-"""Likelihoods besides the bound, as eval.likelihood names them: alone with --mode=eval, after the bound in training."""
+"""The other likelihoods of eval.likelihood: measured alone with --mode=eval, and after the bound in training."""
 
 import json
 from collections.abc import Callable
@@ -28,9 +28,9 @@ def score(
     splits: Splits,
     stop: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Measures a likelihood of the images whose bound would be scored; a call that was stopped goes on.
+    """Measures a likelihood of the images whose bound would be scored. A stopped call resumes.
 
-    Process 0 leaves KIND.npz, the numbers of every image. The other arguments are those of `evaluate.score`.
+    Process 0 writes KIND.npz, the numbers of every image. The other arguments are those of `evaluate.score`.
 
     Returns:
         The entries of KIND.json; on process 0 alone, {} elsewhere.
@@ -65,10 +65,10 @@ def score(
 
 
 def after_bound(experiment: Experiment, *given: Any) -> dict[str, Any]:
-    """What summary.json says of eval.likelihood beside the bound: entries of other names; {} where it is the bound.
+    """The entries of summary.json about eval.likelihood, with other names than the bound's; {} if it is the bound.
 
     Args:
-        given: what `score` takes after the experiment.
+        given: the arguments of `score` after the experiment.
     """
     likelihood = other_likelihood.chosen(experiment.config)
     if likelihood is None or experiment.config.eval.num_images == images.NONE:

@@ -1,4 +1,4 @@
-"""--mode=quality: samples of a trained model against a reference set, by every metric of `evaluation.quality`."""
+"""--mode=quality: compares samples of a trained model with a reference set, by every metric of `evaluation.quality`."""
 
 import functools
 import hashlib
@@ -32,13 +32,13 @@ FID_NAMES = {"frechet_distance": "fid", "frechet_infinity": "fid_infinity"}
 
 
 def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output: str = "") -> None:
-    """Draws from a checkpoint of `directory` what is not in its samples/ yet, writes quality.json and prints it.
+    """Draws the samples of a checkpoint of `directory` that samples/ lacks, writes quality.json and prints it.
 
     Args:
         output: a directory for samples and quality.json; "" for the run's own. With it, nothing is written into the
             run.
 
-    Raises what `results.place` and `workdir.load` do.
+    Raises the errors of `results.place` and `workdir.load`.
     """
     out = results.place(directory, output, sample.SAMPLES)
     loaded = workdir.load(directory, checkpoint, config, claims=not output)
@@ -70,7 +70,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """What quality.json holds, if it is of the weights and the data that summary.json is of; else {}."""
+    """The contents of quality.json, if its weights and data are those of summary.json; otherwise {}."""
     scores, bound = (summary.read_json(directory / name) for name in (NAME, workdir.SUMMARY))
     if scores is None or bound is None:
         return {}
@@ -81,7 +81,7 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def is_measured(config: ConfigDict, directory: Path) -> bool:
-    """Whether quality.json is of a finished run's last weights and of samples as the config asks for them."""
+    """Whether quality.json belongs to a finished run's last weights and to samples as the config asks for them."""
     scores, wanted = read(directory), config.quality
     variance = config.model.variance if config.sample.variance == "model" else config.sample.variance
     asked = {
@@ -104,13 +104,13 @@ class Scorer:
     """Measures samples by the config's features, against its reference.
 
     Args:
-        config: says by which features, and against what.
-        sources: the splits that may be looked at, the training split among them; an empty one is as good as none.
+        config: the config with the features and the reference.
+        sources: the splits that may be used, the training split among them. An empty split counts as missing.
         unfinished: a folder that keeps the features of a network, for a call that may be stopped.
 
     Raises:
         FileNotFoundError, ConnectionError: the features' weights or the reference's file are missing.
-        ValueError: they are damaged, or do not fit, or the reference is an empty split.
+        ValueError: they are damaged or do not fit, or the reference is an empty split.
     """
 
     def __init__(self, config: ConfigDict, sources: Iterable[Source], unfinished: Path | None = None):
@@ -134,11 +134,11 @@ class Scorer:
         num_images: int,
         metrics: Iterable[str] | None = None,
     ) -> Numbers:
-        """Metrics, by default all, of samples that come in parts."""
+        """The metrics, by default all, of samples that come in parts."""
         return self._named(quality.results(self._drawn(images, num_images), self._reference.states, metrics))
 
     def scores(self, images: Iterable[UInt8[np.ndarray, "n h w c"]], num_images: int) -> dict[str, Any]:
-        """The numbers, those of real images for scale, and what was compared with what."""
+        """The metrics, the metrics of real images for scale, and a description of the comparison."""
         drawn = self._drawn(images, num_images)
         found = quality.results(drawn, self._reference.states) | self._reference.scale | self._at_equal_n(drawn)
         about = {

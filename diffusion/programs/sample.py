@@ -1,4 +1,4 @@
-"""--mode=sample: images from a trained model, as a grid, as a denoising trajectory, and as arrays."""
+"""--mode=sample: draws images from a trained model, as a grid, a denoising trajectory, and arrays."""
 
 import contextlib
 import logging
@@ -34,13 +34,13 @@ ARCHIVE, GRID, TRAJECTORY = "samples.npz", "samples.png", "progressive.png"
 
 
 def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output: str = "") -> None:
-    """Draws from a checkpoint of `directory`, or goes on where an earlier call was stopped.
+    """Draws from a checkpoint of `directory`, or continues an earlier call that was stopped.
 
     Args:
         output: a directory for the samples; "" for the run's own. With it, nothing is written into the run.
 
     Raises:
-        ValueError: no image is to be drawn, besides what `results.place` and `workdir.load` raise.
+        ValueError: no image is to be drawn, or an error of `results.place` or `workdir.load`.
     """
     if not config.sample.num_images:
         raise ValueError("sample.num_images=0 draws no image; --config.sample.num_images=64 draws 64")
@@ -56,7 +56,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output:
 
 
 def make_sampler(experiment: Experiment) -> Sampler:
-    """The config's sampler. A model that takes labels is given those of `classes`. Raises what `guide.load` does."""
+    """The config's sampler. A model with labels gets those of `classes`. Raises the errors of `guide.load`."""
     config, guiding = experiment.config.sample, guide.load(experiment)
     return Sampler(
         sampling.step(experiment.config),
@@ -81,16 +81,17 @@ def save(
     stop: Callable[[], None] | None = None,
     sampler: Sampler | None = None,
 ) -> Path:
-    """Draws sample.num_images images into a folder of samples/ that is named by the weights and how they were drawn.
+    """Draws sample.num_images images into a folder of samples/, named after the weights and the way of drawing.
 
-    They are written in shards, so a call that was stopped goes on where it was, and a call for more images draws the
-    others. Beside them a grid of the first sample.num_previews, their denoising trajectories, and all images in one
-    file (uint8 [N, H, W, C]) if that is not too large; what was drawn last lies in `directory` itself, too.
+    They are written in shards. So a stopped call continues where it was, and a call for more images draws only the new
+    ones. The folder also gets a grid of the first sample.num_previews images, their denoising trajectories, and all
+    images in one file (uint8 [N, H, W, C]) if that is not too large. `directory` itself gets the files of the latest
+    call.
 
     Args:
-        model: of the parameters of `state`.
+        model: the model of the parameters of `state`.
         stop: called after each batch; raises to stop.
-        sampler: one that is compiled already.
+        sampler: a sampler that is already compiled.
     """
     config, sampler = experiment.config.sample, sampler or make_sampler(experiment)
     with _folder(experiment, directory, model, state) as folder:
@@ -113,7 +114,7 @@ def fill(
     num_images: int,
     stop: Callable[[], None] | None = None,
 ) -> Path:
-    """Draws as many images as `num_images` into the folder of `save`, except those that it has; returns the folder."""
+    """Fills the folder of `save` up to `num_images` images and returns the folder."""
     with _folder(experiment, directory, model, state) as folder:
         _fill(make_sampler(experiment), model, folder, num_images, stop)
     return folder
@@ -136,7 +137,7 @@ def _folder(experiment: Experiment, directory: Path, model: Model, state: EmaSta
 
 
 def name(about: dict[str, Any]) -> str:
-    """A folder's name: what a reader looks for, and a digest of all that tells one set of samples from another."""
+    """The name of a folder: readable settings, and a digest of everything that distinguishes sets of samples."""
     words = f"step{about['step']}-{about['method']}-{about['num_steps']}steps-{about['variance']}"
     if about.get("guidance"):
         words += f"-guidance{about['guidance']:g}"
@@ -145,7 +146,7 @@ def name(about: dict[str, Any]) -> str:
 
 
 def described(config: ConfigDict, variance: str) -> dict[str, Any]:
-    """How images are drawn, as quality.json says it."""
+    """The way of drawing images, for quality.json."""
     about = {
         "method": config.sample.method,
         "num_steps": config.sample.num_steps or config.schedule.num_steps,
@@ -166,18 +167,18 @@ def described(config: ConfigDict, variance: str) -> dict[str, Any]:
 
 
 def classes(experiment: Experiment) -> tuple[int, ...]:
-    """The labels that images are drawn with, in turn; () for a network that takes none."""
+    """The labels of drawn images, repeated in turn; () for a network without labels."""
     config, network = experiment.config, experiment.training.network
     return config.sample.labels or (tuple(range(network.num_classes)) if config.model.conditional else ())
 
 
 def labels(experiment: Experiment, num_images: int) -> Int32[np.ndarray, " n"]:
-    """The labels of the first images, of a network that takes them."""
+    """The labels of the first images, for a network with labels."""
     return np.resize(np.array(classes(experiment), np.int32), num_images)
 
 
 def grid(experiment: Experiment, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "grid_h grid_w c"]:
-    """The first images side by side, with a row for each class where the network takes labels."""
+    """The first images side by side, with a row for each class if the network takes labels."""
     num_levels = experiment.training.num_levels
     if experiment.config.model.conditional:
         return pictures.class_grid(images, labels(experiment, len(images)), num_levels)

@@ -1,4 +1,4 @@
-"""What an evaluation scores, by which protocol, and what it leaves: whichever likelihood is measured."""
+"""The images, the protocol and the files of an evaluation, for every likelihood."""
 
 import contextlib
 import json
@@ -29,13 +29,14 @@ UNFINISHED = "unfinished_eval"  # beside the results: the terms that are done
 
 
 def check(config: ConfigDict, num_test: int) -> int:
-    """How many test images are scored. Raises a ValueError if that, or eval.likelihood, is impossible here."""
+    """The number of test images that are scored. Raises a ValueError if it, or eval.likelihood, is impossible here."""
     other_likelihood.usable(config)
     return images.num_scored(config.eval.num_images, config.eval.protocol, num_test)
 
 
 def chosen_images(config: ConfigDict, splits: Splits) -> tuple[dict[str, Source], dict[str, np.ndarray]]:
-    """The splits that are scored, and the numbers of their images: the test split, and as many of the others."""
+    """The splits that are scored, with the numbers of their images: the test split, and as many of the others.
+    """
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, len(splits.test))
     # Where the whole split is scored, a protocol drops its last images.
     is_whole = config.eval.num_images == 0
@@ -49,7 +50,7 @@ def chosen_images(config: ConfigDict, splits: Splits) -> tuple[dict[str, Source]
 
 
 def about(state: EmaState, splits: Splits) -> dict[str, Any]:
-    """What is known of weights and data without scoring them."""
+    """Facts about the weights and the data that need no scoring."""
     return {
         "step": int(state.step),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.ema_params)),
@@ -60,7 +61,7 @@ def about(state: EmaState, splits: Splits) -> dict[str, Any]:
 
 
 def key(config: ConfigDict, model: Model, digests: list[Any], numbers: dict[str, np.ndarray]) -> str:
-    """A name for where finished terms are kept, made of all that a term depends on: nothing else finds them."""
+    """The name of the place of finished terms, made from everything that a term depends on."""
     variance = model.p.variance, tree_sha256(model.schedule.x0_variance)
     scored = [chosen.tolist() for chosen in numbers.values()]
     few = [config.eval.terms_per_image] if config.eval.terms_per_image else []
@@ -68,14 +69,14 @@ def key(config: ConfigDict, model: Model, digests: list[Any], numbers: dict[str,
 
 
 def forget(kept: Path) -> None:
-    """Deletes what was kept of an evaluation that is finished."""
+    """Deletes the kept terms of a finished evaluation."""
     shutil.rmtree(kept, ignore_errors=True)
     with contextlib.suppress(OSError):  # another, interrupted evaluation has its terms there
         kept.parent.rmdir()
 
 
 def protocol_of(experiment: Experiment, variance: str) -> dict[str, Any]:
-    """How the bits/dim are measured: what a reader must know to compare them with others."""
+    """The protocol of the bits/dim: all that a reader must know to compare them with others."""
     config = experiment.config
     few, chosen = config.eval.terms_per_image, likelihood.PROTOCOLS[config.eval.protocol]
     num_steps, decoder, at_limit = config.schedule.num_steps, config.model.decoder, {}

@@ -1,6 +1,6 @@
-"""--mode=train: from a config and a working directory to checkpoints, then pictures and bits per dimension.
+"""--mode=train: from a config and a working directory to checkpoints, samples and bits per dimension.
 
-What a run needs to go on is its config.json and its latest checkpoint: the same command resumes by itself.
+A run needs only its config.json and its latest checkpoint to resume, with the same command.
 """
 
 import logging
@@ -37,22 +37,22 @@ from diffusion.training.step import TrainState
 def run(
     config: ConfigDict, directory: Path, base: str = "", allow_other_data: bool = False, forked: str = ""
 ) -> None:
-    """Trains to config.train.num_steps, resuming if `directory` holds a part of this run; then samples and scores.
+    """Trains to config.train.num_steps, then samples and scores. Resumes if `directory` holds a part of this run.
 
-    A run that is finished goes on if num_steps is larger now, and one that stopped early if patience is larger or 0:
-    see `config.differing` for what may change.
+    A finished run goes on if num_steps is larger now. A run that stopped early goes on if patience is larger or 0.
+    `config.differing` says what may change.
 
     Args:
-        base: the config file that the config came from, which base.json then keeps.
-        forked: the run and the checkpoint that a new run goes on from: see `fork`.
-        allow_other_data: resume even where the data set is not the one that the run was trained on.
+        base: the config file of the config, for base.json.
+        forked: the run and the checkpoint from which a new run continues: see `fork`.
+        allow_other_data: whether to resume even if the data set is not the one of the run's training.
 
     Raises:
-        ValueError, OSError: what does not fit or is missing, in one line and before any compilation; or what
+        ValueError, OSError: something does not fit or is missing, in one line and before any compilation, or a file
             could not be written.
         FloatingPointError: a loss is NaN or Inf; nothing is saved after it.
         RuntimeError: the devices no longer hold the same state.
-        MemoryError: a device has too little of it.
+        MemoryError: a device has too little memory.
         Preempted: a signal asked to stop.
     """
     experiment = prepare(config, directory, forked)
@@ -130,7 +130,7 @@ def _last_words(scores: dict[str, Any]) -> str:
 
 
 def _about(directory: Path, stopwatch: Stopwatch) -> dict[str, Any]:
-    """What summary.json says of a run besides its scores."""
+    """The entries of summary.json besides the scores."""
     origin = fork.origin_of(directory)
     return {
         "seconds": stopwatch.seconds(),
@@ -141,7 +141,7 @@ def _about(directory: Path, stopwatch: Stopwatch) -> dict[str, Any]:
 
 
 def prepare(config: ConfigDict, directory: Path, forked: str = "") -> Experiment:
-    """The experiment, after every check that needs no data and no device."""
+    """The experiment, after all checks that need no data and no device."""
     if forked:
         fork.check_target(forked, directory)
     parallel.check_batch_size(config.train.batch_size, config.train.grad_accum)
@@ -177,9 +177,9 @@ def train(
     preemption: Preemption,
     after_row: Callable[[], None] | None = None,
 ) -> TrainState:
-    """Trains to the end from the latest checkpoint in `directory`, or from the start; returns the last state.
+    """Trains to the end from the latest checkpoint in `directory`, or from the start, and returns the last state.
 
-    No test image is looked at: of the test split only the digest is asked for.
+    Training sees no test image. It uses only the digest of the test split.
     """
     config, plan = experiment.config, build.plan(experiment.config)
     is_over = early_stopping.rule(config, directory)
@@ -211,9 +211,9 @@ def _is_trained(plan: loop.Plan, step: int, directory: Path) -> bool:
 
 
 def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
-    """The state to go on from, or the initial one: what process 0 reads, on every process.
+    """The state to resume from, or the initial one. Process 0 reads it for every process.
 
-    It is on the host: on a device it would stay there beside the state that is trained.
+    It stays on the host. On a device it would take memory beside the state in training.
     """
     like = experiment.abstract_state()
     resumed = processes.on_first(lambda: checkpoints.resume(like))
@@ -226,7 +226,7 @@ def check_data(config: ConfigDict, directory: Path, now: dict[str, str]) -> None
     """Raises a ValueError if the run in `directory` was trained with other data; nothing is written.
 
     Args:
-        now: the digest of each split. Checkpoints of version 0.1 do not say which data they were trained with.
+        now: the digest of each split. Checkpoints of version 0.1 do not record their training data.
     """
     with Checkpoints(directory / "checkpoints") as checkpoints:
         then = checkpoints.trained_on()
