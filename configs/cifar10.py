@@ -13,9 +13,9 @@ Differs  the program clips the gradient of each replica, before the sum over rep
          its ε elsewhere. It scores 9,984 test images, with an approximate CDF in the decoder (eval.protocol=ho2020
          does so, too), and takes FID of samples that are not rounded to pixel values
 
-This file sets what makes the experiment. All other keys are at their defaults: --mode=describe and docs/config_keys.md
-list every key with its help. Other configs start from this one and change what differs. A name may carry arguments of
-the function that it names, as in "linear(beta_end=0.03)".
+This file sets the keys that define the experiment. All other keys are at their defaults: --mode=describe and
+docs/config_keys.md list every key with its help. Other configs start from this one and change some keys. A name may
+carry arguments of its function, as in "linear(beta_end=0.03)".
 """
 
 from ml_collections import ConfigDict

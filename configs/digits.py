@@ -9,15 +9,14 @@ Expect   1.838 ± 0.011 bits/dim on the 299 test images (mean and 95% interval o
          1.851; 2 CPU cores, 2026-11-29), and digits that look like digits
 Paper    none: a recipe of this project
 
-The noise schedule is learned with the network. Bits/dim of the 130 validation images for seeds 0, 1 and 2, and less the
-first row's
-(mean ± 95% interval, Student's t, n = 3 seeds; 2 CPU cores, 2026-11-29):
+The noise schedule is learned with the network. The table has the bits/dim of the 130 validation images for seeds 0, 1
+and 2, and the difference to the first row (mean ± 95% interval, Student's t, n = 3 seeds; 2 CPU cores, 2026-11-29):
 
     this one, whose inner part varies the loss least    1.828, 1.833, 1.848
     one that the bound trains, inner='bound'            1.864, 1.849, 1.871    +0.025 ± 0.026
     cosine, from which both start                       1.916, 1.899, 1.935    +0.080 ± 0.031
 
-configs/digits_fixed.py says why the rest is as it is.
+configs/digits_fixed.py explains the other settings.
 """
 
 from ml_collections import ConfigDict

@@ -11,8 +11,8 @@ Expect   it depends on the pictures; nothing is measured yet
 Paper    none: a recipe of this project, from Nichol & Dhariwal's network and L_hybrid, v-prediction and
          low-discrepancy t; it was not compared with any published one
 
-DPM-Solver++ draws samples in 50 steps instead of 1,000. Turn mirroring off (data.flip) where left and right matter, as
-in pictures of text.
+DPM-Solver++ draws samples in 50 steps instead of 1,000. Turn mirroring off (data.flip) if left and right matter, as in
+pictures of text.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,12 @@
-"""Inpainting where the right answer is known: a Gaussian with correlated pixels, of which the left half is given.
+"""Inpainting with a known right answer: a Gaussian with correlated pixels, whose left half is given.
 
     python examples/inpainting.py
 
-The other half given this one is Gaussian, too, with a mean and a covariance in closed form. The denoiser is exact, so
-what differs from them is the method's own error. To put the known pixels back after every step does not suffice: the
-unknown ones were drawn without them. RePaint goes back from t − 1 to t and takes the step again, several times, so that
-both halves come to agree (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1). Prints the moments of both.
+Given the left half, the right half is also Gaussian, with a mean and a covariance in closed form. The denoiser is
+exact, so any difference from them is the method's own error. Putting the known pixels back after every step is not
+enough, because the unknown ones were drawn without them. RePaint (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1)
+goes back from t − 1 to t and repeats the step several times, so that both halves agree. Prints the moments of both
+methods.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Studies on top of the library: `python -m experiments.NAME --help`; nothing imports them."""
+"""Studies on top of the library: `python -m experiments.NAME --help`. Nothing imports them."""
 
 from diffusion.runtime import allocator
 

@@ -3,10 +3,10 @@
     python -m experiments.audit [--workdir=experiments/results/audit]
 
 A bound on discrete data is the length of a code, so Σ 2^−bound ≤ 1, and its mean under the data is at least their
-entropy. Checked for every variance, decoder, schedule and protocol, in discrete and continuous time, for exact, random
-and trained networks; for importance weights, the ODE's density (needs the extra `ode`) and the codec's files; and for
-constructions that look like bounds and are none, which must fail. Exit code 1 if anything is not as it should be.
-Leaves table.md and table.csv in the working directory, if one is given.
+entropy. The audit checks every variance, decoder, schedule and protocol, in discrete and continuous time, for exact,
+random and trained networks. It also checks importance weights, the ODE's density (needs the extra `ode`) and the
+codec's files. Constructions that look like bounds but are not must fail. The exit code is 1 if any check has the wrong
+result. Writes table.md and table.csv into the working directory, if one is given.
 """
 
 import datetime

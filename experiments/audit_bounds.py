@@ -1,7 +1,7 @@
 """The variational bound in discrete and in continuous time, as rows of `experiments.audit`.
 
-Everything that the library calls a bound is taken from where it is computed: `likelihood.vlb_term_bpd`, the tables of
-`reverse` and `schedules`, `bound_by_steps.measure_of` and the objective `vdm`.
+The rows use the library's own code for every bound: `likelihood.vlb_term_bpd`, the tables of `reverse` and `schedules`,
+`bound_by_steps.measure_of` and the objective `vdm`.
 """
 
 import dataclasses

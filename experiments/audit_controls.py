@@ -1,4 +1,4 @@
-"""Constructions that look like bounds and are none: what `experiments.audit` must find."""
+"""Constructions that look like bounds but are not: `experiments.audit` must detect them."""
 
 from collections.abc import Callable, Iterator
 

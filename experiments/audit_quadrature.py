@@ -1,10 +1,10 @@
-"""The bound of an image without chance: each term's expectation over its x_t, and the integral over time.
+"""The bound of an image without sampling: each term's expectation over its x_t, and the integral over time.
 
-A term of the bound depends on one x_t alone, x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, so its expectation is an integral over ε in
-as many dimensions as an image has: here at most three. The rule is the trapezoidal one on a grid of ε, whose error
-falls exponentially with the spacing for smooth integrands. The result is the mean over two grids that are shifted by
-half a spacing from each other; its error, half their difference, is far above what is left where the integrand is
-smooth.
+A term of the bound depends on one x_t alone, x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, so its expectation is an integral over ε.
+It has as many dimensions as an image, here at most three. The trapezoidal rule on a grid of ε is used; for smooth
+integrands its error falls exponentially with the spacing. The result is the mean over two grids that are shifted by
+half a spacing from each other. Half their difference is stated as the error, which is far above the true error where
+the integrand is smooth.
 """
 
 import functools

@@ -1,4 +1,5 @@
-"""What takes chance or a solver, as rows of `experiments.audit`: importance weights, the ODE's density, files."""
+"""Bounds that need samples or a solver, as rows of `experiments.audit`: importance weights, the ODE's density, files.
+"""
 
 import functools
 import math

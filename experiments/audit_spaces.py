@@ -1,7 +1,7 @@
 """Spaces of images that can be enumerated, and networks for them: the part of `experiments.audit` that makes models.
 
-An image is [1, 1, d]: d numbers that a model may treat as it likes. Every network here says (E[x_0 | x_t],
-Var(x_0 | x_t)) as a function of x_t and log SNR, so one network serves every schedule, prediction and variance.
+An image is [1, 1, d], d numbers. Every network here returns (E[x_0 | x_t], Var(x_0 | x_t)) as a function of x_t and log
+SNR, so one network serves every schedule, prediction and variance.
 """
 
 import dataclasses

@@ -2,11 +2,11 @@
 
     python -m experiments.bound_by_steps --workdir=runs/digits_vdm [--T=10,100,1000,10000,inf] [--unclipped]
 
-For a network that is conditioned on γ, of which a schedule of any T can be asked (docs/vdm.md). Each test image takes
-16 (--points) evenly spaced u in [0, 1] with a random offset, the same for every T, so differences between T are paired:
-for a finite T the term of the step that u falls into, for inf the continuous-time loss at u. x̂_0 is clipped, as in
-every evaluation here, or not, as in VDM's. Leaves bound_by_steps.json and .md in the working directory, or
-bound_by_steps_unclipped.json and .md.
+The network must be conditioned on γ, so that it works with every T (docs/vdm.md). Each test image takes 16 (--points)
+evenly spaced u in [0, 1] with a random offset. They are the same for every T, so differences between T are paired. A
+finite T uses the term of the step that contains u, and inf uses the continuous-time loss at u. x̂_0 is clipped, as in
+every evaluation here, unless --unclipped is given, as in VDM's program. Writes bound_by_steps.json and .md in the
+working directory, or bound_by_steps_unclipped.json and .md.
 """
 
 import dataclasses

@@ -1,12 +1,13 @@
-"""How far the variational bound is from log p(x_0), and of what that depends: docs/bound_tightness.md.
+"""The gap between the variational bound and log p(x_0), and its causes: docs/bound_tightness.md.
 
     python -m experiments.bound_tightness --workdir=runs/bound_tightness [--run=runs/digits_fixed]
 
-Gaussian data, where the gap has a closed form; a 1-D mixture by quadrature, against T, schedule and variance; the gap's
-two terms along the training of a model that is too small; 2-D mixtures, against the covariance and against the width
-of the network. With --run, the bound, the importance-weighted bound and the ODE likelihood of that run's checkpoint
-side by side (needs the extra `ode`). Minutes on 2 CPU cores. Leaves bound_tightness.json, bound_tightness.md and
-line.png, terms.png, plane.png, capacity.png, trained.png in the working directory.
+The parts are: Gaussian data, where the gap has a closed form; a 1-D mixture by quadrature, against T, schedule and
+variance; the gap's two terms during the training of a model that is too small; and 2-D mixtures, against the covariance
+and against the width of the network. With --run, the report also compares the bound, the importance-weighted bound and
+the ODE likelihood of that run's checkpoint (needs the extra `ode`). Takes minutes on 2 CPU cores. Writes
+bound_tightness.json, bound_tightness.md and line.png, terms.png, plane.png, capacity.png, trained.png in the working
+directory.
 """
 
 from pathlib import Path

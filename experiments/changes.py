@@ -1,12 +1,12 @@
-r"""Which of several changes does what: runs with none of them, with each alone, with all but each, and with all.
+r"""The effect of each of several changes: runs with none of them, with each alone, with all but each, and with all.
 
     python -m experiments.changes --base=configs/digits_fixed.py --workdir=runs/changes --seeds=3 \
         --change model.prediction=eps --change objective.timesteps=uniform
 
-What a change does depends on the others. So each has two rows: what it does alone, and what it does beside all the
-others. Both are differences between runs of the same seed, in bits/dim of the validation images where some are set
-aside (data.validation), and so may choose; else of the test images. Everything else is as in `experiments.sweep`.
-Leaves a sweep's report in the working directory, and changes.md.
+The effect of a change depends on the others. So each change has two rows: its effect alone, and its effect beside all
+the others. Both are differences between runs of the same seed. They are in bits/dim of the validation images if some
+are set aside (data.validation), so a choice may be based on them. Otherwise they are in bits/dim of the test images.
+Everything else is as in `experiments.sweep`. Writes a sweep's report and changes.md into the working directory.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Trains five small networks on CIFAR-10 for equally many images, as configs/cifar10_small.py says: the papers' four pairs
 of an objective and a variance, and this project's own recipe. Each is scored on every test image by an estimate of 9
-terms, and by every term of 300 test images under every variance (`experiments.variance_accounting`). The same command
-resumes what was interrupted. Leaves a sweep's report in the working directory, and accounting.md.
+terms. Each is also scored by every term of 300 test images under every variance (`experiments.variance_accounting`).
+The same command resumes an interrupted study. Writes a sweep's report and accounting.md into the working directory.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""The command line of a study: its flags' parser, and how it ends."""
+"""The command line of a study: the parser of its flags, and its exit codes."""
 
 import argparse
 import sys

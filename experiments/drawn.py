@@ -1,4 +1,4 @@
-"""Samples of one trained run, drawn in several ways and scored: what the studies of sampling share."""
+"""Samples of one trained run, drawn in several ways and scored. The studies of sampling share this module."""
 
 import argparse
 import datetime

@@ -2,9 +2,9 @@
 
     python -m experiments.ema_length --workdir=runs/ema_length --runs=runs/ema0,runs/ema1,runs/ema2
 
-The runs differ in their seed alone. Every length is composed of what a run has kept (docs/ema.md) and scored on the
-validation images, by which to choose, and the test images, all with the same noise. 0 is the average of ema.decay.
-Leaves ema_length.md, .csv and .png in the working directory.
+The runs differ only in their seed. The average of every length is composed of the averages that a run saved
+(docs/ema.md). It is scored on the validation images, for the choice of a length, and on the test images, all with the
+same noise. 0 is the average of ema.decay. Writes ema_length.md, .csv and .png into the working directory.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
     python -m experiments.exact_posterior --workdir=runs/digits_fixed [--num_images=299] [--num_samples=128]
     python -m experiments.exact_posterior --workdir=runs/cost --base=configs/cifar10.py
 
-Nothing is trained; either takes 80 seconds of CPU time, the first for configs/digits_fixed.py. Writes into the
+Nothing is trained. Either command takes 80 seconds of CPU time, the first for configs/digits_fixed.py. Writes into the
 working directory exact_posterior.json and
 
     exact_posterior_gap.png      the error of ε̂ per t on training and on test images, and how many images are in play
@@ -11,7 +11,7 @@ working directory exact_posterior.json and
     exact_posterior_nearest.png  how far those are
     exact_posterior_cost.png     time and work of one denoising step against the number of training images
 
-With --base it needs no checkpoint: it measures only the cost, beside a network that nobody has trained yet.
+With --base it needs no checkpoint. It then measures only the cost, beside an untrained network.
 """
 
 import json

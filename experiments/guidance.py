@@ -1,11 +1,11 @@
-"""What does guidance buy? The Fréchet distance, precision, recall and recognised classes for several weights w.
+"""The effect of guidance: Fréchet distance, precision, recall and recognised classes for several weights w.
 
     python main.py --config=configs/digits_conditional.py --mode=classifier     # once
     python -m experiments.guidance --workdir=runs/digits_conditional [--weights=0,0.5,1,2,4] [--features=classifier]
 
-Nothing is trained. The run must be of a config with model.conditional and model.label_dropout. Leaves guidance.md, .csv
-and .png and guidance_samples.png in the working directory, and the samples in its folder guidance/, so that a call that
-was stopped goes on.
+Nothing is trained. The run must be of a config with model.conditional and model.label_dropout. Writes guidance.md, .csv
+and .png and guidance_samples.png into the working directory. The samples go into its folder guidance/, so a stopped
+call resumes.
 """
 
 from pathlib import Path

@@ -4,14 +4,14 @@ r"""The published tables of CIFAR-10: Ho et al. (2020), tables 1 and 2, and Nich
     python -m experiments.ho2020 --workdir=runs/ho2020-digits --scale=digits
 
 At full size a row is 800,000 or 500,000 steps of 128 CIFAR-10 images, some 4e18 floating-point operations. With
---scale=digits the same settings train on the bundled digits as configs/digits_fixed.py says, with T/4 diffusion
-steps, and the papers' numbers stand beside them for their order alone.
+--scale=digits the same settings train on the bundled digits as configs/digits_fixed.py says, with T/4 diffusion steps.
+Only the order of the rows then compares with the papers' numbers.
 
     sbatch --array=0-11 --gres=gpu:1 --time=48:00:00 \
         --wrap='python -m experiments.ho2020 --workdir=runs/ho2020 --index=$SLURM_ARRAY_TASK_ID'
 
-The numbers of Ho et al. are those that the paper prints. Those of Nichol & Dhariwal were seen in three transcriptions
-of their table, which agree, and not in the paper itself.
+The numbers of Ho et al. are from the paper. The numbers of Nichol & Dhariwal are from three transcriptions of their
+table, which agree, and not from the paper itself.
 """
 
 from typing import Any, NamedTuple

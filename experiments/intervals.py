@@ -1,4 +1,4 @@
-"""The 95% interval of a mean of few values, such as one per seed, and the one way in which tables print it."""
+"""The 95% interval of the mean of a few values, such as one per seed, and its format in all tables."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple

@@ -2,10 +2,10 @@
 
     python -m experiments.learned_schedule --workdir=runs/learned_schedule [--T=20] [--seeds=0,1,2] [--steps=600]
 
-For each seed it trains three small networks on the digits, for equally many steps of equally many images: with the
-cosine schedule as it is, with a schedule that starts there and is trained by the bound, and with one whose inner part
-is trained to minimise the variance of the loss. Leaves learned_schedule.json, .md and .png in the working directory.
-It shows that for few steps a learned schedule has the lower bound, and KL terms that are nearly equal.
+For each seed it trains three small networks on the digits, for equally many steps of equally many images. The first has
+the fixed cosine schedule. The second has a schedule that starts there and is trained by the bound. In the third the
+inner part of the schedule is trained to minimise the variance of the loss. Writes learned_schedule.json, .md and .png
+into the working directory. It shows that for few steps a learned schedule has a lower bound and nearly equal KL terms.
 """
 
 import dataclasses

@@ -3,12 +3,12 @@ r"""How the bound becomes "predict x_0" or "predict ε": the weight per t, what 
     python -m experiments.parameterizations --workdir=runs/parameterizations
     python -m experiments.parameterizations --workdir=runs/parameterizations --network=runs/digits_fixed --report
 
-Three parts, told in docs/parameterizations.md. Each prediction's weight per t, against its closed form in SNR and
-against the KL itself (weights.png). Which t make up L and which make up L_simple, for the errors that a trained network
-makes: that in --network=DIR, a run of main.py, or else the first of those trained here (shares.png). And ε, x_0, v and
-μ̃ trained on digits with L, where all four have the same loss, and with L_simple, where each has its own: a folder per
-run, resumed and skipped as in `sweep` (training.png). The numbers are in parameterizations.json, the tables in
-parameterizations.md.
+The study has three parts, described in docs/parameterizations.md. The first compares the weight per t of each
+prediction with its closed form in SNR and with the KL itself (weights.png). The second shows how much each t
+contributes to L and to L_simple, for the errors of a trained network: the run in --network=DIR, or else the first one
+trained here (shares.png). The third trains ε, x_0, v and μ̃ on digits with L, where all four have the same loss, and
+with L_simple, where the losses differ (training.png). Each run has a folder, resumed and skipped as in `sweep`. The
+numbers are in parameterizations.json, the tables in parameterizations.md.
 
 Cost     8 runs of 163,905 parameters, 400 steps of 32 images: 80 seconds of CPU time each, most of it compilation.
          --seed=0,1,2 repeats them; --schedule=linear --prediction=eps,v adds some with another schedule to the same

@@ -1,17 +1,17 @@
-"""The paper's bits/dim of a published model, and what this program measures of the same weights.
+"""The paper's bits/dim of a published model, and this program's bits/dim of the same weights.
 
     python -m experiments.published cifar10_uncond_50M_500K.pt --data_dir=DIR            # an estimate, with its error
     python -m experiments.published cifar10_uncond_50M_500K.pt --data_dir=DIR --full     # every term
 
-A checkpoint of improved-diffusion or guided-diffusion is recognized by its published name. Another one needs the flags
-that it was trained with, in --flags=FILE.json or in the JSON file of its own name. PyTorch reads the file: pip install
--e '.[openai]'. ckpt-N.flax, or a directory with it, is a checkpoint of google-research/vdm, whose networks are
-recognized; --flags=FILE.json is then its config.model. Another directory is a pipeline of diffusers, with the settings
-of its scheduler, unless it holds PREFIX.index, a TensorFlow checkpoint of Ho et al.'s program; WEIGHTS may be PREFIX,
-too. Ho et al.'s network for CIFAR-10 is recognized in both. By default a model is scored on the test split of the
-paper's data set by the paper's protocol, a VDM for T = ∞ and T = 1000.
+A checkpoint of improved-diffusion or guided-diffusion is recognized by its published name. Other checkpoints of these
+programs need their training flags, in --flags=FILE.json or in the JSON file of the same name. PyTorch reads the file:
+pip install -e '.[openai]'. ckpt-N.flax, or a directory with it, is a checkpoint of google-research/vdm. Its networks
+are recognized; --flags=FILE.json is then its config.model. A directory with PREFIX.index, or PREFIX itself, is a
+TensorFlow checkpoint of Ho et al.'s program. Any other directory is a pipeline of diffusers, with the settings of its
+scheduler. Ho et al.'s network for CIFAR-10 is recognized in both. By default a model is scored on the test split of the
+paper's data set by the paper's protocol. A VDM is scored for T = ∞ and T = 1000.
 
-Leaves published.json in the working directory, and finished terms: the same command goes on after a kill or a signal.
+Writes published.json and finished terms into the working directory. The same command resumes after a kill or a signal.
 """
 
 import json

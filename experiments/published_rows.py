@@ -1,7 +1,7 @@
-"""Published models: the flags of OpenAI's checkpoints, Ho et al.'s network, and the number that a paper has for each.
+"""Published models: the flags of OpenAI's checkpoints, Ho et al.'s network, and the paper's number for each.
 
-Flags are those of the programs' READMEs. The bits/dim of Nichol & Dhariwal (2021), tables 1 and 2, were seen in
-transcriptions that agree, and not in the paper itself.
+The flags are from the programs' READMEs. The bits/dim of Nichol & Dhariwal (2021), tables 1 and 2, are from
+transcriptions that agree, and not from the paper itself.
 """
 
 from collections.abc import Mapping

@@ -1,16 +1,16 @@
-r"""Bits/dim of photographs at equal compute: a table of records, each of which is one config file and three seeds.
+r"""Bits/dim of photographs at equal compute: a table of records. Each record is one config file with three seeds.
 
     python -m experiments.records --workdir=runs/records --data-dir=DIR --minutes=8
     python -m experiments.records --workdir=runs/records --data-dir=DIR --minutes=8 --records=vlb,all_four
     python -m experiments.records --workdir=runs/records --data-dir=DIR --minutes=8 --records=all_four --test
 
-A record is a file in configs/records/; its header says what it starts from. A budget is an amount of arithmetic, so
-that the machine does not matter: what two quiet CPU cores do in 8, 33 or 120 minutes with the base's network. From it
-and the network's cost per image follows the number of steps.
+A record is a file in configs/records/; its header names the config that it starts from. A budget is an amount of
+arithmetic, so the machine does not matter. It is the work that two quiet CPU cores do in 8, 33 or 120 minutes with the
+base's network. The budget and the network's cost per image determine the number of steps.
 
-Training looks at no test image. The end scores validation images that no step saw, and by these a recipe is chosen.
-`--test` scores test images of finished runs: once, of what was chosen. Leaves records.md and records.png in the working
-directory. What is finished is skipped and what was cut resumes, as in `experiments.sweep`.
+Training sees no test image. At its end validation images that no step saw are scored, and a recipe is chosen by them.
+`--test` scores test images of finished runs; use it once, for the chosen recipe. Writes records.md and records.png into
+the working directory. Finished runs are skipped and interrupted ones resume, as in `experiments.sweep`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The table and the figure of the records, from what their folders hold."""
+"""The table and the figure of the records, made from their folders."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

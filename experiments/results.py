@@ -1,4 +1,4 @@
-"""What a sweep's folders hold: finished runs, grouped over seeds, and the differences between them, seed by seed."""
+"""The results of a sweep, read from its folders: finished runs, grouped over seeds, and paired differences."""
 
 import collections
 import dataclasses

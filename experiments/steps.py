@@ -1,11 +1,11 @@
-"""How few steps? Sampler × number of steps × variance against the Fréchet distance and the respaced bits/dim.
+"""How few steps are enough? The Fréchet distance and the respaced bits/dim for sampler × number of steps × variance.
 
     python -m experiments.steps --workdir=runs/digits_fixed [--steps=5,10,25,50] [--features=classifier]
 
-The shape of Nichol & Dhariwal (2021), figure 8, and of Bao et al. (2022), tables 1 and 2, for one trained run: nothing
-is trained. Bits/dim are those of the respaced process on the test images, which only the ancestral sampler has: the
-others are no reverse process with a likelihood. Leaves steps.md, .csv and .png in the working directory, and the
-samples in its folder steps/, so that a call that was stopped goes on.
+The report has the form of Nichol & Dhariwal (2021), figure 8, and Bao et al. (2022), tables 1 and 2, for one trained
+run. Nothing is trained. Bits/dim are those of the respaced process on the test images. Only the ancestral sampler has
+them, because the others are not reverse processes with a likelihood. Writes steps.md, .csv and .png into the working
+directory. The samples go into its folder steps/, so a stopped call resumes.
 """
 
 import dataclasses

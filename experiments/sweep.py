@@ -1,13 +1,13 @@
-r"""Many runs of main.py, each in a process and a folder of its own, so that one that fails does not affect the others.
+r"""Many runs of main.py, each in its own process and folder, so that a failed run does not affect the others.
 
     python -m experiments.sweep --base=configs/digits_fixed.py --workdir=runs/sweep \
         --variance=fixed_small,fixed_large --axis optim.grad_clip=0,1 --seeds=3
 
-Every combination of the axes' values is a setting, and each is run with every seed. Any config key can be an axis.
-One without values has the base config's. The report has the mean over seeds with its interval, and the difference to
-the first setting, seed by seed. What is finished is skipped and what was cut resumes, so a sweep that was killed at
-any moment goes on when it is started again. After a signal nothing is lost, and the exit code is 75; after a kill, what
-the running cell did since its last checkpoint is.
+Every combination of the axes' values is a setting, and each setting is run with every seed. Any config key can be an
+axis. An axis without values has the base config's value. The report has the mean over seeds with its interval, and the
+difference to the first setting, seed by seed. Finished runs are skipped and interrupted ones resume, so a killed sweep
+continues when it is started again. A signal loses nothing, and the exit code is 75. A kill loses the work of the
+running cell since its last checkpoint.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A sweep's report, made from its folders alone: table.md, table.csv, bpd.png, terms.png, quality.png."""
+"""The report of a sweep, made only from its folders: table.md, table.csv, bpd.png, terms.png, quality.png."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the tables of studies share: means with their standard errors, Markdown and CSV."""
+"""Helpers for the tables of studies: means with their standard errors, Markdown and CSV."""
 
 import csv
 from collections.abc import Sequence

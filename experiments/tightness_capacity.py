@@ -1,7 +1,7 @@
 """The bound of networks that are too small for the data: the part of `experiments.bound_tightness` about capacity.
 
-A 2-D mixture of which E[x_0 | x_t] is known; multilayer perceptrons of growing width learn it from fresh samples. Their
-gap is a quadrature over x_t, and so is p_θ(x_0), which splits it into the model's error and looseness.
+The data are a 2-D mixture with a known E[x_0 | x_t]. Multilayer perceptrons of growing width learn it from fresh
+samples. Their gap is a quadrature over x_t. So is p_θ(x_0), which splits the gap into the model's error and looseness.
 """
 
 import functools

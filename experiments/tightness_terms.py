@@ -1,4 +1,4 @@
-"""Model error and looseness along a training: the part of `experiments.bound_tightness` that splits the gap.
+"""Model error and looseness during training: the part of `experiments.bound_tightness` that splits the gap.
 
     E[bound] − H(q(x_0)) = KL(q(x_0) ‖ p_θ(x_0)) + E KL(q(x_{1:T} | x_0) ‖ p_θ(x_{1:T} | x_0))
 

@@ -4,11 +4,11 @@ r"""Fixed against learned variances: the grid prediction × objective × varianc
     python -m experiments.variance --base=configs/cifar10.py --workdir=runs/v --objective=simple,vlb --seeds=5
     python -m experiments.variance --workdir=runs/variance --report
 
-Every axis takes a list of values with commas, such as --schedule="cosine,linear(beta_end=0.03)"; without one, it has
-the values of DEFAULT_AXES or else the base config's. Further keys for all cells: --set train.num_steps=500
-eval.num_images=1000. A pair that cannot be trained, such as the simple loss and a learned variance, is left out, and
-the program says why. Each cell is a folder of the working directory with the run's log in log.txt; the same command
-again runs what is missing.
+Every axis takes a list of values with commas, such as --schedule="cosine,linear(beta_end=0.03)". Without a list, an
+axis has the values of DEFAULT_AXES or else the base config's value. --set sets further keys for all cells: --set
+train.num_steps=500 eval.num_images=1000. A pair that cannot be trained, such as the simple loss and a learned variance,
+is left out, and the program says why. Each cell is a folder of the working directory with the run's log in log.txt. The
+same command runs missing cells.
 
 On a cluster, one cell per job (--list numbers the cells), and the report when all are done:
 

@@ -1,10 +1,11 @@
-"""What each variance costs a trained model in bits/dim, and what the optimal one saves; nothing is trained.
+"""The cost of each variance for a trained model in bits/dim, and the gain of the optimal one. Nothing is trained.
 
     python -m experiments.variance_accounting --workdir=runs/digits_fixed [--num_images=256]
 
-Two passes of the network per image: over training images for σ*_t, over test images for the bound under β̃, β, three
-interpolations, σ*_t and, where the network has it, the learned variance, all with the same mean and noise. Leaves in
-the working directory variance_accounting.md, .csv and .png, and x0_variance.npz, which eval.variance=optimal reads.
+The network passes over training images to estimate σ*_t, and over test images to score the bound under β̃, β, three
+interpolations, σ*_t and the learned variance, if the network has one, all with the same mean and noise. Writes
+variance_accounting.md, .csv and .png into the working directory, and x0_variance.npz, which eval.variance=optimal
+reads.
 """
 
 import dataclasses
