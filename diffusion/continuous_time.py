@@ -84,8 +84,7 @@ def visiting(schedule: Schedule, gamma: np.ndarray) -> Schedule:
 
 
 def _gamma_passed(schedule: Schedule) -> np.ndarray:
-    """γ_t − γ_1 for t = 1…T. It is not the difference of table entries, which would cancel: see `process.gamma_step`.
-    """
+    """γ_t − γ_1 for t = 1…T. Differences of table entries would cancel: see `process.gamma_step`."""
     steps = np.asarray(jax.vmap(process.gamma_step)(schedule[2:]), np.float64)
     return np.concatenate([[0.0], np.cumsum(steps)])
 

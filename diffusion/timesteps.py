@@ -152,7 +152,7 @@ def draw_by_loss(
 
 
 def record(history: History, t: Int[Array, " b"], losses: Float[Array, " b"]) -> History:
-    """The history with a batch's unweighted losses added in order. A t may occur any number of times.
+    """The history with a batch's unweighted losses added in order. A t may occur repeatedly.
     """
     num_steps, length = history.losses.shape
     batch_counts = jnp.zeros(num_steps, jnp.int32).at[t - 1].add(1)
@@ -168,7 +168,7 @@ def record(history: History, t: Int[Array, " b"], losses: Float[Array, " b"]) ->
 
 
 def kl_terms(sampler: TimestepSampler) -> TimestepSampler:
-    """Draws t = 2…T as `sampler` draws 1…T − 1. The decoder's term, t = 1, is then computed for every example.
+    """Draws t = 2…T as `sampler` draws 1…T − 1. Every example then also gets the decoder's term, t = 1.
     """
 
     def draw(memory, key, batch_size, num_steps):

@@ -1,5 +1,4 @@
-"""Bounds that need samples or a solver, as rows of `experiments.audit`: importance weights, the ODE's density, files.
-"""
+"""Bounds that need samples or a solver, as rows of `experiments.audit`: importance weights, the ODE, files."""
 
 import functools
 import math

@@ -133,7 +133,7 @@ class Stored:
             raise self._damaged(error) from error
 
     def reader(self) -> Callable[[int], UInt8[np.ndarray, "h w c"]]:
-        """A function from the number of a record to its picture, for several threads. It raises what `decoded` does.
+        """A function from a record's number to its picture, for several threads. It raises what `decoded` does.
         """
         source, parser = _data_source(self.builder, self.stored_split), _parser(self.builder, ["image"])
 

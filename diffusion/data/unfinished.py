@@ -84,7 +84,7 @@ class Unfinished:
             self._saved = time.monotonic()
 
     def finish(self, has_labels: bool) -> None:
-        """Gives both files their final names. The pictures' file comes last: its name means that all is done.
+        """Gives both files their final names. The pictures come last: their name means that all is done.
         """
         pixels_path, classes_path = self._paths
         self.save()

@@ -36,6 +36,6 @@ def num_scored(wanted: int, protocol: str, num_test: int) -> int:
 
 
 def subset(num_existing: int, num_images: int) -> Int[np.ndarray, " {num_images}"]:
-    """The numbers of a fixed random choice of images. (In a set sorted by class the first ones are all of one class.)
+    """The numbers of a fixed random choice of images. (The first images of a set sorted by class are of one class.)
     """
     return np.sort(np.random.RandomState(0).permutation(num_existing)[:num_images])

@@ -101,7 +101,7 @@ class Weights:
 
     @property
     def effective(self) -> Float[np.ndarray, " n"]:
-        """The effective sample size of each image, (Σ w)²/Σ w²: K if all weights are equal, 1 if one weight dominates.
+        """The effective sample size of each image, (Σ w)²/Σ w²: K for equal weights, 1 if one weight dominates.
         """
         weights = np.exp(self.log_weights_nats - self.log_weights_nats.max(axis=1, keepdims=True))
         return weights.sum(axis=1) ** 2 / (weights**2).sum(axis=1)

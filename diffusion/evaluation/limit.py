@@ -1,5 +1,4 @@
-"""The bound of VDM: with more steps on the model's own curve γ, and in the limit T = ∞ from a few instants per image.
-"""
+"""The bound of VDM: with more steps on the model's curve γ, and in the limit T = ∞ from a few instants per image."""
 
 import dataclasses
 from collections.abc import Callable

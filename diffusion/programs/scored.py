@@ -35,7 +35,7 @@ def check(config: ConfigDict, num_test: int) -> int:
 
 
 def chosen_images(config: ConfigDict, splits: Splits) -> tuple[dict[str, Source], dict[str, np.ndarray]]:
-    """The splits that are scored, with the numbers of their images: the test split, and as many of the others.
+    """The splits that are scored, and the numbers of their images: the test split, and as many of others.
     """
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, len(splits.test))
     # Where the whole split is scored, a protocol drops its last images.

@@ -1,5 +1,4 @@
-"""Keeps freed memory in the process, so that XLA's CPU temporaries need not be fetched from the system at every call.
-"""
+"""Keeps freed memory in the process, so that XLA's CPU temporaries are not fetched from the system at every call."""
 
 import ctypes
 import os

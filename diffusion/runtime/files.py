@@ -1,5 +1,4 @@
-"""Files that are written completely or not at all, locked directories, and the place of files that can be made again.
-"""
+"""Files that are written completely or not at all, locked directories, and the place of files that can be remade."""
 
 import contextlib
 import errno

@@ -231,7 +231,7 @@ def _known(
 def _updated(
     training: Training, state: TrainState, grads: PyTree, memory: PyTree, metrics: dict[str, Float[Array, ""]]
 ) -> TrainState:
-    """The state after the optimizer's step. If an update with a NaN or Inf is skipped, `step` still increases by one.
+    """The state after the optimizer's step. If the update is skipped for a NaN or Inf, `step` still increases by one.
     """
     with jax.numpy_dtype_promotion("standard"):  # Optax multiplies its integer counts with floats
         updates, opt_state = training.optimizer.update(grads, state.opt_state, state.params)

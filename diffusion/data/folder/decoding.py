@@ -1,4 +1,4 @@
-"""Picture files of any size and mode as pixel values of one size: orientation, transparency, crop, resize."""
+"""From picture files of any size and mode to pixel values of one size: orientation, transparency, crop, resize."""
 
 import contextlib
 import dataclasses
@@ -40,12 +40,12 @@ _TURNS = {
 
 
 class Unreadable(ValueError):
-    """A file that is damaged or no picture; the message says why."""
+    """A file that is damaged or not a picture; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What every picture becomes.
+    """The size and form that every picture gets.
 
     Attributes:
         height, width: in pixels.
@@ -72,7 +72,7 @@ def parse_colour(text: str) -> tuple[int, int, int]:
     """A colour as Pillow reads it: "white", "#ffffff", "rgb(255, 255, 255)".
 
     Raises:
-        ValueError: it is none, or has an alpha value.
+        ValueError: it is not a colour, or has an alpha value.
     """
     try:
         colour = ImageColor.getrgb(text)
@@ -92,7 +92,7 @@ def to_pixels(data: bytes, target: Target) -> UInt8[np.ndarray, "h w c"]:
         data: the content of the file.
 
     Raises:
-        Unreadable: the file is damaged, is none of FORMATS, or has pixels that 8 bits cannot show.
+        Unreadable: the file is damaged, is not one of FORMATS, or has pixels that 8 bits cannot show.
     """
     try:
         with _without_warnings():
@@ -110,13 +110,13 @@ def to_pixels(data: bytes, target: Target) -> UInt8[np.ndarray, "h w c"]:
 
 @contextlib.contextmanager
 def opened(file: io.BytesIO | Path, formats: Sequence[str] | None = FORMATS) -> Iterator[Image.Image]:
-    """A picture file as Pillow opens it; a PNG file may have more metadata than Pillow allows, 1 MiB."""
+    """A picture file as Pillow opens it. A PNG file may have more than the 1 MiB of metadata that Pillow allows."""
     with _LIMITS, Image.open(file, formats=formats) as picture:
         yield picture
 
 
 class _Limits:
-    """Pillow's limits of a PNG file's metadata are ours while a thread is in here."""
+    """Replaces Pillow's limits on a PNG file's metadata by ours while a thread is inside."""
 
     def __init__(self):
         self._lock, self._inside = threading.Lock(), 0
@@ -140,7 +140,9 @@ _LIMITS = _Limits()
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Drops Pillow's warnings of oddities that it gets over; in the main thread alone, as filters are the process's."""
+    """Drops Pillow's warnings about harmless oddities. Only the main thread does so, because filters hold for the
+    process.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -16,9 +16,9 @@ def find_labels(
 
     Args:
         wanted: "folders", "none" or the name of a file. None for "folders" if every picture lies in one, else "none".
-        paths: of all pictures.
+        paths: the paths of all pictures.
         splits: the top-level folders that are splits, not labels.
-        unread: of files that cannot be read, for which there may be labels.
+        unread: the paths of files that cannot be read. They may have labels.
 
     Raises:
         ValueError: `wanted` is none of these, a picture has no label, or a label has no picture.
@@ -46,12 +46,12 @@ def find_labels(
 
 
 def _by_path(labels: dict[str, str], paths: set[str], flag: str) -> dict[str, str]:
-    """The labels by the paths that they mean: a name in another Unicode form counts where one path has it.
+    """The labels by path. A name in another Unicode form counts if one path has it.
 
     macOS writes é as e and an accent (NFD), other systems as one letter (NFC).
 
     Raises:
-        ValueError: two names mean one path, and have two labels.
+        ValueError: two names mean one path and have different labels.
     """
     of_form: dict[str, list[str]] = {}
     for path in paths:
@@ -66,7 +66,7 @@ def _by_path(labels: dict[str, str], paths: set[str], flag: str) -> dict[str, st
 
 
 def _of_one_form(labels: dict[str, str]) -> dict[str, str]:
-    """The same, with labels that differ in their Unicode form alone in one of them: they are one class."""
+    """The same labels, with one form for labels that differ only in their Unicode form, because they are one class."""
     forms: dict[str, set[str]] = {}
     for label in labels.values():
         forms.setdefault(_form(label), set()).add(label)
@@ -101,11 +101,11 @@ def folder_labels(paths: list[str], splits: dict[str, str]) -> dict[str, str]:
 def read_labels(path: Path) -> dict[str, str]:
     """The labels of a CSV file with columns file and label, or of a JSON file {path: label}, by path.
 
-    A CSV file may begin with a line that names its columns; then it may have others, and in any order. An empty
+    A CSV file may begin with a line that names its columns. It may then have other columns, in any order. An empty
     label counts as none.
 
     Raises:
-        ValueError: it is neither, or gives a picture two labels.
+        ValueError: it is neither of them, or gives a picture two labels.
         OSError: it cannot be read.
     """
     try:
@@ -144,11 +144,11 @@ def _csv_pairs(text: str) -> list[tuple[str, str]]:
 
 
 def clean(name: str) -> str:
-    """A class name as TFDS can store it: in one line, without white space at its ends, in valid UTF-8."""
+    """A class name that TFDS can store: one line of valid UTF-8, without white space at its ends."""
     return " ".join(name.encode("utf-8", "backslashreplace").decode().split())
 
 
 def class_names(labels: Iterable[str]) -> list[str]:
-    """The names in their order; if all are numbers, in that of the numbers."""
+    """The names in alphabetical order, or in numerical order if all are numbers."""
     names = sorted(set(labels))
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names

@@ -1,4 +1,4 @@
-"""Which pictures a folder holds: every file is found and hashed, and every picture gets its split."""
+"""The pictures in a folder: finds and hashes every file, and assigns every picture to a split."""
 
 import errno
 import hashlib
@@ -55,13 +55,13 @@ class Picture(NamedTuple):
 
 
 def scan(folder: Path, leave_out: Iterable[Path] = ()) -> Found:
-    """Finds the files of a folder and of all folders in it; links are followed.
+    """Finds the files of a folder and of all folders in it. Links are followed.
 
     A picture is a file with one of EXTENSIONS, in upper or lower case, that is not hidden. Names that are not valid
     UTF-8 come with surrogates, as `os.fsdecode` makes them.
 
     Args:
-        leave_out: folders that are passed over if they lie in `folder`.
+        leave_out: folders to skip if they are in `folder`.
 
     Raises:
         ValueError: `folder` is not a folder.
@@ -97,7 +97,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _add(path: str, folder: Path, found: Found) -> os.stat_result | None:
-    """Puts a file into its list, a folder into none. Returns what is known of it, None if that is nothing."""
+    """Puts a file into its list, and a folder into none. Returns its status, or None if it has none."""
     is_picture = os.path.splitext(path)[1].lower() in EXTENSIONS and not _is_hidden(path)
     try:
         status = os.stat(folder / path)
@@ -133,10 +133,10 @@ def _reason(error: OSError) -> str:
 
 
 def content_digests(folder: Path, files: list[File], cache: Path) -> tuple[dict[str, str], list[Unread]]:
-    """The SHA-256 digests of the files by path, and those that cannot be read.
+    """The SHA-256 digests of the files by path, and the files that cannot be read.
 
-    Digests are kept in `cache`, a line each, so that an interrupted call goes on where it was. A kept one counts as
-    long as the file keeps its size and its time.
+    Digests are kept in `cache`, one per line, so an interrupted call continues where it was. A kept digest is valid
+    while the file's size and time do not change.
 
     Raises:
         OSError: the disk failed.
@@ -169,7 +169,7 @@ def _digest(path: Path) -> str | OSError:
 
 
 def _read_cache(path: Path) -> dict[File, str]:
-    """The digests that were kept; a line that was cut off when the program was killed counts for nothing."""
+    """The kept digests. A line that was cut off by a kill is ignored."""
     known = {}
     if path.exists():
         for line in path.read_text().splitlines():
@@ -192,7 +192,7 @@ def split_folders(paths: list[str], folder: Path) -> dict[str, str]:
         folder: what messages name.
 
     Raises:
-        ValueError: there is only one of the two splits, two test folders, or a picture outside of both.
+        ValueError: there is only one of the two splits, there are two test folders, or a picture is outside of both.
     """
     tops = {path.split("/")[0] for path in paths if "/" in path}
     train = sorted(top for top in tops if top.lower() == "train")
@@ -240,7 +240,7 @@ def with_splits(
 
 
 def is_test(sha256: str, test_fraction: float) -> bool:
-    """Whether a picture belongs to the test split, by its content alone: adding others does not move it."""
+    """Whether a picture belongs to the test split. Only its content decides, so new pictures do not move it."""
     return int(sha256[:16], 16) / 2**64 < test_fraction
 
 

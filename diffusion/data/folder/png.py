@@ -1,4 +1,4 @@
-"""Transparent colours of PNG files: what their tRNS chunk says, where Pillow reads it in other units or in part.
+"""Transparent colours of PNG files, read from the tRNS chunk if Pillow reads it in other units or only in part.
 
 PNG specification, tRNS: a grey or a colour is given in the file's own bits, 1 to 16 of them. In a palette each entry
 has an alpha value.

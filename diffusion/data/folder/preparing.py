@@ -1,4 +1,4 @@
-"""From a folder of pictures to a data set: the plan, what stands against it, and the steps until it is made."""
+"""From a folder of pictures to a data set: the plan, the obstacles, and the steps."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ SHOWN = 5  # how many names a message shows, of many
 
 
 class UnreadFiles(ValueError):
-    """There are files that cannot be read. Everything else is done and kept."""
+    """Some files cannot be read. Everything else is done and kept."""
 
     def __init__(self, unread: list[Unread], num_files: int):
         super().__init__(
@@ -37,10 +37,10 @@ class UnreadFiles(ValueError):
 
 
 def place(name: str, data_dir: str | None) -> Path:
-    """The directory that the set gets: DATA_DIR/NAME/1.0.0.
+    """The directory of the set: DATA_DIR/NAME/1.0.0.
 
     Raises:
-        ValueError: no set can have that name, another one has it, or `data_dir` is a URL.
+        ValueError: the name is not allowed or belongs to another set, or `data_dir` is a URL.
     """
     # TFDS takes a second to import, which --help should not cost.
     from diffusion.data import tfds
@@ -64,14 +64,14 @@ def _staging(directory: Path) -> Path:
 
 
 class Plan(NamedTuple):
-    """What is to be made of a folder.
+    """The plan for a folder.
 
     Attributes:
-        recipe: the folder, what every picture becomes, and the classes.
+        recipe: the folder, the form that every picture gets, and the classes.
         found: the files.
-        splits: which top-level folders are splits; empty where the content decides.
+        splits: the top-level folders that are splits; empty if the content decides.
         label_of: the class of each picture; empty in a set without labels.
-        settings: all that was chosen, as JSON.
+        settings: all settings, as JSON.
     """
 
     recipe: Recipe
@@ -91,12 +91,12 @@ def plan(
     """Finds the pictures, their splits and their labels.
 
     Args:
-        directory: the set's own, whose files do not count where it lies in `folder`.
+        directory: the set's own directory. Its files do not count if it is in `folder`.
         wanted_labels: "folders", "none" or a file's name; None for "folders" if every picture lies in one.
-        test_fraction: None for TEST_FRACTION, or where folders are the splits.
+        test_fraction: None for TEST_FRACTION, or if folders are the splits.
 
     Raises:
-        ValueError: there are no pictures, or the splits or labels do not fit to them.
+        ValueError: there are no pictures, or the splits or labels do not fit them.
         OSError: the disk failed.
     """
     if test_fraction is not None and not 0 < test_fraction < 1:
@@ -120,15 +120,15 @@ def plan(
 
 
 def prepare(plan: Plan, directory: Path, skip_bad: bool = False, num_workers: int = 1) -> list[Unread]:
-    """Prepares a set. `directory` appears when all is done; until then, what is done is kept beside it.
+    """Prepares a set. `directory` appears when all is done. Until then finished work is kept beside it.
 
     Returns:
         The files that cannot be read and are left out; none if the set was prepared before.
 
     Raises:
-        UnreadFiles: there are some, and `skip_bad` is false.
-        ValueError: a split is empty, there is too little room, a picture changed meanwhile, or what is there was made
-            in another way.
+        UnreadFiles: some files cannot be read, and `skip_bad` is false.
+        ValueError: a split is empty, there is too little room, a picture changed meanwhile, or the existing set has
+            other settings.
         OSError: the disk failed, or a process was killed.
     """
     staging, recipe = _staging(directory), plan.recipe

@@ -33,7 +33,7 @@ MAX_SHARDS = 500
 
 
 class Recipe(NamedTuple):
-    """What all shards of a set have in common."""
+    """The settings that all shards of a set share."""
 
     folder: Path
     target: Target
@@ -41,7 +41,7 @@ class Recipe(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Some pictures of one split, where their records go, and where it is written down that they are complete."""
+    """Some pictures of one split, the file of their records, and the file of the report that they are complete."""
 
     split: str
     pictures: list[Picture]
@@ -50,7 +50,7 @@ class Shard(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What became of a shard's pictures. `inputs` is a digest of all that the records depend on."""
+    """The report on a shard's pictures. `inputs` is a digest of everything that the records depend on."""
 
     inputs: str
     num_examples: int
@@ -77,14 +77,14 @@ def divide(pictures: list[Picture], name: str, records: Path, reports: Path) -> 
 
 
 def inputs_digest(shard: Shard, recipe: Recipe) -> str:
-    """A digest of all that a shard's bytes depend on: its pictures, how they are decoded, the version of Pillow."""
+    """A digest of everything that a shard's bytes depend on: its pictures, their decoding, the version of Pillow."""
     versions = [PIL.__version__, decoding.VERSION]
     everything = [*versions, dataclasses.asdict(recipe.target), recipe.classes, shard.pictures]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 
 def read_report(shard: Shard, recipe: Recipe) -> Report | None:
-    """The report of a shard that is complete; None if it is not, or was made of something else."""
+    """The report of a complete shard; None if the shard is incomplete or was made from other inputs."""
     try:
         report = Report(**json.loads(shard.report.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
@@ -95,7 +95,7 @@ def read_report(shard: Shard, recipe: Recipe) -> Report | None:
 
 
 def complete(shards: list[Shard], recipe: Recipe, num_workers: int) -> list[Report]:
-    """The reports of all shards; those that are not there yet are written first, with a progress bar.
+    """The reports of all shards. Missing shards are written first, with a progress bar.
 
     Raises:
         ValueError: a picture changed, or could not be read any more, after its digest was taken.
@@ -244,10 +244,10 @@ def _features(recipe: Recipe):
 
 
 def write_metadata(shards: list[Shard], reports: list[Report], recipe: Recipe, metadata: dict[str, Any]) -> None:
-    """Writes the files beside the records that make their folder one that TFDS reads.
+    """Writes the files beside the records, so that TFDS can read their folder.
 
     Args:
-        metadata: what else to keep, in metadata.json.
+        metadata: further entries for metadata.json.
     """
     import tensorflow_datasets as tfds
 
