@@ -106,7 +106,7 @@ class Stack:
     ) -> None:
         """Pixel values 0…L − 1 under the Gaussian's mass on their bins, the outermost open: Ho et al. (2020), eq. 13.
 
-        mean, std: of the pixel value, not of x in [-1, 1].
+        mean, std: the Gaussian of the pixel value, not of x in [-1, 1].
         """
         self._push_gaussian(levels, _gaussian(0, num_levels - 1), mean, std)
 

@@ -4,7 +4,7 @@ Bit-Swap (Kingma, Abbeel & Ho 2019, algorithm 1) on the latents of Ho et al. (20
 
     pop x_t ~ q(x_t | x_{t−1}),  push x_{t−1} under p_θ(x_{t−1} | x_t);  then push x_T under N(0, I)
 
-What was pushed minus what was popped is log q(x_{1:T} | x_0) − log p_θ(x_{0:T}), whose mean is the bound of eq. 3.
+The pushed bits minus the popped bits are log q(x_{1:T} | x_0) − log p_θ(x_{0:T}). Its mean is the bound of eq. 3.
 Decoding runs the same steps backwards. Each push comes as soon as possible, so few bits are borrowed at a time: the
 bits of x_t given x_0 less those already paid, and not the bits of all latents at once. They are borrowed from the
 images before, and at first from random bits.

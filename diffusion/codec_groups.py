@@ -1,4 +1,4 @@
-"""How many images the codec codes together: a few at first, then as many as the bits so far allow.
+"""The number of images that the codec codes together: a few at first, then as many as the bits so far allow.
 
 The latents of a group are drawn from bits that are already on the stack, and coding the group gives these bits back.
 The bits for the first group are random and become part of the message, so this group is small. The sizes of the groups

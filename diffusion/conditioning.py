@@ -1,4 +1,4 @@
-"""What a network is conditioned on: the table `network_t`, where it differs from t − 1.
+"""The input on which a network is conditioned: the table `network_t`, where it differs from t − 1.
 
 Both tables have a range of about 1000, for which a time embedding is made. They are part of the schedule, so training,
 the bound, the samplers and the codec all give the network the same number. The entry of t = 0 is below all others; no

@@ -105,7 +105,7 @@ def term_and_x0_mse(p: Reverse, num_levels: int = 256, clip_x0: bool = True) -> 
     a large T they agree to more digits than float32 has.
 
     Args:
-        p: what the network's output means; eps, x0 or v.
+        p: the meaning of the network's output: eps, x0 or v.
         num_levels: how many pixel values there are.
         clip_x0: clip x̂_0 to [-1, 1]; VDM's program does not.
     """

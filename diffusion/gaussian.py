@@ -71,7 +71,7 @@ def levels_log_prob(
     Kingma et al. (2021, VDM), section 3.3: with g = N(x_1/√ᾱ_1, (1 − ᾱ_1)/ᾱ_1) this is p(x_0 | x_1) by Bayes' rule, if
     all pixel values are equally likely.
 
-    Args: those of `discretized_log_prob`.
+    Args: as in `discretized_log_prob`.
     """
     levels = jnp.linspace(-1.0, 1.0, num_levels, dtype=x.dtype)
     inv_sigma = jnp.exp(-0.5 * g.log_var)

@@ -32,7 +32,7 @@ EVEN_SHARE = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """How a schedule is learned.
+    """The settings of a learned schedule.
 
     Attributes:
         start: the schedule before training, by its name in `schedules.SCHEDULES`.

@@ -131,7 +131,7 @@ def term_and_x0_mse(
 ) -> Measure:
     """The bound's term in bits/dim, and the mean squared error of x̂_0 for data in [-1, 1].
 
-    Args: those of `vlb_term_bpd`.
+    Args: as in `vlb_term_bpd`.
     """
 
     def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> tuple[Array, Array]:

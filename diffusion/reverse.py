@@ -190,7 +190,7 @@ class Reverse:
         return VARIANCES[self.variance].is_learned
 
     def output_channels(self, channels: int) -> int:
-        """How many channels the network must have for images of `channels`."""
+        """The number of output channels of the network for images with `channels` channels."""
         return 2 * channels if self.learns_variance else channels
 
     def split(
@@ -261,7 +261,7 @@ class Reverse:
         """p(x_0 | x_1): the probability of every pixel value. The bound uses only the probability of x_0 itself.
 
         Args:
-            p_prev: what `__call__` returns at t = 1.
+            p_prev: the result of `__call__` at t = 1.
             num_levels: how many pixel values there are.
         """
 

@@ -217,7 +217,7 @@ def heun(
 
     Source: Karras et al. (2022, arXiv 2206.00364), algorithm 1, there for d(x/√ᾱ) = ε̂ d(σ/√ᾱ); algorithm 2 with churn.
 
-    Args: those of `Churn`; s_churn = 0 has none.
+    Args: as in `Churn`; s_churn = 0 means no churn.
 
     Raises:
         ValueError: as `Churn` raises it, or another churn argument is set without s_churn.

@@ -1,4 +1,4 @@
-"""How training draws t, and so which term of the bound each example of a batch estimates.
+"""The draw of t in training. It determines the term of the bound that each example of a batch estimates.
 
 Each sampler draws for the whole global batch, so the numbers do not depend on how the devices split it.
 """

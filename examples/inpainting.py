@@ -5,8 +5,8 @@
 Given the left half, the right half is also Gaussian, with a mean and a covariance in closed form. The denoiser is
 exact, so any difference from them is the method's own error. Putting the known pixels back after every step is not
 enough, because the unknown ones were drawn without them. RePaint (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1)
-goes back from t − 1 to t and repeats the step several times, so that both halves agree. Prints the moments of both
-methods.
+goes back from t − 1 to t and repeats the step several times, so that both halves agree. Prints the exact moments and
+those of the samples.
 """
 
 import jax

@@ -30,7 +30,7 @@ class Source:
     """One split of a data set. `len(source)` is the number of its examples.
 
     Attributes:
-        name: of the data set.
+        name: the name of the data set.
         split: "train", "test" or "validation".
         pixels: uint8 [N, H, W, C], pixel values 0…num_levels − 1, in memory or in a mapped file; or an object that
             decodes images when they are asked for.

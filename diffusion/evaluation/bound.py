@@ -85,7 +85,7 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How the bound is measured, apart from the model. See the config group `eval`."""
+    """The settings of the bound's measurement, apart from the model. See the config group `eval`."""
 
     seed: int
     batch_size: int  # pairs of image and t at a time, over all devices

@@ -76,7 +76,7 @@ class ImagePairs:
         labels = source.labels(numbers) if model.leaves.takes_labels else None
 
         def load(items: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
-            """What the devices get: of all images those of their own pairs alone, each of which is read once."""
+            """The inputs of the devices. Only the images of their own pairs are read, each of them once."""
             image, values = items
             of_batch, which = np.unique(image, return_inverse=True)
             images = source.images(numbers[of_batch])[which.reshape(image.shape)]

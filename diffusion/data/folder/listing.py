@@ -188,8 +188,8 @@ def split_folders(paths: list[str], folder: Path) -> dict[str, str]:
     """The top-level folders that are splits: {"train": "train", "val": "test"}; empty if there are none.
 
     Args:
-        paths: of all pictures.
-        folder: what messages name.
+        paths: the paths of all pictures.
+        folder: the folder to name in messages.
 
     Raises:
         ValueError: there is only one of the two splits, there are two test folders, or a picture is outside of both.
