@@ -35,9 +35,9 @@ from experiments.sweep_grid import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("configs", "records")
-# FLOP of a training, by the minutes that they take two quiet CPU cores: measured with 520 steps of 32 images of
-# `hybrid` in 8 minutes, and in proportion.
-BUDGETS = {8: 4.0e13, 33: 1.65e14, 120: 6.0e14}
+# FLOP of a training, by the minutes it takes two quiet CPU cores, without compilation: `hybrid` trains 42 images per
+# second there (jax 0.10.1, 2026-11-30), which is 0.102 TFLOP/s.
+BUDGETS = {8: 4.9e13, 33: 2.02e14, 120: 7.35e14}
 NUM_VALIDATION = 2000  # training images that are set aside
 NUM_SCORED, NUM_TERMS = 1000, 9  # images of a split, and terms of each one's bound
 CIFAR10 = (32, 32, 3)

@@ -28,8 +28,8 @@ def test_a_budget_is_an_amount_of_arithmetic(monkeypatch):
     """Half the work per image, twice the steps; the budgets are in proportion to their minutes."""
     cost = {"hybrid": 2.4e9, "vlb": 1.2e9}
     monkeypatch.setattr(records, "flops_per_image", cost.get)
-    assert records.num_steps("hybrid", 8) == int(records.BUDGETS[8] / 2.4e9 / 32) == 520
-    assert abs(records.num_steps("vlb", 8) - 2 * 520) <= 1
+    assert records.num_steps("hybrid", 8) == int(records.BUDGETS[8] / 2.4e9 / 32) == 638
+    assert abs(records.num_steps("vlb", 8) - 2 * 638) <= 1
     for (minutes, budget), (others, other) in itertools.pairwise(records.BUDGETS.items()):
         assert budget / minutes == pytest.approx(other / others, rel=0.01)
 
@@ -39,7 +39,7 @@ def test_training_scores_no_test_image_and_sets_validation_images_aside(monkeypa
     for cell in records.cells(["vlb"], 8, ["0", "1"], {"data.data_dir": "somewhere"}):
         config = cell.config()
         assert config.eval.num_images == -1 and config.data.validation == 2000
-        assert config.train.num_steps == config.train.checkpoint_every == 520
+        assert config.train.num_steps == config.train.checkpoint_every == 638
         assert config.data.data_dir == "somewhere"
 
 
