@@ -1,5 +1,8 @@
-"""A sweep of two variances and two seeds."""
+"""A sweep of two variances and two seeds, and where sweeps are started."""
 
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
 from sweep_runs import AXES, BASE, write_run
@@ -20,3 +23,12 @@ def finished(tmp_path):
         image_bpd = bounds[cell.overrides["model.variance"]][int(cell.overrides["seed"])]
         write_run(tmp_path, cell.name, image_bpd, cell.config())
     return bounds
+
+
+@pytest.fixture
+def from_the_root(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    jax.devices()  # JAX reads the flags at its first use, and these are not for the tests' own process
+    # The runs have one device, and compile as the tests do: without optimization.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    monkeypatch.setenv("XLA_FLAGS", flags)
