@@ -35,12 +35,12 @@ COPIES = 256
 
 
 def excess(bound_of: Callable[[Array], Array], space: Space) -> float:
-    """Σ 2^−bits over all images, less 1: above 0, beyond the error of the bits, these are not lengths of a code.
+    """Σ 2^−bits over all images, minus 1. If it is above 0 by more than the bits' error, they are not code lengths.
 
     Args:
-        bound_of: (images [n, 1, 1, d] in [-1, 1]) -> the bits [n] that it claims for each image, all d numbers
-            together, in expectation over any noise. (Of an estimate the sum is too large on average: Jensen.)
-        space: which images there are.
+        bound_of: (images [n, 1, 1, d] in [-1, 1]) -> the bits [n] of each image, for all d numbers together and in
+            expectation over any noise. (With noisy estimates, the sum is too large on average: Jensen.)
+        space: the space of images.
     """
     bits = np.asarray(bound_of(space.images), np.float64)
     if bits.shape != (len(space.images),):
@@ -49,7 +49,7 @@ def excess(bound_of: Callable[[Array], Array], space: Space) -> float:
 
 
 def main() -> int:
-    """The command; the exit code."""
+    """Runs the command line; returns the exit code."""
     parser = commands.argument_parser(__doc__)
     parser.add_argument("--workdir", type=Path, help="where table.md and table.csv go")
     arguments = parser.parse_args()
@@ -65,12 +65,12 @@ def main() -> int:
 
 
 def rows() -> Iterator[Row]:
-    """The whole audit."""
+    """Yields every row of the audit."""
 
     def of_part(space: Space, part: Callable[[Space, dict[str, Moments]], Iterator[Row]]) -> list[Row]:
         return list(part(space, networks[space].result()))
 
-    # Most of the time is the compiler's, of which two can run. Long parts begin early, so that both end together.
+    # Compilation takes most of the time, and two can run at once. Long parts start first, so that both end together.
     with ThreadPoolExecutor(2) as pool:
         networks = {space: pool.submit(networks_of, space) for space in reversed(SPACES)}
         elsewhere = pool.submit(list, on_some_space())
@@ -82,7 +82,7 @@ def rows() -> Iterator[Row]:
         yield from elsewhere.result()
 
 
-# On the space that takes longest. The other two have every schedule.
+# For the space that takes longest. The other two use every schedule.
 SOME_SCHEDULES = {3: ("cosine", "learned")}
 SOME_CURVES = {3: ("cosine",)}
 
@@ -90,23 +90,23 @@ SOME_CURVES = {3: ("cosine",)}
 def discrete(space: Space, networks: dict[str, Moments]) -> Iterator[Row]:
     """Every variant at T = 8."""
     some, variants = SOME_SCHEDULES.get(space.num_pixels, ()), audit_bounds.variants()
-    if space.num_pixels == 3:  # the protocols' other ways to compute a bin's mass are on the other two
+    if space.num_pixels == 3:  # the other two spaces check the protocols' other ways to compute a bin's mass
         variants = {name: variant for name, variant in variants.items() if name.endswith("exact")}
     yield from audit_bounds.discrete(space, networks, NUM_STEPS, variants, some)
 
 
 def continuous(space: Space, networks: dict[str, Moments]) -> Iterator[Row]:
-    """T → ∞."""
+    """The bound for T → ∞."""
     yield from audit_bounds.continuous(space, networks, SOME_CURVES.get(space.num_pixels, ()))
 
 
 def controls(space: Space, networks: dict[str, Moments]) -> Iterator[Row]:
-    """What must fail, and what is beside it."""
+    """The controls, which must fail, beside bounds that differ from them in one point."""
     yield from audit_controls.rows(space)
 
 
 def on_some_space() -> Iterator[Row]:
-    """Labels, one and two steps, a bound that is nearly tight, and a clamp on 256 levels."""
+    """Rows for a single space: labels, one and two steps, a nearly tight bound, and a clamp on 256 levels."""
     yield from audit_bounds.labels(Space(2, 8))
     exact = {"exact": SPACES[1].exact()}
     tight = {"x0, learned, bayes": Variant(reverse.make("x0", "learned", "bayes"))}
@@ -124,7 +124,7 @@ def networks_of(space: Space) -> dict[str, Moments]:
 
 
 def sampled(space: Space, networks: dict[str, Moments]) -> Iterator[Row]:
-    """What takes samples or a solver."""
+    """The bounds that need samples or a solver."""
     schedule = schedules.cosine(NUM_STEPS)
     for network, decoder in (("exact", "network"), ("trained", "bayes")):
         p = reverse.make("x0", "learned", decoder)
@@ -141,7 +141,7 @@ PARTS = (discrete, continuous, sampled, controls)
 
 
 def report(found: list[Row], seconds: float) -> str:
-    """A line for each construction: per space the greatest Σ 2^−bits − 1 of all networks and settings, ± its error."""
+    """A line per construction: in each space, the largest Σ 2^−bits − 1 over networks and settings, ± its error."""
     spaces = sorted({row.space for row in found}, key=lambda name: (name not in map(str, SPACES), name))
     lines = []
     for (kind, what), members in itertools.groupby(sorted(found, key=_group), key=_group):
@@ -163,7 +163,7 @@ def _group(row: Row) -> tuple[str, str]:
 
 
 def _greatest(chosen: list[Row]) -> str:
-    """The sum nearest to failing."""
+    """The sum closest to failing, minus 1, ± its error."""
     if not chosen:
         return "–"
     worst = max(chosen, key=lambda row: (not row.is_as_expected, row.total - row.error))

@@ -21,19 +21,19 @@ from experiments import audit_quadrature, audit_spaces, bound_by_steps
 from experiments.audit_quadrature import Bits, Rule, Variant
 from experiments.audit_spaces import Moments, Space
 
-# Every variance once with each decoder and protocol; the predictions take turns, as they are one function of x_t.
+# Each variance is checked with every decoder and protocol. The predictions alternate: all are the same function of x_t.
 PREDICTIONS = ("x0", "v", "mean")
-LARGEST_ERROR = 0.1  # of a sum; with a larger one nothing was shown
+LARGEST_ERROR = 0.1  # of a sum; with a larger one the check shows nothing
 
 
 class Row(NamedTuple):
     """One construction on one space.
 
-    kind: "bound", or "control" for what must not pass.
-    what: the construction; `name` tells it from others of the same kind.
-    total: Σ 2^−bits over all images, or the integral of a density; `error` is how far it may be off.
-    mean_bits: under the data; None where there are no bits of single images.
-    exactly: whether the sum must be 1 and not only at most 1.
+    kind: "bound", or "control" for a construction that must fail.
+    what: the construction; `name` has its settings.
+    total: Σ 2^−bits over all images, or the integral of a density; `error` is its possible error.
+    mean_bits: the mean under the data; None where single images have no bits.
+    exactly: whether the sum must equal 1, rather than be at most 1.
     """
 
     kind: str
@@ -50,13 +50,13 @@ class Row(NamedTuple):
 
     @property
     def is_code(self) -> bool:
-        """Whether these are lengths of a code, as far as sum, mean and their errors can tell."""
+        """Whether the bits can be code lengths, given the sum, the mean and their errors."""
         long_enough = self.mean_bits is None or self.mean_bits >= self.entropy_bits - self.mean_error
         excess = abs(self.total - 1) if self.exactly else self.total - 1
         return excess <= self.error and long_enough
 
     def as_printed(self) -> dict[str, str]:
-        """For a table."""
+        """The cells of a table, by column."""
         total = f"1{self.total - 1:+.3e}" if abs(self.total - 1) < 1e-5 else f"{self.total:.6g}"
         mean = "" if self.mean_bits is None else f"{self.mean_bits:.6g}"
         words = dict(zip(self._fields, self[:5], strict=False)) | {"sum": total, "error": f"{self.error:.2g}"}
@@ -66,19 +66,19 @@ class Row(NamedTuple):
 
     @property
     def is_as_expected(self) -> bool:
-        """A bound that is one, or a control that is none, and no error so large that it could hide the other."""
+        """Whether a bound passes or a control fails, with an error small enough to tell."""
         return self.is_code == (self.kind == "bound") and self.error < LARGEST_ERROR
 
 
 def row_of(kind: str, what: str, space: Space, network: str, name: str, bits: Bits) -> Row:
-    """The row of a bound's bits, given for every image of the space."""
+    """The row of a bound, from its bits of every image of the space."""
     total, error = audit_quadrature.mass(bits)
     mean, mean_error = float(space.probs @ bits.value), float(space.probs @ bits.error)
     return Row(kind, what, str(space), network, name, total, error, mean, mean_error, space.entropy_bits)
 
 
 def variants(predictions: tuple[str, ...] = PREDICTIONS) -> dict[str, Variant]:
-    """Every variance × decoder × protocol, by name; of protocols with the same decoder the first."""
+    """Every variance × decoder × protocol, by name. Of protocols with the same decoder, only the first is used."""
     found, decoders = {}, {}
     for protocol, choices in likelihood.PROTOCOLS.items():
         decoders.setdefault(choices.decoder, protocol)
@@ -92,20 +92,20 @@ def variants(predictions: tuple[str, ...] = PREDICTIONS) -> dict[str, Variant]:
 
 
 def all_schedules(num_steps: int) -> dict[str, Schedule]:
-    """Every named schedule, respaced ones where β would exceed 1, and one that a training run might have learned."""
+    """Every named schedule, respaced where β would exceed 1, and one that a training run might have learned."""
     found = {}
     for name, make in schedules.SCHEDULES.items():
         try:
-            # Made for 256 levels, it would begin with steps in which nothing happens to a few.
+            # The default is for 256 levels. With only a few levels, its first steps would change nothing.
             found[name] = make(num_steps, gamma_min=-6.0) if name == "linear_gamma" else make(num_steps)
         except ValueError:
             found[f"{name}, respaced"] = schedules.evenly_spaced(make(1000), num_steps)
-    if num_steps < 3:  # nothing between two ends could be learned
+    if num_steps < 3:  # there is nothing to learn between the two ends
         return found
     params = learned_schedule.init(schedules.cosine(num_steps))
     params["logits"] += jnp.sin(jnp.arange(num_steps - 1, dtype=jnp.float32))
     learned = learned_schedule.schedule(params | {"gamma_1": params["gamma_1"] - 1})
-    # A table of numbers of steps as the others have it, so that one program serves all.
+    # network_t as in the other schedules, so that one compiled program serves all.
     found["learned"] = dataclasses.replace(learned, network_t=found["cosine"].network_t)
     return found
 
@@ -115,7 +115,7 @@ def _denoise_of(moments: Moments, schedule: Schedule, p: Reverse) -> Denoise:
 
 
 def x0_variance(space: Space, schedule: Schedule) -> Schedule:
-    """The schedule with E Var(x_0 | x_t) of the space's data, by which the variance "optimal" goes."""
+    """The schedule with E Var(x_0 | x_t) of the space's data, which the variance "optimal" uses."""
     rule, _ = audit_quadrature.rules(space.num_pixels)
     table = _x0_variance(space.exact(), space.images, jnp.asarray(space.probs, jnp.float32), rule, schedule)
     return dataclasses.replace(schedule, x0_variance=table)
@@ -136,7 +136,7 @@ def _x0_variance(exact: Moments, images: Array, probs: Array, rule: Rule, schedu
 def discrete(
     space: Space, networks: dict[str, Moments], num_steps: int, chosen: dict[str, Variant], only: tuple[str, ...] = ()
 ) -> Iterator[Row]:
-    """Every variant with every network on every schedule, or on some."""
+    """Every variant with every network on every schedule, or on the schedules in `only`."""
     for schedule_name, schedule in all_schedules(num_steps).items():
         if only and schedule_name not in only:
             continue
@@ -160,7 +160,7 @@ def at_instant(model: Model, row: Schedule, x0: Array, x_t: Array, eps: Array, o
 
 
 def at_end(model: Model, row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> Float[Array, "2"]:
-    """The decoder's and the prior's term, which both have."""
+    """The decoder's and the prior's terms, which both losses have."""
     ends = bound_by_steps.measure_of(model, clip_x0=True)(row, x0, x_t, eps, output)
     return jnp.stack([ends, ends])
 
@@ -168,7 +168,7 @@ def at_end(model: Model, row: Schedule, x0: Array, x_t: Array, eps: Array, outpu
 def continuous(
     space: Space, networks: dict[str, Moments], only: tuple[str, ...] = (), num_steps: int = 6
 ) -> Iterator[Row]:
-    """The bound for T → ∞ along each curve, or along some; one that ends without signal has none."""
+    """The bound for T → ∞ along each curve, or along those in `only`. A curve that ends with zero signal has none."""
     p = reverse.make("x0", "fixed_small", "bayes")
     for schedule_name, schedule in all_schedules(num_steps).items():
         if only and schedule_name not in only or not np.isfinite(np.asarray(schedule.log_snr[1:])).all():
@@ -182,7 +182,7 @@ def continuous(
 
 
 class Labels(NamedTuple):
-    """A network that takes labels: the moments of each label's images and, for no label, of all; a pytree."""
+    """A network with labels, as a pytree: the moments for each label's images and, last, for all images (no label)."""
 
     of_label: tuple[Moments, ...]
     schedule: Schedule
@@ -198,10 +198,10 @@ def _of_label(known: Labels, x_t: Array, network_t: Array, labels: Array) -> Arr
 
 
 def labels(space: Space) -> Iterator[Row]:
-    """A network that knows a label: whether the first pixel is bright, which only the image itself tells.
+    """The rows of a network conditioned on a label, which says whether the first pixel is bright.
 
-    Given one label, the same for all images, it has a bound like any other network, guided or not. Given each image's
-    own, its bits are those of the image once the label is known, and the label has to be paid for.
+    With the same label for all images, it has a bound like any other network, guided or not. With each image's own
+    label, the bits are conditional on the label, and the bits of the label must be added.
     """
     schedule = schedules.cosine(8)
     label = (space.levels[:, 0, 0, 0] >= space.num_levels // 2).astype(int)

@@ -15,15 +15,15 @@ from experiments.audit_bounds import Row, row_of
 from experiments.audit_quadrature import Bits, Variant
 from experiments.audit_spaces import Space
 
-NOISY = schedules.linear_gamma(8, gamma_min=0.0, gamma_max=7.0)  # its x_1 leaves much of x_0 open
+NOISY = schedules.linear_gamma(8, gamma_min=0.0, gamma_max=7.0)  # its x_1 leaves much of x_0 undetermined
 SHARE = 1e-3
 
 
 def neighbours(space: Space, seen: Float[np.ndarray, "d d"]) -> Callable[..., Array]:
     """A decoder whose factor for pixel i is P(x_0,i | x_1, the clean x_0,j with seen[i, j]): exact, from the data.
 
-    If each pixel sees those before it, the product is P(x_0 | x_1), a code. If two see each other, it is none: what
-    one is decoded with was never sent. (The factors see x_1 as the decoder "bayes" does.)
+    If each pixel sees only earlier pixels, the product is P(x_0 | x_1), a code. If two pixels see each other, it is not
+    a code: neither can be decoded before the other. (The factors see x_1 as the decoder "bayes" does.)
     """
     images, log_probs = space.images, jnp.log(jnp.asarray(space.probs, jnp.float32))
     mask = jnp.asarray(seen, bool)[:, None, :]
@@ -32,7 +32,7 @@ def neighbours(space: Space, seen: Float[np.ndarray, "d d"]) -> Callable[..., Ar
         of_pixel = -0.5 * (images[:, 0, 0] - g.mean[0]) ** 2 * jnp.exp(-g.log_var[0])
         log_joint = log_probs + of_pixel.sum(axis=-1)
         is_equal = jnp.abs(images[:, 0, 0] - x0[0]) < 1 / num_levels  # [n, d]
-        agrees = jnp.all(is_equal[None] | ~mask, axis=-1)  # [d, n]: with what pixel i sees
+        agrees = jnp.all(is_equal[None] | ~mask, axis=-1)  # [d, n]: with the pixels that pixel i sees
         agrees_with_own = agrees & is_equal.T
 
         def log_sum(chosen: Array) -> Array:
@@ -44,14 +44,14 @@ def neighbours(space: Space, seen: Float[np.ndarray, "d d"]) -> Callable[..., Ar
 
 
 def rounded_to_the_guess(g: Gaussian, x0: Array, num_levels: int) -> Array:
-    """Scores the pixel value nearest to the decoder's mean in the place of x_0."""
+    """Scores the pixel value nearest to the decoder's mean instead of x_0."""
     half = (num_levels - 1) / 2
     guess = jnp.clip(jnp.round((g.mean + 1) * half), 0, num_levels - 1) / half - 1
     return gaussian.discretized_log_prob(g, guess, num_levels)
 
 
 def clamped(g: Gaussian, x0: Array, num_levels: int) -> Array:
-    """The bins' masses, those below SHARE raised to it, and none lowered."""
+    """The log masses of the bins. Masses below SHARE are raised to it, and none is lowered."""
     return jnp.maximum(gaussian.discretized_log_prob(g, x0, num_levels), np.float32(np.log(SHARE)))
 
 
@@ -64,7 +64,7 @@ def _bits(model: Model, space: Space, decoder: Callable[..., Array] | None) -> B
 
 
 def rows(space: Space) -> Iterator[Row]:
-    """Every control, and beside it what differs only in that it is a bound."""
+    """Every control, beside a bound that differs from it in one point."""
     if space.num_pixels > 1:
         every = np.ones((space.num_pixels, space.num_pixels))
         model = space.model("x0", "learned", "bayes", NOISY)
@@ -99,7 +99,7 @@ def _of_masses(kind: str, what: str, space: Space, total: float, error: float) -
 
 
 def _constant(space: Space) -> Model:
-    """T = 1 and ᾱ_1 = 0: nothing of x_0 is in x_1, the bound is the decoder's alone, and its masses sum to 1."""
+    """T = 1 and ᾱ_1 = 0: x_1 is independent of x_0, so the bound is the decoder's term, and its masses sum to 1."""
     p = reverse.make("x0", "learned")
 
     def denoise(x_t: Array, network_t: Array) -> Array:
@@ -109,9 +109,9 @@ def _constant(space: Space) -> Model:
 
 
 def decoder_mass(space: Space, decoder: Callable[..., Array], std: float = 0.01) -> tuple[float, float]:
-    """Σ over all images of a decoder's mass, in float64, and the error that float64 leaves.
+    """The sum over all images of a decoder's mass, in float64, and its rounding error.
 
-    In the decoder alone no slack of the other terms hides an excess of 1e-11.
+    The decoder is checked alone because the slack of the other terms would hide an excess of 1e-11.
     """
     with jax.enable_x64(True):
         levels = jnp.asarray(space.levels[:, 0, 0] / ((space.num_levels - 1) / 2) - 1, jnp.float64)

@@ -26,16 +26,16 @@ from diffusion.schedules import Schedule
 
 # Points and spacing of the grid of ε in every dimension, by the number of dimensions.
 GRIDS = {1: (129, 0.1), 2: (21, 0.6), 3: (9, 1.25)}
-# What weighs less is left out: a third of the points in three dimensions, of 3e-8 in all and 1e-6 of E ‖ε‖².
+# Points with less weight are left out: in three dimensions a third of them, 3e-8 of the weight and 1e-6 of E ‖ε‖².
 LEAST_WEIGHT = 1e-9
-INTERVALS, GAUSS_LEGENDRE = 10, 4  # of the way from γ_1 to γ_T, and instants in each of them
-FLOAT32_BITS = 2e-5  # what float32 may have cost the sum of all terms
-# These programs run for a second or two, and are compiled for ten times as long.
+INTERVALS, GAUSS_LEGENDRE = 10, 4  # intervals from γ_1 to γ_T, and instants in each
+FLOAT32_BITS = 2e-5  # the possible float32 rounding error of the sum of all terms
+# These programs run for a second or two, but compilation takes ten times as long.
 QUICKLY_COMPILED = {"xla_backend_optimization_level": 1}
 
 
 class Bits(NamedTuple):
-    """Bits of every image, all its dimensions together, and how far the numbers may be off."""
+    """Bits of every image, for all its dimensions together, and their possible error."""
 
     value: Float[np.ndarray, "*bounds n"]
     error: Float[np.ndarray, "*bounds n"]
@@ -63,7 +63,7 @@ def rules(num_pixels: int) -> tuple[Rule, Rule]:
 
 
 class Variant(NamedTuple):
-    """A bound that is to be computed: the reverse process, and a decoder in the place of its own."""
+    """A bound to compute: the reverse process, and a decoder instead of its own, if not None."""
 
     p: Reverse
     decoder: Callable[..., Array] | None = None
@@ -86,7 +86,7 @@ def bound_bits(
 
 
 def whatever_p(model: Model) -> Callable[[Reverse], Denoise]:
-    """A model's own network, for `bounds_bits`."""
+    """The model's own network for every reverse process, for `bounds_bits`."""
     return jax.tree_util.Partial(_own, model.denoise)
 
 
@@ -105,7 +105,7 @@ def bounds_bits(
     """The bound of each image under several reverse processes of one network, in one program.
 
     Args:
-        denoise_of: the network as each reverse process wants it, a `jax.tree_util.Partial`.
+        denoise_of: reverse process -> its network, a `jax.tree_util.Partial`.
     """
     of = functools.partial(_terms_bits, variants=tuple(variants), num_levels=num_levels, clip_x0=clip_x0)
     found = [of(denoise_of, schedule, x0, rule) for rule in rules(x0.shape[-1])]
@@ -125,7 +125,7 @@ def _terms_bits(denoise_of, schedule, x0, rule, variants, num_levels, clip_x0) -
 
         return jnp.stack([of(*variant) for variant in chosen])
 
-    # A decoder speaks at t = 1 alone, and takes long to compile.
+    # The decoder is used only at t = 1, and takes long to compile.
     silent = list(dict.fromkeys(Variant(p, _no_decoder) for p, _ in variants))
     later = jax.lax.map(lambda row: of_row(row, silent), schedule[2:])
     later = later[:, np.asarray([silent.index(Variant(p, _no_decoder)) for p, _ in variants])]
@@ -142,7 +142,7 @@ def _term(p, decoder, num_levels, clip_x0, row, x0, x_t, eps, output) -> Array:
 
 
 def _expectation(denoise: Denoise, row: Schedule, x0: Array, rule: Rule, measure: Measure) -> Float[Array, "n *k"]:
-    """E over ε of a measure, which may be several numbers, for each image."""
+    """The expectation over ε of a measure (one or more numbers), for each image."""
 
     def at_each_eps(image: Array) -> Array:
         return jax.vmap(lambda eps: process.q_sample(row, image, eps))(rule.eps)
@@ -162,20 +162,20 @@ def continuous_bits(
 ) -> Bits:
     """Bounds for T → ∞: integrals over the instants of a schedule (`continuous_time.at`).
 
-    By Gauss–Legendre in γ, of which the loss per unit of γ is a smooth function, whatever the schedule is.
+    By Gauss–Legendre in γ: the loss per unit of γ is a smooth function of γ for every schedule.
 
     Args:
-        model: `denoise` takes any network_t between those of two steps.
+        model: its `denoise` accepts any network_t, also between two steps.
         x0: in [-1, 1].
         measure: (model, row of an instant, x0, x_t, eps, output) -> several losses per unit of t, in bits/dim.
-        at_end: the same at t = 1 -> the other terms of each.
+        at_end: the same arguments at t = 1 -> the remaining terms of each bound.
     """
     gamma = -np.asarray(model.schedule.log_snr, np.float64)[1:]
     ends = np.linspace(gamma[0], gamma[-1], INTERVALS + 1)
     found = []
     for count in (GAUSS_LEGENDRE, GAUSS_LEGENDRE - 1):
         where, weight = np.polynomial.legendre.leggauss(count)
-        spare = GAUSS_LEGENDRE - count  # points of no weight, so that both rules are one program
+        spare = GAUSS_LEGENDRE - count  # points of zero weight, so that one program serves both rules
         where, weight = np.pad(where, (0, spare)), np.pad(weight, (0, spare))
         points = (ends[:-1, None] + (where + 1) / 2 * np.diff(ends)[:, None]).ravel()
         t = np.interp(points, gamma, np.arange(1, len(gamma) + 1))

@@ -1,4 +1,4 @@
-"""Bounds that need samples or a solver, as rows of `experiments.audit`: importance weights, the ODE, files."""
+"""Bounds that need samples or a solver, as rows of `experiments.audit`: importance weights, the ODE, the codec."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from experiments.audit_bounds import Row, row_of
 from experiments.audit_quadrature import FLOAT32_BITS, Bits
 from experiments.audit_spaces import Moments, Space
 
-STDERRS = 4  # how many standard errors an error is
+STDERRS = 4  # a stated error is this many standard errors
 WORD_BITS = 32
 SOLVER_ERROR = 1e-3  # of a density by the ODE, relative
 
@@ -27,10 +27,10 @@ SOLVER_ERROR = 1e-3  # of a density by the ODE, relative
 def importance(
     space: Space, network: str, moments: Moments, p: Reverse, schedule: Schedule, num_samples: int
 ) -> Iterator[Row]:
-    """E of log 1/K Σ of K weights for some K, and the mean of all weights, whose sum over the images is exactly 1.
+    """The importance-weighted bound for some K, and the mean of all weights, whose expectations sum to exactly 1.
 
-    The first is summed as 2^−(mean over groups). By Jensen's inequality chance makes that sum too large on average and
-    never too small, so it cannot hide a failure; a small variance over groups makes the excess negligible.
+    The bound's sum uses 2^−(mean over groups). By Jensen's inequality this sum is too large on average, so it does not
+    hide a failure. The variance over groups is small, so the excess is negligible.
     """
     n = len(space.images)
     keys = jax.random.split(jax.random.key(1), n * num_samples).reshape(n, num_samples)
@@ -42,7 +42,7 @@ def importance(
         stderr = bits.std(axis=1, ddof=1) / bits.shape[1] ** 0.5
         found = row_of("bound", f"importance-weighted, K = {k}", space, network, name, Bits(bits.mean(axis=1), stderr))
         each = np.exp2(-bits.mean(axis=1)) * math.log(2) * stderr
-        # Independent over images, so that squares add.
+        # Images are independent, so squared errors add.
         error = STDERRS * float(np.sqrt((each**2).sum())) + FLOAT32_BITS
         mean_error = STDERRS * float(np.sqrt(((space.probs * stderr) ** 2).sum())) + FLOAT32_BITS
         yield found._replace(error=error, mean_error=mean_error)
@@ -66,7 +66,7 @@ def _log_weights(moments, schedule, images, keys, p, num_levels) -> Array:
 
 
 def ode_schedule(num_levels: int) -> Schedule:
-    """From noise of about half a bin, so that the density of exact data is nearly flat in each bin."""
+    """A schedule from noise of about half a bin, so that the density of exact data is nearly flat in each bin."""
     bin_width = 2 / (num_levels - 1)
     return schedules.linear_gamma(20, gamma_min=2 * math.log(0.45 * bin_width))
 
@@ -74,14 +74,14 @@ def ode_schedule(num_levels: int) -> Schedule:
 def dequantized(space: Space, network: str, moments: Moments) -> Iterator[Row]:
     """−log₂ of the density of dequantized data: the images' bits, and the density's integral over their bins.
 
-    Gauss–Legendre in each bin. The mean over a bin of −log₂ p is at least −log₂ of the bin's probability (Jensen).
-    A control forgets the width of the bins, and takes densities for probabilities.
+    The integrals are by Gauss–Legendre in each bin. The mean over a bin of −log₂ p is at least −log₂ of the bin's
+    probability (Jensen). The control leaves out the width of the bins, so it takes densities for probabilities.
     """
     most = 3 if space.num_pixels == 3 else 4
 
     def rule(count: int) -> tuple[np.ndarray, np.ndarray]:
         where, weight = np.polynomial.legendre.leggauss(count)
-        # Points of no weight, so that both rules are one program.
+        # Points of zero weight, so that one program serves both rules.
         where, weight = np.pad(where, (0, most - count)), np.pad(weight, (0, most - count))
         grids = [np.stack(np.meshgrid(*[line] * space.num_pixels, indexing="ij"), -1) for line in (where, weight)]
         uniform = (grids[0].reshape(-1, 1, 1, space.num_pixels) + 1) / 2
@@ -126,23 +126,23 @@ def _ode_bits(moments: Moments, x0: Array, uniform: Array, num_levels: int) -> F
 
 
 def _integral(space: Space, moments: Moments) -> tuple[float, float]:
-    """∫ p(x_0) dx_0 for one pixel, between points beyond which there is nothing, on two shifted grids."""
+    """∫ p(x_0) dx_0 for one pixel, on two shifted grids that reach beyond all of the mass."""
     width, spacing, reach = 2 / (space.num_levels - 1), 0.01, 2.0
     sums = []
     for shift in (-0.25, 0.25):
         x = (np.arange(-reach, reach, spacing) + shift * spacing)[:, None, None, None]
-        uniform = jnp.asarray(x / width + 0.5, jnp.float32)  # where in the bin of the value 0, or beyond it
+        uniform = jnp.asarray(x / width + 0.5, jnp.float32)  # the position in the bin of the value 0, or beyond it
         bits = _ode_bits(moments, jnp.zeros((1, 1, 1, 1)), uniform, space.num_levels)
         sums.append(float(np.exp2(-np.asarray(bits, np.float64)).sum()) * spacing / width)
     return sum(sums) / 2, abs(sums[0] - sums[1]) / 2 + SOLVER_ERROR
 
 
 def codec(space: Space, network: str, moments: Moments, decoder: str, copies: int, num_steps: int = 6) -> Row:
-    """Real files: one for each image, with so many copies of it, and one of the data.
+    """Encodes real files: one for each image, with `copies` copies of it, and one of the data.
 
-    A file's bits are those of its words less its initial random bits, which are there again after decoding. An image's
-    length is its file's divided by the copies: for a code whose lengths add up to a constant c, Kraft's inequality for
-    files says Σ 2^−length ≤ 2^(c/copies). Two files with other random bits tell the error.
+    A file's bits are the bits of its words minus its initial random bits, which decoding returns. An image's length is
+    its file's divided by the copies. If a code's lengths add up except for a constant c, Kraft's inequality for files
+    says Σ 2^−length ≤ 2^(c/copies). The difference between two files with other random bits shows the error.
     """
     p, schedule = reverse.make("x0", "learned", decoder), schedules.cosine(num_steps)
     model = Model(audit_spaces.denoiser(moments, p, schedule), p, schedule, space.num_levels)
@@ -159,12 +159,12 @@ def codec(space: Space, network: str, moments: Moments, decoder: str, copies: in
     )
     lengths = lengths / copies
     bits = lengths.mean(axis=0)
-    # Chance, and that words are whole: half the difference of two files, which are independent.
+    # The error from chance and from rounding to whole words: half the difference of two independent files.
     each = np.exp2(-bits) * math.log(2) * (lengths[0] - lengths[1]) / 2
     error = STDERRS * float(np.sqrt((each**2).sum()))
     drawn = np.random.RandomState(0).choice(len(bits), size=8 * copies, p=space.probs)
     counts = np.bincount(drawn, minlength=len(bits)) / len(drawn)
-    entropy = float(-(counts[counts > 0] * np.log2(counts[counts > 0])).sum())  # of these images, whatever the law
+    entropy = float(-(counts[counts > 0] * np.log2(counts[counts > 0])).sum())  # of the images that were drawn
     mean_bits = net_bits(space.levels[drawn], 0) / len(drawn)
     total, _ = audit_quadrature.mass(Bits(bits, bits))
     name = f"learned, {decoder}, cosine, {num_steps} steps"

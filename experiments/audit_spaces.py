@@ -23,8 +23,8 @@ from diffusion.reverse import Denoise, Reverse
 from diffusion.schedules import Schedule
 
 WIDTH, NUM_STEPS, BATCH_SIZE = 48, 1000, 256
-SHARPEST = 1e-4  # the least variance of x_0 that a decoder is given: a width of 0 codes nothing
-# x_t, log SNR -> E[x_0 | x_t] and Var(x_0 | x_t) of each element, or what a network takes for them.
+SHARPEST = 1e-4  # the smallest variance of x_0 for a decoder: with a width of 0, other values would have no mass
+# x_t, log SNR -> E[x_0 | x_t] and Var(x_0 | x_t) of each element, or a network's estimates of them.
 Moments = Any
 
 
@@ -61,7 +61,7 @@ class Space:
 
     @property
     def entropy_bits(self) -> float:
-        """That of the data."""
+        """The entropy of the data."""
         return float(-(self.probs * np.log2(self.probs)).sum())
 
     def exact(self) -> Moments:
@@ -69,7 +69,7 @@ class Space:
         return of_mixture(self.probs, self.images)
 
     def model(self, prediction: str, variance: str, decoder: str, schedule: Schedule) -> Model:
-        """The reverse process of these names with the exact denoiser."""
+        """The model with the exact denoiser and the reverse process of these names."""
         p = reverse.make(prediction, variance, decoder)
         return Model(denoiser(self.exact(), p, schedule), p, schedule, self.num_levels)
 
@@ -78,7 +78,7 @@ SPACES = (Space(2, 8), Space(1, 17), Space(3, 4))
 
 
 def of_mixture(probs: Float[np.ndarray, " n"], images: Float[Array, "n 1 1 d"]) -> Moments:
-    """The moments under a distribution over images: a mixture of Gaussians without width."""
+    """The moments under a distribution over images: a mixture of Gaussians with zero variance."""
     points = Mixture(jnp.asarray(probs, jnp.float32), images, jnp.zeros_like(images))
     return jax.tree_util.Partial(_posterior, points)
 
@@ -88,7 +88,8 @@ def _posterior(points: Mixture, x_t: Array, log_snr: Array) -> tuple[Array, Arra
 
 
 def alike(exact: Moments, networks: dict[str, Moments]) -> dict[str, Moments]:
-    """`exact` and some perceptrons as one function of other arguments: a program is compiled for all of them."""
+    """`exact` and some perceptrons as one function with different arguments, so that one program serves all."""
+
     def either(is_exact: bool, network: Moments) -> Moments:
         return jax.tree_util.Partial(_either, jnp.asarray(is_exact), exact, network)
 
@@ -101,16 +102,16 @@ def _either(is_exact: Array, exact: Moments, network: Moments, x_t: Array, log_s
 
 
 def denoiser(moments: Moments, p: Reverse, schedule: Schedule) -> Denoise:
-    """The moments as the network of `p`: what it wants predicted, and the variance where it wants one.
+    """The moments as a network for `p`: its prediction, and its variance if `p` learns one.
 
-    A variance between β̃_t and β_t is the nearest to what the moments say.
+    The variance "learned_range" is limited to the range from β̃_t to β_t.
     """
     return jax.tree_util.Partial(_Denoise(p), moments, schedule)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Denoise:
-    """The function behind `denoiser`; equal if `p` is, so that a program is compiled once."""
+    """The function behind `denoiser`. Two are equal if their `p` is, so that a program is compiled only once."""
 
     p: Reverse
 
@@ -131,7 +132,7 @@ class _Denoise:
 
 
 def instants(moments: Moments, schedule: Schedule) -> Denoise:
-    """E[x_0 | x_t] for any network_t, also between two steps: γ_t and network_t are both linear there."""
+    """E[x_0 | x_t] for any network_t, also between two steps, where γ_t and network_t are both linear in t."""
     return jax.tree_util.Partial(_at_instants, moments, schedule)
 
 
@@ -141,7 +142,7 @@ def _at_instants(moments: Moments, schedule: Schedule, x_t: Array, network_t: Ar
 
 
 def random_network(num_pixels: int, scale: float = 1.0) -> Moments:
-    """A perceptron as it is before training, its outputs of order `scale`."""
+    """An untrained perceptron with outputs of order `scale`."""
     sizes = (num_pixels + 3, WIDTH, WIDTH, 2 * num_pixels)
     keys = jax.random.split(jax.random.key(num_pixels), len(sizes) - 1)
     layers = []
@@ -152,7 +153,7 @@ def random_network(num_pixels: int, scale: float = 1.0) -> Moments:
 
 
 def _perceptron(layers: list, x_t: Array, log_snr: Array) -> tuple[Array, Array]:
-    """x̂_0 = √ᾱ x_t − √(1 − ᾱ) v̂, and a variance that is a part of 1 − ᾱ."""
+    """x̂_0 = √ᾱ x_t − √(1 − ᾱ) v̂, and a variance that is a multiple of 1 − ᾱ."""
     level = jnp.clip(log_snr, -8.0, 8.0) / 4
     h = jnp.concatenate([x_t.ravel(), jnp.stack([level, jnp.sin(2 * level), jnp.cos(2 * level)])])
     for matrix, bias in layers[:-1]:
@@ -163,7 +164,7 @@ def _perceptron(layers: list, x_t: Array, log_snr: Array) -> tuple[Array, Array]
 
 
 def trained_network(space: Space, num_steps: int = NUM_STEPS) -> Moments:
-    """The perceptron after some seconds of training by the bound, on all noise levels."""
+    """The perceptron after a few seconds of training with the bound, on all noise levels."""
     schedule, p = schedules.linear_gamma(100, gamma_min=-7.0), reverse.make("x0", "learned")
     start = random_network(space.num_pixels)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_steps))

@@ -5,8 +5,8 @@
 The network must be conditioned on γ, so that it works with every T (docs/vdm.md). Each test image takes 16 (--points)
 evenly spaced u in [0, 1] with a random offset. They are the same for every T, so differences between T are paired. A
 finite T uses the term of the step that contains u, and inf uses the continuous-time loss at u. x̂_0 is clipped, as in
-every evaluation here, unless --unclipped is given, as in VDM's program. Writes bound_by_steps.json and .md in the
-working directory, or bound_by_steps_unclipped.json and .md.
+every evaluation here, unless --unclipped is given, as in VDM's original code. Writes bound_by_steps.json and .md into
+the working directory, or bound_by_steps_unclipped.json and .md.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ FILE = "bound_by_steps"
 def main() -> None:
     """Runs the command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="of a trained run")
+    parser.add_argument("--workdir", type=Path, required=True, help="directory of a trained run")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
-    parser.add_argument("--T", default="10,100,1000,10000,inf", help="numbers of steps, with commas between them")
-    parser.add_argument("--points", type=int, default=16, help="KL terms of each image")
-    parser.add_argument("--num_images", type=int, default=0, help="of the test set; 0: all")
-    parser.add_argument("--unclipped", action="store_true", help="x̂_0 as the network has it, which may leave [-1, 1]")
+    parser.add_argument("--T", default="10,100,1000,10000,inf", help="comma-separated numbers of steps")
+    parser.add_argument("--points", type=int, default=16, help="KL terms per image")
+    parser.add_argument("--num_images", type=int, default=0, help="number of test images; 0: all")
+    parser.add_argument("--unclipped", action="store_true", help="do not clip x̂_0 to [-1, 1]")
     arguments = parser.parse_args()
     names, clip_x0 = arguments.T.split(","), not arguments.unclipped
     run(arguments.workdir, arguments.checkpoint, names, arguments.points, arguments.num_images, clip_x0)
@@ -53,7 +53,7 @@ def run(
     """Scores every T; prints and saves the results.
 
     Raises:
-        ValueError: a number is too small for what it counts, or the model has no bound for every T.
+        ValueError: `points` or `num_images` is too small, or the model does not have a bound for every T.
     """
     if points < 1:
         raise ValueError(f"--points={points} must be at least 1")
@@ -82,7 +82,7 @@ def run(
 
 
 def check(model: Model, conditioning: str) -> None:
-    """Raises a ValueError for a model that has no bound for every T."""
+    """Raises a ValueError for a model that does not have a bound for every T."""
     if conditioning != "gamma":
         raise ValueError(f"model.conditioning={conditioning!r} knows its own T alone; this needs gamma")
     if model.p.variance != "fixed_small" or model.p.decoder != "bayes":
@@ -101,7 +101,7 @@ def image_bpd(
     settings: dict,
     clip_x0: bool = True,
 ) -> Float[np.ndarray, " n"]:
-    """An unbiased estimate of each image's bound with that many steps; None for T → ∞."""
+    """An unbiased estimate of each image's bound with `num_steps` steps; None means T → ∞."""
     if num_steps is not None:
         model = dataclasses.replace(model, schedule=continuous_time.resampled(model.schedule, num_steps))
     num_terms = model.schedule.num_steps - 1
@@ -117,7 +117,7 @@ def image_bpd(
 
 
 def measure_of(model: Model, clip_x0: bool) -> Measure:
-    """The KL term of t > 1, the continuous-time loss of an instant, the decoder's and prior's terms of t = 1."""
+    """The KL term for t > 1, the continuous-time loss at an instant, the decoder's and prior's terms for t = 1."""
     of_term = continuous_time.term_and_x0_mse(model.p, model.num_levels, clip_x0)
 
     def measure(row: Row, x0: Array, x_t: Array, eps: Array, output: Array) -> Array:
@@ -128,7 +128,7 @@ def measure_of(model: Model, clip_x0: bool) -> Measure:
 
 
 def row(name: str, bpd: np.ndarray, last: np.ndarray) -> dict[str, float | str]:
-    """Mean over images and its standard error; the difference to the last T is paired."""
+    """The mean over images and its standard error. The difference to the last T is paired by image."""
     (mean, stderr), (less, less_stderr) = tables.mean_and_stderr(bpd), tables.mean_and_stderr(bpd - last)
     return {"T": name, "test_bpd": mean, "test_bpd_stderr": stderr, "less_last": less, "less_last_stderr": less_stderr}
 

@@ -6,7 +6,7 @@ The parts are: Gaussian data, where the gap has a closed form; a 1-D mixture by 
 variance; the gap's two terms during the training of a model that is too small; and 2-D mixtures, against the covariance
 and against the width of the network. With --run, the report also compares the bound, the importance-weighted bound and
 the ODE likelihood of that run's checkpoint (needs the extra `ode`). Takes minutes on 2 CPU cores. Writes
-bound_tightness.json, bound_tightness.md and line.png, terms.png, plane.png, capacity.png, trained.png in the working
+bound_tightness.json, bound_tightness.md and line.png, terms.png, plane.png, capacity.png, trained.png into the working
 directory.
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def run(directory: Path, trained: Path | None, checkpoint: str = "latest") -> None:
-    """All parts, the trained network first: if something is wrong with it, it fails before the rest is computed."""
+    """Runs all parts, the trained network first, so that an error in it shows before the rest is computed."""
     directory.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"device": summary.device_name(), "versions": summary.versions()}
     text = []
@@ -66,10 +66,10 @@ def run(directory: Path, trained: Path | None, checkpoint: str = "latest") -> No
 
 
 def gaussian_table(rows: list[dict[str, Any]]) -> str:
-    """Closed form beside measurement."""
+    """The gap in closed form beside the measured one."""
     head = (
-        "Gaussian data (2-D), exact mean, nats: bound − NLL with the exact variance, and what a fixed one adds; each\n"
-        "in closed form and measured ± one standard error.\n\n"
+        "Gaussian data (2-D), exact mean, nats: bound − NLL with the exact variance, and the excess with a fixed one;\n"
+        "each in closed form and measured ± one standard error.\n\n"
     )
     columns = ["schedule", "T", "exact: KL(q(x_T) ‖ N(0, I))", "measured"]
     columns += ["β̃: closed", "measured", "β: closed", "measured"]
@@ -84,7 +84,7 @@ def gaussian_table(rows: list[dict[str, Any]]) -> str:
 
 
 def trained_table(result: dict[str, Any]) -> str:
-    """One checkpoint's likelihoods with what each is of."""
+    """The likelihoods of one checkpoint, and the data and model of each."""
     from experiments import tightness_trained
 
     cells = []

@@ -20,18 +20,18 @@ from experiments.sweep_grid import Cell
 
 NONE, ALL = "none", "all"
 FILE = "changes.md"
-PARTS = {"bits/dim": "bpd", "L_0": "decoder_bpd", "KL": "kl_bpd"}  # of summary.json, after the name of a split
+PARTS = {"bits/dim": "bpd", "L_0": "decoder_bpd", "KL": "kl_bpd"}  # keys of summary.json, after the split's name
 
 
 def cells(base: str, changes: Mapping[str, str], seeds: Sequence[str], extra: Mapping[str, str]) -> list[Cell]:
-    """The runs with each seed; of one change, with and without it.
+    """The runs with each seed. A single change has only the runs with it and without it.
 
     Args:
         changes: config key -> the value that changes it.
-        extra: config key -> value, of every run.
+        extra: config key -> value, for every run.
 
     Raises:
-        ValueError: `extra` sets what is changed.
+        ValueError: `extra` sets a key of `changes`.
     """
     if both := sorted(changes.keys() & extra.keys()):
         raise ValueError(f"--set {both[0]}={extra[both[0]]} is a change of this study")
@@ -62,7 +62,7 @@ def _folder(name: str, seed: str) -> str:
 
 
 def report(runs: Sequence[FinishedRun], changes: Mapping[str, str], seeds: Sequence[str]) -> str:
-    """The bits/dim without and with all changes, and what each change does alone and beside all others."""
+    """The bits/dim without and with all changes, and the effect of each change alone and beside all others."""
     by_name = {run.name: run for run in runs}
     split = "validation" if all("validation_bpd" in run.summary for run in runs) else "test"
 
@@ -97,7 +97,7 @@ def _text(values: Sequence[float], signed: bool) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line."""
     parser = sweep.argument_parser(__doc__)
-    parser.add_argument("--base", default="configs/digits_fixed.py", help="the config file without a change")
+    parser.add_argument("--base", default="configs/digits_fixed.py", help="the config file without changes")
     words = "a config key and the value that changes it; can be given several times"
     parser.add_argument("--change", action="append", required=True, metavar="KEY=VALUE", help=words)
     arguments = parser.parse_args(argv)

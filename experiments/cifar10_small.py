@@ -21,19 +21,19 @@ from experiments.variance import target_by_config
 
 BASE = "configs/cifar10_small.py"
 PAPERS = [("simple", "fixed_small"), ("simple", "fixed_large"), ("hybrid", "learned_range"), ("vlb", "learned_range")]
-# What did best on the digits, with the features that tell neighbouring values of 256 apart.
+# The best recipe on the digits, plus features that distinguish neighbouring values among 256.
 OWN = {
     "model.prediction": "v",
     "schedule.name": "learned(start='cosine', inner='second_moment')",
     "objective.timesteps": "low_discrepancy",
     "unet.fourier_features": "(5, 6, 7, 8)",
 }
-SEED = "-seed"  # ends a folder's name, before the seed
-NUM_FULL, NUM_FOR_OPTIMAL = 300, 64  # images with all their terms: of the test split; of training, for σ*
+SEED = "-seed"  # in a folder's name, before the seed
+NUM_FULL, NUM_FOR_OPTIMAL = 300, 64  # test images scored with all terms, and training images for σ*
 
 
 def cells(extra: dict[str, str], seeds: Sequence[str] = ("0",)) -> list[sweep.Cell]:
-    """The five runs with each seed; `extra` overrides go to all."""
+    """The five runs with each seed; the overrides in `extra` apply to all."""
     named = {f"{objective}-{variance}": _keys(objective, variance) for objective, variance in PAPERS}
     named["own-recipe"] = _keys("vlb", "learned_range") | OWN
     return [
@@ -44,7 +44,7 @@ def cells(extra: dict[str, str], seeds: Sequence[str] = ("0",)) -> list[sweep.Ce
 
 
 def _folder(name: str, seed: str) -> str:
-    """Seed 0 has no ending: there was a time without other seeds."""
+    """The folder of a run. Seed 0 has no suffix, because earlier versions had no other seeds."""
     return name if seed == "0" else f"{name}{SEED}{seed}"
 
 
@@ -53,13 +53,13 @@ def _keys(objective: str, variance: str) -> dict[str, str]:
 
 
 def account(directory: Path) -> None:
-    """Every term of some test images under every variance, unless the run's folder has the table."""
+    """Computes every term of some test images under every variance, unless the run's folder has the table."""
     if not _is_accounted(directory):
         variance_accounting.run(directory, NUM_FULL, num_train=NUM_FOR_OPTIMAL)
 
 
 def _is_accounted(directory: Path) -> bool:
-    """Whether the table is of the run's last weights; of earlier versions' tables nobody knows, and they count."""
+    """Whether the table belongs to the run's last weights. Tables of earlier versions do not say; they count, too."""
     path = directory / f"{variance_accounting.FILE}.csv"
     if not path.exists():
         return False
@@ -69,7 +69,7 @@ def _is_accounted(directory: Path) -> bool:
 
 
 def accounting(directories: list[Path]) -> str:
-    """The runs' accounting in one table: a row per variance, a column per run, over its seeds."""
+    """The runs' accounting in one table: a row per variance and a column per run, the mean over its seeds."""
     columns: dict[str, dict[str, list[dict[str, str]]]] = {}
     for directory in directories:
         column = columns.setdefault(directory.name.partition(SEED)[0], {})
@@ -86,7 +86,7 @@ def accounting(directories: list[Path]) -> str:
             f"optimal: the σ* of Bao et al. (2022), estimated from {NUM_FOR_OPTIMAL} training images.",
             "",
             _table(columns, "bpd"),
-            "The same less those of the network's own variance, image by image and seed by seed:",
+            "Differences to the network's own variance, paired by image and seed:",
             "",
             _table(columns, "difference"),
         ]
@@ -105,7 +105,7 @@ def _table(columns: dict[str, dict[str, list[dict[str, str]]]], number: str) -> 
 
 
 def _cell(rows: list[dict[str, str]], number: str, over_seeds: bool) -> str:
-    """The mean over seeds with its interval, or else the number of one seed ± its standard error over images."""
+    """The mean over seeds with its interval, or one seed's number ± its standard error over images."""
     stderr, form = {"bpd": ("stderr", ".3f"), "difference": ("difference_stderr", "+.4f")}[number]
     values = [float(row[number]) for row in rows]
     if not any(values):  # none, or the difference of the network's own variance to itself
@@ -118,7 +118,7 @@ def _cell(rows: list[dict[str, str]], number: str, over_seeds: bool) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line."""
     parser = sweep.argument_parser(__doc__)
-    parser.add_argument("--data-dir", help="a directory that TFDS prepared; by default ~/tensorflow_datasets")
+    parser.add_argument("--data-dir", help="directory of data sets prepared by TFDS; default: ~/tensorflow_datasets")
     arguments = parser.parse_args(argv)
     extra = sweep.overrides(arguments.set)
     if arguments.data_dir:

@@ -17,14 +17,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """A parser without flags; the description, a module's docstring, is shown as it is."""
+    """A parser without flags. The description, a module's docstring, is printed unchanged."""
     return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def exit_with(main: Callable[[], int | None]) -> None:
     """Ends the program with the exit code of `main`.
 
-    What is wrong with its input prints one line, with code 2; a signal that stopped it, one with code 75.
+    An error in the input prints one line and exits with code 2. A signal prints one line and exits with code 75.
     """
     streams.guard()
     try:

@@ -23,20 +23,20 @@ from experiments.intervals import Interval
 COMPUTED = ("frechet_distance", "precision_recall")  # of quality.METRICS
 METRICS = ("frechet_distance", "precision", "recall")  # their numbers
 REAL = "test images"
-MOST_IMAGES = 1000  # of a set that nobody asked to be larger
+MOST_IMAGES = 1000  # the default limit of images per set
 
 
 class Study(NamedTuple):
     """A trained run, and what its samples are compared with.
 
     Attributes:
-        directory: of the run; gets the results.
-        name: of the study; the folder of that name keeps the samples, so that a study that was stopped goes on.
+        directory: the run's directory, which the results are written to.
+        name: the study's name. Samples are kept in the folder of this name, so a stopped study resumes.
         trained: the run.
-        features: the value of quality.features by which samples are compared.
-        scorer: compares them.
-        num_images: samples of a set; the test images are scored in sets of as many.
-        num_sets: disjoint sets of each way of drawing; set k of every way starts from the same noise.
+        features: the value of quality.features for the comparison.
+        scorer: computes the metrics.
+        num_images: samples per set; the test images are scored in sets of the same size.
+        num_sets: disjoint sets for each way of sampling; set k of every way starts from the same noise.
     """
 
     directory: Path
@@ -50,14 +50,14 @@ class Study(NamedTuple):
     def images(
         self, changes: dict[str, Any], x0_variance: X0Variance | None = None
     ) -> UInt8[np.ndarray, "sets n h w c"]:
-        """The sets of samples that the run's config draws with these keys changed."""
+        """Draws the sets of samples with the run's config, in which these keys are changed."""
         config, state = changed(self.trained.config, changes), self.trained.state
         described = build.describe_data(config)
         experiment = build.experiment(config, described.image_shape, described.num_levels, described.num_classes)
         model = experiment.model(state.ema_params, config.sample.variance, x0_variance)
         total = self.num_images * self.num_sets
         folder = sample.fill(experiment, self.directory / self.name, model, state, total)
-        jax.clear_caches()  # each way of drawing is a program of its own
+        jax.clear_caches()  # each way of sampling has its own compiled programs
         images = sample.read(folder, total)
         return images.reshape(self.num_sets, self.num_images, *images.shape[1:])
 
@@ -70,11 +70,11 @@ class Study(NamedTuple):
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """The flags that every study of sampling has."""
     parser = commands.argument_parser(description)
-    parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint; gets the results")
+    parser.add_argument("--workdir", type=Path, required=True, help="directory of a trained run; results go there")
     parser.add_argument("--features", default="classifier", help="a value of quality.features")
-    help_images = f"samples of a set, and test images beside them; by default all test images, at most {MOST_IMAGES}"
+    help_images = f"samples, and test images, per set; default: the number of test images, at most {MOST_IMAGES}"
     parser.add_argument("--num_images", type=int, help=help_images)
-    parser.add_argument("--num_sets", type=int, default=3, help="of samples, for the interval")
+    parser.add_argument("--num_sets", type=int, default=3, help="number of sets of samples, for the interval")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     return parser
 
@@ -82,10 +82,10 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 def study(
     name: str, workdir: Path, features: str, num_images: int | None, num_sets: int, checkpoint: str = "latest"
 ) -> Study:
-    """The study of that name, of the run in `workdir`; the other arguments are flags of `argument_parser`.
+    """The study of this name for the run in `workdir`. The other arguments are flags of `argument_parser`.
 
     Raises:
-        ValueError: there are no samples to compare, or fewer test images than samples of a set.
+        ValueError: there are no samples to compare, or fewer test images than samples in a set.
         FileNotFoundError: there is no run, or no classifier. Others: see `load` and `Scorer`.
     """
     if num_sets < 1:
@@ -98,8 +98,8 @@ def study(
         num_images = min(MOST_IMAGES, num_test)
     if not 2 <= num_images <= num_test:
         raise ValueError(
-            f"--num_images={num_images} must be in 2…{num_test}, the number of test images: distances compare "
-            "only at equal numbers of images"
+            f"--num_images={num_images} must be in 2…{num_test}, the number of test images: distances are comparable "
+            "only for equal numbers of images"
         )
     scorer = Scorer(config, splits)
     return Study(workdir, name, trained, features, scorer, num_images, num_sets)
@@ -113,7 +113,7 @@ def changed(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:
 
 
 def real_images(study: Study, test_set: Source) -> dict[str, list[float]]:
-    """What perfect samples would come to: the scores of disjoint sets of test images, each as large as the samples'."""
+    """The expected scores of perfect samples: those of disjoint sets of test images, as large as the samples' sets."""
     num_sets = len(test_set) // study.num_images
     chosen = np.random.default_rng(0).permutation(len(test_set))[: num_sets * study.num_images]
     images = test_set.images(np.sort(chosen.reshape(num_sets, study.num_images), axis=1).ravel())
@@ -121,7 +121,7 @@ def real_images(study: Study, test_set: Source) -> dict[str, list[float]]:
 
 
 def protocol(study: Study) -> str:
-    """How samples were drawn and compared: what a reader must know to compare the numbers with others."""
+    """How samples were drawn and compared, so that readers can compare the numbers with others."""
     seen = " The classifier was trained on these training images." if study.features.startswith("classifier") else ""
     return (
         f"{study.num_sets} sets of {study.num_images} samples of one trained network: "
@@ -133,7 +133,7 @@ def protocol(study: Study) -> str:
 
 
 def provenance() -> str:
-    """Where and when the numbers were made."""
+    """The date, the device and the versions that the numbers were made with."""
     versions = ", ".join(f"{name} {version}" for name, version in summary.versions().items())
     return f"{datetime.date.today()}, {summary.device_name()}, {versions}."
 
@@ -144,19 +144,19 @@ def cell(row: dict[str, Any], name: str, digits: int) -> str:
 
 
 def less(row: dict[str, Any], base: dict[str, Any], name: str, digits: int) -> str:
-    """A number of a row less the base's, paired by set, as a table shows it."""
+    """A number of a row minus the base's, paired by set, as a table shows it."""
     differences = intervals.paired(dict(enumerate(row[name])), dict(enumerate(base[name])))
     return intervals.text(intervals.of_mean(differences.values()), digits, signed=True)
 
 
 def curve(rows: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """The means of a number of some rows and the half-widths of their intervals: what a plot shows."""
+    """For a plot: the means of one number in some rows, and the half-widths of their intervals."""
     found = [_mean(row, name) for row in rows]
     return [interval.mean for interval in found], [interval.half_width for interval in found]
 
 
 def save_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows; of a number by sets the mean, the half-width of its interval, and every set's with spaces between."""
+    """Writes the rows. A number with a value per set gets columns for the mean, the half-width and all values."""
     tables.save_csv(path, [_columns(row) for row in rows])
 
 
@@ -173,5 +173,5 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mean(row: dict[str, Any], name: str) -> Interval:
-    """The mean over sets of a number of a row, which is a list with one for each set, or one number."""
+    """The mean over sets of a row's number, which is a list with a value per set, or one value."""
     return intervals.of_mean(np.atleast_1d(row[name]))

@@ -31,9 +31,9 @@ def main() -> None:
     """Runs the command line."""
     parser = argument_parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="where the results go")
-    parser.add_argument("--runs", required=True, help="directories of runs, with commas between them")
-    parser.add_argument("--lengths", default=LENGTHS, help="values of ema.length, with commas between them")
-    parser.add_argument("--splits", default="validation,test", help="whose images are scored")
+    parser.add_argument("--runs", required=True, help="comma-separated directories of runs")
+    parser.add_argument("--lengths", default=LENGTHS, help="comma-separated values of ema.length")
+    parser.add_argument("--splits", default="validation,test", help="comma-separated splits to score")
     arguments = parser.parse_args()
     splits = arguments.splits.split(",")
     if unknown := set(splits) - set(SPLITS):
@@ -79,12 +79,12 @@ def with_length(config: ConfigDict, length: float) -> ConfigDict:
 
 
 def of_length(rows: Sequence[dict[str, Any]], length: float, column: str) -> dict[str, float]:
-    """The runs' numbers."""
+    """Each run's number in this column, for this length."""
     return {row["run"]: row[column] for row in rows if row["length"] == length}
 
 
 def markdown(rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> str:
-    """The table: each length's means over runs, and its paired differences to the first one."""
+    """The table: for each length, the means over runs and the paired differences to the first length."""
     lengths = list(dict.fromkeys(row["length"] for row in rows))
     first, cells = lengths[0], []
     for length in lengths:
@@ -102,7 +102,7 @@ def markdown(rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> str:
 
 
 def plot(path: Path, rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> None:
-    """Bits/dim of each run against the length; dashed lines are the average of ema.decay."""
+    """Plots bits/dim of each run against the length; dashed lines are the average of ema.decay."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
         for number, name in enumerate(dict.fromkeys(row["run"] for row in rows)):

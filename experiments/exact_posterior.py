@@ -6,9 +6,9 @@
 Nothing is trained. Either command takes 80 seconds of CPU time, the first for configs/digits_fixed.py. Writes into the
 working directory exact_posterior.json and
 
-    exact_posterior_gap.png      the error of ε̂ per t on training and on test images, and how many images are in play
+    exact_posterior_gap.png      the error of ε̂ per t on training and test images, and the effective number of images
     exact_posterior_samples.png  samples of both models beside their nearest training images
-    exact_posterior_nearest.png  how far those are
+    exact_posterior_nearest.png  the distances to those
     exact_posterior_cost.png     time and work of one denoising step against the number of training images
 
 With --base it needs no checkpoint. It then measures only the cost, beside an untrained network.
@@ -49,16 +49,16 @@ TIMED_BATCH = 16
 TIMED_RUNS = 5
 SIZES = (100, 300, 1000, 3000, 10_000, 30_000, 100_000)  # numbers of training images whose cost is measured
 SIZES_OF_BASE = (1000, 5000, 20_000)
-# The posterior of a data set has no learned variance; β̃ is what is left once it is sure of its image.
+# The exact posterior learns no variance. Once one training image has all the weight, its variance is β̃.
 P_EXACT = reverse.make("x0", "fixed_small")
 
 
 def main() -> None:
     """Runs the command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint; gets the results")
-    parser.add_argument("--num_images", type=int, default=299, help="images of either split to score")
-    parser.add_argument("--num_samples", type=int, default=128, help="samples of either model")
+    parser.add_argument("--workdir", type=Path, required=True, help="directory of a trained run; results go there")
+    parser.add_argument("--num_images", type=int, default=299, help="images of each split to score")
+    parser.add_argument("--num_samples", type=int, default=128, help="samples of each model")
     parser.add_argument("--base", help="a config file: measure only the cost, with an untrained network")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step")
     arguments = parser.parse_args()
@@ -75,7 +75,7 @@ def run(directory: Path, num_images: int, num_samples: int, checkpoint: str = "l
     if not 2 <= num_images <= min(len(test_set), len(train_set)):
         raise ValueError(f"--num_images={num_images} must be in 2…{len(test_set)}, the size of the test split")
     if num_samples < plots.SHOWN:
-        raise ValueError(f"--num_samples={num_samples} must be at least {plots.SHOWN}, which are shown")
+        raise ValueError(f"--num_samples={num_samples} must be at least {plots.SHOWN}, the number shown")
     trained = workdir.load(directory, checkpoint)
     title = _title(config, len(train_set))
     network = trained.model
@@ -127,15 +127,15 @@ def _title(config: ConfigDict, num_train: int) -> str:
 
 
 def exact_model(train_set: Source, schedule: Schedule) -> Model:
-    """The exact posterior of the training images, in the place of a network. Every device holds all of them."""
+    """The exact posterior of the training images, in place of a network. Every device holds all of the images."""
     blocks = empirical.in_blocks(train_set.images(), train_set.num_levels, BLOCK)
     return Model(empirical.denoiser(blocks, schedule, P_EXACT), P_EXACT, schedule, train_set.num_levels)
 
 
 def score(config: ConfigDict, models: dict[str, Model], sources: list[Source], num_images: int) -> dict[str, Any]:
-    """By split, for each model the error of ε̂ per t and its bound; for the exact one the training images in play.
+    """By split and model, the error of ε̂ per t and the bound. The exact one also has its effective number of images.
 
-    The noise is that of the evaluation, the same for both; x̂_0 is clipped, as there: it only helps the network.
+    The noise is the evaluation's, the same for both models. x̂_0 is clipped as there, which helps only the network.
     """
     terms, entropies = (ImageTimePairs(of, config.seed, config.eval.batch_size) for of in (_term, _entropy))
     replicated = {name: devices.replicate(model) for name, model in models.items()}
@@ -150,7 +150,7 @@ def score(config: ConfigDict, models: dict[str, Model], sources: list[Source], n
             eps_mse[name] = x0_mse * snr
             scored[name] = {"eps_mse": _mean(eps_mse[name]), "bpd": _mean(bpd.sum(axis=1))}
         scored[NETWORK]["eps_mse_less_exact"] = _mean(eps_mse[NETWORK] - eps_mse[EXACT])
-        entropy_nats = entropies.all(replicated[EXACT], source, numbers, t, f"score {source.split}, images in play")
+        entropy_nats = entropies.all(replicated[EXACT], source, numbers, t, f"score {source.split}, effective images")
         quantiles = np.quantile(np.exp(entropy_nats), (0.1, 0.5, 0.9), axis=0)
         scored[EXACT]["effective_images"] = dict(zip(("p10", "median", "p90"), quantiles.tolist(), strict=True))
         return scored
@@ -163,7 +163,7 @@ def _term(model: Model) -> Measure:
 
 
 def _entropy(model: Model) -> Measure:
-    """Of the exact posterior's weights, in nats."""
+    """The entropy of the exact posterior's weights, in nats."""
     blocks, _ = model.denoise.args
 
     def measure(row, x0, x_t, eps, output):
@@ -181,7 +181,7 @@ def _mean(per_image: np.ndarray) -> dict[str, Any]:
 def sample(
     config: ConfigDict, model: Model, shape: tuple[int, int, int], num_samples: int
 ) -> UInt8[np.ndarray, "n h w c"]:
-    """Ancestral samples, as pixel values; of every model from the same noise."""
+    """Draws ancestral samples as pixel values, from the same noise for every model."""
     return Sampler(samplers.ancestral(), shape, config.seed, config.sample.batch_size).images(model, num_samples)
 
 
@@ -195,7 +195,7 @@ def nearest(
 
 
 def distances(index: np.ndarray, rmse: np.ndarray) -> dict[str, Any]:
-    """What `nearest` found, in a few numbers."""
+    """A summary of the distances from `nearest`."""
     return {
         "mean_rmse_levels": float(rmse.mean()),
         "max_rmse_levels": float(rmse.max()),
@@ -208,8 +208,8 @@ def distances(index: np.ndarray, rmse: np.ndarray) -> dict[str, Any]:
 def cost(network: Model, train_set: Source, sizes: tuple[int, ...]) -> dict[str, Any]:
     """Seconds and FLOPs per image of one denoising step, for data sets of several sizes and for the network.
 
-    A size beyond the data set's repeats its images: what they show costs nothing. The exact posterior's FLOPs are
-    8 N d, of three products with the data for the weights and one for the mean.
+    A size beyond the data set's repeats its images, as their content does not affect the cost. The exact posterior
+    takes 8 N d FLOPs: three products with the data for the weights, and one for the mean.
     """
     batch, schedule = TIMED_BATCH, network.schedule
     num_elements = int(np.prod(train_set.image_shape))
@@ -243,7 +243,7 @@ def cost(network: Model, train_set: Source, sizes: tuple[int, ...]) -> dict[str,
 
 
 def _seconds(fn: Callable, *arguments: PyTree) -> float:
-    """The least of a few runs, so that what else the machine does counts little."""
+    """The shortest of a few runs, so that other load on the machine matters little."""
     jax.block_until_ready(fn(*arguments))
     times = []
     for _ in range(TIMED_RUNS):

@@ -1,4 +1,4 @@
-"""The pictures of `exact_posterior`."""
+"""The figures of `exact_posterior`."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from diffusion.reporting import pictures
 
 EXACT, NETWORK = "exact posterior", "network"
 COLORS = {EXACT: "tab:red", NETWORK: "tab:blue", "test images": "tab:gray"}
-SHOWN = 14  # samples of each model in the picture
+SHOWN = 14  # samples of each model in the figure
 
 
 def plot_gap(path: Path, per_t: dict[str, dict], num_train: int, title: str) -> None:
@@ -52,7 +52,7 @@ def save_samples(
     neighbours: dict[str, tuple[np.ndarray, np.ndarray]],
     train_set: Source,
 ) -> None:
-    """For each model a row of its images, under each its nearest training image."""
+    """Draws, for each model, a row of its images above a row of their nearest training images."""
     figure = Figure(figsize=(12, 7.2), layout="constrained")
     for panel, name in zip(figure.subfigures(len(images), 1), images, strict=True):
         index, rmse = neighbours[name]
@@ -72,7 +72,7 @@ def save_samples(
 
 
 def plot_nearest(path: Path, neighbours: dict[str, tuple[np.ndarray, np.ndarray]], num_levels: int, title: str) -> None:
-    """How far samples, and test images, are from the nearest training image."""
+    """The distances of samples and test images to their nearest training images."""
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.add_subplot(
         xlabel=f"RMS difference to the nearest training image (pixel values of 0–{num_levels - 1})",

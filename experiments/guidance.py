@@ -25,14 +25,14 @@ from experiments.commands import exit_with
 from experiments.drawn import METRICS, REAL, Study
 
 FILE = "guidance"
-UNCONDITIONAL = -1.0  # the weight that leaves the labels out
+UNCONDITIONAL = -1.0  # the weight that removes the labels' effect
 SHOWN = 8  # images of each class
 
 
 def main() -> None:
     """Runs the command line."""
     parser = drawn.argument_parser(__doc__)
-    parser.add_argument("--weights", default="0,0.25,0.5,1,2,4", help="w, with commas between them")
+    parser.add_argument("--weights", default="0,0.25,0.5,1,2,4", help="comma-separated values of w")
     arguments = vars(parser.parse_args())
     weights = arguments.pop("weights")
     run(drawn.study(FILE, **arguments), [float(weight) for weight in weights.split(",")])
@@ -42,7 +42,7 @@ def run(study: Study, weights: list[float]) -> None:
     """Draws and scores samples for every weight; prints and saves the results."""
     config, directory = study.trained.config, study.directory
     if not config.model.label_dropout:
-        raise ValueError(f"{directory} knows no images without labels: train with model.label_dropout > 0")
+        raise ValueError(f"{directory} has no unconditional prediction: train with model.label_dropout > 0")
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     judge, test_labels = features.classifier(train_set), test_set.labels()
     rows, shown = [], {}
@@ -69,19 +69,19 @@ def run(study: Study, weights: list[float]) -> None:
 def recognised(
     judge: Features, images: UInt8[np.ndarray, "sets n h w c"], labels: Int[np.ndarray, "sets n"]
 ) -> list[float]:
-    """Of each set the part that a classifier takes for its labels."""
+    """The share of each set that a classifier assigns to its labels."""
     taken_for = [judge.extract(of_set).logits.argmax(axis=1) for of_set in images]
     return [float((found == of_set).mean()) for found, of_set in zip(taken_for, labels, strict=True)]
 
 
 def markdown(rows: list[dict[str, Any]], real: dict[str, Any], study: Study) -> str:
-    """The table with what was compared and how."""
+    """The table, and how samples were compared."""
     head = [
         f"# Guidance: {study.trained.config.data.name}, step {study.trained.state.step} (EMA)",
         "",
         "ε = (1 + w) ε_c − w ε_u: w = 0 is the conditional model, w = −1 has the mean of its unconditional half. "
         + drawn.protocol(study)
-        + " Accuracy: the part of the samples that the data's classifier takes for the label they were drawn with.",
+        + " Accuracy: the share of samples that the data's classifier assigns to the label they were drawn with.",
         "",
     ]
     base = next((row for row in rows if row["w"] == 0), None)
@@ -97,7 +97,7 @@ def _cells(name: str, row: dict[str, Any], base: dict[str, Any] | None) -> list[
 
 
 def plot(path: Path, rows: list[dict[str, Any]], real: dict[str, Any], study: Study) -> None:
-    """Every number over w, beside that of the test images."""
+    """Plots every number against w, beside the test images' number."""
     guided = [row for row in rows if row["w"] != UNCONDITIONAL]
     w = [row["w"] for row in guided]
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -116,7 +116,7 @@ def plot(path: Path, rows: list[dict[str, Any]], real: dict[str, Any], study: St
 
 
 def save_samples(path: Path, shown: dict[float, UInt8[np.ndarray, "n h w c"]], study: Study) -> None:
-    """The first samples of every weight but the unconditional one, a row for each class."""
+    """The first samples of every weight except the unconditional one, with a row per class."""
     experiment = study.trained.experiment
     num_classes = experiment.training.network.num_classes
     weights = [weight for weight in shown if weight != UNCONDITIONAL]

@@ -25,9 +25,9 @@ from experiments.results import AXES, FinishedRun, Target
 FULL_BASE, DIGITS_BASE = "configs/cifar10.py", "configs/digits_fixed.py"
 DIGITS_T_DIVISOR = 4
 
-# What differs from Ho et al.'s network and training in the published commands of Nichol & Dhariwal (2021), with their
-# program's defaults: improved-diffusion, README.md and script_util.py. Their AdamW has no weight decay unless told
-# otherwise, which makes it the Adam of configs/cifar10.py. The header of configs/imagenet64.py says what still differs.
+# The differences to Ho et al.'s network and training in the published commands of Nichol & Dhariwal (2021), with the
+# defaults of their code: improved-diffusion, README.md and script_util.py. By default, their AdamW has no weight decay,
+# so it equals the Adam of configs/cifar10.py. The header of configs/imagenet64.py lists the remaining differences.
 IMPROVED = {
     "unet.num_res_blocks": "3",
     "unet.num_heads": "4",
@@ -45,7 +45,7 @@ IMPROVED_DROPOUT = {"linear": "0.1", "cosine": "0.3"}  # by the schedule
 
 
 class PaperRow(NamedTuple):
-    """A row of a published table: its values of the grid's axes, what else its recipe changes, and its result."""
+    """A row of a published table: its values of the grid's axes, further changes of its recipe, and its result."""
 
     name: str
     axes: dict[str, str]
@@ -78,7 +78,7 @@ def _improved(schedule: str, num_steps: str, objective: str, test_bpd: float, fi
     variance = "fixed_large" if objective == "simple" else "learned_range"
     axes = {"prediction": "eps", "objective": objective, "variance": variance, "schedule": schedule, "T": num_steps}
     target = Target("Nichol & Dhariwal", test_bpd=test_bpd, fid=fid)
-    # Their L_vlb needs t drawn by its losses (section 3.3); the other objectives draw it uniformly.
+    # Their L_vlb needs importance sampling of t by its losses (section 3.3); the other objectives draw t uniformly.
     recipe = IMPROVED | {"unet.dropout": IMPROVED_DROPOUT[schedule]}
     if objective == "vlb":
         recipe |= {"objective.timesteps": "loss_aware"}

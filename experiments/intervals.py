@@ -26,10 +26,10 @@ class Interval(NamedTuple):
 
 
 def of_mean(values: Iterable[float]) -> Interval:
-    """Student's t interval of the mean of independent values that vary like a normal distribution.
+    """Student's t interval of the mean of independent, normally distributed values.
 
     Raises:
-        ValueError: there is no value.
+        ValueError: there are no values.
     """
     values = np.array(list(values), np.float64)
     n = len(values)
@@ -37,21 +37,21 @@ def of_mean(values: Iterable[float]) -> Interval:
         raise ValueError("no values have a mean")
     if n == 1:
         return Interval(float(values[0]), np.nan, 1)
-    if np.ptp(values) == 0:  # the rounding of their mean is no spread
+    if np.ptp(values) == 0:  # rounding of their mean is not spread
         return Interval(float(values[0]), 0.0, n)
     quantile = stats.t.ppf((1 + LEVEL) / 2, n - 1)
     return Interval(float(values.mean()), float(quantile * stats.sem(values)), n)
 
 
 def paired(values: Mapping[Any, float], base: Mapping[Any, float]) -> dict[Any, float]:
-    """Each value less the base's of the same key, such as its seed; keys that only one of them has are left out."""
+    """Each value minus the base's value of the same key, such as a seed. Keys that only one has are left out."""
     return {key: value - base[key] for key, value in values.items() if key in base}
 
 
 def text(interval: Interval, digits: int, signed: bool = False) -> str:
-    """The mean ± the half-width, with so many digits after the point; the table's caption is `caption`.
+    """The mean ± the half-width, with `digits` decimals. Tables explain it with `caption`.
 
-    A half-width is never rounded to 0, and equal values are called so: neither says that nothing varies.
+    A half-width is never rounded to 0, and equal values are marked as equal. Neither means that nothing varies.
     """
     mean = f"{interval.mean:{'+' if signed else ''}.{digits}f}"
     half = interval.half_width
@@ -64,7 +64,7 @@ def text(interval: Interval, digits: int, signed: bool = False) -> str:
 
 
 def caption(counts: Iterable[int], unit: str = "seed") -> str:
-    """What the numbers of `text` are, for values that are as many as `counts` says: one count for each row."""
+    """The caption of a table with numbers from `text`; `counts` has each row's number of values."""
     counts = set(counts)
     low, high = min(counts), max(counts)
     if high == 1:

@@ -48,10 +48,10 @@ DIGITS_SHOWN = {"validation_bpd": 4, "test_bpd": 4, "loss_variance": 2, "kl_loss
 def main() -> None:
     """Runs the command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="gets the numbers, the table and the figure")
+    parser.add_argument("--workdir", type=Path, required=True, help="where the results go")
     parser.add_argument("--T", type=int, default=20, help="the number of latents")
-    parser.add_argument("--steps", type=int, default=600, help="of training, of 32 images each")
-    parser.add_argument("--seeds", default="0,1,2", help="with commas between them")
+    parser.add_argument("--steps", type=int, default=600, help="training steps of 32 images each")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated seeds")
     arguments = parser.parse_args()
     run(arguments.workdir, arguments.T, arguments.steps, [int(seed) for seed in arguments.seeds.split(",")])
 
@@ -106,7 +106,7 @@ def train(experiment: Experiment, train_set: Source, seed: int) -> Model:
 
 
 def scorer(config: ConfigDict, splits: Splits) -> Callable[[Model], dict[str, Any]]:
-    """model -> its numbers: the bound of validation and test images, and how the training loss varies."""
+    """A function of a model: its bound on validation and test images, and the variance of its training loss."""
     bound, num_steps = full_bound(build.bound_settings(config)), config.schedule.num_steps
     train_numbers = subset(len(splits.train), len(splits.test))
 
@@ -114,7 +114,7 @@ def scorer(config: ConfigDict, splits: Splits) -> Callable[[Model], dict[str, An
         replicated = devices.replicate(model)
         validation, test = (bound(replicated, of, np.arange(len(of))) for of in (splits.validation, splits.test))
         train = bound(replicated, splits.train, train_numbers)
-        # With t uniform an image's loss is T times its term of t (and its prior's term, which hardly varies).
+        # With uniform t, an image's loss is T times its term of t (plus its prior term, which hardly varies).
         losses = num_steps * train.terms_bpd
         return {
             "validation_bpd": validation.image_bpd.mean(),
@@ -137,7 +137,7 @@ def markdown(rows: list[dict[str, Any]], setting: dict[str, Any]) -> str:
         f"# A learned schedule against {START}: digits, T = {setting['T']}, {setting['train_steps']} steps",
         "",
         f"Each number: {intervals.caption([len(rows) // len(ARMS)])}, on {setting['validation_images']} validation "
-        f"images, which choose, and {setting['test_images']} test images, which report; "
+        f"images, for choices, and {setting['test_images']} test images, for reports; "
         "differences to the fixed schedule are paired by seed. The variance is that of one training image's loss at "
         "one uniform t: over all t, and over t > 1, the KL terms.",
         "",
@@ -157,7 +157,7 @@ def markdown(rows: list[dict[str, Any]], setting: dict[str, Any]) -> str:
 
 
 def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """What was learned, as log SNR against t, and each t's share of the loss; a line for each seed."""
+    """Plots the learned log SNR and the loss's term of each t against t, with a line per seed."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(title, fontsize="medium")
     curves, losses = figure.subplots(1, 2)
@@ -168,7 +168,7 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
             curves.plot(t, row["log_snr"], **style)
             losses.semilogy(t, row["loss_per_t"], **style)
     curves.set(xlabel="t", ylabel="log SNR")
-    curves.set_ylim(bottom=-12)  # below, x_t shows nothing of x_0
+    curves.set_ylim(bottom=-12)  # below this, x_t has almost no information on x_0
     losses.set(xlabel="t", ylabel="T × the bound's term of t (bits/dim)")
     curves.legend(fontsize="small")
     for axes in (curves, losses):

@@ -23,18 +23,18 @@ def markdown(
     of_zero: dict[str, float],
     trained: list[dict[str, Any]],
 ) -> str:
-    """The three tables, with what they were measured on."""
+    """The three tables, and how they were measured."""
     steps, images = (", ".join(sorted({str(row[key]) for row in trained})) for key in ("steps", "images"))
     return "\n".join(
         [
             "# Parameterizations",
             "\nLargest relative deviations over t > 1, σ_t² = β̃_t:\n",
             _deviations(checks),
-            f"What each range of t contributes, for the errors of one network ({title}; unclipped, σ_t² = β̃_t; "
-            f"its terms are the weight times the error to {deviation:.1e}):\n",
+            f"The share of each range of t, for the errors of one network ({title}; unclipped, σ_t² = β̃_t; "
+            f"its terms equal the weight times the error to {deviation:.1e}):\n",
             _contributions(parts),
             f"Trained for {steps} steps and scored on {images} test images, x̂_0 clipped except where the mean is "
-            f"predicted. {intervals.caption(row['seeds'] for row in trained)}; less v's is paired by seed. Output 0: "
+            f"predicted. {intervals.caption(row['seeds'] for row in trained)}; less v is paired by seed. Output 0: "
             "the bound, unclipped, of a network that outputs 0, cosine schedule.\n",
             _trained(trained, of_zero),
         ]
@@ -83,17 +83,17 @@ def _trained(trained: list[dict[str, Any]], of_zero: dict[str, float]) -> str:
 
 
 def plot_weights(path: Path, weights: dict[str, dict[str, Float[np.ndarray, " t"]]]) -> None:
-    """A column per schedule: the weight w_t of each prediction's squared error, and what L_simple multiplies L by.
+    """A column per schedule: the weight w_t of each prediction's squared error, and the factor of L_simple on L's term.
 
     Args:
-        path: of the picture.
+        path: the figure's file.
         weights: schedule -> prediction -> w_1…w_T.
     """
     figure = Figure(figsize=(4.2 * len(weights), 7), layout="constrained")
     grid = figure.subplots(2, len(weights), sharex="col", sharey="row", squeeze=False)
     for (weight_axes, factor_axes), (name, by_prediction) in zip(grid.T, weights.items(), strict=True):
         for prediction, weight in by_prediction.items():
-            t = np.arange(2, len(weight) + 1)  # the bound's term of t = 1 is the decoder's, and no squared error
+            t = np.arange(2, len(weight) + 1)  # the bound's term of t = 1 is the decoder's, not a squared error
             style = {"color": COLOURS[prediction], "label": SYMBOLS[prediction]}
             weight_axes.loglog(t, weight[1:], **style)
             factor_axes.loglog(t, (1 / weight[1:]) / (1 / weight[1:]).mean(), **style)
@@ -112,12 +112,12 @@ def plot_weights(path: Path, weights: dict[str, dict[str, Float[np.ndarray, " t"
 
 
 def plot_shares(path: Path, title: str, shares: dict[str, Float[np.ndarray, " t"]]) -> None:
-    """What each t contributes to L and to every L_simple for the same x̂_0, and the contributions up to t.
+    """The share of each t in L and in every L_simple for the same x̂_0, and the cumulative shares.
 
     Args:
-        path: of the picture.
-        title: whose errors these are.
-        shares: "L" or a prediction -> fractions of t = 1…T, which add up to 1.
+        path: the figure's file.
+        title: the network that has these errors.
+        shares: "L" or a prediction -> fractions for t = 1…T, which add up to 1.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(title, fontsize="medium")
@@ -140,8 +140,8 @@ def plot_training(path: Path, trained: list[dict[str, Any]]) -> None:
     """Bits/dim of every prediction under both losses, and the bound per t of each.
 
     Args:
-        path: of the picture.
-        trained: the rows that `parameterizations.training` makes.
+        path: the figure's file.
+        trained: the rows from `parameterizations.training`.
     """
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     totals, *per_t = figure.subplots(1, 1 + len(OBJECTIVES))

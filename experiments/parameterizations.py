@@ -1,4 +1,4 @@
-r"""How the bound becomes "predict x_0" or "predict ε": the weight per t, what L_simple drops, and the four trained.
+r"""How the bound becomes "predict x_0" or "predict ε": the weight per t, the effect of L_simple, and four trainings.
 
     python -m experiments.parameterizations --workdir=runs/parameterizations
     python -m experiments.parameterizations --workdir=runs/parameterizations --network=runs/digits_fixed --report
@@ -7,8 +7,8 @@ The study has three parts, described in docs/parameterizations.md. The first com
 prediction with its closed form in SNR and with the KL itself (weights.png). The second shows how much each t
 contributes to L and to L_simple, for the errors of a trained network: the run in --network=DIR, or else the first one
 trained here (shares.png). The third trains ε, x_0, v and μ̃ on digits with L, where all four have the same loss, and
-with L_simple, where the losses differ (training.png). Each run has a folder, resumed and skipped as in `sweep`. The
-numbers are in parameterizations.json, the tables in parameterizations.md.
+with L_simple, where the losses differ (training.png). Each run has a folder, and
+resumes as in `sweep`. The numbers are in parameterizations.json, the tables in parameterizations.md.
 
 Cost     8 runs of 163,905 parameters, 400 steps of 32 images: 80 seconds of CPU time each, most of it compilation.
          --seed=0,1,2 repeats them; --schedule=linear --prediction=eps,v adds some with another schedule to the same
@@ -43,7 +43,7 @@ AXES = {
     "T": ["50"],
 }
 BASE = "configs/digits_fixed.py"
-# A network of one resolution, so that compiling takes about as long as training.
+# A network with one resolution, so that compilation takes only about as long as training.
 SMALL = {
     "unet.channel_mult": "(1,)",
     "unet.attention_resolutions": "()",
@@ -53,9 +53,9 @@ SMALL = {
     "eval.num_images": "100",
     "sample.num_images": "16",
 }
-NAMES = ("schedule", "objective", "prediction")  # of a row of trainings
+NAMES = ("schedule", "objective", "prediction")  # identify a row of trainings
 NETWORK_IMAGES = 256
-MARKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)  # t whose weights are written out
+MARKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)  # the t whose weights are saved
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,7 +127,7 @@ def check(schedule: Schedule) -> dict[str, dict[str, float]]:
     """The largest relative deviation over t > 1 of each weight from its closed form, and of losses from the KL.
 
     The closed forms are float64 sums of log α_t. The losses are sums over 64 elements of random x_0, ε and outputs,
-    and the KL is between q(x_{t−1} | x_t, x_0) and p_θ(x_{t−1} | x_t): in float64 arithmetic, then both in float32.
+    and the KL is between q(x_{t−1} | x_t, x_0) and p_θ(x_{t−1} | x_t). Both are computed in float64 and in float32.
     """
     log_alpha_bar = np.cumsum(np.float64(schedule.log_alpha))
     with np.errstate(divide="ignore"):
@@ -167,13 +167,13 @@ def check(schedule: Schedule) -> dict[str, dict[str, float]]:
 
 
 class Errors(NamedTuple):
-    """What a network gets wrong at each t: entry t − 1 is the mean over images of that of t."""
+    """The errors of a network at each t: entry t − 1 is the mean over images at t."""
 
     title: str
     schedule: Schedule
     x0_mse: Float[np.ndarray, " t"]  # of the unclipped x̂_0, per element, for data in [-1, 1]
     terms_nats: Float[np.ndarray, " t"]  # the bound's terms under β̃_t, per element; the decoder's first
-    deviation: float  # the largest relative one of terms_nats from weight × x0_mse over t > 1
+    deviation: float  # the largest relative deviation of terms_nats from weight × x0_mse over t > 1
 
 
 def network_errors(directory: Path, num_images: int, checkpoint: str = "latest") -> Errors:
@@ -217,9 +217,9 @@ def shares(errors: Errors) -> dict[str, Float[np.ndarray, " t"]]:
 
 
 def output_of_zero() -> dict[str, float]:
-    """The bound, in bits/dim, of a network that outputs 0, as about every new one does, by prediction.
+    """The bound in bits/dim of a network that outputs 0, as an untrained one about does, by prediction.
 
-    For the test images, the schedule and the variance of the trainings; unclipped, as L is in training.
+    The test images, the schedule and the variance are those of the trainings; unclipped, as L is in training.
     """
     config = sweep.Cell("base", BASE, {}).config()
     test_set = build.load_data(config, "test")
@@ -242,7 +242,7 @@ def output_of_zero() -> dict[str, float]:
 
 
 def training(runs: list[results.FinishedRun]) -> list[dict[str, Any]]:
-    """A row per schedule, prediction and objective: bits/dim by seed and its parts, and less v's of the same seed."""
+    """A row per schedule, prediction and objective: bits/dim by seed, its parts, and its differences to v by seed."""
     by_names = {tuple(row.setting[axis] for axis in NAMES): row for row in results.rows(runs)[0]}
     table = []
     for (schedule, objective, prediction), row in by_names.items():

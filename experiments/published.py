@@ -1,15 +1,15 @@
-"""The paper's bits/dim of a published model, and this program's bits/dim of the same weights.
+"""The paper's bits/dim of a published model, and this codebase's bits/dim of the same weights.
 
     python -m experiments.published cifar10_uncond_50M_500K.pt --data_dir=DIR            # an estimate, with its error
     python -m experiments.published cifar10_uncond_50M_500K.pt --data_dir=DIR --full     # every term
 
-A checkpoint of improved-diffusion or guided-diffusion is recognized by its published name. Other checkpoints of these
-programs need their training flags, in --flags=FILE.json or in the JSON file of the same name. PyTorch reads the file:
+A checkpoint of improved-diffusion or guided-diffusion is recognized by its published name. Other checkpoints of that
+code need their training flags, in --flags=FILE.json or in the JSON file of the same name. PyTorch reads the file:
 pip install -e '.[openai]'. ckpt-N.flax, or a directory with it, is a checkpoint of google-research/vdm. Its networks
 are recognized; --flags=FILE.json is then its config.model. A directory with PREFIX.index, or PREFIX itself, is a
-TensorFlow checkpoint of Ho et al.'s program. Any other directory is a pipeline of diffusers, with the settings of its
-scheduler. Ho et al.'s network for CIFAR-10 is recognized in both. By default a model is scored on the test split of the
-paper's data set by the paper's protocol. A VDM is scored for T = ∞ and T = 1000.
+TensorFlow checkpoint of Ho et al.'s original code. Any other directory is a pipeline of diffusers, with the settings of
+its scheduler. Ho et al.'s network for CIFAR-10 is recognized in both. By default a model is scored on the test split of
+the paper's data set with the paper's protocol. A VDM is scored for T = ∞ and T = 1000.
 
 Writes published.json and finished terms into the working directory. The same command resumes after a kill or a signal.
 """
@@ -38,17 +38,17 @@ from experiments.published_rows import Row
 
 ERRORS = ("test_limit_bpd_stderr", "test_limit_bpd_sampling_stderr")
 LEAST = {"num_images": 0, "batch_size": 1, "seed": 0}
-PROTOCOL = "exact"  # of a model that no paper is known of
+PROTOCOL = "exact"  # for a model without a known paper
 
 
 class Checkpoint(NamedTuple):
-    """What is given, and what is known of it.
+    """A given checkpoint.
 
     Attributes:
-        model: of its weights.
-        image_shape: (H, W, C); None for a height and a width that may be any.
-        about: what tells it from others with the same weights.
-        row: the published row; None where there is none.
+        model: the model with its weights.
+        image_shape: (H, W, C); H and W are None if the model takes any size.
+        about: settings that distinguish it from others with the same weights.
+        row: the published row; None if there is none.
     """
 
     model: Model
@@ -63,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("weights", metavar="WEIGHTS", help="FILE.pt, a directory, or PREFIX of PREFIX.index")
     parser.add_argument("--flags", default="", help="JSON file with the flags that it was trained with")
     parser.add_argument("--data", default="", help="data.name of the images; default: the paper's")
-    parser.add_argument("--data_dir", default="", help="where prepared data sets lie; default: TFDS's")
+    parser.add_argument("--data_dir", default="", help="directory of prepared data sets; default: TFDS's")
     parser.add_argument("--protocol", default="", choices=likelihood.PROTOCOLS, help="default: the paper's")
     parser.add_argument("--full", action="store_true", help="every term of every image, not an estimate")
-    parser.add_argument("--terms", type=int, default=9, help="terms of each image in the estimate, an odd number ≥ 3")
-    parser.add_argument("--num_images", type=int, default=0, help="of the test split; 0: all")
-    parser.add_argument("--batch_size", type=int, default=256, help="pairs of image and t at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--terms", type=int, default=9, help="terms per image in the estimate, an odd number ≥ 3")
+    parser.add_argument("--num_images", type=int, default=0, help="number of test images; 0: all")
+    parser.add_argument("--batch_size", type=int, default=256, help="pairs of image and t per batch")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--workdir", default="", help="default: runs/published/NAME")
     arguments = parser.parse_args(argv)
     if not arguments.full and (arguments.terms < 3 or arguments.terms % 2 == 0):
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name_of_weights = weights.stem if weights.exists() else weights.name  # a prefix ends with its step
     directory = files.expanded(arguments.workdir or f"runs/published/{name_of_weights}")
     directory.mkdir(parents=True, exist_ok=True)
-    # Heads, for one, are in the flags alone: no digest of the weights tells them apart.
+    # The number of heads, for example, is only in the flags: a digest of the weights does not depend on it.
     kept = directory / short_sha256([given.about, tree_sha256(given.model)])
     with Preemption():
         found = score(given.model, test_set, settings, arguments.num_images, kept)
@@ -102,11 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def found_at(weights: Path, flags_file: str) -> Checkpoint:
-    """What is given, by the names of its files.
+    """The checkpoint, recognized by the names of its files.
 
     Raises:
-        FileNotFoundError: a directory that holds nothing known.
-        ValueError: --flags of what has none, besides what the function of its kind raises.
+        FileNotFoundError: the directory holds no known checkpoint.
+        ValueError: --flags is given for a checkpoint that takes none. The function of each kind raises others.
     """
     if of_vdm := vdm.newest(weights):
         return vdm_checkpoint(of_vdm, flags_file)
@@ -123,7 +123,7 @@ def found_at(weights: Path, flags_file: str) -> Checkpoint:
 
 
 def vdm_checkpoint(path: Path, config_file: str) -> Checkpoint:
-    """A checkpoint of google-research/vdm. Raises what `interop.load_vdm` does, and for a config that is no object."""
+    """A checkpoint of google-research/vdm. Raises the errors of `interop.load_vdm` and `vdm_config.from_file`."""
     config = vdm_config.from_file(files.expanded(config_file)) if config_file else {}
     model, told = vdm.loaded(path, config)
     row = published_rows.VDM.get(tuple(told[name] for name in published_rows.VDM_KEYS))
@@ -131,7 +131,7 @@ def vdm_checkpoint(path: Path, config_file: str) -> Checkpoint:
 
 
 def ho2020_checkpoint(prefix: Path) -> Checkpoint:
-    """A checkpoint of Ho et al.'s program. Raises what `interop.load_ho2020` does."""
+    """A checkpoint of Ho et al.'s original code. Raises the errors of `interop.load_ho2020`."""
     model = interop.load_ho2020(prefix)
     row = published_rows.HO2020 if published_rows.is_ho2020(model) else None
     about = {"network": str(model.denoise.func.module), "process": str(model.p)}
@@ -139,7 +139,7 @@ def ho2020_checkpoint(prefix: Path) -> Checkpoint:
 
 
 def pipeline(directory: Path) -> Checkpoint:
-    """A pipeline of diffusers. Raises what `interop.load_pipeline` does."""
+    """A pipeline of diffusers. Raises the errors of `interop.load_pipeline`."""
     model = interop.load_pipeline(directory)
     settings = json.loads(find(directory).config.read_text())
     height, width = np.broadcast_to(settings["sample_size"], 2).tolist()
@@ -149,7 +149,7 @@ def pipeline(directory: Path) -> Checkpoint:
 
 
 def checkpoint(weights: Path, flags_file: str) -> Checkpoint:
-    """A checkpoint of OpenAI's programs. Raises what `recognized` and `interop.load_openai` do."""
+    """A checkpoint of OpenAI's code. Raises the errors of `recognized` and `interop.load_openai`."""
     if not weights.is_file():
         raise FileNotFoundError(f"{weights} does not exist")
     flags, row = recognized(weights, flags_file)
@@ -158,10 +158,10 @@ def checkpoint(weights: Path, flags_file: str) -> Checkpoint:
 
 
 def recognized(weights: Path, flags_file: str) -> tuple[dict[str, Any], Row | None]:
-    """The flags of a checkpoint, and the published row that they and its name belong to.
+    """The flags of a checkpoint, and the published row of its name, if there is one.
 
     Raises:
-        FileNotFoundError: it is no published file, and its flags are nowhere.
+        FileNotFoundError: it is not a published file, and there is no file with its flags.
         ValueError: the flags cannot be read, or contradict the published ones of a file of this name.
     """
     row = published_rows.by_name(weights.stem)
@@ -190,10 +190,10 @@ def check(given: Checkpoint, test_set: Source) -> None:
 
 
 def score(model: Model, test_set: Source, settings: bound.Settings, num_images: int, kept: Path) -> dict[str, Any]:
-    """Bits/dim with their standard errors, their parts, and how they were measured.
+    """Bits/dim with their standard errors, their parts, and the protocol.
 
     Args:
-        kept: a directory for this model's finished terms, which are not computed again.
+        kept: the directory of this model's finished terms, which are not computed again.
     """
     num = images.num_scored(num_images, settings.protocol, len(test_set))
     numbers, few = images.subset(len(test_set), num), settings.terms_per_image
@@ -221,7 +221,7 @@ def score(model: Model, test_set: Source, settings: bound.Settings, num_images: 
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Both numbers, one below the other, and how they were measured."""
+    """Both numbers, one below the other, and the protocol."""
     paper = "–" if found["paper_bpd"] is None else f"{found['paper_bpd']:.2f}"
     rows = [["the paper", paper, "–", found["source"] or "it has no bits/dim for these weights and images"]]
     measured = f"{found['data']}, {found['images']} test images, protocol {found['protocol']}"

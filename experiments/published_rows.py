@@ -1,6 +1,6 @@
 """Published models: the flags of OpenAI's checkpoints, Ho et al.'s network, and the paper's number for each.
 
-The flags are from the programs' READMEs. The bits/dim of Nichol & Dhariwal (2021), tables 1 and 2, are from
+The flags are from the READMEs of the original code. The bits/dim of Nichol & Dhariwal (2021), tables 1 and 2, are from
 transcriptions that agree, and not from the paper itself.
 """
 
@@ -22,12 +22,12 @@ class Row(NamedTuple):
     """A published model.
 
     Attributes:
-        names: of the files, without .pt.
-        flags: as on the command line, with "package"; {} of a model that has none.
-        data: data.name of the images that it was scored on; "" where none is prepared by that name.
-        test_bpd: the paper's bits/dim; None where it has none.
-        source: of that number.
-        protocol: of the paper, one of `likelihood.PROTOCOLS`.
+        names: the names of its files, without .pt.
+        flags: its flags, as on the command line, with "package"; {} for a model without flags.
+        data: data.name of the images that it was scored on; "" if there is no such data set here.
+        test_bpd: the paper's bits/dim; None if it has none.
+        source: the source of that number.
+        protocol: the paper's protocol, one of `likelihood.PROTOCOLS`.
     """
 
     names: tuple[str, ...]
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 def flags_of(package: str, text: str) -> dict[str, str]:
-    """The flags of a command line, "--image_size 32 --learn_sigma True"."""
+    """The flags of a command line such as "--image_size 32 --learn_sigma True"."""
     words = text.replace("--", "").split()
     return {"package": package} | dict(zip(words[::2], words[1::2], strict=True))
 
@@ -107,8 +107,8 @@ def _vdm(data: str, test_bpd: float, of_program: str = "") -> Row:
     return Row((), {}, data, test_bpd, source, "vdm2021")
 
 
-# Of google-research/vdm, by what its configs/*.py say of these keys.
-# The paper's numbers are as others cite them; those of the program are its README's, of the two public checkpoints.
+# Models of google-research/vdm, by the values of these keys in its configs/*.py.
+# The paper's numbers are as others cite them. The code's numbers are its README's, for the two public checkpoints.
 VDM_KEYS = ("sm_n_embd", "sm_n_layer", "gamma_type", "with_attention")
 VDM = {
     (128, 32, "learnable_scalar", False): _vdm("cifar10", 2.65, "2.637"),
@@ -121,7 +121,7 @@ HO2020 = Row((), {}, "cifar10", 3.75, "Ho et al. (2020), table 1, L_simple", "ho
 
 
 def is_ho2020(model: Model) -> bool:
-    """Whether it is Ho et al.'s network for CIFAR-10 and their process, whatever the weights."""
+    """Whether it has Ho et al.'s network for CIFAR-10 and their process, with any weights."""
     network, p, wanted = model.denoise.func.module, model.p, schedules.linear(1000)
     same_process = (p.prediction, p.variance) == ("eps", "fixed_large") and model.schedule.num_steps == wanted.num_steps
     return same_process and network.copy(dropout=0.1) == UNet() and np.allclose(model.schedule.beta, wanted.beta)

@@ -35,17 +35,17 @@ from experiments.sweep_grid import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("configs", "records")
-# FLOP of a training, by the minutes it takes two quiet CPU cores, without compilation: `hybrid` trains 42 images per
+# The FLOP of a training, by its minutes on two quiet CPU cores without compilation. `hybrid` trains 42 images per
 # second there (jax 0.10.1, 2026-11-30), which is 0.102 TFLOP/s.
 BUDGETS = {8: 4.9e13, 33: 2.02e14, 120: 7.35e14}
 NUM_VALIDATION = 2000  # training images that are set aside
-NUM_SCORED, NUM_TERMS = 1000, 9  # images of a split, and terms of each one's bound
+NUM_SCORED, NUM_TERMS = 1000, 9  # scored images of a split, and terms per image
 CIFAR10 = (32, 32, 3)
 _forward_flops: dict[tuple[str, int], float] = {}
 
 
 def names() -> list[str]:
-    """Every record, the one that a record starts from before it."""
+    """Every record. A record comes after the one that it starts from."""
     found = sorted(path.stem for path in (ROOT / FOLDER).glob("*.py"))
     ordered: list[str] = []
 
@@ -60,7 +60,7 @@ def names() -> list[str]:
 
 
 def starts_from(name: str) -> str:
-    """What a record's header says after "From": another record, or any other config file."""
+    """The name after "From" in a record's header: another record, or any other config file."""
     return _header(name, "From")
 
 
@@ -73,12 +73,12 @@ def _header(name: str, label: str) -> str:
 
 
 def file(name: str) -> str:
-    """A record's config file, as --config has it."""
+    """A record's config file, as --config takes it."""
     return str(ROOT / FOLDER / f"{name}.py")
 
 
 def flops_per_image(name: str) -> float:
-    """What an image costs in a step of training: three times a pass through the network."""
+    """The FLOP of an image in a training step: three times a forward pass through the network."""
     experiment = build.experiment(from_file(file(name), {}), CIFAR10, num_levels=256, num_classes=10)
     network = str(experiment.training.network), experiment.p.output_channels(CIFAR10[-1])
     if network not in _forward_flops:  # counting takes seconds, and many records have the same network
@@ -87,13 +87,13 @@ def flops_per_image(name: str) -> float:
 
 
 def num_steps(name: str, minutes: int) -> int:
-    """How many steps a record may train in a budget."""
+    """The number of training steps of a record in a budget."""
     batch_size = from_file(file(name), {}).train.batch_size
     return max(1, int(BUDGETS[minutes] / (flops_per_image(name) * batch_size)))
 
 
 def cells(chosen: Sequence[str], minutes: int, seeds: Sequence[str], extra: dict[str, str]) -> list[Cell]:
-    """The runs of some records with each seed; `extra` overrides go to all."""
+    """The runs of some records with each seed; the overrides in `extra` apply to all."""
     own = {"data.validation": str(NUM_VALIDATION), "eval.num_images": str(NONE)}
     made = []
     for name in chosen:
@@ -108,7 +108,7 @@ def folder(name: str, minutes: int, seed: str) -> str:
 
 
 def score(directory: Path, split: str) -> None:
-    """Estimates the bound of some images of a split, unless SPLIT.json has that of these weights."""
+    """Estimates the bound of some images of a split, unless SPLIT.json has it for these weights."""
     loaded = workdir.load(directory, claims=False)
     path = directory / f"{split}.json"
     if (summary.read_json(path) or {}).get("ema_sha256") == loaded.state.sha256:
@@ -125,7 +125,7 @@ def score(directory: Path, split: str) -> None:
 
 
 def scored(config: ConfigDict) -> ConfigDict:
-    """A run's config with the way in which every record is scored."""
+    """A run's config with the settings by which every record is scored."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.eval.terms_per_image, config.eval.protocol, config.eval.noises_per_term = NUM_TERMS, "exact", 1
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = sweep.argument_parser(__doc__)
     parser.add_argument("--minutes", type=int, choices=BUDGETS, default=min(BUDGETS), help="the budget")
     parser.add_argument("--records", metavar="A,B,...", help="files of configs/records/; default: all")
-    parser.add_argument("--data-dir", help="a directory that TFDS prepared; by default ~/tensorflow_datasets")
+    parser.add_argument("--data-dir", help="directory of data sets prepared by TFDS; default: ~/tensorflow_datasets")
     parser.add_argument("--test", action="store_true", help="score test images of these records' finished runs, too")
     arguments = parser.parse_args(argv)
     extra = sweep.overrides(arguments.set) | ({"data.data_dir": arguments.data_dir} if arguments.data_dir else {})
@@ -154,10 +154,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def chosen(arguments: argparse.Namespace) -> list[str]:
-    """The records that --records names; without it all.
+    """The records in --records; without it, all records.
 
     Raises:
-        ValueError: one does not exist, or test images are to be scored of nobody's choice.
+        ValueError: a record does not exist, or --test is given without --records.
     """
     known = names()
     if arguments.test and not arguments.records:
@@ -170,7 +170,7 @@ def chosen(arguments: argparse.Namespace) -> list[str]:
 
 
 def run(arguments: argparse.Namespace, runs: list[Cell]) -> dict[str, str]:
-    """Trains and scores; returns why runs failed, by their names."""
+    """Trains and scores; returns the reasons of failures by the run's name."""
     failures = sweep.run_cells(sweep.indexed(arguments, runs), arguments.workdir, with_quality=False)
     for cell in sweep.indexed(arguments, runs):
         if cell.name not in failures:
@@ -190,7 +190,7 @@ def write(directory: Path) -> None:
 
 
 def entry_of(directory: Path, name: str, minutes: int) -> Entry | None:
-    """What the folders of one record in one budget hold; None if no run of it was scored."""
+    """The results of one record in one budget, from its folders; None if no run was scored."""
     found: dict[str, dict[str, Any]] = {}
     prefix = folder(name, minutes, "")
     for path in sorted(directory.glob(f"{prefix}*/validation.json")):
@@ -203,7 +203,7 @@ def entry_of(directory: Path, name: str, minutes: int) -> Entry | None:
 
 
 def _facts(directory: Path) -> dict[str, Any]:
-    """What else of a run the table says: its test images' scores where they are scored, size, length and speed."""
+    """Further facts of a run for the table: its test scores if there are any, its size, length and speed."""
     of_run = summary.read_json(directory / "summary.json")
     config = workdir.read_config(directory)
     speed = records_report.images_per_second(directory)

@@ -13,10 +13,10 @@ from experiments import intervals, tables
 SCORES = ("bits/dim, validation", "L_0", "KL", "less its start", "bits/dim, test")
 SIZES = ("parameters", "GFLOP", "steps", "images/s")
 NOTES = """\
-Bits/dim: {over_seeds}. "less its start": the same of the differences to the record
-that it starts from, seed by seed, on validation images. By these a recipe is chosen; test images are scored at the end.
-GFLOP: of one image in a step of training. images/s: the median over a run's rows and over runs; it depends on the
-machine, and nothing else here does.
+Bits/dim: {over_seeds}. "less its start": the differences to the record that it
+starts from, paired by seed, on validation images. These choose a recipe; test images are scored at the end.
+GFLOP: for one image in a training step. images/s: the median over a run's rows and over runs. It is the only number
+here that depends on the machine.
 """
 
 
@@ -24,12 +24,12 @@ class Entry(NamedTuple):
     """A record in one budget.
 
     Attributes:
-        name: of its file.
+        name: the name of its file.
         minutes: the budget.
-        start: what it starts from.
-        idea: what its header says.
-        flops: of an image in a step of training.
-        runs: seed -> validation.json, test.json and what else of a run is said.
+        start: the record or config that it starts from.
+        idea: the idea in its header.
+        flops: the FLOP of an image in a training step.
+        runs: seed -> the contents of validation.json and test.json, and further facts of the run.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
 
 def images_per_second(directory: Path) -> float | None:
-    """The median of a run's images per second; None where too few rows know it."""
+    """The median of a run's images per second; None if too few rows have it."""
     found = [row["images_per_second"] for row in read_metrics(directory) if "images_per_second" in row]
     return float(np.median(found)) if found else None
 
@@ -90,7 +90,7 @@ def _text(by_seed: Mapping[str, float], signed: bool = False) -> str:
 
 
 def plot(path: Path, entries: Sequence[Entry]) -> None:
-    """A panel for each budget: bits/dim of the validation images of each seed, and the interval of their mean."""
+    """A panel per budget: bits/dim of the validation images for each seed, and the interval of their mean."""
     budgets = list(dict.fromkeys(entry.minutes for entry in entries))
     if not budgets:
         return

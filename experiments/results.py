@@ -29,8 +29,8 @@ AXES = {
     "seed": "seed",
 }
 MAX_KEY_COLUMNS = 3  # besides the axes
-LOG = "log.txt"  # in a run's folder: what it printed
-# What may differ between the runs of one row: nothing here changes what is trained or how it is scored.
+LOG = "log.txt"  # in a run's folder: its output
+# Keys that may differ between the runs of one row: the seed, and keys that affect neither training nor scores.
 WITHIN_A_ROW = {"seed"} | {
     name
     for name, key in schema.all_keys().items()
@@ -39,7 +39,7 @@ WITHIN_A_ROW = {"seed"} | {
 
 
 class Target(NamedTuple):
-    """A published result of CIFAR-10; without numbers, the training that the paper calls unstable."""
+    """A published result for CIFAR-10; without numbers, a training that the paper calls unstable."""
 
     source: str
     test_bpd: float | None = None
@@ -59,12 +59,12 @@ class FinishedRun:
     """A finished run.
 
     Attributes:
-        name: of its folder.
+        name: the name of its folder.
         config: config key -> value, as config.json holds it.
-        summary: what summary.json holds.
-        quality: what quality.json holds; {} if there is none of these weights.
-        image_bpd: the bound of each test image; None where it was estimated from a few terms (eval.terms_per_image).
-        terms_bpd: entry t − 1 is the mean term of t; None as well.
+        summary: the contents of summary.json.
+        quality: the contents of quality.json; {} if there is none for these weights.
+        image_bpd: the bound of each test image; None if it was estimated from a few terms (eval.terms_per_image).
+        terms_bpd: entry t − 1 is the mean term of t; None in the same case.
     """
 
     name: str
@@ -79,9 +79,9 @@ TargetOf = Callable[[FinishedRun], Target | None]  # the published result that a
 
 
 class DistanceKind(NamedTuple):
-    """A Fréchet distance of one kind: only equal features, of equal weights, and equal numbers of samples compare."""
+    """The kind of a Fréchet distance. Only distances of the same kind are comparable."""
 
-    title: str  # with the features; FID is its name with those of Inception alone
+    title: str  # names the features; only with Inception's is the distance called FID
     features: str
     num_samples: int
     weights: str = ""  # a digest of the features' network
@@ -93,9 +93,9 @@ class DistanceKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The runs that differ in their seed alone, in the order of the seeds."""
+    """The runs that differ only in their seed, in the order of the seeds."""
 
-    setting: dict[str, str]  # what is printed of the config, by column
+    setting: dict[str, str]  # the printed values of the config, by column
     runs: list[FinishedRun]
 
     def mean(self, entry: str) -> float:
@@ -104,9 +104,9 @@ class Row:
 
     @property
     def stderr_bpd(self) -> float:
-        """The standard error of the mean over images; every seed scored the same ones.
+        """The standard error of the mean over images. Every seed scored the same images.
 
-        Of estimates, whose images' bounds are not kept, it is the largest that a seed states.
+        Estimates do not keep each image's bound. For them it is the largest standard error of a seed.
         """
         if not self.has_every_term:
             return max(run.summary["test_bpd_stderr"] for run in self.runs)
@@ -136,20 +136,20 @@ class Row:
 
     @property
     def distances(self) -> dict[int, float]:
-        """The Fréchet distance by seed; {} where the row has no one kind."""
+        """The Fréchet distance by seed; {} unless all seeds have the same kind."""
         if not self.distance_kind:
             return {}
         return {run.config["seed"]: numbers.distance(run.quality).value for run in self.runs}
 
 
 class Difference(NamedTuple):
-    """One row less another, by the seeds that both have.
+    """One row minus another, by the seeds that both have.
 
     Attributes:
-        setting: what is printed before the numbers.
-        bpd: of the test images' bits/dim.
-        stderr_bpd: over images, of the mean over seeds, image by image; NaN for estimates.
-        distances: of the Fréchet distances; {} unless both rows have the same kind.
+        setting: the cells before the numbers.
+        bpd: the differences of the test images' bits/dim.
+        stderr_bpd: the standard error over images of the mean over seeds, paired by image; NaN for estimates.
+        distances: the differences of the Fréchet distances; {} unless both rows have the same kind.
     """
 
     setting: dict[str, str]
@@ -175,7 +175,7 @@ def last_line(folder: Path) -> str:
 
 
 def read(directory: Path) -> tuple[list[FinishedRun], dict[str, str]]:
-    """The finished runs in the folders of `directory`, and the others' last words by the folder's name."""
+    """The finished runs in the folders of `directory`, and for each other folder the reason, by its name."""
     runs, unfinished = [], {}
     for folder in sorted(path.parent for path in directory.glob("*/config.json")):
         if not (folder / "summary.json").exists():
@@ -207,7 +207,7 @@ def _bounds(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_every_key(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with the keys of its network that the run's version did not have yet, so that it equals today's."""
+    """A config with today's keys of its network, so that runs of older versions equal today's."""
     own = f"{config['model.network']}."
     absent = {name: key.when_absent for name, key in schema.all_keys().items() if name.startswith(own)}
     return absent | config
@@ -216,8 +216,8 @@ def _with_every_key(config: dict[str, Any]) -> dict[str, Any]:
 def rows(runs: list[FinishedRun]) -> tuple[list[Row], dict[str, str]]:
     """The runs grouped over seeds, and the recipes by letter.
 
-    A row's columns are the axes but the seed, and every other key that differs between the runs, or the data's digest.
-    If more than MAX_KEY_COLUMNS of these differ, it is the letter of a recipe instead: the values of all of them.
+    A row's columns are the axes except the seed, and every other key, or the data's digest, that differs between runs.
+    If more than MAX_KEY_COLUMNS differ, one column has the letter of a recipe instead, which names all their values.
     """
     settings = _settings(runs)
     columns = {axis: key for axis, key in AXES.items() if axis != "seed"}
@@ -240,7 +240,7 @@ def rows(runs: list[FinishedRun]) -> tuple[list[Row], dict[str, str]]:
 
 
 def _told_apart_by(runs: list[FinishedRun], settings: list[dict[str, Any]], known: list[str]) -> list[str]:
-    """The keys that may differ within a row, such as those of sampling, where a sweep varies them with one seed."""
+    """Keys of WITHIN_A_ROW that differ between runs of one seed. A sweep varies them, so they need a column."""
     alike = collections.defaultdict(list)
     for run, values in zip(runs, settings, strict=True):
         alike[(run.config["seed"], *(str(values.get(key)) for key in known))].append(run.config)
@@ -249,7 +249,7 @@ def _told_apart_by(runs: list[FinishedRun], settings: list[dict[str, Any]], know
 
 
 def _settings(runs: list[FinishedRun]) -> list[dict[str, Any]]:
-    """Each run's config keys, and a digest of its data if those of the runs differ; older runs do not know theirs."""
+    """Each run's config keys, and a digest of its data if the runs' digests differ. Older runs have no digest."""
     known = [run.summary.get("data_sha256") for run in runs]
     if len({str(digests) for digests in known if digests}) < 2:
         return [run.config for run in runs]
@@ -257,7 +257,7 @@ def _settings(runs: list[FinishedRun]) -> list[dict[str, Any]]:
 
 
 def less_base(table: list[Row], base: Row) -> list[Difference | None]:
-    """Each row less the base; None for the base itself, and where other images were scored."""
+    """Each row minus the base; None for the base itself, and for rows scored on other images."""
     found: list[Difference | None] = []
     for row in table:
         is_comparable = row is not base and _of_the_same_images(row.runs[0], base.runs[0])
@@ -266,7 +266,7 @@ def less_base(table: list[Row], base: Row) -> list[Difference | None]:
 
 
 def between_variances(table: list[Row], base: Row) -> list[Difference]:
-    """Every pair of variances within the same rest of the setting and with a seed in common, without the base's."""
+    """The differences of all pairs of variances with otherwise equal settings and a common seed, without the base."""
     found = []
     for one, other in itertools.combinations([row for row in table if row is not base], 2):
         rest = {column: value for column, value in one.setting.items() if column != "variance"}
@@ -277,7 +277,7 @@ def between_variances(table: list[Row], base: Row) -> list[Difference]:
 
 
 def _of_the_same_images(one: FinishedRun, other: FinishedRun) -> bool:
-    """Whether both were scored on the same test images; runs of earlier versions do not know their data's digest."""
+    """Whether both were scored on the same test images. Runs of earlier versions have no digest of their data."""
     digests = {(run.summary.get("data_sha256") or {}).get("test") for run in (one, other)} - {None}
     same_name = one.config["data.name"] == other.config["data.name"]
     return same_name and one.summary["test_images"] == other.summary["test_images"] and len(digests) < 2

@@ -35,7 +35,7 @@ WITHOUT_VARIANCE = ("ddim", "dpm_solver_pp", "dpm_solver_pp(eta=1)", "unipc", "h
 
 
 class Way(NamedTuple):
-    """A way of drawing: the method, the variance where the method draws from one, and the number of steps."""
+    """A way of sampling: the method, its variance if it uses one, and the number of steps."""
 
     method: str
     variance: str
@@ -43,7 +43,7 @@ class Way(NamedTuple):
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The config keys that say so."""
+        """The config keys for this way of sampling."""
         return {
             "sample.method": self.method,
             "sample.variance": self.variance or "model",
@@ -54,7 +54,7 @@ class Way(NamedTuple):
 def main() -> None:
     """Runs the command line."""
     parser = drawn.argument_parser(__doc__)
-    parser.add_argument("--steps", default="5,10,25,50", help="numbers of steps, with commas between them")
+    parser.add_argument("--steps", default="5,10,25,50", help="comma-separated numbers of steps")
     parser.add_argument("--num_scored", type=int, default=299, help="test images whose bits/dim are computed")
     arguments = vars(parser.parse_args())
     steps, num_scored = arguments.pop("steps"), arguments.pop("num_scored")
@@ -66,7 +66,7 @@ def run(study: Study, steps: list[int], num_scored: int) -> None:
     config, directory = study.trained.config, study.directory
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     for num_steps in steps:
-        schedules.evenly_spaced(study.trained.model.schedule, num_steps)  # or its refusal would come late
+        schedules.evenly_spaced(study.trained.model.schedule, num_steps)  # raises before anything is sampled
     numbers = subset(len(test_set), min(num_scored, len(test_set)))
     few = subset(len(train_set), min(num_scored, len(train_set)))
     terms = estimate_x0_terms(config, study.trained.model, train_set, few)
@@ -105,7 +105,7 @@ def respaced_bpd(
 
 
 def _name(row: dict[str, Any], own: str = "model") -> str:
-    """The row's method, or of the ancestral one its variance."""
+    """The row's method, and for the ancestral one its variance."""
     if not row["variance"]:
         return row["method"]
     return f"ancestral, {own if row['variance'] == 'model' else row['variance']}"
@@ -117,7 +117,7 @@ def _cells(row: dict[str, Any], own: str = "model") -> list[str]:
 
 
 def _less_own(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The distance less that of the ancestral sampler with the model's own variance and as many steps, by set."""
+    """The distance minus that of the ancestral sampler with the model's own variance and as many steps, by set."""
     own = Way("ancestral", "model", row["num_steps"])._asdict()
     base = next((other for other in rows if own.items() <= other.items()), None)
     return "–" if base is None or row is base else drawn.less(row, base, METRICS[0], 3)
@@ -126,7 +126,7 @@ def _less_own(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def markdown(
     rows: list[dict[str, Any]], real: dict[str, Any], study: Study, title: str, num_scored: int
 ) -> str:
-    """The table with what was compared and how."""
+    """The table, and how samples were compared."""
     own = study.trained.config.model.variance
     columns = ["sampler, variance", "steps", "Fréchet distance", f"less ancestral, {own}"]
     columns += ["precision", "recall", "bits/dim"]
@@ -150,7 +150,7 @@ def markdown(
 def plot(
     path: Path, rows: list[dict[str, Any]], real: dict[str, Any], study: Study, title: str
 ) -> None:
-    """The Fréchet distance and the bits/dim over the number of steps, a line for each way."""
+    """Plots the Fréchet distance and the bits/dim against the number of steps, a line for each way of sampling."""
     own = study.trained.config.model.variance
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     figure.suptitle(title, fontsize="medium")
@@ -179,7 +179,7 @@ def plot(
 
 
 def _values(rows: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """What is plotted and its error: half of the interval over sets, or one standard error over images."""
+    """The plotted values and their errors: half the interval over sets, or one standard error over images."""
     if key == "bpd":
         return [row["bpd"] for row in rows], [row["bpd_stderr"] for row in rows]
     return drawn.curve(rows, key)

@@ -60,9 +60,9 @@ def possible(cells: list[Cell]) -> tuple[list[Cell], dict[str, list[str]]]:
 
 
 def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None], with_quality: bool = True) -> str:
-    """Trains and scores one cell in `directory` and measures its samples, or the rest of it.
+    """Trains and scores one cell in `directory` and measures its samples. Skips finished parts.
 
-    Returns why it failed, or "". `watch` gets a word on the progress every few seconds.
+    Returns the reason of a failure, or "". `watch` is called with the progress every few seconds.
     """
     try:
         config = workdir.continued(cell.config(), directory, cell.overrides)
@@ -71,8 +71,8 @@ def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None], with_qua
             return ""
         workdir.claim(config, directory)
         with (directory / LOG).open("a") as log:
-            # The run holds this lock as its standard output. So a sweep that was killed and leaves its run behind
-            # does not get a rival when it is started again, and two sweeps can share a folder.
+            # The run holds this lock as its standard output. So a restarted sweep waits for a run that a killed sweep
+            # left behind, and two sweeps can share a folder.
             watch("waits for another process")
             fcntl.flock(log, fcntl.LOCK_EX)
             code = 0
@@ -86,7 +86,7 @@ def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None], with_qua
 
 
 def _run(cell: Cell, mode: str, directory: Path, log: TextIO, watch: Callable[[str], None]) -> int:
-    """The exit code of main.py, unless the run was stopped by a signal: then the sweep ends as it did."""
+    """Runs main.py and returns its exit code. If a signal stopped the run, the sweep stops with the same code."""
     command = [sys.executable, str(MAIN), *cell.arguments(), f"--mode={mode}", f"--workdir={directory}"]
     print("$", shlex.join(command), file=log, flush=True)
     watch(f"{mode} starts")
@@ -102,18 +102,18 @@ def _run(cell: Cell, mode: str, directory: Path, log: TextIO, watch: Callable[[s
                 rows = read_metrics(directory)
                 if rows:
                     watch(f"{mode}, step {rows[-1]['step']}")
-    finally:  # no run survives the sweep that was asked to end
+    finally:  # a sweep that is stopped leaves no run behind
         process.terminate()
         process.wait()
 
 
 def run_cells(cells: list[Cell], directory: Path, with_quality: bool = True) -> dict[str, str]:
-    """Runs the cells one after the other; returns the reasons of those that failed by their names.
+    """Runs the cells one after the other; returns the reasons of failures by the cell's name.
 
-    A signal ends the running cell, which saves what it has, and then the program.
+    A signal ends the running cell, which saves its state, and then the program.
 
     Args:
-        with_quality: whether samples are measured as well.
+        with_quality: also measure samples.
     """
     failures = {}
     finished = sum(_is_done(cell, directory / cell.name, with_quality) for cell in cells)
@@ -139,15 +139,15 @@ def _is_done(cell: Cell, directory: Path, with_quality: bool = True) -> bool:
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """The flags that every sweep has."""
     parser = commands.argument_parser(description)
-    parser.add_argument("--workdir", type=Path, required=True, help="gets a folder for each cell, and the report")
+    parser.add_argument("--workdir", type=Path, required=True, help="directory for the report and a folder per cell")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config keys of all cells"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config keys for all cells"
     )
     of_seeds = parser.add_mutually_exclusive_group()
     of_seeds.add_argument("--seeds", type=int, metavar="N", help="run every setting with the seeds 0 to N − 1")
     of_seeds.add_argument("--seed", metavar="A,B,...", help="run every setting with these seeds")
-    parser.add_argument("--index", type=int, help="run this cell only, as --list numbers them")
-    parser.add_argument("--list", action="store_true", help="number the cells and run nothing")
+    parser.add_argument("--index", type=int, help="run only the cell of this number in --list")
+    parser.add_argument("--list", action="store_true", help="list the numbered cells and run nothing")
     parser.add_argument("--report", action="store_true", help="only rebuild the report from the folders")
     return parser
 
@@ -168,12 +168,12 @@ def seeds(arguments: argparse.Namespace, default: list[str]) -> list[str]:
 
 
 def expected(cells: list[Cell], directory: Path) -> str:
-    """How many cells are left to run, and how long they train at the speed that was measured first."""
+    """The number of cells left to run, and their training time at the first measured speed."""
     left = [cell for cell in cells if not _is_done(cell, directory / cell.name)]
     words = f"{len(cells)} cells, {len(left)} to run"
     for cell in cells:
         speeds = [row["images_per_second"] for row in read_metrics(directory / cell.name) if "images_per_second" in row]
-        if len(speeds) > 1:  # the first row's time has the compilation in it
+        if len(speeds) > 1:  # the first row's time includes compilation
             configs = [cell.config().train for cell in left]
             minutes = sum(config.num_steps * config.batch_size for config in configs) / np.median(speeds[1:]) / 60
             return f"{words}: about {minutes:.0f} minutes of training at the speed of {cell.name}, plus their scores"
@@ -181,7 +181,7 @@ def expected(cells: list[Cell], directory: Path) -> str:
 
 
 def indexed(arguments: argparse.Namespace, cells: list[Cell]) -> list[Cell]:
-    """The cell that --index asks for; without it all. Raises a ValueError if there is none of that number."""
+    """The cell of --index; without it, all cells. Raises a ValueError if no cell has that number."""
     if arguments.index is None:
         return cells
     if not 0 <= arguments.index < len(cells):
@@ -220,7 +220,7 @@ def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetO
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """What a signal did before, it does again afterwards: a notebook's Ctrl-C ends no notebook."""
+    """Stops on signals, and restores the previous handlers afterwards, so that Ctrl-C does not end a notebook."""
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     try:
         yield
@@ -230,15 +230,15 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _stop(*_: object) -> None:
-    """Ends the running cell, too, which saves what it has."""
-    print("stopped; the same command goes on with what is missing", file=sys.stderr)
+    """Ends the program and with it the running cell, which saves its state."""
+    print("stopped; the same command resumes", file=sys.stderr)
     sys.exit(preemption.EXIT_CODE)
 
 
 def run_grid(
     argv: list[str] | None, description: str, defaults: dict[str, list[str]], target_of: TargetOf
 ) -> int:
-    """Runs the command line of a sweep whose flags are the axes; `defaults` has values of those without a flag."""
+    """Runs the command line of a sweep whose flags are the axes; `defaults` has the values of axes without a flag."""
     parser = argument_parser(description)
     parser.add_argument("--base", default="configs/digits_fixed.py", help="the config file that the cells start from")
     for axis, key in AXES.items():

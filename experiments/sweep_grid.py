@@ -10,7 +10,7 @@ from diffusion.experiment import config as config_lib
 from diffusion.runtime.digests import short_sha256
 from experiments.results import AXES
 
-MAX_NAME = 255  # letters of a folder's name
+MAX_NAME = 255  # characters in a folder's name
 
 
 class Cell(NamedTuple):
@@ -21,14 +21,14 @@ class Cell(NamedTuple):
     overrides: dict[str, str]
 
     def arguments(self) -> list[str]:
-        """What main.py is called with."""
+        """The arguments for main.py."""
         return [f"--config={self.base}", *(f"--config.{key}={value}" for key, value in self.overrides.items())]
 
     def config(self) -> ConfigDict:
         """The config as main.py would resolve it.
 
         Raises:
-            ValueError: the file cannot be read, a key does not exist, or a value is none that the key may have.
+            ValueError: the file cannot be read, a key does not exist, or a value is not allowed.
         """
         try:
             config = config_lib.from_file(self.base, self.overrides)
@@ -39,7 +39,7 @@ class Cell(NamedTuple):
 
 
 def grid(base: str, axes: dict[str, list[str]], extra: dict[str, str]) -> list[Cell]:
-    """One cell for each combination of the axes' values, the last axis fastest; `extra` overrides go to all.
+    """One cell per combination of the axes' values, the last axis fastest. The overrides in `extra` apply to all.
 
     Args:
         base: the config file.
@@ -47,14 +47,14 @@ def grid(base: str, axes: dict[str, list[str]], extra: dict[str, str]) -> list[C
         extra: config key -> value.
 
     Raises:
-        ValueError: an override is that of an axis, or two cells would share a folder.
+        ValueError: an override sets an axis, or two cells would share a folder.
     """
     key_of = {axis: AXES.get(axis, axis) for axis in axes}
     for axis, key in key_of.items():
         if key in extra:
             flag = f"--{axis}=" if axis in AXES else f"--axis {key}="
             raise ValueError(f"--set {key}={extra[key]} is an axis of the grid; use {flag}{extra[key]}")
-    # The seed is the fastest, whatever other axes there are.
+    # The seed varies fastest, whatever the other axes are.
     names = sorted(key_of, key=lambda axis: axis == "seed")
     cells: dict[str, Cell] = {}
     for values in itertools.product(*(dict.fromkeys(axes[axis]) for axis in names)):
@@ -67,9 +67,9 @@ def grid(base: str, axes: dict[str, list[str]], extra: dict[str, str]) -> list[C
 
 
 def folder_name(values: dict[str, str]) -> str:
-    """The values of the axes in letters that every file system and shell takes as they are.
+    """The values of the axes in characters that need no quoting in any file system or shell.
 
-    A name that would be too long for a file system ends with a digest of the values.
+    A name that is too long for a file system ends with a digest of the values.
 
     {"schedule": "linear(beta_end=0.03)", "T": "50", "data.flip": "True"} -> "linear_beta_end_0.03-T50-data.flip_True".
     """
@@ -80,9 +80,9 @@ def folder_name(values: dict[str, str]) -> str:
 
 
 def split_values(text: str) -> list[str]:
-    """The values of a list with commas: "cosine,linear(beta_start=1e-4, beta_end=0.03)" has two.
+    """The values of a comma-separated list: "cosine,linear(beta_start=1e-4, beta_end=0.03)" has two.
 
-    A comma inside brackets belongs to its value.
+    A comma inside brackets is part of its value.
     """
     values, depth = [""], 0
     for letter in text:
@@ -98,7 +98,7 @@ def further_axes(given: list[str]) -> dict[str, list[str]]:
     """["objective.weighting=none,min_snr", "schedule.name=cosine"] -> the values by the name of the axis.
 
     Raises:
-        ValueError: one has no value, or is that of the seed.
+        ValueError: an axis has no value, or is the seed.
     """
     axes = {}
     for text in given:

@@ -20,7 +20,7 @@ def distance_kinds(table: list[Row]) -> list[DistanceKind]:
 
 
 def bpd(path: Path, table: list[Row], less_base: list[Difference | None], target_of: TargetOf) -> None:
-    """A line per row, best first: bits/dim with both errors and the published number; the difference to the base."""
+    """A line per row, best first: bits/dim with both errors, the published number, and the difference to the base."""
     differ = any(less and less.bpd for less in less_base)
     figure = Figure(figsize=(12 if differ else 8, 1.6 + 0.32 * len(table)), layout="constrained")
     totals, *differences = figure.subplots(1, 1 + differ, sharey=True, squeeze=False)[0]
@@ -61,9 +61,9 @@ def _once_each(axes: Axes) -> tuple[list[Artist], list[str]]:
 
 
 def terms(path: Path, table: list[Row]) -> None:
-    """A panel per setting: the bound's term of each t (the decoder's a dot), a curve per variance, means over seeds.
+    """A panel per setting: the bound's term of each t (the decoder's: a dot), a curve per variance, means over seeds.
 
-    Nothing is plotted of bounds that were estimated from a few terms.
+    Bounds that were estimated from a few terms are not plotted.
     """
     panels: dict[str, list[Row]] = {}
     table = [row for row in table if row.has_every_term]
@@ -100,7 +100,7 @@ def _plot_row(axes: Axes, row: Row, colour: str) -> None:
 def quality(path: Path, table: list[Row], target_of: TargetOf) -> None:
     """Fréchet distance against bits/dim: a point per row, with intervals over seeds, and published FIDs as diamonds.
 
-    A panel per kind of distance; nothing is plotted where there is none.
+    A panel per kind of distance; nothing is plotted without distances.
     """
     kinds = distance_kinds(table)
     if not kinds:

@@ -12,18 +12,18 @@ from experiments import intervals, results, sweep_plots, tables
 from experiments.results import Difference, FinishedRun, Row, TargetOf, last_line
 
 NOTES = """\
-Bits/dim of the test images and Fréchet distances of samples: {over_seeds}. Beside the bits/dim the standard error of
-their mean over images, for these trained networks; then the parts, L_0 (decoder), the sum of L_{{t−1}} (KL) and L_T
-(prior), and the bits/dim of as many training images. {order}
-Fréchet distances of different features or numbers of samples do not compare. Published numbers are of fully trained
-networks on CIFAR-10: those of Ho et al. (2020) as its tables 1 and 2 print them, with train bits/dim of 49,920
-images; those of Nichol & Dhariwal (2021) from transcriptions of its table 2, not checked with the paper itself.
+Bits/dim of the test images and Fréchet distances of samples: {over_seeds}. The standard error of the mean bits/dim is
+over images, for these trained networks. The parts are L_0 (decoder), the sum of L_{{t−1}} (KL) and L_T (prior). The
+column train has the bits/dim of as many training images. {order}
+Fréchet distances of different features or numbers of samples are not comparable. Published numbers are for fully
+trained networks on CIFAR-10. Those of Ho et al. (2020) are from its tables 1 and 2, with train bits/dim of 49,920
+images; those of Nichol & Dhariwal (2021) are from transcriptions of its table 2, not checked with the paper itself.
 """
 BY_VALIDATION = "Rows are in order of the bits/dim of validation images: choose by these, and report the test images'."
-BY_TEST = "Rows are in order of the test images' bits/dim; one that is chosen by them has no unbiased number here."
+BY_TEST = "Rows are in order of the test images' bits/dim; a row that is chosen by them has no unbiased number here."
 PAIRED = """\
-Each difference is of runs of the same seed: {over_seeds}, and the difference of each seed. Beside the
-bits/dim their standard error over images, image by image with the same noise, for these trained networks.
+Each difference is of runs of the same seed: {over_seeds}, and the difference of each seed. The standard
+error of the bits/dim is over images, paired by image with the same noise, for these trained networks.
 """
 
 
@@ -31,13 +31,13 @@ def write(directory: Path, target_of: TargetOf, order: Sequence[str] = ()) -> st
     """Rebuilds the report of the runs in the folders of `directory`.
 
     Args:
-        directory: of the sweep.
+        directory: the sweep's directory.
         target_of: the published result that a run is compared with.
-        order: names of folders. The row of the first of them that is finished is the base, which the others are
-            compared with; without one it is the first finished folder's by name.
+        order: names of folders. The others are compared with the base, the row of the first finished one of these.
+            If there is none, the base is the row of the first finished folder by name.
 
     Returns:
-        What table.md holds.
+        The text of table.md.
 
     Raises:
         FileNotFoundError: no run is finished.
@@ -77,7 +77,7 @@ def _words(row: Row) -> str:
 
 
 def _numbers(row: Row, target_of: TargetOf) -> dict[str, Any]:
-    """A row of table.csv, unrounded; a half-width is that of the interval over seeds."""
+    """A row of table.csv, unrounded. Half-widths are of the interval over seeds."""
     bpd = intervals.of_mean(row.bpd.values())
     validation = intervals.of_mean(row.validation_bpd.values()) if row.validation_bpd else None
     distance = intervals.of_mean(row.distances.values()) if row.distances else None
@@ -173,7 +173,7 @@ def _bounds(table: list[Row], target_of: TargetOf) -> str:
 
 
 def _finished(row: Row, seeds: set[int]) -> str:
-    """How many seeds a row has, and which of the sweep's seeds it lacks."""
+    """The number of a row's seeds, and the sweep's seeds that it lacks."""
     missing = sorted(seeds - row.bpd.keys())
     return f"{len(row.bpd)} of {len(seeds)}: not {', '.join(map(str, missing))}" if missing else f"{len(row.bpd)}"
 
@@ -187,7 +187,7 @@ def _distance(by_seed: dict[int, float], signed: bool = False) -> str:
 
 
 def _paired(title: str, differences: list[Difference]) -> str:
-    """The differences as a table, with the seeds that they are of."""
+    """The differences as a table, with the seeds of each."""
     if not differences:
         return ""
     measured = any(difference.distances for difference in differences)

@@ -25,7 +25,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def save_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The rows with every column that any has."""
+    """Writes the rows, with every column that any row has."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)

@@ -37,7 +37,7 @@ SCHEDULE = schedules.cosine(50)
 P = reverse.make("v", "fixed_large")
 WIDTHS, SEEDS = (4, 8, 16, 32, 64), (0, 1, 2)
 NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 3000, 256, 3e-3
-# Of the quadratures: a spacing of 0.045, against 0.034 for the least σ_t and 0.1 for the data.
+# The grid of the quadratures. Its spacing is 0.045; the smallest σ_t is 0.034, and the data's is 0.1.
 REACH, POINTS = 4.5, 201
 MASS_ERROR = 1e-3
 
@@ -57,7 +57,7 @@ class Perceptron(nn.Module):
 
 @functools.partial(jax.jit, static_argnames="network")
 def train(network: Perceptron, seed: Array) -> Any:
-    """Parameters that minimise the bound itself, t spread evenly over each batch."""
+    """Parameters trained by the bound itself, with t spread evenly over each batch."""
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, NUM_STEPS))
     params = network.init(jax.random.key(seed), jnp.zeros((1, 1, 1, 2)), jnp.zeros(1))
     t = jnp.arange(BATCH_SIZE) % SCHEDULE.num_steps + 1
@@ -85,7 +85,7 @@ def train(network: Perceptron, seed: Array) -> Any:
 def step_back(
     denoise: Denoise, row: Schedule, x: Float[Array, "n 2"], density: Float[Array, "p p"]
 ) -> tuple[Float[Array, "n 2"], Float[Array, "p p"]]:
-    """E[x_{t−1} | x_t] of p_θ on the grid, and the density of x_{t−1} for that of x_t."""
+    """E[x_{t−1} | x_t] under p_θ on the grid, and the density of x_{t−1} given the density of x_t."""
     x_t = x.reshape(-1, 1, 1, 2)
     output = denoise(x_t, jnp.full(len(x), row.network_t))
     g, _ = jax.vmap(lambda x_t, output: P(row, x_t, output, clip_x0=False))(x_t, output)
@@ -98,14 +98,14 @@ def step_back(
 
 
 def split(denoise: Denoise, x: Float[np.ndarray, "n 2"], steps: list[tightness_plane.Step]) -> dict[str, float]:
-    """What the network's mean adds to the gap, and KL(q(x_0) ‖ p_θ(x_0)), in nats, by quadrature.
+    """The part of the gap from the network's mean, and KL(q(x_0) ‖ p_θ(x_0)), in nats, by quadrature.
 
     Args:
         denoise: the network.
-        x, steps: a grid, and what q says of each step there.
+        x, steps: a grid, and the steps of q on it.
 
     Raises:
-        ArithmeticError: p_θ leaves the grid, so that its mass is not 1.
+        ArithmeticError: p_θ has mass outside the grid.
     """
     grid = jnp.asarray(x, jnp.float32)
     density = jnp.exp(-0.5 * jnp.sum(grid**2, axis=1)).reshape(POINTS, POINTS) / (2 * jnp.pi)
@@ -124,7 +124,7 @@ def split(denoise: Denoise, x: Float[np.ndarray, "n 2"], steps: list[tightness_p
 
 
 def rows() -> list[dict[str, Any]]:
-    """The gap and its terms with the exact mean, whose width is None, and of each width's networks, a row per seed."""
+    """The gap and its terms: one row for the exact mean, whose width is None, and one per width and seed."""
     x = tightness_plane.grid(REACH, POINTS)
     steps = list(tightness_plane.steps(PLANE, SCHEDULE, x))
     floor = tightness_plane.gaps(PLANE, SCHEDULE, x)["beta"]
@@ -146,7 +146,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def by_width(found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Interval]]]:
-    """A width's first row, and the gap, its two terms and what the mean adds, over its seeds."""
+    """Per width, its first row, and the intervals over seeds of the gap, its two terms and the mean's part."""
     result = []
     for _, group in itertools.groupby(found, key=lambda row: row["width"]):
         of_seed = list(group)
@@ -157,20 +157,20 @@ def by_width(found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Per width, the gap, its two terms, and what the network's mean adds to it."""
+    """Per width, the gap, its two terms, and its part from the network's mean."""
     cells = []
     for row, numbers in by_width(found):
         name = "exact mean" if row["width"] is None else f"3 layers of {row['width']}"
         terms = [intervals.text(numbers[key], 3) for key in ("gap", "model_error", "looseness", "mean_error")]
         cells.append([name, str(row["num_params"] or "–"), *terms])
-    head = ["network", "parameters", "bound − H", "KL(q(x_0) ‖ p_θ(x_0))", "looseness", "what the network's mean adds"]
+    head = ["network", "parameters", "bound − H", "KL(q(x_0) ‖ p_θ(x_0))", "looseness", "part from the network's mean"]
     caption = intervals.caption([len(SEEDS)])
     note = f"2-D mixture of 8 Gaussians, cosine schedule, T = 50, variance β, nats, by quadrature; {caption}:\n\n"
     return note + tables.markdown(head, cells)
 
 
 def plot(path: Path, found: list[dict[str, Any]]) -> None:
-    """The gap and its two terms against the number of parameters, a point per seed; dashed with the exact mean."""
+    """Plots the gap and its two terms against the number of parameters, a point per seed; dashed: the exact mean."""
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel="parameters of the network", ylabel="nats", xscale="log", yscale="log")
     (_, exact), *networks = by_width(found)

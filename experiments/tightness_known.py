@@ -31,7 +31,7 @@ SCHEDULES = {
     "constant": schedules.constant,
     "harmonic": schedules.harmonic,
 }
-# linear, quadratic and constant need β ≤ 1, that is T ≥ 20; fewer steps are taken out of 1,000.
+# linear, quadratic and constant need β ≤ 1, that is T ≥ 20. For fewer steps, linear is respaced from 1,000.
 ANY_T = {
     "cosine": schedules.cosine,
     "harmonic": schedules.harmonic,
@@ -86,7 +86,7 @@ def _mean(values: np.ndarray) -> dict[str, float]:
 
 
 class Step(NamedTuple):
-    """What q says of one step of 1-D data, on the GRID of x_t, in float64."""
+    """One step of q for 1-D data, on the GRID of x_t, in float64."""
 
     density: np.ndarray  # q(x_t)
     mean: np.ndarray  # E[x_{t−1} | x_t]
@@ -97,8 +97,8 @@ class Step(NamedTuple):
     def variance(self, name: str) -> np.ndarray:
         """A model's variance of x_{t−1} given x_t.
 
-        At t = 1 all but "exact" take the same, the best constant: what a fixed width costs a continuous decoder is
-        no matter of the bound's.
+        At t = 1 all except "exact" have the same variance, the best constant, because the cost of a fixed width for
+        a continuous decoder is not a question of the bound.
         """
         average = np.trapezoid(self.density * self.var, GRID)
         if name == "exact":
@@ -108,7 +108,7 @@ class Step(NamedTuple):
 
 
 def line_steps(schedule: Schedule, mixture: tuple | None = None, grid: np.ndarray = GRID) -> list[Step]:
-    """The steps t = 1…T of a 1-D mixture, LINE unless told otherwise, from log α alone in float64."""
+    """The steps t = 1…T of a 1-D mixture, by default LINE, from log α alone in float64."""
     log_alpha = np.asarray(schedule.log_alpha, np.float64)[1:]
     log_alpha_bar = np.cumsum(log_alpha)
     weight, m, v = LINE if mixture is None else mixture
@@ -144,8 +144,8 @@ def line_gaps(schedule: Schedule) -> dict[str, tuple[float, float]]:
     """KL(q(x_{0:T}) ‖ p(x_{0:T})) of the 1-D mixture with the exact mean, by variance: (all steps, the prior's part).
 
     The expected cross entropy of a step is ½ E[log 2πv + Var(x_{t−1} | x_t)/v], and the entropy of
-    q(x_{t−1} | x_t, x_0) is ½(log 2πβ̃ + 1); with the prior's term their differences add up to the bound, from which
-    H(q(x_0)) is taken.
+    q(x_{t−1} | x_t, x_0) is ½(log 2πβ̃ + 1). The sum of their differences and L_T is the bound; the gap is the bound
+    minus H(q(x_0)).
     """
     steps = line_steps(schedule)
     weight, m, v = LINE
@@ -168,10 +168,10 @@ def line_gaps(schedule: Schedule) -> dict[str, tuple[float, float]]:
 
 
 def line_targets(schedule: Schedule, shift: float = 0.0) -> dict[str, float]:
-    """What the loss compares p_θ with, and what it thereby approximates: sums over t ≥ 2 of the 1-D mixture, in nats.
+    """The loss, the KL to the true reversal, and their difference: sums over t ≥ 2 for the 1-D mixture, in nats.
 
-    Of p_θ with the variance σ* and the mean E[x_{t−1} | x_t] + shift σ*: "loss" is E KL(q(x_{t−1} | x_t, x_0) ‖ p_θ),
-    "reversal" E KL(q(x_{t−1} | x_t) ‖ p_θ) and "information" I(x_{t−1}; x_0 | x_t), which no p_θ changes.
+    p_θ has the variance σ*² and the mean E[x_{t−1} | x_t] + shift σ*. "loss" is E KL(q(x_{t−1} | x_t, x_0) ‖ p_θ),
+    "reversal" is E KL(q(x_{t−1} | x_t) ‖ p_θ), and "information" is I(x_{t−1}; x_0 | x_t), which no p_θ changes.
     """
     steps = line_steps(schedule)
     totals = dict.fromkeys(("loss", "reversal", "information"), 0.0)
@@ -213,7 +213,7 @@ def slopes(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def looseness_rows(num_steps: tuple[int, ...] = (5, 10, 20, 50)) -> list[dict[str, Any]]:
-    """What part of the 1-D gap is the model's, KL(q(x_0) ‖ p(x_0)), with p(x_0) by quadrature over the whole chain."""
+    """The 1-D gap and its part from the model, KL(q(x_0) ‖ p(x_0)), with p(x_0) by quadrature over the whole chain."""
     weight, m, v = LINE
     data = (weight * np.exp(-((GRID - m) ** 2) / (2 * v)) / np.sqrt(2 * np.pi * v)).sum(axis=0)
     rows = []
@@ -233,7 +233,7 @@ def looseness_rows(num_steps: tuple[int, ...] = (5, 10, 20, 50)) -> list[dict[st
 
 
 def plot_line(path: Path, rows: list[dict[str, Any]], looseness: list[dict[str, Any]]) -> None:
-    """The 1-D gap against T by variance and by schedule, and how it splits."""
+    """Plots the 1-D gap against T by variance and by schedule, and the model's part of it."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     by_variance, by_schedule, split = figure.subplots(1, 3)
     fitted = slopes(rows)

@@ -42,7 +42,7 @@ CORRELATED = Plane(
 
 
 class Step(NamedTuple):
-    """What q says of one step, at each point of the grid of x_t."""
+    """One step of q at each point of the grid of x_t."""
 
     density: Float[np.ndarray, " n"]  # q(x_t) times the area of a point
     mean: Float[np.ndarray, "n 2"]  # E[x_{t−1} | x_t]
@@ -92,7 +92,7 @@ def steps(data: Plane, schedule: Schedule, x: Float[np.ndarray, "n 2"]) -> Itera
 
 
 def area(x: Float[np.ndarray, "n 2"]) -> float:
-    """What a point of a grid stands for."""
+    """The area per grid point."""
     return float(x[1, 1] - x[0, 1]) ** 2
 
 
@@ -105,7 +105,7 @@ def entropy(data: Plane, x: Float[np.ndarray, "n 2"]) -> float:
 def gaps(data: Plane, schedule: Schedule, x: Float[np.ndarray, "n 2"]) -> dict[str, float]:
     """KL(q(x_{0:T}) ‖ p(x_{0:T})) with the exact mean, by p's covariance; "beta" has Ho et al.'s β_t, and β̃_2 at t = 1.
 
-    The cross entropy of p less the entropy of q, which is H(q(x_0)) and that of T steps of noise.
+    It is the cross entropy of p minus the entropy of q, which is H(q(x_0)) plus the entropy of T steps of noise.
     """
     found = list(steps(data, schedule, x))
     last = found[-1].density
@@ -118,7 +118,7 @@ def gaps(data: Plane, schedule: Schedule, x: Float[np.ndarray, "n 2"]) -> dict[s
         beta = step.beta if t > 1 else found[1].beta_tilde
         logs = {
             "constant": 2 * math.log(average),
-            # A point of no density may have no covariance.
+            # The determinant may be 0 where the density is 0.
             "diagonal": step.density @ np.log(np.maximum(one * other, 1e-300)),
             "full": step.density @ np.log(np.maximum(one * other - between**2, 1e-300)),
             "beta": 2 * (math.log(beta) + average / beta - 1),

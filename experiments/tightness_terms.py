@@ -27,12 +27,12 @@ GAUSSIAN = tuple(np.asarray([[number]]) for number in (1.0, 0.5, 0.09))
 GRID = np.linspace(-7.0, 7.0, 141)
 SCHEDULES = {
     "suitable": schedules.from_betas([0.1, 0.2, 1.0]),
-    # Nearly all of the noise at once: x_1 says little of x_0, so that its posterior has two modes and no Gaussian fits.
+    # Nearly all of the noise at once: x_1 says little about x_0, so the posterior has two modes and no Gaussian fits.
     "unsuitable": schedules.from_betas([0.98, 0.5, 1.0]),
 }
 # a_t, b_t, c_t, d_t and s_t of each t: a wide step that shrinks x_t a little.
 START = np.tile([0.8, 0.1, 1.0, 0.0, 0.0], (3, 1))
-LEAST_VAR = 0.02  # of p_θ: a width that the grid resolves
+LEAST_VAR = 0.02  # of p_θ: wide enough for the grid
 
 Theta = Float[Array, "t 5"]
 
@@ -124,7 +124,7 @@ def descend(
 
 
 class Training(NamedTuple):
-    """What gradient descent lowers: the bound's gap under the q of this name, or with "log p" the model's error."""
+    """Gradient descent on the bound's gap under the q named in `lowers`, or for "log p" on the model's error."""
 
     name: str
     lowers: str
@@ -144,7 +144,7 @@ SHOWN = ("bound, suitable q", "bound, unsuitable q", "from there: bound, suitabl
 
 
 def rows(mixture: tuple = MODES, trainings: tuple[Training, ...] | None = None) -> list[dict[str, Any]]:
-    """Per training the three terms under each q after some of its updates, and whether each update lowered its loss."""
+    """Per training, the three terms under each q after some updates, and whether each update lowered the loss."""
     with jax.enable_x64(True):
         qs = {name: forward(schedule, mixture) for name, schedule in SCHEDULES.items()}
         last, result = {"": jnp.asarray(START)}, []
@@ -164,12 +164,12 @@ def rows(mixture: tuple = MODES, trainings: tuple[Training, ...] | None = None) 
 
 
 def gaussian_row() -> dict[str, Any]:
-    """The first training for one Gaussian, whose reversal p_θ's family holds."""
+    """The first training on one Gaussian, whose reverse process is in the family of p_θ."""
     return rows(GAUSSIAN, TRAININGS[:1])[0]
 
 
 def table(found: list[dict[str, Any]], gaussian: dict[str, Any]) -> str:
-    """The model's error and the looseness under both q, of the start and of every training's last θ."""
+    """The model's error and the looseness under both q, for the start and for every training's last θ."""
     cells = [("the start", found[0], 0), *((row["name"], row, -1) for row in found)]
     cells += [("one Gaussian: the start", gaussian, 0), ("one Gaussian: bound, suitable q", gaussian, -1)]
     lines = []
@@ -182,7 +182,7 @@ def table(found: list[dict[str, Any]], gaussian: dict[str, Any]) -> str:
 
 
 def plot(path: Path, found: list[dict[str, Any]]) -> None:
-    """The gap and its two terms along four trainings, each under the q that it is trained with."""
+    """Plots the gap and its two terms along four trainings, each under its training's q."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     for axes, row in zip(figure.subplots(1, 4, sharey=True), [r for r in found if r["name"] in SHOWN], strict=True):
         gaps, error, looseness = np.array(row["terms"][row["lowers"]]).T

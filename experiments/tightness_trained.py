@@ -21,14 +21,14 @@ from diffusion.runtime import randomness
 from experiments.tables import mean_and_stderr
 
 NUM_IMAGES = 64  # test images under every likelihood
-NUM_WEIGHTED = 50  # trajectories of each in its importance-weighted bound
-NUM_FEW = 2  # images under those that cost a thousand network passes per t
+NUM_WEIGHTED = 50  # trajectories per image in the importance-weighted bound
+NUM_FEW = 2  # images under the likelihoods that cost a thousand network passes per t
 NUM_TRAJECTORIES = 1000
 TRAJECTORIES_AT_ONCE = 250
-TOLERANCE = 1e-3  # of the ODE solver, per step: by far less than the spread of dequantization
-TRAJECTORY, DEQUANTIZATION, PROBE = range(3)  # which noise of an image
+TOLERANCE = 1e-3  # of the ODE solver, per step: far below the spread of dequantization
+TRAJECTORY, DEQUANTIZATION, PROBE = range(3)  # the noise streams of an image
 
-# What is measured, of which data, and what it says about the bits of the pixel values.
+# Each likelihood: the data it is for, and its relation to the bits of the pixel values.
 ROWS = {
     "bound": "pixel values; upper bound on −log₂ P of the reverse chain",
     "bound_unclipped": "the same, x̂_0 not clipped to [−1, 1]",
@@ -50,7 +50,7 @@ def measure(directory: Path, checkpoint: str = "latest") -> dict[str, Any]:
     test_set = build.load_data(config, "test")
     numbers = subset(len(test_set), NUM_IMAGES)
     x0 = to_unit(jnp.asarray(test_set.images(numbers)), test_set.num_levels)
-    # The keys of the evaluation, so that the bound here is the bound there.
+    # The evaluation's keys, so that the bound equals the evaluation's.
     key = jax.random.fold_in(randomness.stream(config.seed, "eval"), test_set.split_number)
     keys = randomness.per_item(key, jnp.asarray(numbers))
     return {
@@ -63,7 +63,7 @@ def measure(directory: Path, checkpoint: str = "latest") -> dict[str, Any]:
 
 
 def compare(model: Model, x0: Float[Array, "b h w c"], keys: Array) -> dict[str, Any]:
-    """What `measure` returns of one network, for images on their pixel values with a key each."""
+    """The results of `measure` for one network and images on their pixel values, with a key per image."""
     few, few_keys = x0[:NUM_FEW], keys[:NUM_FEW]
     y = dequantized(model, x0, keys)
     per_image = {}
@@ -111,7 +111,7 @@ def bound_bpd(model: Model, x0, keys, decoder, clip_x0: bool = True) -> Float[Ar
 def ode_behind_decoder_bpd(model: Model, x0, keys, clip_x0: bool = True) -> Float[Array, " b"]:
     """L_0 + E[log q(x_1 | x_0) − log p(x_1)] with the chain's decoder and the ODE's p(x_1), Hutchinson's trace.
 
-    By Jensen's inequality a bound on −log P(x_0) = −log ∫ p(x_1) P(x_0 | x_1) dx_1, as the variational bound is.
+    By Jensen's inequality it is a bound on −log P(x_0) = −log ∫ p(x_1) P(x_0 | x_1) dx_1, as the variational bound is.
     """
     schedule = model.schedule
     row, start, end = schedule[1], schedule.log_snr[1], schedule.log_snr[-1]
@@ -156,7 +156,7 @@ def importance_weighted(model: Model, x0, keys) -> dict[str, Any]:
         num_groups = groups.shape[1]
         spread = groups.std(axis=1, ddof=1) / num_groups**0.5 if num_groups > 1 else np.full(len(groups), np.nan)
         result["stderr"].append(spread.tolist())
-    # 1/Σ share²: how many of the trajectories carry the estimate.
+    # 1/Σ share²: the effective number of trajectories.
     share = np.asarray(jax.nn.softmax(log_weights), np.float64)
     result["effective_trajectories"] = (1 / (share**2).sum(axis=1)).tolist()
     return result
@@ -196,14 +196,14 @@ def between_steps(model: Model, x0, keys) -> dict[str, list[float]]:
 
 
 def means(result: dict[str, Any]) -> dict[str, tuple[float, float, float, float]]:
-    """Of each likelihood the mean over images and its standard error, and the same of its difference to the bound."""
+    """For each likelihood, the mean over images and its standard error, and both for its difference to the bound."""
     per_image = {name: np.asarray(values) for name, values in result["per_image_bpd"].items()}
     bound = per_image["bound"]
     return {name: (*mean_and_stderr(values), *mean_and_stderr(values - bound)) for name, values in per_image.items()}
 
 
 def plot(path: Path, result: dict[str, Any]) -> None:
-    """Left: the bound over K, image by image. Right: the means, by what they may be compared with."""
+    """Left: the importance-weighted bound against K, per image. Right: the means; colours mark the kind of data."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     over_k, side_by_side = figure.subplots(1, 2)
     weighted = result["importance_weighted"]
@@ -238,12 +238,12 @@ def plot(path: Path, result: dict[str, Any]) -> None:
 
 
 def _binned_density(g: gaussian.Gaussian, x: Array, num_levels: int) -> Array:
-    """The density's mass on a bin as if it were flat there: bits of dequantized data count like those of levels."""
+    """The density times the width of a bin, so that bits of dequantized data compare with bits of pixel values."""
     return gaussian.log_prob(g, x) + math.log(2 / (num_levels - 1))
 
 
 def _stream(key: Array, which: int) -> Array:
-    """Noise of an image that is none of the bound's, which folds t into the image's key."""
+    """A key for noise apart from the bound's, which folds t into the image's key."""
     return jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), which)
 
 

@@ -28,7 +28,7 @@ DEFAULT_AXES = {
 
 
 def target_by_config(run: FinishedRun) -> Target | None:
-    """What a paper reports for the run's settings on CIFAR-10, if one does."""
+    """The published result for the run's settings on CIFAR-10, if there is one."""
     if run.config["data.name"].partition(":")[0] != "cifar10":
         return None
     return next((row.target for row in ho2020.ROWS if row.describes(run.config)), None)

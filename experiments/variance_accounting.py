@@ -36,7 +36,7 @@ from experiments import tables
 from experiments.commands import argument_parser, exit_with
 
 FILE = "variance_accounting"
-# Bao et al. (2022) have two: from the size of the prediction, right for a perfect mean, and from its error.
+# Bao et al. (2022) have two estimates: from the size of the prediction, right for a perfect mean, and from its error.
 OPTIMAL, OPTIMAL_FOR_MEAN = "optimal", "optimal for this mean"
 
 
@@ -56,7 +56,7 @@ class Row(NamedTuple):
 def main() -> None:
     """Runs the command line."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="of a run with a checkpoint")
+    parser.add_argument("--workdir", type=Path, required=True, help="directory of a trained run")
     parser.add_argument(
         "--num_images",
         type=int,
@@ -72,13 +72,13 @@ def run(directory: Path, num_images: int, checkpoint: str = "latest", num_train:
     """Estimates σ*_t, scores the test images under every variance, prints and saves the results.
 
     Args:
-        directory: of a run with a checkpoint.
-        num_images: of the test split; 0: all.
+        directory: of a trained run.
+        num_images: number of test images; 0: all.
         checkpoint: latest, best or a step.
         num_train: training images for σ*; 0: as many as test images.
 
     Raises:
-        ValueError: the test split has fewer images, or they are fewer than two.
+        ValueError: num_images is neither 0 nor in 2…N, where N is the size of the test split.
     """
     config = workdir.read_config(directory)
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
@@ -166,7 +166,7 @@ def prior_bpd(model: Model, source: Source, numbers: Int[np.ndarray, " n"]) -> F
 
 
 def table(splits: dict[str, Split], prior: Float[np.ndarray, " n"], own: str) -> list[Row]:
-    """The mean over images of each variance's bound and of its parts, cheapest first."""
+    """The mean over images of each variance's bound and its parts, lowest bits/dim first."""
     totals = {name: sum(split).sum(axis=1) + prior for name, split in splits.items()}
     rows = []
     for name, split in splits.items():
@@ -178,7 +178,7 @@ def table(splits: dict[str, Split], prior: Float[np.ndarray, " n"], own: str) ->
 
 
 def markdown(rows: list[Row], own: str, title: str, num_train: int, prior_bpd: float) -> str:
-    """The table with what was scored and how, as every number needs it."""
+    """The table, and how its numbers were measured."""
     head = [
         f"# Variance accounting: {title}",
         "",
@@ -206,7 +206,7 @@ def plot(
     schedule: Schedule,
     title: str,
 ) -> None:
-    """Per t: each variance's KL term, what it has cost up to t beside the model's own, and σ*² in units of β̃."""
+    """Plots per t: each variance's KL term, its cumulative sum minus the model's own, and σ*² in units of β̃."""
     t = np.arange(2, schedule.num_steps + 1)
     terms = {name: (split.mismatch + split.mean_error).mean(axis=0)[1:] for name, split in splits.items()}
     figure = Figure(figsize=(8, 10), layout="constrained")
