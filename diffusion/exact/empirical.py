@@ -1,14 +1,14 @@
-"""The reverse process of a finite data set, exactly: what a network could at best have learned from its images.
+"""The exact reverse process of a finite data set: the best that a network could learn from its images.
 
 For N images q(x_t) is a mixture of N Gaussians, and so is
 
     q(x_{t−1} | x_t) = Σ_i w_i N(μ̃_t(x_t, x0_i), β̃_t I),   w_i ∝ exp(−‖x_t − √ᾱ_t x0_i‖² / 2(1 − ᾱ_t)),
 
-whose E[x_0 | x_t] = Σ_i w_i x0_i minimises every training loss that is a squared error. One evaluation is a pass over
-all images, block by block; beside the images it needs memory for one block and one batch.
+The mean E[x_0 | x_t] = Σ_i w_i x0_i minimises every training loss that is a squared error. One evaluation is a pass
+over all images, block by block. Besides the images it needs memory for one block and one batch.
 
-Near t = 0 the exponents reach 10⁷ and float32 would lose what their differences decide, so the differences are taken
-in integers: see `_Query`.
+Near t = 0 the exponents reach 10⁷, and float32 would lose their differences. So the differences are computed in
+integers: see `_Query`.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ FRACTION = 8  # an x_t is split into pixel values, eighths of a pixel value, and
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A data set in blocks of equal size, the last of them filled up."""
+    """A data set in blocks of equal size; the last block is padded."""
 
     levels: Any  # uint8 [blocks, block, H, W, C]: arrays of JAX or of NumPy, or their shapes
-    is_real: Any  # bool [blocks, block]; False for what fills up
+    is_real: Any  # bool [blocks, block]; False for padding
     num_levels: int = dataclasses.field(metadata={"static": True})
 
 
@@ -48,21 +48,21 @@ def in_blocks(images: UInt8[np.ndarray, "n h w c"], num_levels: int, block_size:
         shape = "×".join(map(str, images.shape[1:]))
         raise ValueError(
             f"squared distances between images of {shape} and {num_levels} pixel values do not fit into 32 bits; "
-            f"at most {2**31 // ((FRACTION + 2) * num_levels**2)} numbers per image do"
+            f"at most {2**31 // ((FRACTION + 2) * num_levels**2)} numbers per image are possible"
         )
     leading = (-(-len(images) // block_size), block_size)
     number = np.arange(np.prod(leading))
-    # What fills up repeats the last image: its distances are then like the others'.
+    # Padding repeats the last image, so that its distances are as large as the others'.
     filled = images if len(number) == len(images) else images[np.minimum(number, len(images) - 1)]
     is_real = (number < len(images)).reshape(leading)
     return Blocks(filled.reshape(*leading, *images.shape[1:]), is_real, num_levels)
 
 
 class Posterior(NamedTuple):
-    """What a batch of x_t says about x_0.
+    """The mean of x_0 given x_t and the entropy of the weights, for a batch.
 
     x0_mean: E[x_0 | x_t], in [-1, 1].
-    entropy_nats: −Σ_i w_i log w_i: 0 if x_t tells which image it was, log N if it tells nothing.
+    entropy_nats: −Σ_i w_i log w_i: 0 if x_t determines the image, log N if all images are equally likely.
     """
 
     x0_mean: Float[Array, "b h w c"]
@@ -70,12 +70,12 @@ class Posterior(NamedTuple):
 
 
 class _Query(NamedTuple):
-    """A batch of x_t, prepared so that log w_i is found without cancellation.
+    """A batch of x_t, prepared so that log w_i is computed without cancellation.
 
-    Let u be an image in pixel values less the middle one. With x_t/√ᾱ = whole + parts/8 + … in the same units,
-    log w_i = rest·u_i − gain (4 ‖u_i‖² − 8 whole·u_i − parts·u_i), up to what all images share. The bracket consists
-    of integers and is computed without an error, and so is its difference between two images; `rest` stands for at
-    most a 16th of a pixel value, unless x_t/√ᾱ lies far outside the pixel values, where gain is small.
+    Let u be an image in pixel values, minus the middle one. With x_t/√ᾱ = whole + parts/8 + … in the same units,
+    log w_i = rest·u_i − gain (4 ‖u_i‖² − 8 whole·u_i − parts·u_i) + a constant that all images share. The bracket and
+    its difference between two images are integers, computed without error. `rest` stands for at most a 16th of a pixel
+    value, unless x_t/√ᾱ lies far outside the pixel values, where gain is small.
     """
 
     whole: Float[Array, "b d"]
@@ -85,11 +85,11 @@ class _Query(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Sums over some images for each x_t, with log w_i counted from an integer and from the greatest of them."""
+    """Sums over some images for each x_t, with log w_i relative to an integer reference and to the largest one."""
 
     reference: Int[Array, "*k b"]  # the smallest bracket (see _Query)
-    peak: Float[Array, "*k b"]  # the greatest log w_i, counted from the reference
-    weight: Float[Array, "*k b"]  # Σ w_i, with w_i counted from the peak
+    peak: Float[Array, "*k b"]  # the largest log w_i, relative to the reference
+    weight: Float[Array, "*k b"]  # Σ w_i, with log w_i relative to the peak
     weight_log: Float[Array, "*k b"]  # Σ w_i log w_i
     levels: Float[Array, "*k b d"]  # Σ w_i u_i
 
@@ -111,7 +111,7 @@ def posterior(data: Blocks, row: Schedule, x_t: Float[Array, "b h w c"]) -> Post
 
 
 def weights(data: Blocks, row: Schedule, x_t: Float[Array, "b h w c"]) -> Float[Array, "b n"]:
-    """The mixture's weights w_i, in the data's order; zeros for what fills up the last block. Two passes."""
+    """The mixture's weights w_i, in the data's order; zeros for padding. It takes two passes."""
     query = _query(data.num_levels, row, x_t)
     sums = _sums(data, query)
 
@@ -125,18 +125,18 @@ def weights(data: Blocks, row: Schedule, x_t: Float[Array, "b h w c"]) -> Float[
 
 
 def denoiser(data: Blocks, schedule: Schedule, p: Reverse) -> jax.tree_util.Partial:
-    """The perfect network: (x_t [B, H, W, C], network_t [B]) -> what `p` wants predicted, given E[x_0 | x_t].
+    """The exact denoiser: (x_t [B, H, W, C], network_t [B]) -> the target of `p` at E[x_0 | x_t].
 
-    `p` has a fixed variance; nothing is output for a learned one. The result is a pytree of `data` and `schedule`, so
-    that it can be an argument of a compiled function, as a part of a `Model`: closed over, the data would become part
-    of the program.
+    `p` must have a fixed variance, because no variance is output. The result is a pytree of `data` and `schedule`, so
+    it can be an argument of a compiled function, as part of a `Model`. In a closure, the data would become part of the
+    compiled program.
     """
     return jax.tree_util.Partial(_Denoise(p), data, schedule)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Denoise:
-    """The function behind `denoiser`; equal if `p` is, so that a program is compiled once."""
+    """The function behind `denoiser`. It is equal for equal `p`, so that a program is compiled once."""
 
     p: Reverse
 
@@ -154,9 +154,9 @@ def _query(num_levels: int, row: Schedule, x_t: Float[Array, "b h w c"]) -> _Que
     grid = 2.0 ** (12 + num_levels.bit_length())
 
     def one(row: Schedule, x_t: Array) -> _Query:
-        signal = jnp.maximum(row.sqrt_alpha_bar, 1e-30)  # where nothing of x_0 is left, gain and slope are 0
+        signal = jnp.maximum(row.sqrt_alpha_bar, 1e-30)  # where √ᾱ = 0, gain and slope are 0
         level = jnp.clip(jnp.round((x_t / signal + 1.0) * half), middle - num_levels, middle + num_levels)
-        # √ᾱ · (level/half − 1) as a product of two short numbers, which is exact, and what they leave over.
+        # √ᾱ · (level/half − 1) as an exact product of two short numbers, plus the remainder.
         per_level = row.sqrt_alpha_bar / (num_levels - 1)
         short = jnp.round(per_level * grid) / grid
         left_over = (row.sqrt_alpha_bar - short * (num_levels - 1)) / (num_levels - 1)
@@ -189,13 +189,13 @@ def _sums(data: Blocks, query: _Query) -> _Sums:
     def nth(k: int | Array) -> Blocks:
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[k], data)
 
-    # Over numbers of blocks and not over data[1:], which would be a copy of the data.
+    # The scan is over block numbers, because data[1:] would copy the data.
     sums, _ = jax.lax.scan(add, of_block(nth(0)), jnp.arange(1, len(data.levels)))
     return sums
 
 
 def _merge(sums: _Sums, gain: Float[Array, " b"]) -> _Sums:
-    """The sums over all of several sets of images, which are stacked along the first axis."""
+    """The total of the sums over several sets of images, which are stacked along the first axis."""
     reference = sums.reference.min(axis=0, keepdims=True)
     peaks = sums.peak - gain[None] * (sums.reference - reference).astype(jnp.float32)
     peak = peaks.max(axis=0, keepdims=True)
@@ -221,14 +221,14 @@ def _exponents(
     """The bracket and the rest of log w_i (see _Query)."""
 
     def products(columns: slice) -> tuple[Array, Array]:
-        # Not in TensorFloat-32, which accelerators take for float32 unless told otherwise.
+        # Without this precision, accelerators compute float32 products in TensorFloat-32.
         whole, parts, rest = (
             jnp.einsum("nd,bd->nb", levels[:, columns], digits[:, columns], precision="highest")
             for digits in (query.whole, query.parts, query.rest)
         )
         return FRACTION * whole.astype(jnp.int32) + parts.astype(jnp.int32), rest
 
-    # Integers add up without an error in float32 below 2²⁴: so many columns keep to that.
+    # float32 adds integers exactly below 2²⁴. Sums over this many columns stay below.
     step = 2**24 // (num_levels * (num_levels // 2))
     parts = [products(slice(k, k + step)) for k in range(0, levels.shape[1], step)]
     whole, rest = (sum(column) for column in zip(*parts, strict=True))

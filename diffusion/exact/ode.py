@@ -5,13 +5,14 @@ variance-preserving process is
 
     dx/dλ = ½ (σ² x − σ ε̂(x, λ)),    σ² = 1 − ᾱ = sigmoid(−λ),    ε̂ = −σ ∇ log p_λ(x),
 
-and no schedule occurs in it: a schedule only says which λ a trained network knows, and by which number. Along a
-solution d log p_λ(x)/dλ = −div dx/dλ (their eq. 39), so log p(x) is the normal log density of where x ends up plus
-an integral, both from one solve.
+No schedule occurs in it. A schedule only says at which λ a network was trained, and on which number it is conditioned
+there. Along a solution d log p_λ(x)/dλ = −div dx/dλ (their eq. 39). So log p(x) is the normal log density of the end
+point plus an integral, and one solve gives both.
 
-The likelihood is a density. Pixel values must be dequantized first, y = x_0 + u with u ~ q(u), and the mean of
-log q(u) − log p(y) bounds the cost of the pixel values from above (Theis et al. 2016; Ho et al. 2019, Flow++) for the
-model that the ODE defines, which is not the reverse chain of the variational bound: see docs/likelihoods.md.
+The likelihood is a density. Pixel values must be dequantized first, y = x_0 + u with u ~ q(u). The mean of
+log q(u) − log p(y) is then an upper bound on the cost of the pixel values (Theis et al. 2016; Ho et al. 2019, Flow++)
+under the model that the ODE defines. That model is not the reverse chain of the variational bound: see
+docs/likelihoods.md.
 """
 
 import dataclasses
@@ -35,17 +36,16 @@ except ImportError as error:
 
 # (x, λ) -> ε̂(x, λ), for one example.
 PredictEps = Callable[[Array, Array], Array]
-# (f, x) -> f(x) and div f(x), or an unbiased estimate of it, or several.
+# (f, x) -> f(x) and div f(x), or one or more unbiased estimates of div f(x).
 Divergence = Callable[[Callable[[Array], Array], Array], tuple[Array, Array]]
 
 MAX_STEPS = 4096  # of the solver
 
 
 class Solution(NamedTuple):
-    """log p(x) in nats, where x ends up, and how many steps the solver took.
+    """log p(x) in nats, the end point, and the number of solver steps.
 
-    log p(x) is NaN where the solver did not arrive within MAX_STEPS. It is one number for each estimate of the
-    divergence.
+    log p(x) has one value for each estimate of the divergence. It is NaN if the solver needed more than MAX_STEPS.
     """
 
     log_prob_nats: Float[Array, "*estimates"]
@@ -61,7 +61,7 @@ class Dequantized(NamedTuple):
 
 
 def exact_divergence(f: Callable[[Array], Array], x: Float[Array, "*shape"]) -> tuple[Array, Array]:
-    """The trace of the whole Jacobian: as many forward derivatives as x has elements."""
+    """f(x) and the trace of its Jacobian, from as many forward derivatives as x has elements."""
     basis = jnp.eye(x.size).reshape(x.size, *x.shape)
     value, derivatives = jax.vmap(lambda direction: jax.jvp(f, (x,), (direction,)), out_axes=(None, 0))(basis)
     return value, jnp.sum(derivatives * basis)
@@ -70,8 +70,8 @@ def exact_divergence(f: Callable[[Array], Array], x: Float[Array, "*shape"]) -> 
 def hutchinson(probe: Float[Array, "*shape"]) -> Divergence:
     """probeᵀ J probe, from one forward derivative. Hutchinson (1990); Grathwohl et al. (2019, FFJORD).
 
-    Unbiased for a probe with independent elements of mean 0 and variance 1. One probe serves a whole solve. Signs
-    (Rademacher) have the smaller variance: the Jacobian's diagonal then adds none.
+    It is unbiased if the probe's elements are independent with mean 0 and variance 1. One probe serves a whole solve.
+    Signs (Rademacher) have a smaller variance than normal elements: the Jacobian's diagonal then adds none.
     """
 
     def divergence(f: Callable[[Array], Array], x: Float[Array, "*shape"]) -> tuple[Array, Array]:
@@ -82,7 +82,7 @@ def hutchinson(probe: Float[Array, "*shape"]) -> Divergence:
 
 
 def hutchinson_each(probes: Float[Array, "j *shape"]) -> Divergence:
-    """`hutchinson` of each of several probes: j estimates from one solve, whose spread shows their error."""
+    """`hutchinson` for each of several probes: j estimates from one solve, whose spread shows their error."""
 
     def divergence(f: Callable[[Array], Array], x: Float[Array, "*shape"]) -> tuple[Array, Array]:
         derivative = jax.vmap(lambda probe: jax.jvp(f, (x,), (probe,)), out_axes=(None, 0))
@@ -95,32 +95,32 @@ def hutchinson_each(probes: Float[Array, "j *shape"]) -> Divergence:
 def eps_predictor(
     denoise: Callable[[Array, Array], Array], p: Reverse, schedule: Schedule, clip_x0: bool = True
 ) -> PredictEps:
-    """A trained network as ε̂(x, λ): at the schedule's own λ_t it is what the network says at t.
+    """A trained network as ε̂(x, λ). At the schedule's own λ_t it is the network's ε̂ at t.
 
-    Between them the network is conditioned on a fraction, network_t interpolated linearly in λ. It was never trained
-    there: whether it may be asked is for a measurement to say.
+    Between them the network is conditioned on a fraction: network_t interpolated linearly in λ. It was not trained
+    there, so its accuracy there must be measured.
 
     Args:
         denoise: (x_t [B, H, W, C], network_t [B]) -> output.
-        p: what the output means; its variance plays no part.
-        schedule: whose λ the network knows.
-        clip_x0: clip x̂_0 to [-1, 1], as the bound does; with outermost bins that are open, nothing in the bound
-            teaches a network at t = 1 to stay inside.
+        p: the meaning of the output; its variance is not used.
+        schedule: the schedule that the network was trained with.
+        clip_x0: clip x̂_0 to [-1, 1], as the bound does. The outermost bins are open, so the bound does not teach a
+            network at t = 1 to stay inside.
 
     Raises:
-        ValueError: prediction="mean", which means nothing between two steps.
+        ValueError: prediction="mean", which is defined only between two steps, or a schedule with an x0_scale.
     """
     if p.prediction == "mean":
-        raise ValueError("model.prediction='mean' predicts x_{t−1} and has no ODE in continuous time; eps, x0, v have")
+        raise ValueError("model.prediction='mean' predicts x_{t−1} and has no ODE in continuous time; use eps, x0 or v")
     if schedule.x0_scale is not None:
-        raise ValueError("a schedule with an x0_scale does not preserve the variance, as the ODE here needs it")
-    # Where ᾱ_T = 0, λ_T = −∞ is replaced: no λ below `lowest` is asked for.
+        raise ValueError("a schedule with an x0_scale does not preserve the variance, which this ODE requires")
+    # If ᾱ_T = 0, λ_T = −∞ is replaced; no λ below `lowest` is used.
     knots = jnp.maximum(schedule.log_snr[:0:-1], lowest(schedule) - 1)
     numbers = jnp.asarray(schedule.network_t, jnp.float32)[:0:-1]
 
     def predict_eps(x: Array, log_snr: Array) -> Array:
         signal, noise = jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
-        # The two numbers by which a prediction other than the mean becomes x̂_0; a row of no step has no others.
+        # These two numbers turn any prediction but the mean into x̂_0. Between two steps no others are defined.
         row = dataclasses.replace(schedule[1], sqrt_alpha_bar=signal, sqrt_one_minus_alpha_bar=noise)
         predicted, _ = p.split(denoise(x[None], jnp.interp(log_snr, knots, numbers)[None])[0])
         x0_hat = p.meaning.to_x0(row, x, predicted)
@@ -143,16 +143,16 @@ def solve(
     divergence: Divergence = exact_divergence,
     tolerance: ArrayLike = 1e-5,
 ) -> Solution:
-    """log p(x) at `log_snr_start` of the model that is N(0, I) at `log_snr_end`; `jax.vmap` it over a batch.
+    """log p(x) at `log_snr_start` under the model that is N(0, I) at `log_snr_end`. Use `jax.vmap` for a batch.
 
     Args:
-        predict_eps: (x, λ) -> ε̂, from `eps_predictor`, or an oracle's.
-        x: of the scale of x_t at the start, √ᾱ x_0 for data. (The density of x_0 = x/√ᾱ is that of x times √ᾱ per
-            dimension.)
+        predict_eps: (x, λ) -> ε̂, from `eps_predictor`, or `Mixture.eps`.
+        x: on the scale of x_t at the start: √ᾱ x_0 for data. (The density of x_0 = x/√ᾱ is the density of x times √ᾱ
+            per dimension.)
         log_snr_start: the highest log-SNR.
         log_snr_end: the lowest.
         divergence: `exact_divergence`, or `hutchinson(probe)` for an unbiased estimate, or `hutchinson_each(probes)`.
-        tolerance: relative and absolute error that the adaptive solver (Tsitouras 5(4)) allows in a step.
+        tolerance: the relative and absolute error that the adaptive solver (Tsitouras 5(4)) allows in a step.
     """
 
     def field(log_snr: Array, state: tuple[Array, Array], _) -> tuple[Array, Array]:
@@ -188,7 +188,7 @@ def uniform(key: Key[Array, ""], x0: Float[Array, "h w c"], schedule: Schedule, 
 
 
 def in_bins(x0: Float[Array, "h w c"], fraction: Float[Array, "h w c"], num_levels: int) -> Dequantized:
-    """The image with each element at a fraction in [0, 1) of its pixel value's bin, as if drawn uniformly."""
+    """The image with each element at the given fraction in [0, 1) of its bin, and the log density of uniform noise."""
     bin_width = 2 / (num_levels - 1)
     return Dequantized(x0 + bin_width * (fraction - 0.5), -x0.size * jnp.log(bin_width))
 
@@ -196,9 +196,9 @@ def in_bins(x0: Float[Array, "h w c"], fraction: Float[Array, "h w c"], num_leve
 def truncated_normal(
     key: Key[Array, ""], x0: Float[Array, "h w c"], schedule: Schedule, num_levels: int
 ) -> Dequantized:
-    """The noise of x_1/√ᾱ_1, cut off at the ends of the bins: √ᾱ_1 y is then what the network saw in training.
+    """The noise of x_1/√ᾱ_1, truncated at the ends of the bins: √ᾱ_1 y is then like the x_1 of training.
 
-    Source: Zheng et al. (2023, i-DODE), whose program (model_vdm.py, "tn") cuts it off as we do, at half a bin.
+    Source: Zheng et al. (2023, i-DODE), whose code (model_vdm.py, "tn") also truncates it at half a bin.
     """
     std = jnp.exp(-0.5 * schedule.log_snr[1])
     cut = 1 / (num_levels - 1) / std
@@ -220,13 +220,13 @@ def density_bpd(
     divergence: Divergence = exact_divergence,
     tolerance: ArrayLike = 1e-5,
 ) -> tuple[Float[Array, "*estimates"], Int[Array, ""]]:
-    """Bits/dim of one image by the density of its dequantized pixel values, from λ_1 to λ_T; and the solver's steps.
+    """Bits/dim of one image under the density of its dequantized pixel values, and the number of solver steps.
 
-    The model's density of x_0 is that of √ᾱ_1 x_0 at λ_1 by a change of variables. The mean over the noise bounds from
-    above the bits of the pixel values themselves under this density integrated over their bins.
+    The ODE is solved from λ_1 to λ_T. The density of x_0 follows from that of √ᾱ_1 x_0 at λ_1 by a change of variables.
+    The mean over the noise is an upper bound on the bits of the pixel values under this density integrated over bins.
 
     Args:
-        dequantized: from `uniform` or `truncated_normal`. The other arguments are those of `eps_predictor` and `solve`.
+        dequantized: from `uniform` or `truncated_normal`. For the other arguments see `eps_predictor` and `solve`.
     """
     y, log_noise_nats = dequantized
     signal = schedule.sqrt_alpha_bar[1]
@@ -244,11 +244,11 @@ def dequantized_bpd(
     divergence: Divergence = exact_divergence,
     tolerance: ArrayLike = 1e-5,
 ) -> Float[Array, "*estimates"]:
-    """`density_bpd` of an image with given uniform noise.
+    """`density_bpd` of an image with given uniform noise, without the number of steps.
 
     Args:
         x0: the image in [-1, 1], on its pixel values.
-        uniform: in [0, 1), where in its bin each element lies.
-        num_levels: how many pixel values there are.
+        uniform: the position of each element in its bin, in [0, 1).
+        num_levels: the number of pixel values.
     """
     return density_bpd(predict_eps, schedule, in_bins(x0, uniform, num_levels), divergence, tolerance)[0]

@@ -1,7 +1,7 @@
 """Data whose diffusion is known exactly: mixtures of Gaussians, of which one Gaussian is the simplest.
 
-Noise turns a mixture into a mixture, so log p(x_t), its score and the moments of x_0 given x_t are finite sums, in
-any dimension. They take a network's place (`Mixture.denoiser`), and what the bound then lacks is known too. Such
+A mixture plus noise is again a mixture, so log p(x_t), its score and the moments of x_0 given x_t are finite sums in
+any dimension. They replace a network (`Mixture.denoiser`). For one Gaussian the gap of the bound is known too. Such
 data are continuous: their bound needs `decoder=oracles.continuous_decoder`, and x̂_0 must not be clipped.
 
 All logarithms are in nats, summed over an example's dimensions.
@@ -65,20 +65,20 @@ class Mixture:
         return mean, jnp.tensordot(responsibility, within + (means - mean[None]) ** 2, 1)
 
     def eps(self, x_t: Float[ArrayLike, "*shape"], log_snr: Float[ArrayLike, ""]) -> Float[Array, "*shape"]:
-        """E[ε | x_t] = −√(1 − ᾱ) ∇ log p(x_t), what an ε-prediction network learns at best."""
+        """E[ε | x_t] = −√(1 − ᾱ) ∇ log p(x_t), the optimal output of an ε-prediction network."""
         return -jnp.sqrt(jax.nn.sigmoid(-log_snr)) * self.diffused(log_snr).score(x_t)
 
     def denoiser(
         self, p: Reverse, schedule: Schedule
     ) -> Callable[[Float[Array, "b *shape"], Float[Array, " b"]], Float[Array, "b *shape_out"]]:
-        """What a perfect network outputs for (x_t, network_t), with network_t out of the schedule's own table.
+        """The exact denoiser as a function of (x_t, network_t), with network_t from the schedule's own table.
 
-        Every target of `reverse.PREDICTIONS` is affine in x_0 once x_t is known, so its conditional mean is the
-        target at E[x_0 | x_t]. With variance="learned" the second half is the logarithm of each element's exact
+        Given x_t, every target of `reverse.PREDICTIONS` is affine in x_0, so its conditional mean is the target at
+        E[x_0 | x_t]. With variance="learned" the second half is the logarithm of each element's exact
         Var(x_{t−1} | x_t) = β̃_t + (coefficient of x_0 in μ̃_t)² Var(x_0 | x_t).
 
         Raises:
-            ValueError: another learned variance: learned_range cannot express every one.
+            ValueError: p.variance is learned_range, which cannot express every variance.
         """
         if p.learns_variance and p.variance != "learned":
             raise ValueError(f"an exact denoiser outputs a variance for variance='learned', not for {p.variance!r}")
@@ -110,15 +110,15 @@ def reverse_log_var(row: Schedule, x0_var: Float[ArrayLike, "*shape"]) -> Float[
 
 
 def continuous_decoder(g: Gaussian, x: Float[ArrayLike, "*shape"], num_levels: int) -> Float[ArrayLike, "*shape"]:
-    """log density of x_0 given x_1, in the place of `gaussian.discretized_log_prob`; continuous data have no levels."""
+    """The log density of x_0 given x_1, a replacement for `gaussian.discretized_log_prob`; `num_levels` is ignored."""
     return gaussian.log_prob(g, x)
 
 
 class GaussianGap(NamedTuple):
-    """E[bound] − E[−log p(x_0)] of Gaussian data with the exact mean, in nats; all of it is KL(q ‖ p).
+    """E[bound] − E[−log p(x_0)] in nats, for Gaussian data and the exact mean. It equals KL(q ‖ p).
 
     prior: KL(q(x_T) ‖ N(0, I)).
-    mismatch: entry t − 1 is KL(q(x_{t−1} | x_t) ‖ p(x_{t−1} | x_t)), two Gaussians that differ in variance.
+    mismatch: entry t − 1 is KL(q(x_{t−1} | x_t) ‖ p(x_{t−1} | x_t)); the two Gaussians differ only in variance.
     """
 
     prior: Float[Array, ""]
@@ -126,10 +126,10 @@ class GaussianGap(NamedTuple):
 
 
 def gaussian_gap_nats(data: Mixture, variance: str, schedule: Schedule) -> GaussianGap:
-    """What the bound of x_0 ~ N(m, diag s²) lacks under one of `reverse.VARIANCES`, in closed form, for every T.
+    """The gap of the bound of x_0 ~ N(m, diag s²) under one of `reverse.VARIANCES`, in closed form, for every T.
 
-    KL(q(x_{0:T}) ‖ p(x_{0:T})) is the sum of these T + 1 terms by the chain rule, and with v* the exact and v the
-    model's variance a term is Σ ½(log(v/v*) + v*/v − 1) over the dimensions: 0 with "learned", the exact one.
+    By the chain rule KL(q(x_{0:T}) ‖ p(x_{0:T})) is the sum of these T + 1 terms. With v* the exact and v the model's
+    variance, the term of a step is Σ ½(log(v/v*) + v*/v − 1) over the dimensions. It is 0 with "learned", where v = v*.
 
     Raises:
         ValueError: a mixture of more than one Gaussian, whose terms have no closed form.
@@ -138,7 +138,7 @@ def gaussian_gap_nats(data: Mixture, variance: str, schedule: Schedule) -> Gauss
         raise ValueError(f"the gap has a closed form for 1 Gaussian, not for a mixture of {len(data.weight)}")
 
     def mismatch(row: Schedule) -> Array:
-        _, x0_var = data.posterior(row.log_snr, data.mean[0])  # of a Gaussian it is the same at every x_t
+        _, x0_var = data.posterior(row.log_snr, data.mean[0])  # for one Gaussian it is the same at every x_t
         exact = reverse_log_var(row, x0_var)
         log_var = VARIANCES[variance].log_var(row, exact)
         zero = jnp.zeros_like(exact)

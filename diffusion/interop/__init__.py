@@ -1,4 +1,4 @@
-"""Published weights in and out, one module per program that publishes them; `files` finds and reads the tensors."""
+"""Reads and writes published weights, with a module for each codebase that publishes them."""
 
 from diffusion.interop.diffusers import load_diffusers, save_diffusers
 from diffusion.interop.ho2020 import load_ho2020

@@ -1,4 +1,4 @@
-"""β_1…β_T of other programs, each from its two ends and T; none is rescaled when T changes."""
+"""β_1…β_T of other codebases, from the two end values and T. None is rescaled when T changes."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,12 @@ import numpy as np
 
 
 def linear(start: float, end: float, num_steps: int) -> np.ndarray:
-    """Equal distances of β."""
+    """β in equal steps."""
     return np.linspace(start, end, num_steps)
 
 
 def linear_root(start: float, end: float, num_steps: int) -> np.ndarray:
-    """Equal distances of √β."""
+    """√β in equal steps."""
     return np.linspace(start**0.5, end**0.5, num_steps) ** 2
 
 
@@ -21,12 +21,12 @@ def sigmoid(start: float, end: float, num_steps: int) -> np.ndarray:
 
 
 def constant(start: float, end: float, num_steps: int) -> np.ndarray:
-    """The end everywhere."""
+    """The end value everywhere."""
     return np.full(num_steps, end)
 
 
 def warmup(fraction: float) -> Callable[[float, float, int], np.ndarray]:
-    """A function with a line over a fraction of the steps, and the end behind it."""
+    """Returns a function: β rises linearly over this fraction of the steps, then keeps the end value."""
 
     def betas(start: float, end: float, num_steps: int) -> np.ndarray:
         rising = linear(start, end, int(num_steps * fraction))
@@ -36,5 +36,5 @@ def warmup(fraction: float) -> Callable[[float, float, int], np.ndarray]:
 
 
 def harmonic(start: float, end: float, num_steps: int) -> np.ndarray:
-    """1/T, 1/(T − 1), …, 1, whatever the ends."""
+    """1/T, 1/(T − 1), …, 1; the end values are ignored."""
     return 1 / np.linspace(num_steps, 1, num_steps)

@@ -1,18 +1,18 @@
-"""CRC-32C (Castagnoli), by NumPy: what LevelDB and TensorFlow check their files with."""
+"""CRC-32C (Castagnoli) in NumPy, the checksum in the files of LevelDB and TensorFlow."""
 
 from functools import cache
 
 import numpy as np
 from jaxtyping import UInt32
 
-POLYNOMIAL = np.uint32(0x82F63B78)  # its bits reversed
+POLYNOMIAL = np.uint32(0x82F63B78)  # with its bits reversed
 ONES = 0xFFFFFFFF
 LANES = 1 << 12
-BYTES_PER_LANE = 64  # at least, of many bytes
+BYTES_PER_LANE = 64  # more only where data exceed LANES · 64 bytes
 
 
 def masked_crc32c(data: bytes) -> int:
-    """CRC-32C as LevelDB stores it: rotated by 15 bits, and a constant added."""
+    """The CRC-32C as LevelDB stores it: rotated by 15 bits, plus a constant."""
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & ONES
 
@@ -20,8 +20,8 @@ def masked_crc32c(data: bytes) -> int:
 def crc32c(data: bytes) -> int:
     """The CRC-32C of these bytes.
 
-    A register that starts at 0 is linear in the bytes, and zeros in front of them change nothing. So the bytes are
-    cut into lanes of one length, whose registers advance side by side, two bytes at a time, and are then joined.
+    A register that starts at 0 is linear in the bytes, and leading zeros do not change it. So the bytes are cut into
+    lanes of equal length. Their registers advance in parallel, two bytes at a time, and are then joined.
     """
     lanes = min(LANES, 1 << (len(data) // BYTES_PER_LANE).bit_length())
     words = max(1, -(-len(data) // (2 * lanes)))  # of each lane
@@ -39,7 +39,7 @@ def crc32c(data: bytes) -> int:
 
 
 def _shifted(register: UInt32[np.ndarray, " n"], num_bits: int) -> UInt32[np.ndarray, " n"]:
-    """Registers after so many bits that are 0."""
+    """The registers after this many zero bits."""
     for _ in range(num_bits):
         register = (register >> 1) ^ (register & 1) * POLYNOMIAL
     return register
@@ -47,13 +47,13 @@ def _shifted(register: UInt32[np.ndarray, " n"], num_bits: int) -> UInt32[np.nda
 
 @cache
 def _table() -> UInt32[np.ndarray, " n"]:
-    """What two bytes make of a register."""
+    """A register after two zero bytes, for each value of its lower 16 bits."""
     return _shifted(np.arange(1 << 16, dtype=np.uint32), 16)
 
 
 @cache
 def _zeros(num_bytes: int) -> UInt32[np.ndarray, "32"]:
-    """What so many bytes that are 0 do to a register: a matrix over GF(2), each column as one integer."""
+    """The effect of this many zero bytes on a register: a matrix over GF(2), each column as one integer."""
     bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
     if num_bytes == 0:
         return bits

@@ -1,7 +1,7 @@
-"""DDPM weights in the layout of diffusers' UNet2DModel: read and written.
+"""Reads and writes DDPM weights in the layout of diffusers' UNet2DModel.
 
-A directory holds `config.json` and `diffusion_pytorch_model.safetensors`. Of all that such a config can say,
-`UNet` represents what Ho et al. (2020) used; the rest is refused by name. Nothing is ever unpickled.
+A directory holds `config.json` and `diffusion_pytorch_model.safetensors`. `UNet` represents only the settings that
+Ho et al. (2020) used; others are refused by name. Nothing is ever unpickled.
 """
 
 import json
@@ -23,7 +23,7 @@ from diffusion.interop.files import CONFIG_FILE, WEIGHTS_FILE
 from diffusion.networks.named_tensors import refuse_differences
 from diffusion.networks.unet import UNet
 
-# What config.json must say for the network to be Ho et al.'s ...
+# The values in config.json that make the network Ho et al.'s.
 FIXED_CONFIG = {
     "_class_name": "UNet2DModel",
     "act_fn": "silu",
@@ -43,7 +43,7 @@ FIXED_CONFIG = {
     "time_embedding_type": "positional",
     "upsample_type": "conv",
 }
-# ... and what diffusers takes for a key that is absent, where that is something else.
+# The values of absent keys in diffusers, where they matter.
 ABSENT_CONFIG = {
     "attention_head_dim": 8,
     "downsample_padding": 1,
@@ -51,14 +51,14 @@ ABSENT_CONFIG = {
     "freq_shift": 0,
     "norm_eps": 1e-5,
 }
-# What it is free to choose: sizes, which are integers or lists of them, ...
+# Required keys whose values are free: sizes, which are integers or lists of them, and types of blocks.
 SIZES = {"sample_size", "in_channels", "out_channels"}
 SIZES |= {"block_out_channels", "layers_per_block", "norm_num_groups"}
 BLOCK_TYPES = {"down_block_types", "up_block_types"}
-# ... and what may be absent; num_train_timesteps does not concern this kind of time embedding.
+# Optional keys. This kind of time embedding does not use num_train_timesteps.
 OPTIONAL = {"dropout", "norm_eps", "num_class_embeds", "num_train_timesteps"}
 
-# Inside the modules of `UNet` -> inside the published ones.
+# Our names inside the modules -> the published ones.
 PART_NAMES = {
     "norm_1": "norm1",
     "conv_1": "conv1",
@@ -79,16 +79,17 @@ PART_NAMES = {
 
 
 def load_diffusers(directory: str | Path) -> tuple[UNet, PyTree]:
-    """The network and its float32 parameters from a directory with published weights.
+    """Loads the network and its float32 parameters from a directory with published weights.
 
-    Raises FileNotFoundError if one of the two files does not exist, and ValueError, naming each culprit, if
-    the config asks for what `UNet` cannot represent or a tensor is missing, extra, misshapen, not float32, or
-    has a NaN or Inf.
+    Raises:
+        FileNotFoundError: one of the files does not exist.
+        ValueError: `UNet` cannot represent the config, or a tensor is missing, extra, misshapen, not float, or has NaN
+            or Inf. The message names the first few.
     """
     config, weights = files.find(directory)
     try:
         unet, image_shape = _unet_of(files.json_object(config))
-    except ValueError as error:  # malformed JSON is one, too
+    except ValueError as error:  # also for malformed JSON
         raise ValueError(f"{config}: {error}") from error
     shapes = _param_shapes(unet, image_shape)
     tensors = files.read(weights, expected=jax.eval_shape(partial(_to_published, unet), shapes))
@@ -106,12 +107,13 @@ def load_diffusers(directory: str | Path) -> tuple[UNet, PyTree]:
 
 
 def save_diffusers(directory: str | Path, unet: nn.Module, params: PyTree, sample_size: int) -> None:
-    """Write the network and its parameters as published weights, for images of sample_size x sample_size.
+    """Writes the network and its parameters as published weights, for images of sample_size x sample_size.
 
-    Raises ValueError if the layout has no place for the network or a field of it, or if `params` are not the network's.
+    Raises:
+        ValueError: the layout cannot represent the network or one of its fields, or `params` belong to another one.
     """
     if problem := _without_place(unet, params):
-        raise ValueError(f"{problem}; --mode=export holds any model of this project (docs/python.md)")
+        raise ValueError(f"{problem}; --mode=export saves any model of this project (docs/python.md)")
     image_shape = (sample_size, sample_size, params["conv_in"]["kernel"].shape[2])
     refuse_differences(
         *(
@@ -186,7 +188,7 @@ def _unet_of(config: dict[str, Any]) -> tuple[UNet, tuple[int, int, int]]:
 
 
 def _without_place(unet: nn.Module, params: PyTree) -> str:
-    """What the published layout has no place for; "" if it can hold the network."""
+    """Why the published layout cannot hold the network; "" if it can."""
     if not isinstance(unet, UNet):
         return f"a {type(unet).__name__} has no place in the published layout, which needs a UNet"
     needed = {"scale_shift_norm": False, "fourier_features": (), "num_heads": 1}
@@ -242,7 +244,7 @@ def _published_name(unet: UNet, path: tuple[str, ...]) -> str:
 
 
 def _to_published(unet: UNet, params: PyTree) -> dict[str, Any]:
-    """The parameters by published name, in the published order of axes; works on shapes under eval_shape."""
+    """The parameters by published name, with the published order of axes. It also works on shapes, under eval_shape."""
     tensors = {}
     for path, tensor in flatten_dict(params).items():
         name = _published_name(unet, path)

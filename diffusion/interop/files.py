@@ -1,7 +1,4 @@
-"""The files in which diffusers publishes weights: which of them a directory holds, and the tensors in them.
-
-Nothing is unpickled.
-"""
+"""Finds and reads the files in which diffusers publishes weights. Nothing is unpickled."""
 
 import json
 import logging
@@ -15,16 +12,16 @@ from diffusion.networks.named_tensors import first_few, refuse_differences
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-# What a directory may hold instead of WEIGHTS_FILE, first come first served: a list of shards, or half precision.
+# A directory may hold one of these instead of WEIGHTS_FILE: half precision or else a list of shards.
 INDEX_FILES = (f"{WEIGHTS_FILE}.index.json", f"{WEIGHTS_FILE}.index.fp16.json")
 HALF_PRECISION_FILE = "diffusion_pytorch_model.fp16.safetensors"
-# What the first published files called the parts of an attention.
+# The names of an attention's parts in the first published files -> the new names.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 FLOATS = ("F32", "F16", "BF16")
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The names and values in a JSON file. Raises a ValueError, without the path, if it holds something else."""
+    """The object in a JSON file. Raises a ValueError, without the path, if the file holds something else."""
     found = json.loads(path.read_text())
     if not isinstance(found, dict):
         raise ValueError("it must hold a JSON object of names and values")
@@ -39,10 +36,10 @@ class Files(NamedTuple):
 
 
 def find(directory: str | Path) -> Files:
-    """The files in a network's directory, or in the folder unet/ of a pipeline's.
+    """The files in a network's directory, or in the folder unet/ of a pipeline's directory.
 
     Raises:
-        FileNotFoundError: there is no config, or no weights.
+        FileNotFoundError: there is no config, no weights, or a shard is missing.
         ValueError: a list of shards is damaged.
     """
     folder = Path(directory)
@@ -73,17 +70,17 @@ def _shards(index: Path) -> list[Path]:
 
 
 def read(paths: list[Path], expected: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors by their new names, float32, after the headers were found to say what is expected.
+    """Checks the headers and returns the tensors by their new names, float32.
 
-    Half precision is converted, after a warning.
+    Half precision is converted with a warning.
 
     Args:
         paths: the file, or its shards.
-        expected: a shape by each name.
+        expected: name -> an object with the expected shape.
 
     Raises:
-        ValueError: a tensor is missing, extra, in two files, misshapen, no float or not finite; the message names the
-            first few.
+        ValueError: a tensor is missing, extra, in two files, misshapen, not float, or has NaN or Inf. The message names
+            the first few.
     """
     tensors: dict[str, np.ndarray] = {}
     try:
@@ -91,7 +88,7 @@ def read(paths: list[Path], expected: dict[str, Any]) -> dict[str, np.ndarray]:
         for path in paths:
             headers = _headers(path)
             if twice := sorted(found.keys() & headers.keys()):
-                raise ValueError(f"in more than one of its files: {first_few(twice)}")
+                raise ValueError(f"in more than one of the files: {first_few(twice)}")
             found |= headers
         refuse_differences({k: shape for k, (shape, _) in found.items()}, {k: v.shape for k, v in expected.items()})
         kinds = sorted({kind for _, kind in found.values()} - {"F32"})
@@ -122,7 +119,7 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _new_names(stored_names: list[str]) -> dict[str, str]:
-    """Stored names by their new ones; a file with both names keeps both, and the old one is extra."""
+    """New name -> stored name. If a file has both names of a tensor, both are kept and the old one is extra."""
     names = {name: name for name in stored_names}
     for stored_name in stored_names:
         name = stored_name

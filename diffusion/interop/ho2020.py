@@ -1,8 +1,8 @@
-"""Checkpoints of hojonathanho/diffusion, the program of Ho et al. (2020), read as a `Model`.
+"""Reads checkpoints of hojonathanho/diffusion, the original code of Ho et al. (2020), as a `Model`.
 
 A checkpoint is a tensor bundle of TensorFlow, PREFIX.index and PREFIX.data-00000-of-00001; TensorFlow is not needed,
-and nothing is unpickled. The shapes in it tell the network. The process is not in it: it is that of the program's
-default arguments unless kwargs.json, which the program writes beside its checkpoints, says otherwise.
+and nothing is unpickled. The shapes determine the network. The process is not in the checkpoint. It comes from
+kwargs.json, which the original code writes beside its checkpoints, or else from that code's default arguments.
 """
 
 import re
@@ -28,12 +28,12 @@ from diffusion.runtime.files import expanded
 INDEX = re.compile(r".+?(\d*)\.index")
 PARTS = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
 KWARGS_FILE = "kwargs.json"
-SCOPE, EMA = "model/", "/ExponentialMovingAverage"  # which the program scores and samples
+SCOPE, EMA = "model/", "/ExponentialMovingAverage"  # the original code scores and samples the EMA
 FLOAT32 = 1  # TensorFlow's DT_FLOAT
-ATTENDED = 16  # the height of the maps that its networks have attention at
+ATTENDED = 16  # the height of the maps with attention in its networks
 NUM_LEVELS = 256
 
-# Inside the modules of `UNet` -> inside theirs.
+# Our names inside the modules -> theirs.
 PART_NAMES = {
     "norm_1": "norm1",
     "conv_1": "conv1",
@@ -55,7 +55,7 @@ MODULE_NAMES = {
     "mid_attention": "mid/attn_1",
     "mid_block_1": "mid/block_2",
 }
-# Of scripts/run_cifar.py. The scripts for 256 pixels know no model_var_type: their σ² is the posterior's.
+# From scripts/run_cifar.py. The scripts for 256 pixels have no model_var_type: their σ² is the posterior's.
 DEFAULTS = {
     "num_diffusion_timesteps": 1000,
     "beta_start": 1e-4,
@@ -71,23 +71,23 @@ VARIANCES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small", "learned"
 
 
 def load_ho2020(path: str | Path) -> Model:
-    """The model of a checkpoint of hojonathanho/diffusion: the EMA of its parameters, float32.
+    """Loads the model of a checkpoint of hojonathanho/diffusion: the EMA of its parameters, float32.
 
-    The process is read from kwargs.json in the same directory. Without that file it is what the program's script for
-    such a network takes: linear β, T = 1000, ε, and fixed_large, or fixed_small for the networks of six levels.
+    The process is read from kwargs.json in the same directory. Without that file it is the one of the original script
+    for such a network: linear β, T = 1000, ε, and fixed_large, or fixed_small for networks with six levels.
 
     Args:
-        path: PREFIX, such as model.ckpt-790000, one of the files PREFIX.*, or a directory with one, of which the
-            newest is read.
+        path: PREFIX, such as model.ckpt-790000; one of the files PREFIX.*; or a directory, whose newest checkpoint is
+            read.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or a file of it is missing.
-        ValueError: a variable is missing, extra, misshapen, no float32 or not finite, kwargs.json says what a `Model`
-            cannot represent, or a file is damaged, cut or compressed; one line names it.
+        FileNotFoundError: there is no such checkpoint, or one of its files is missing.
+        ValueError: a variable is missing, extra, misshapen, not float32, or has NaN or Inf; a `Model` cannot represent
+            kwargs.json; or a file is damaged, truncated or compressed. One line names it.
     """
     prefix = find(path)
     if prefix is None:
-        raise FileNotFoundError(f"{path} is no checkpoint of hojonathanho/diffusion: PREFIX.index does not exist")
+        raise FileNotFoundError(f"{path} is not a checkpoint of hojonathanho/diffusion: PREFIX.index does not exist")
     bundle = tensor_bundle.open_bundle(prefix)
     try:
         shadows = _shadows(bundle)
@@ -104,7 +104,7 @@ def load_ho2020(path: str | Path) -> Model:
 
 
 def find(path: str | Path) -> Path | None:
-    """The prefix of a checkpoint: that of its files, or the newest in a directory; None if there is none."""
+    """The prefix of a checkpoint, given by one of its files or as the newest in a directory; None if there is none."""
     root = expanded(path)
     prefix = Path(PARTS.sub("", str(root)))
     if Path(f"{prefix}.index").is_file():
@@ -116,7 +116,7 @@ def find(path: str | Path) -> Path | None:
 
 
 def image_shape(model: Model) -> tuple[int | None, int | None, int]:
-    """(H, W, C) of the images of a model that `load_ho2020` returned; None for a height and a width that may be any."""
+    """(H, W, C) of the images of a model from `load_ho2020`; H and W are None if the network takes any size."""
     unet, params = model.denoise.func.module, model.denoise.args[0]
     attended = (level for level in range(len(unet.channel_mult)) if f"down_{level}_attention_0" in params)
     size = next((ATTENDED << level for level in attended), None)
@@ -124,20 +124,20 @@ def image_shape(model: Model) -> tuple[int | None, int | None, int]:
 
 
 def _shadows(bundle: tensor_bundle.Bundle) -> dict[str, tensor_bundle.Entry]:
-    """The entries of the EMA by the names of their variables, model/…/W."""
+    """The entries of the EMA by variable name, such as model/…/W."""
     named = {name.removesuffix(EMA): entry for name, entry in bundle.entries.items() if name.endswith(EMA)}
     if not named:
         raise ValueError(f"no variable has a shadow …{EMA}; it holds {first_few(sorted(bundle.entries))}")
     if bad := sorted(f"{name} is {entry.dtype}" for name, entry in named.items() if entry.dtype != FLOAT32):
-        raise ValueError(f"no float32, which is TensorFlow's dtype {FLOAT32}: {first_few(bad)}")
+        raise ValueError(f"not float32, TensorFlow's dtype {FLOAT32}: {first_few(bad)}")
     return named
 
 
 def _network(found: dict[str, tuple[int, ...]]) -> tuple[UNet, dict[tuple[str, ...], str], int]:
-    """The network of these variables, their names by the paths of its parameters, and the channels of its images.
+    """The network of these variables, the variable name of each parameter path, and the number of image channels.
 
     Raises:
-        ValueError: they are of no such network, or some are missing, extra or misshapen.
+        ValueError: the variables belong to another network, or some are missing, extra or misshapen.
     """
 
     def size(name: str, axis: int) -> int:
@@ -152,7 +152,7 @@ def _network(found: dict[str, tuple[int, ...]]) -> tuple[UNet, dict[tuple[str, .
     channels, in_channels, levels = size("conv_in/W", 3), size("conv_in/W", 2), count(r"down_\d+/")
     widths = [size(f"down_{level}/block_0/conv1/W", 3) for level in range(levels)]
     if channels < 1 or any(width % channels for width in widths):
-        raise ValueError(f"maps {widths} channels wide are no multiples of those of {SCOPE}conv_in/W, {channels}")
+        raise ValueError(f"the widths {widths} are not multiples of the {channels} channels of {SCOPE}conv_in/W")
     attended = [level for level in range(levels) if f"{SCOPE}down_{level}/attn_0/q/W" in found]
     if len(attended) > 1:
         raise ValueError(f"attention at levels {attended} cannot be represented, only where maps are 16 high")
@@ -178,7 +178,7 @@ def _param_shapes(unet: UNet, height: int, channels: int) -> PyTree:
 
 
 def _name(path: tuple[str, ...]) -> str:
-    """The name of a variable of theirs: model/down_1/block_0/conv1/W."""
+    """The variable's name in the original code, such as model/down_1/block_0/conv1/W."""
     module, *parts = path
     module = MODULE_NAMES.get(module, module)
     module = re.sub(r"^(down|up)_(\d+)_(.*)", r"\1_\2/\3", module).replace("attention_", "attn_")
@@ -191,7 +191,7 @@ def _name(path: tuple[str, ...]) -> str:
 
 
 def _process(kwargs_file: Path, unet: UNet, in_channels: int) -> tuple[reverse.Reverse, schedules.Schedule]:
-    """The reverse process and the schedule of kwargs.json, or of the program's defaults."""
+    """The reverse process and the schedule from kwargs.json, or from the original defaults."""
     settings = dict(DEFAULTS)
     if len(unet.channel_mult) == LEVELS_OF_256:
         settings["model_var_type"] = "fixedsmall"
@@ -208,7 +208,7 @@ def _process(kwargs_file: Path, unet: UNet, in_channels: int) -> tuple[reverse.R
             )
         ends = (float(settings["beta_start"]), float(settings["beta_end"]), settings["num_diffusion_timesteps"])
         return p, schedules.from_betas(BETAS[settings["beta_schedule"]](*ends))
-    except ValueError as error:  # malformed JSON is one, too
+    except ValueError as error:  # also for malformed JSON
         raise ValueError(f"{kwargs_file}: {error}") from error
 
 

@@ -1,11 +1,11 @@
-"""Checkpoints of OpenAI's improved-diffusion and guided-diffusion: read as a `Model`, and written.
+"""Reads checkpoints of OpenAI's improved-diffusion and guided-diffusion as a `Model`, and writes them.
 
-A file holds a PyTorch state_dict; what it means is in the command line that it was trained with (`openai_flags`).
-Nothing is ever unpickled.
+A file holds a PyTorch state_dict. The flags of its training say what it means (`openai_flags`). Nothing is ever
+unpickled.
 
-The attention of those programs has one matrix for query, key and value. Their "legacy" order has the three of a head
-side by side, the new one the heads of each; our three matrices hold the heads one after another, so that the order is
-of the file and not of the network.
+The attention in that code has one matrix for query, key and value. The "legacy" order keeps the three of a head
+together; the new order keeps all heads of the query together, then of the key, then of the value. Our network has three
+matrices, so the order concerns only the file.
 """
 
 import logging
@@ -31,7 +31,7 @@ from diffusion.runtime.files import expanded, replacing
 REMEDY = "pip install -e '.[openai]'"
 NUM_LEVELS = 256
 
-# Inside the modules of `ADM` -> inside theirs.
+# Our names inside the modules -> theirs.
 PART_NAMES = {
     "norm_1": "in_layers.0",
     "conv_1": "in_layers.2",
@@ -50,20 +50,20 @@ JOINED = ("query", "key", "value")
 
 
 def load_openai(pt_file: str | Path, flags: Mapping[str, Any]) -> Model:
-    """The model of a checkpoint of improved-diffusion or guided-diffusion, float32.
+    """Loads the model of a checkpoint of improved-diffusion or guided-diffusion, float32.
 
-    One with classes takes labels: `guidance.conditional(model.denoise, labels)` is a denoiser.
+    A model with classes takes labels: `guidance.conditional(model.denoise, labels)` is a denoiser.
 
     Args:
         pt_file: the state_dict, such as ema_0.9999_500000.pt.
-        flags: those of the command line that it was trained with, and "package": improved_diffusion or
-            guided_diffusion, where the flags leave that open. An absent one has that program's default.
+        flags: the command-line flags of its training. Add "package", improved_diffusion or guided_diffusion, if the
+            flags leave that open. Absent flags have the default of that package.
 
     Raises:
         RuntimeError: PyTorch is not installed.
         FileNotFoundError: there is no such file.
-        ValueError: an unknown flag, flags of another network than the file's, a tensor that is missing, extra,
-            misshapen, no float or not finite, or a file of something else; one line names them.
+        ValueError: an unknown flag; flags that describe another network than the file's; a tensor that is missing,
+            extra, misshapen, not float, or has NaN or Inf; or another kind of file. One line names them.
     """
     whole = openai_flags.read(flags)
     schedule = openai_flags.schedule(whole)
@@ -73,9 +73,9 @@ def load_openai(pt_file: str | Path, flags: Mapping[str, Any]) -> Model:
 
 
 def load_adm(pt_file: str | Path, flags: Mapping[str, Any]) -> tuple[ADM, PyTree]:
-    """The network and its float32 parameters. Args and errors: those of `load_openai`."""
+    """Loads the network and its float32 parameters. Arguments and errors are those of `load_openai`."""
     whole = openai_flags.read(flags)
-    openai_flags.network(whole)  # what cannot be is refused before the file is read
+    openai_flags.network(whole)  # invalid flags are refused before the file is read
     tensors = pytorch_file.state_dict(expanded(pt_file), REMEDY)
     labels = tensors.get("label_emb.weight")
     adm = openai_flags.network(whole, openai_flags.NUM_CLASSES if labels is None else len(labels))
@@ -95,21 +95,21 @@ def load_adm(pt_file: str | Path, flags: Mapping[str, Any]) -> tuple[ADM, PyTree
 def save_openai(
     pt_file: str | Path, adm: ADM, params: PyTree, image_size: int, new_order: bool = False
 ) -> dict[str, Any]:
-    """Write the network and its parameters as a state_dict that guided-diffusion reads.
+    """Writes the network and its parameters as a state_dict that guided-diffusion reads.
 
-    So does improved-diffusion, unless the network has `block_resampling`, `head_channels` or the new order.
+    improved-diffusion reads it too, unless the network has `block_resampling`, `head_channels` or the new order.
 
     Args:
-        image_size: height and width of its images.
-        new_order: of the attention.
+        image_size: the height and width of its images.
+        new_order: store the attention in the new order.
 
     Returns:
-        The flags of the network, as guided-diffusion takes them; those of the diffusion process are the caller's.
-        Its command line knows 1000 classes; for another number its `UNetModel` must be made directly.
+        guided-diffusion's flags of the network; the caller adds those of the diffusion process. Its command line allows
+        only 1000 classes; for another number make its `UNetModel` directly.
 
     Raises:
         RuntimeError: PyTorch is not installed.
-        ValueError: the layout has no place for a field of `adm`, or `params` are not the network's.
+        ValueError: guided-diffusion cannot represent a field of `adm`, or `params` do not belong to the network.
     """
     flags = openai_flags.of_network(adm, image_size, new_order)
     shapes = _param_shapes(adm, image_size)
@@ -140,7 +140,7 @@ def _refuse_other_flags(found: dict[str, tuple], adm: ADM, flags: Mapping[str, A
 
 
 def _said_and_seen(found: dict[str, tuple], adm: ADM, flags: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What flags say of a network, and what the shapes in a file say; None where they say nothing."""
+    """Flag -> its value according to the flags, and according to the shapes in the file (None if unknown)."""
 
     def size(name: str, axis: int = 0) -> int | None:
         return found[name][axis] if len(found.get(name, ())) > axis else None
@@ -151,7 +151,7 @@ def _said_and_seen(found: dict[str, tuple], adm: ADM, flags: Mapping[str, Any]) 
     wide = "channel_mult" if flags.get("channel_mult") else "image_size"
     two, outputs = 2 * openai_flags.NUM_CHANNELS_OF_IMAGES, size("out.2.weight")
     channels, strided = size("time_embed.0.weight", 1), any("op" in parts for parts in names)
-    resampled = f"input_blocks.{1 + adm.num_res_blocks}.0.in_layers.0.weight" in found  # behind the first level
+    resampled = f"input_blocks.{1 + adm.num_res_blocks}.0.in_layers.0.weight" in found  # after the first level
     pairs = {
         "num_channels": (adm.channels, channels),
         "num_res_blocks": (adm.num_res_blocks, per_level - 1 if per_level > 1 and not rest else None),
@@ -164,7 +164,7 @@ def _said_and_seen(found: dict[str, tuple], adm: ADM, flags: Mapping[str, Any]) 
         return pairs
     firsts = [f"input_blocks.{1 + level * (adm.num_res_blocks + 1)}" for level in levels]  # of each level
     widths = [size(f"{first}.0.out_layers.0.weight") for first in firsts]
-    if None in widths:  # another layout, of which its names tell more
+    if None in widths:  # another layout; its names make the better error message
         return pairs
     of_time = size(f"{firsts[0]}.0.emb_layers.1.weight")
     attended = [flags["image_size"] >> level for level in levels if f"{firsts[level]}.1.qkv.weight" in found]
@@ -176,10 +176,10 @@ def _said_and_seen(found: dict[str, tuple], adm: ADM, flags: Mapping[str, Any]) 
 
 
 def _arrays(tensors: dict[str, Any], pt_file: str | Path) -> dict[str, np.ndarray]:
-    """PyTorch's tensors as float32 arrays, half precision after a warning."""
+    """PyTorch's tensors as float32 arrays; half precision is converted with a warning."""
     kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
     if bad := sorted(name for name, kind in kinds.items() if kind not in ("float32", "float16", "bfloat16")):
-        raise ValueError(f"no floats of 32 or 16 bits: {first_few([f'{name} is {kinds[name]}' for name in bad])}")
+        raise ValueError(f"not floats of 32 or 16 bits: {first_few([f'{name} is {kinds[name]}' for name in bad])}")
     if halves := sorted(set(kinds.values()) - {"float32"}):
         logging.warning("%s holds weights in half precision (%s); converted to float32", pt_file, ", ".join(halves))
     arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
@@ -189,7 +189,7 @@ def _arrays(tensors: dict[str, Any], pt_file: str | Path) -> dict[str, np.ndarra
 
 
 def _published_modules(adm: ADM, modules: PyTree) -> dict[str, str]:
-    """The modules' names -> theirs; the names of attentions that the network has not are there, too."""
+    """Our module names -> theirs, including those of attentions that the network lacks."""
     names = {
         "conv_in": "input_blocks.0.0",
         "time_1": "time_embed.0",
@@ -214,13 +214,13 @@ def _published_modules(adm: ADM, modules: PyTree) -> dict[str, str]:
             names[f"up_{level}_block_{i}"] = f"output_blocks.{up}.0"
             names[f"up_{level}_attention_{i}"] = f"output_blocks.{up}.1"
             up += 1
-        place = 2 if f"up_{level}_attention_0" in modules else 1  # behind the last block of the level
+        place = 2 if f"up_{level}_attention_0" in modules else 1  # after the last block of the level
         names[f"up_{level}_upsample"] = f"output_blocks.{up - 1}.{place}" + ("" if adm.block_resampling else ".conv")
     return names
 
 
 def _to_published(adm: ADM, params: PyTree, new_order: bool) -> dict[str, Any]:
-    """The parameters by published name, in the published order of axes; works on shapes under eval_shape."""
+    """The parameters by published name, with the published order of axes. It also works on shapes, under eval_shape."""
     modules = _published_modules(adm, params)
     tensors = {}
     for path, leaf in flatten_dict(params).items():
@@ -261,7 +261,7 @@ def _name(modules: dict[str, str], path: tuple[str, ...]) -> str:
 
 
 def _transposed(path: tuple[str, ...], leaf: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """A kernel as PyTorch has it; 1x1 convolutions of maps have two more axes, of sequences one."""
+    """A kernel in PyTorch's layout. 1x1 convolutions have two more axes on maps and one more on sequences."""
     if path[-1] != "kernel":
         return leaf
     if leaf.ndim == 4:
@@ -275,7 +275,7 @@ def _heads(adm: ADM, module: str, features: int) -> int:
 
 
 def _joined(three: Shaped[Array, "3 c *rest"], heads: int, new_order: bool) -> Shaped[Array, "c3 *rest"]:
-    """Query, key and value as one: heads of each (the new order), or the three of each head."""
+    """Query, key and value as one matrix: one after another (the new order), or head by head."""
     rest = three.shape[2:]
     if not new_order:
         three = three.reshape(3, heads, -1, *rest).swapaxes(0, 1)

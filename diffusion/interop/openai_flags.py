@@ -1,7 +1,7 @@
-"""The command lines of improved-diffusion and guided-diffusion: which flags there are, and which model they describe.
+"""The command-line flags of improved-diffusion and guided-diffusion, and the models that they describe.
 
-Both programs build network and process from flags that are not in the checkpoint. A value is what stands on the command
-line ("True", "16,8") or the Python value. Source: their script_util.py and respace.py.
+Both packages build the network and the process from flags that are not in the checkpoint. A value is either its text on
+the command line ("True", "16,8") or the Python value. Source: their script_util.py and respace.py.
 """
 
 import re
@@ -21,7 +21,7 @@ IMPROVED, GUIDED = "improved_diffusion", "guided_diffusion"
 NUM_CHANNELS_OF_IMAGES, NUM_GROUPS, NORM_EPS = 3, 32, 1e-5
 NUM_CLASSES = 1000
 
-# What an absent flag means in both programs, ...
+# Defaults that both packages share.
 SHARED = {
     "image_size": 64,
     "num_channels": 128,
@@ -41,7 +41,7 @@ SHARED = {
     "use_kl": False,
     "predict_xstart": False,
 }
-# ... and in one of them.
+# All defaults of each package.
 DEFAULTS = {
     IMPROVED: SHARED | {"rescale_timesteps": True, "rescale_learned_sigmas": True},
     GUIDED: SHARED
@@ -55,12 +55,12 @@ DEFAULTS = {
         "use_new_attention_order": False,
     },
 }
-# image_size -> channel_mult; guided-diffusion's for 512 cannot be said by its flag, which takes integers.
+# image_size -> channel_mult. guided-diffusion's flag takes only integers, so it cannot express the value for 512.
 CHANNEL_MULT = {
     IMPROVED: {32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)},
     GUIDED: {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)},
 }
-# A field of `ADM` -> its flag, where that has another name.
+# A field of `ADM` -> its flag, if the names differ.
 FLAG_OF = {
     "channels": "num_channels",
     "num_heads_up": "num_heads_upsample",
@@ -72,10 +72,10 @@ TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def read(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """All flags of the program, as Python values, with "package".
+    """All flags of the package as Python values, with "package".
 
     Raises:
-        ValueError: an unknown flag, a value of another type, or flags that leave open which program is meant.
+        ValueError: an unknown flag, a value of the wrong type, or flags that leave the package open.
     """
     package = _package(flags)
     defaults = DEFAULTS[package]
@@ -87,7 +87,7 @@ def read(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def beside(pt_file: str | Path) -> dict[str, Any]:
-    """The flags in the JSON file of the checkpoint's name, FILE.json beside FILE.pt. Raises what `from_file` does."""
+    """The flags in the JSON file beside a checkpoint, FILE.json for FILE.pt. Errors are those of `from_file`."""
     path = expanded(pt_file).with_suffix(".json")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it must hold the flags that {pt_file} was trained with")
@@ -95,7 +95,7 @@ def beside(pt_file: str | Path) -> dict[str, Any]:
 
 
 def from_file(path: Path) -> dict[str, Any]:
-    """The flags in a JSON file. Raises what `read` does, with the file's name, or an OSError."""
+    """The flags in a JSON file. Raises an OSError, or the errors of `read` with the file's name."""
     try:
         return read(json_object(path))
     except ValueError as error:
@@ -103,7 +103,7 @@ def from_file(path: Path) -> dict[str, Any]:
 
 
 def _package(flags: Mapping[str, Any]) -> str:
-    """The program: as the flags say, or the one that alone has them, or the one whose defaults do not matter."""
+    """The package: as given, or the only one with these flags, or the one whose other defaults do not matter."""
     if "package" in flags:
         package = str(flags["package"]).replace("-", "_")
         if package not in DEFAULTS:
@@ -114,7 +114,7 @@ def _package(flags: Mapping[str, Any]) -> str:
     if "rescale_timesteps" in flags:  # the only default that differs and matters after training
         return IMPROVED
     raise ValueError(
-        f"the flags fit two programs with another default of rescale_timesteps: add package={IMPROVED!r} or {GUIDED!r}"
+        f"the flags fit two packages with other defaults of rescale_timesteps: add package={IMPROVED!r} or {GUIDED!r}"
     )
 
 
@@ -140,10 +140,10 @@ def network(flags: Mapping[str, Any], num_classes: int = NUM_CLASSES) -> ADM:
     """The network that flags from `read` describe.
 
     Args:
-        num_classes: what class_cond means; 1000 for both programs.
+        num_classes: the number of classes if class_cond is set; 1000 in both packages.
 
     Raises:
-        ValueError: there is none, in one line.
+        ValueError: the flags describe no valid network; the message is one line.
     """
     size = flags["image_size"]
     multipliers = channel_mult(flags)
@@ -168,13 +168,13 @@ def network(flags: Mapping[str, Any], num_classes: int = NUM_CLASSES) -> ADM:
     )
     try:
         adm.check((size, size, NUM_CHANNELS_OF_IMAGES))
-    except ValueError as error:  # in the words of the command line
+    except ValueError as error:  # with the names of the flags
         raise ValueError(re.sub(r"\badm\.(\w+)", lambda m: FLAG_OF.get(m[1], m[1]), str(error))) from error
     return adm
 
 
 def channel_mult(flags: Mapping[str, Any]) -> tuple[float | int, ...]:
-    """The widths of the levels, in units of num_channels: as given, or those of the image_size."""
+    """The widths of the levels in units of num_channels: as given, or the default for the image_size."""
     if flags.get("channel_mult"):
         return _integers("channel_mult", flags)
     package, size = flags["package"], flags["image_size"]
@@ -193,7 +193,7 @@ def _integers(name: str, flags: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def of_network(adm: ADM, image_size: int, new_order: bool) -> dict[str, Any]:
-    """guided-diffusion's flags of a network. Raises a ValueError where it has no place for a field."""
+    """guided-diffusion's flags of a network. Raises a ValueError if it cannot represent a field."""
     adm.check((image_size, image_size, NUM_CHANNELS_OF_IMAGES))
     for name, needed in {"num_groups": NUM_GROUPS, "norm_eps": NORM_EPS}.items():
         if getattr(adm, name) != needed:
@@ -225,14 +225,14 @@ def of_network(adm: ADM, image_size: int, new_order: bool) -> dict[str, Any]:
 
 
 def process(flags: Mapping[str, Any]) -> Reverse:
-    """The reverse process of flags from `read`; learn_sigma is the learned range in both programs."""
+    """The reverse process of flags from `read`; learn_sigma means learned_range in both packages."""
     fixed = "fixed_small" if flags["sigma_small"] else "fixed_large"
     variance = "learned_range" if flags["learn_sigma"] else fixed
     return reverse.make("x0" if flags["predict_xstart"] else "eps", variance)
 
 
 def schedule(flags: Mapping[str, Any]) -> Schedule:
-    """The forward process of flags from `read`, respaced. Raises a ValueError where there is none."""
+    """The forward process of flags from `read`, respaced. Raises a ValueError if the flags describe none."""
     name, num_steps = flags["noise_schedule"], flags["diffusion_steps"]
     if name not in ("linear", "cosine"):
         raise ValueError(f"noise_schedule={name!r} must be linear or cosine")
@@ -248,15 +248,15 @@ def schedule(flags: Mapping[str, Any]) -> Schedule:
 
 
 def respacing(num_steps: int, text: str) -> list[int]:
-    """The t's out of 1…T that timestep_respacing keeps.
+    """The values of t in 1…T that timestep_respacing keeps.
 
-    "10,20": T is cut into equal parts, of which so many t's are kept, the first and the last among them. "ddim25":
-    every n-th from t = 1, for the smallest n that keeps so many; the last t may be below T.
+    "10,20" cuts 1…T into equal parts and keeps 10 values of the first and 20 of the second, including the first and
+    last of each part. "ddim25" keeps every n-th from t = 1, for the smallest n that keeps 25; the last may be below T.
 
     Raises:
-        ValueError: it cannot be read, or T has not so many t's.
+        ValueError: the text is invalid, or T is too small.
     """
-    refusal = ValueError(f"timestep_respacing={text!r} cannot be had of diffusion_steps={num_steps}")
+    refusal = ValueError(f"timestep_respacing={text!r} is impossible with diffusion_steps={num_steps}")
     try:
         counts = [int(part) for part in text.removeprefix("ddim").split(",")]
     except ValueError:
@@ -274,7 +274,7 @@ def respacing(num_steps: int, text: str) -> list[int]:
         length = size + (part < longer)
         if length < count:
             raise refusal
-        # Added up and not multiplied, or a half may be rounded to the other side.
+        # Added up as in the original code: a product could round a half to the other side.
         position, stride = 0.0, (length - 1) / (count - 1) if count > 1 else 1
         for _ in range(count):
             kept.add(start + round(position))

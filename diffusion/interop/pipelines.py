@@ -1,6 +1,6 @@
-"""A pipeline of diffusers: its U-Net and, from the settings of its scheduler, the process that it was trained for.
+"""Loads a pipeline of diffusers: its U-Net, and the process of its training from the scheduler's settings.
 
-Of all schedulers DDPM's and DDIM's are read. What concerns only how they sample is left out: `samplers` does that.
+Only the schedulers of DDPM and DDIM can be read. Settings that matter only in sampling are ignored: see `samplers`.
 """
 
 import logging
@@ -21,7 +21,7 @@ from diffusion.schedules import Schedule
 
 SCHEDULER_FILE = "scheduler_config.json"
 NUM_LEVELS = 256
-# What an absent key means there.
+# The values of absent keys in diffusers.
 DEFAULTS = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
@@ -29,13 +29,13 @@ DEFAULTS = {
     "beta_schedule": "linear",
     "trained_betas": None,
     "prediction_type": "epsilon",
-    "variance_type": "fixed_small",  # DDIM's scheduler has no such key: at eta = 1 its variance is this one
+    "variance_type": "fixed_small",  # DDIM's scheduler has no such key; at eta = 1 its variance is this one
     "clip_sample": True,
     "clip_sample_range": 1.0,
     "thresholding": False,
     "rescale_betas_zero_snr": False,
 }
-# How steps are chosen and taken in sampling.
+# Keys that matter only in sampling.
 OF_SAMPLING = {"timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "sample_max_value"}
 OF_SAMPLING |= {"dynamic_thresholding_ratio", "clip_predicted_image", "tensor_format", "timestep_values"}
 CLASSES = ("DDPMScheduler", "DDIMScheduler")
@@ -58,13 +58,13 @@ BETAS = {
 
 
 def load_pipeline(directory: str | Path) -> Model:
-    """The model of a directory with a U-Net and a scheduler's settings, in folders of their own or side by side.
+    """Loads a model from a directory with a U-Net and a scheduler's settings, in subfolders or side by side.
 
-    One with classes takes labels: `guidance.conditional(model.denoise, labels)` is a denoiser.
+    A model with classes takes labels: `guidance.conditional(model.denoise, labels)` is a denoiser.
 
     Raises:
         FileNotFoundError: a file of the network or of the scheduler does not exist.
-        ValueError: what `load_diffusers` refuses, or a scheduler with what a `Model` cannot represent.
+        ValueError: `load_diffusers` refuses the network, or a `Model` cannot represent the scheduler.
     """
     folder = expanded(directory)
     path = next((found for found in places(folder) if found.is_file()), None)
@@ -74,7 +74,7 @@ def load_pipeline(directory: str | Path) -> Model:
         settings = _checked(json_object(path))
         p = reverse.make(PREDICTIONS[settings["prediction_type"]], VARIANCES[settings["variance_type"]])
         schedule = _schedule(settings)
-    except (ValueError, TypeError) as error:  # malformed JSON is one, too
+    except (ValueError, TypeError) as error:  # also for malformed JSON
         raise ValueError(f"{path}: {error}") from error
     unet, params = load_diffusers(folder)
     if unet.out_channels != (wanted := p.output_channels(params["conv_in"]["kernel"].shape[2])):
@@ -87,18 +87,18 @@ def load_pipeline(directory: str | Path) -> Model:
 
 
 def places(folder: Path) -> tuple[Path, ...]:
-    """Where the scheduler's settings may lie."""
+    """The possible paths of the scheduler's settings."""
     return folder / "scheduler" / SCHEDULER_FILE, folder / SCHEDULER_FILE
 
 
 def _checked(config: dict[str, Any]) -> dict[str, Any]:
-    """The scheduler's settings with their defaults."""
+    """The scheduler's settings, with defaults for absent keys."""
     name = config.get("_class_name")
     if name not in CLASSES:
         raise ValueError(f"_class_name={name!r} cannot be represented, only {' and '.join(CLASSES)}")
     own = {key: value for key, value in config.items() if not key.startswith("_")}
     if unknown := sorted(own.keys() - DEFAULTS.keys() - OF_SAMPLING):
-        logging.warning("the scheduler's %s is not known here and has no effect", first_few(unknown))
+        logging.warning("the scheduler's %s is unknown and has no effect", first_few(unknown))
     settings = DEFAULTS | {key: value for key, value in own.items() if key in DEFAULTS}
     tables = {"prediction_type": PREDICTIONS, "variance_type": VARIANCES, "beta_schedule": BETAS}
     for key, table in tables.items():

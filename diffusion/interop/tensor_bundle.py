@@ -1,6 +1,6 @@
-"""TensorFlow's tensor bundles, read without TensorFlow: PREFIX.index and PREFIX.data-00000-of-00001.
+"""Reads TensorFlow's tensor bundles without TensorFlow: PREFIX.index and PREFIX.data-00000-of-00001.
 
-The index is a table in LevelDB's format: names, and where the bytes of each tensor are. Its blocks and every tensor
+The index is a table in LevelDB's format, from names to the positions of the tensors' bytes. Its blocks and every tensor
 carry a CRC-32C, which is checked. Formats: LevelDB's table_format.md; TensorFlow's tensor_bundle.proto and types.proto.
 """
 
@@ -15,12 +15,12 @@ from diffusion.interop.crc32c import masked_crc32c
 from diffusion.networks.named_tensors import first_few
 
 MAGIC = 0xDB4775248B80FB57  # of LevelDB's tables
-FOOTER, TRAILER = 48, 5  # bytes: at the end of the file, and behind each block
-DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8"}  # types.proto; other tensors may be there, but are not read
+FOOTER, TRAILER = 48, 5  # bytes: at the end of the file, and after each block
+DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8"}  # types.proto; tensors of other dtypes are allowed, but not read
 
 
 class Entry(NamedTuple):
-    """Where a tensor is: in which shard, from which byte on, and how many bytes."""
+    """The dtype and shape of a tensor, and its position: the shard, the first byte and the number of bytes."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
 
 class Bundle(NamedTuple):
-    """An index that was read."""
+    """The contents of an index."""
 
     prefix: Path
     num_shards: int
@@ -40,11 +40,11 @@ class Bundle(NamedTuple):
 
 
 def open_bundle(prefix: Path) -> Bundle:
-    """The index of a bundle.
+    """Reads the index of a bundle.
 
     Raises:
         FileNotFoundError: there is no index.
-        ValueError: it is damaged, cut, compressed or big-endian, in one line.
+        ValueError: the index is damaged, truncated, compressed or big-endian; the message is one line.
     """
     path = Path(f"{prefix}.index")
     if not path.is_file():
@@ -56,8 +56,8 @@ def open_bundle(prefix: Path) -> Bundle:
             raise ValueError("its tensors are big-endian")
         num_shards = header.get(1, [0])[-1]
         if not num_shards:
-            raise ValueError("it is no tensor bundle: the header is missing")
-        # Parts of tensors have keys of their own, which are no text.
+            raise ValueError("it is not a tensor bundle: the header is missing")
+        # The keys of parts of tensors are not text.
         entries = {name.decode(errors="backslashreplace"): _entry(value) for name, value in pairs.items()}
     except (IndexError, TypeError, struct.error) as error:
         raise ValueError(f"{path}: it is damaged ({type(error).__name__})") from error
@@ -67,11 +67,12 @@ def open_bundle(prefix: Path) -> Bundle:
 
 
 def read(bundle: Bundle, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """These tensors, each checked against its CRC-32C.
+    """Reads these tensors and checks each against its CRC-32C.
 
     Raises:
-        FileNotFoundError: a file of data is missing.
-        ValueError: one is cut or damaged, or a tensor is in parts or of another dtype than DTYPES; one line names it.
+        FileNotFoundError: a data file is missing.
+        ValueError: a tensor is truncated, damaged, stored in parts, or of a dtype that is not in DTYPES; one line names
+            it.
     """
     tensors = {}
     wanted = {name: bundle.entries[name] for name in names}
@@ -97,9 +98,9 @@ def _tensor(where: str, entry: Entry, data: bytes) -> np.ndarray:
     if entry.size != dtype.itemsize * int(np.prod(entry.shape)):
         raise ValueError(f"{where} is {entry.shape}, but has {entry.size} bytes")
     if len(data) < entry.size:
-        raise ValueError(f"{where} is cut: the file ends {entry.size - len(data)} bytes too early")
+        raise ValueError(f"{where} is truncated: the file ends {entry.size - len(data)} bytes too early")
     if masked_crc32c(data) != entry.crc:
-        raise ValueError(f"{where} is damaged: its CRC-32C is another one")
+        raise ValueError(f"{where} is damaged: its CRC-32C is wrong")
     return np.frombuffer(data, dtype).reshape(entry.shape)
 
 
@@ -113,10 +114,10 @@ def _entry(value: bytes) -> Entry:
 
 
 def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a table in LevelDB's format."""
+    """Yields the keys and values of a table in LevelDB's format."""
     footer = data[-FOOTER:]
     if len(footer) < FOOTER or struct.unpack("<Q", footer[-8:])[0] != MAGIC:
-        raise ValueError("it is cut, or no index of a tensor bundle")
+        raise ValueError("it is truncated, or not the index of a tensor bundle")
     _, place = _handle(footer, 0)  # of the meta index, which holds nothing here
     (offset, size), _ = _handle(footer, place)
     for _, handle in _pairs(_block(data, offset, size)):
@@ -124,7 +125,7 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _handle(data: bytes, place: int) -> tuple[tuple[int, int], int]:
-    """Offset and size of a block, and the place behind them."""
+    """The offset and size of a block, and the position after them."""
     offset, place = _varint(data, place)
     size, place = _varint(data, place)
     return (offset, size), place
@@ -133,16 +134,16 @@ def _handle(data: bytes, place: int) -> tuple[tuple[int, int], int]:
 def _block(data: bytes, offset: int, size: int) -> bytes:
     trailer = data[offset + size : offset + size + TRAILER]
     if len(trailer) < TRAILER:
-        raise ValueError("it is damaged: a block lies outside of the file")
+        raise ValueError("it is damaged: a block lies outside the file")
     if masked_crc32c(data[offset : offset + size + 1]) != struct.unpack("<I", trailer[1:])[0]:
-        raise ValueError("it is damaged: the CRC-32C of a block is another one")
+        raise ValueError("it is damaged: the CRC-32C of a block is wrong")
     if trailer[0]:
         raise ValueError("its blocks are compressed, which cannot be read")
     return data[offset : offset + size]
 
 
 def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a block; a key is stored as how much of the last one it shares, and the rest."""
+    """Yields the keys and values of a block. A key is stored without the prefix that it shares with the last key."""
     end = len(block) - 4 * (1 + struct.unpack("<I", block[-4:])[0])  # before the list of restarts
     place, key = 0, b""
     while place < end:
@@ -156,7 +157,7 @@ def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _fields(message: bytes) -> dict[int, list[Any]]:
-    """The fields of a protocol buffer by number: integers, or the bytes of what has a length."""
+    """The fields of a protocol buffer by number: integers, or bytes for fields with a length."""
     fields: dict[int, list[Any]] = {}
     place = 0
     while place < len(message):
@@ -171,13 +172,13 @@ def _fields(message: bytes) -> dict[int, list[Any]]:
             size = 8 if kind == 1 else 4
             value, place = int.from_bytes(message[place : place + size], "little"), place + size
         else:
-            raise ValueError("it is damaged: no protocol buffer")
+            raise ValueError("it is damaged: not a protocol buffer")
         fields.setdefault(tag >> 3, []).append(value)
     return fields
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """The integer at this place, and the place behind it."""
+    """The integer at this position, and the position after it."""
     value = shift = 0
     while True:
         byte = data[place]

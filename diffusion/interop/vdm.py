@@ -1,11 +1,11 @@
-"""Checkpoints of google-research/vdm (Kingma et al., 2021), read as a `Model`.
+"""Reads checkpoints of google-research/vdm (Kingma et al., 2021) as a `Model`.
 
-Its network is `UNet` on one level, conditioned on γ, with the input added to the output. What it is given beside that,
-whether an image was augmented, is 0 in its evaluation, so that column of its first dense layer is left out.
+Its network is a `UNet` with one level, conditioned on γ, with the input added to the output. It also takes a number
+that says whether an image was augmented. That is 0 in evaluation, so its row of the first dense layer is left out.
 
 A checkpoint is a folder of clu, whose files ckpt-N.flax are msgpack; clu itself needs TensorFlow and is not used.
-Nothing is unpickled. The config is not in it: shapes tell the network, and the rest is as in all of the program's
-configs unless config.json beside the files, or the caller, says otherwise.
+Nothing is unpickled. The config is not in the checkpoint. Shapes determine the network, and other settings have the
+values of all published configs unless the caller, or config.json beside the files, says otherwise.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ from diffusion.runtime.files import expanded
 # The names of a checkpoint's file: clu's, and those of Flax' own library.
 FILE_NAME = re.compile(r"(ckpt-(\d+)\.flax|checkpoint_(\d+)(\.msgpack)?)")
 FOLDERS = ("", "checkpoints-0", "checkpoints")  # clu adds the number of the process
-EMA = "ema_params"  # which the program scores and samples
+EMA = "ema_params"  # the original code scores and samples the EMA
 FOURIER = (7, 8)  # ours are 2^n·π, theirs 2^n·2π with n = 6, 7
 NUM_GROUPS = 32
 
-# Inside the modules of `UNet` -> inside theirs.
+# Our names inside the modules -> theirs.
 PART_NAMES = {
     "norm_1": "GroupNorm_0",
     "conv_1": "conv1",
@@ -65,36 +65,36 @@ MODULE_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class AttentionEverywhere(Network):
-    """A network with attention behind every block, whatever the height of the images."""
+    """A network with attention after every block, at any height of the images."""
 
     def __call__(self, params: PyTree, x_t: Array, network_t: Array, labels: Array | None = None) -> Array:
-        """The network's output, as `Network` has it."""
+        """The network's output, as in `Network`."""
         module = self.module.copy(attention_resolutions=(x_t.shape[1],))
         return Network(module, self.channels)(params, x_t, network_t, labels)
 
 
 def load_vdm(directory: str | Path, config: Mapping[str, Any] | None = None) -> Model:
-    """The model of a checkpoint of google-research/vdm: its EMA parameters, float32.
+    """Loads the model of a checkpoint of google-research/vdm: its EMA parameters, float32.
 
-    Its pixel values are centres of bins, 255/256 times ours. That is the schedule's `x0_scale`, so x_t is its z_t. With
-    `sm_n_timesteps` = T the schedule has T + 1 steps, because its z_0 is our x_1; T = 1000 where it is infinite there.
-    A γ that is a network is straight between these steps: for T → ∞ the bound does not depend on that.
+    Its pixel values are centres of bins, 255/256 times ours. That factor is the schedule's `x0_scale`, so x_t is its
+    z_t. With `sm_n_timesteps` = T the schedule has T + 1 steps, because its z_0 is our x_1. If T is infinite there,
+    ours is 1000. A γ that is a network is linear between these steps; for T → ∞ the bound does not depend on that.
 
     Args:
-        directory: checkpoints-0 of a run, the folder that holds it, or one checkpoint's file.
-        config: `config.model` of the run, over that of config.json in the directory; absent keys as in the program's
-            own configs.
+        directory: checkpoints-0 of a run, the folder that holds it, or a checkpoint file.
+        config: `config.model` of the run; it overrides config.json in the directory. Absent keys have the values of the
+            published configs.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: an unknown key, a key that contradicts the file, a tensor that is missing, extra, misshapen, no
-            float or not finite, or a damaged file; one line names them.
+        ValueError: an unknown key; a key that contradicts the file; a tensor that is missing, extra, misshapen, not
+            float32, or has NaN or Inf; or a damaged file. One line names them.
     """
     return loaded(find(directory), config)[0]
 
 
 def loaded(path: Path, config: Mapping[str, Any] | None = None) -> tuple[Model, dict[str, Any]]:
-    """The model of a checkpoint's file, and what of `config.model` the file tells. Errors: those of `load_vdm`."""
+    """The model of a checkpoint file, and the part of `config.model` that it determines. Errors as for `load_vdm`."""
     try:
         settings = vdm_config.read(path.parent, config)
         tensors = _tensors(path)
@@ -110,10 +110,10 @@ def loaded(path: Path, config: Mapping[str, Any] | None = None) -> tuple[Model, 
 
 
 def find(directory: str | Path) -> Path:
-    """The newest checkpoint's file.
+    """The newest checkpoint file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no checkpoint.
     """
     if found := newest(directory):
         return found
@@ -121,7 +121,7 @@ def find(directory: str | Path) -> Path:
 
 
 def newest(directory: str | Path) -> Path | None:
-    """The newest checkpoint's file; None where there is none."""
+    """The newest checkpoint file; None if there is none."""
     root = expanded(directory)
     if root.is_file():
         return root if FILE_NAME.fullmatch(root.name) else None
@@ -135,7 +135,7 @@ def newest(directory: str | Path) -> Path | None:
 
 
 def described(tensors: Tensors) -> dict[str, Any]:
-    """What the names and shapes of the tensors tell of `config.model`."""
+    """The part of `config.model` that the names and shapes of the tensors determine."""
 
     def size(name: str, axis: int) -> int:
         shape = tensors[name].shape if name in tensors else ()
@@ -160,27 +160,27 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         state = serialization.msgpack_restore(path.read_bytes())
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"it is damaged, or no msgpack of Flax ({type(error).__name__})") from error
+        raise ValueError(f"it is damaged, or not a msgpack of Flax ({type(error).__name__})") from error
     if not isinstance(state, dict) or not isinstance(state.get(EMA), dict):
         held = first_few(sorted(map(str, state))) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{EMA} is missing; the file holds {held}")
     tensors = flatten_dict(state[EMA], sep="/")
     kinds = {name: str(getattr(leaf, "dtype", type(leaf).__name__)) for name, leaf in tensors.items()}
     if bad := sorted(f"{name} is {kind}" for name, kind in kinds.items() if kind != "float32"):
-        raise ValueError(f"no float32: {first_few(bad)}")
+        raise ValueError(f"not float32: {first_few(bad)}")
     if bad := sorted(name for name, leaf in tensors.items() if not np.isfinite(leaf).all()):
         raise ValueError(f"NaN or Inf in {first_few(bad)}")
     return tensors
 
 
 def _network(told: Mapping[str, Any], tensors: Tensors) -> tuple[UNet, PyTree]:
-    """The network and its parameters, after names and shapes were found to be those of its file."""
+    """The network and its parameters, after checking the names and shapes of all tensors."""
     channels = tensors["score_model/conv_out/kernel"].shape[3]
     unet = UNet(
         channels=told["sm_n_embd"],
         channel_mult=(1,),
         num_res_blocks=told["sm_n_layer"],
-        attention_resolutions=(1,) if told["with_attention"] else (),  # of images of 1×1: shapes do not depend on it
+        attention_resolutions=(1,) if told["with_attention"] else (),  # for images of 1×1: shapes do not depend on it
         num_groups=NUM_GROUPS,
         fourier_features=FOURIER if told["with_fourier_features"] else (),
         add_input=True,
@@ -219,20 +219,20 @@ def _name(path: tuple[str, ...]) -> str:
 
 
 def _has_none(path: tuple[str, ...]) -> bool:
-    """Whether their layer has no such parameter: the bias where the embedding of γ enters a block."""
+    """Whether their network lacks this parameter: the bias where the embedding of γ enters a block."""
     return path[1:] == ("time", "bias")
 
 
 def _their_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Their first dense layer has one more row, for the augmentation."""
+    """The shape of their parameter: the first dense layer has one more row, for the augmentation."""
     return (shape[0] + 1, *shape[1:]) if path == ("time_1", "kernel") else shape
 
 
 def _in_order(inputs: int, channels: int) -> np.ndarray:
-    """Where each input of our first convolution is among theirs.
+    """The position of each input of our first convolution among theirs.
 
-    Behind x theirs are all sines and then all cosines, each channel with its frequencies side by side; ours have for
-    each frequency the sines and then the cosines of all channels.
+    After x, theirs are all sines and then all cosines, with the frequencies of a channel side by side. Ours are, for
+    each frequency, the sines and then the cosines of all channels.
     """
     if inputs == channels:
         return np.arange(channels)

@@ -1,4 +1,4 @@
-"""What `config.model` of google-research/vdm says of a model beside its network: γ and the pixel values."""
+"""Reads `config.model` of google-research/vdm: the settings of γ and of the pixel values."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,15 +13,15 @@ from diffusion.networks.named_tensors import first_few
 from diffusion.schedules import Schedule
 
 CONFIG_FILE = "config.json"
-# What a checkpoint does not tell, as all of its configs have it, ...
+# Settings that a checkpoint does not contain, with the values of all published configs.
 DEFAULTS = {"vocab_size": 256, "gamma_min": -13.3, "gamma_max": 5.0, "sm_n_timesteps": 0}
-# ... what they tell, ...
+# Settings that follow from the tensors of a checkpoint.
 TOLD = ("gamma_type", "with_fourier_features", "with_attention", "sm_n_embd", "sm_n_layer")
-# ... and what concerns only training or sampling.
+# Settings that matter only in training or sampling.
 NO_MATTER = ("sample_softmax", "antithetic_time_sampling", "sm_pdrop")
-SAMPLING_STEPS = 1000  # of the program, where sm_n_timesteps=0 says that T is infinite
-NUM_FEATURES = 1024  # of the γ that is a network
-# The parameters of γ.
+SAMPLING_STEPS = 1000  # in the original code, if T is infinite (sm_n_timesteps=0)
+NUM_FEATURES = 1024  # of γ, if it is a network
+# gamma_type -> the parameters of γ.
 CURVES = {
     "learnable_nnet": {
         "l1/kernel": (1, 1),
@@ -37,7 +37,7 @@ Tensors = Mapping[str, np.ndarray]
 
 
 def from_file(path: Path) -> dict[str, Any]:
-    """`config.model`, or a whole config, from a JSON file. Raises a ValueError if it is no object."""
+    """`config.model` from a JSON file that holds it or the whole config. Raises a ValueError if it is not an object."""
     try:
         given = json_object(path)
     except ValueError as error:
@@ -49,16 +49,16 @@ def from_file(path: Path) -> dict[str, Any]:
 
 
 def read(folder: Path, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings: those of config.json in the folder, over them the caller's, and the defaults of what no file tells.
+    """The settings from the caller, else from config.json in the folder, else the defaults.
 
     Raises:
-        ValueError: an unknown key, or a value that cannot be.
+        ValueError: an unknown key, or an invalid value.
     """
     beside = folder / CONFIG_FILE
     given = from_file(beside) if beside.is_file() else {}
     settings = DEFAULTS | given | dict(config or {})
     if unknown := sorted(settings.keys() - DEFAULTS.keys() - set(TOLD) - set(NO_MATTER)):
-        raise ValueError(f"{first_few(unknown)} is no key of the program's config.model")
+        raise ValueError(f"{first_few(unknown)} is not a key of VDM's config.model")
     for name in DEFAULTS:
         kinds = (int, float) if name.startswith("gamma") else (int,)
         if type(settings[name]) not in kinds or not np.isfinite(settings[name]):
@@ -72,7 +72,7 @@ def read(folder: Path, config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def refuse_contradictions(settings: Mapping[str, Any], told: Mapping[str, Any]) -> None:
-    """Raises a ValueError with the settings that the file contradicts."""
+    """Raises a ValueError that names the settings that the file contradicts."""
     wrong = [
         f"{name} is {settings[name]} by the config and {seen} in the file"
         for name, seen in told.items()
@@ -83,7 +83,7 @@ def refuse_contradictions(settings: Mapping[str, Any], told: Mapping[str, Any]) 
 
 
 def gamma(kind: str, settings: Mapping[str, Any], tensors: Tensors) -> Callable[[np.ndarray], np.ndarray]:
-    """γ(t) for t [n] in [0, 1], in float64: a straight line, or one with a bend that rises everywhere."""
+    """γ(t) for t [n] in [0, 1], in float64: a straight line, or an increasing network."""
     low, high = settings["gamma_min"], settings["gamma_max"]
     own = {name.removeprefix("gamma/"): np.float64(leaf) for name, leaf in tensors.items() if name.startswith("gamma/")}
 

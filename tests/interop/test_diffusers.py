@@ -246,7 +246,7 @@ def test_missing_files_and_broken_json_name_the_file(published):
 @pytest.mark.parametrize(
     "changes, key",
     [
-        ({"scale_shift_norm": True}, r"unet\.scale_shift_norm=True .*; --mode=export holds any model"),
+        ({"scale_shift_norm": True}, r"unet\.scale_shift_norm=True .*; --mode=export saves any model"),
         ({"fourier_features": (2,)}, r"unet\.fourier_features=\(2,\) .*; --mode=export"),
         ({"num_heads": 2}, r"unet\.num_heads=2 .*; --mode=export"),
         ({"channel_mult": (2, 2, 2, 2)}, r"unet\.channel_mult=\(2, 2, 2, 2\) .*; --mode=export"),

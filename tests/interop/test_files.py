@@ -19,7 +19,7 @@ def test_a_tensor_in_two_shards_is_refused(path):
     np.testing.assert_array_equal(files.read([path], TENSORS)["a"], TENSORS["a"], strict=True)
     other = path.with_name("y.safetensors")
     save_file({"b": 2 * TENSORS["b"]}, other)
-    with pytest.raises(ValueError, match=r"x.safetensors: in more than one of its files: b$"):
+    with pytest.raises(ValueError, match=r"x.safetensors: in more than one of the files: b$"):
         files.read([path, other], TENSORS)
 
 

@@ -105,7 +105,7 @@ BIAS, KERNEL, NORM = "model/conv_in/b", "model/up_1/block_0/conv1/W", "model/dow
         ({KERNEL: (3, 3, 96, 64)}, rf"{KERNEL} is \(3, 3, 96, 64\) instead of \(3, 3, 128, 64\)"),
         ({"model/conv_in/W": None}, "model/conv_in/W is missing"),
         ({"model/conv_out/W": (3, 3)}, r"model/conv_out/W is \(3, 3\)"),
-        ({"model/down_1/block_0/conv1/W": (3, 3, 32, 40)}, r"maps \[32, 40\] channels wide are no multiples"),
+        ({"model/down_1/block_0/conv1/W": (3, 3, 32, 40)}, r"the widths \[32, 40\] are not multiples"),
         ({"model/down_0/attn_0/q/W": (32, 32)}, r"attention at levels \[0, 1\] cannot be represented"),
     ],
 )
@@ -125,15 +125,15 @@ def test_files_that_are_cut_or_damaged_are_refused(prefix):
             tensor_bundle.read(tensor_bundle.open_bundle(prefix), ["model/conv_in/W", "model/temb/dense0/W"])
 
     entries = tensor_bundle.open_bundle(prefix).entries
-    refused("it is cut, or no index of a tensor bundle", whole[:-1])
-    refused("it is cut, or no index of a tensor bundle", b"")
-    refused("it is damaged: the CRC-32C of a block is another one", whole[:9] + b"!" + whole[10:])
-    refused("it is damaged: a block lies outside of the file", whole[-60:])
+    refused("it is truncated, or not the index of a tensor bundle", whole[:-1])
+    refused("it is truncated, or not the index of a tensor bundle", b"")
+    refused("it is damaged: the CRC-32C of a block is wrong", whole[:9] + b"!" + whole[10:])
+    refused("it is damaged: a block lies outside the file", whole[-60:])
     end = entries["model/temb/dense0/W"].offset + 10
-    refused("model/temb/dense0/W is cut: the file ends 16374 bytes too early", tensors_held=tensors_whole[:end])
+    refused("model/temb/dense0/W is truncated: the file ends 16374 bytes too early", tensors_held=tensors_whole[:end])
     place = entries["model/conv_in/W"].offset + 100
     bad = tensors_whole[:place] + b"\x00\xff" + tensors_whole[place + 2 :]
-    refused("data-00000-of-00001: model/conv_in/W is damaged: its CRC-32C is another one", tensors_held=bad)
+    refused("data-00000-of-00001: model/conv_in/W is damaged: its CRC-32C is wrong", tensors_held=bad)
     data.unlink()
     with pytest.raises(FileNotFoundError, match="data-00000-of-00001 does not exist"):
         interop.load_ho2020(prefix)
@@ -177,7 +177,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         return tensor_bundle.read(bundle, bundle.entries)
 
     refused(rf"a.index: dtypes that cannot be read: model/x{EMA} is 7$", one, dtype=7)
-    refused("no float32, which is TensorFlow's dtype 1: model/x is 9$", ho2020._shadows, dtype=9)
+    refused("not float32, TensorFlow's dtype 1: model/x is 9$", ho2020._shadows, dtype=9)
     none = tensor_bundle.Bundle(tmp_path / "a", 1, {"model/x": entry})
     with pytest.raises(ValueError, match=f"no variable has a shadow …{EMA}; it holds model/x$"):
         ho2020._shadows(none)

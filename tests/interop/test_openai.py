@@ -134,8 +134,8 @@ def test_a_network_that_the_layout_has_no_place_for_is_refused(files):
         ({"channel_mult": ""}, "image_size=8 must be one of 64, 128, 256, 512 or a channel_mult in guided_diffusion"),
         ({"noise_schedule": "sqrt"}, "noise_schedule='sqrt' must be linear or cosine"),
         ({"noise_schedule": "linear"}, r"noise_schedule='linear' with diffusion_steps=7: β must lie in \(0, 1\]"),
-        ({"timestep_respacing": "ddim5"}, "timestep_respacing='ddim5' cannot be had of diffusion_steps=7"),
-        ({"timestep_respacing": "4,4"}, "timestep_respacing='4,4' cannot be had of diffusion_steps=7"),
+        ({"timestep_respacing": "ddim5"}, "timestep_respacing='ddim5' is impossible with diffusion_steps=7"),
+        ({"timestep_respacing": "4,4"}, "timestep_respacing='4,4' is impossible with diffusion_steps=7"),
         ({"timestep_respacing": "fast"}, "timestep_respacing='fast' must be like 250, 10,20 or ddim25"),
         ({"package": "diffusers"}, "package='diffusers' must be improved_diffusion or guided_diffusion"),
         ({"num_channels": 48}, r"num_groups=32 must divide the width of every level, \[48, 96\]"),
@@ -162,7 +162,7 @@ def test_a_wrong_flag_is_one_line_that_names_it(changes, message, files):
         (lambda held: held.update({"out.0.bias": Tensor(np.full(32, np.nan))}), "blocks.pt: NaN or Inf in out.0.bias"),
         (
             lambda held: held.update({"out.0.bias": Tensor(np.zeros(32, np.int64), "torch.int64")}),
-            "blocks.pt: no floats of 32 or 16 bits: out.0.bias is int64",
+            "blocks.pt: not floats of 32 or 16 bits: out.0.bias is int64",
         ),
         (
             lambda held: held.update({7: held["out.0.bias"]}),
@@ -216,7 +216,7 @@ def test_what_is_absent_is_the_program_s_default():
 def test_the_program_is_recognized_where_the_flags_allow_it():
     assert openai_flags.read({"num_head_channels": 64})["package"] == "guided_diffusion"
     assert openai_flags.read({"rescale_timesteps": True})["package"] == "improved_diffusion"
-    with pytest.raises(ValueError, match="the flags fit two programs .*: add package='improved_diffusion' or "):
+    with pytest.raises(ValueError, match="the flags fit two packages .*: add package='improved_diffusion' or "):
         openai_flags.read({"image_size": 64})
 
 

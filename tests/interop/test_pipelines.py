@@ -60,7 +60,7 @@ def test_prediction_and_variance_are_the_scheduler_s(made):
 
 def test_what_has_no_effect_here_is_a_warning(caplog):
     pipelines._checked(SCHEDULER | {"clip_sample": False, "colour": 3})
-    assert "the scheduler's colour is not known here" in caplog.text
+    assert "the scheduler's colour is unknown" in caplog.text
     assert "samplers.sample(…, clip_x0=False)" in caplog.text
 
 

@@ -77,14 +77,14 @@ MANY_BYTES = text(2, text(2, integer(1, 2**64 - 1)))  # a size of −1, which me
     [
         (index(BIG_ENDIAN), "x.index: its tensors are big-endian"),
         (index(kind=1), "x.index: its blocks are compressed, which cannot be read"),
-        (index(b""), "x.index: it is no tensor bundle: the header is missing"),
+        (index(b""), "x.index: it is not a tensor bundle: the header is missing"),
         (index(bytes([0xFF])), r"x.index: it is damaged \(IndexError\)"),
-        (index(bytes([0x0B])), "x.index: it is damaged: no protocol buffer"),
+        (index(bytes([0x0B])), "x.index: it is damaged: not a protocol buffer"),
         (index(entries=[(b"a", entry(VALUES, dtype=19))]), "x.index: dtypes that cannot be read: a is 19"),
         (index(entries=[(b"a", entry(VALUES, dtype=2))]), r"00001: a is \(2, 3\), but has 24 bytes"),
         (index(entries=[(b"a", integer(1, 1) + MANY_BYTES)]), r"00001: a is \(\d+,\), but has 0 bytes"),
         (index(entries=[(b"a", entry(VALUES) + integer(3, 1))]), "x.data-00001-of-00001 does not exist"),
-        (index(entries=[(b"a", entry(VALUES) + integer(4, 8))]), "a is cut: the file ends 8 bytes too early"),
+        (index(entries=[(b"a", entry(VALUES) + integer(4, 8))]), "a is truncated: the file ends 8 bytes too early"),
         (index(entries=[(b"a", entry(VALUES) + text(7, b""))]), "x.index: stored in parts, which cannot be read: a"),
     ],
 )

@@ -118,7 +118,7 @@ BLOCK, EXTRA = "score_model/up.block_2/conv1/bias", "score_model/up.block_3/conv
         ({BLOCK: None, EXTRA: np.zeros(32, np.float32)}, f"{BLOCK} is missing; {EXTRA} is extra"),
         ({BIAS: np.zeros(31, np.float32)}, rf"{BIAS} is \(31,\) instead of \(32,\)"),
         ({KERNEL: np.zeros((3, 3, 9, 32), np.float32)}, rf"{KERNEL} is \(3, 3, 9, 32\) instead of \(3, 3, 15, 32\)"),
-        ({BIAS: np.zeros(32)}, f"no float32: {BIAS} is float64"),
+        ({BIAS: np.zeros(32)}, f"not float32: {BIAS} is float64"),
         ({BIAS: np.full(32, np.nan, np.float32)}, f"NaN or Inf in {BIAS}"),
         ({"gamma/w": None}, "gamma/w is missing"),
         ({"gamma/w": np.zeros(1, np.float32)}, "γ does not increase"),
@@ -133,7 +133,7 @@ def test_a_file_of_something_else_is_refused_in_a_line_that_names_it(changes, me
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"sm_n_layers": 2}, "sm_n_layers is no key of the program's config.model"),
+        ({"sm_n_layers": 2}, "sm_n_layers is not a key of VDM's config.model"),
         ({"sm_n_layer": 3, "sm_pdrop": 0.1}, "sm_n_layer is 3 by the config and 2 in the file"),
         ({"gamma_type": "fixed"}, "gamma_type is fixed by the config and learnable_scalar in the file"),
         ({"gamma_min": 6}, "gamma_min=6 must be below gamma_max=5.0"),
@@ -168,7 +168,7 @@ def test_a_file_that_is_cut_anywhere_is_one_line(tmp_path):
     assert vdm._tensors(path).keys() == {"a/b"}
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"^it is damaged, or no msgpack of Flax \(\w+\)$"):
+        with pytest.raises(ValueError, match=r"^it is damaged, or not a msgpack of Flax \(\w+\)$"):
             vdm._tensors(path)
 
 
