@@ -1,1 +1,1 @@
-"""What a person sees: metrics, progress, pictures, curves and summaries."""
+"""Output for people: metrics, progress, pictures, curves, summaries and the page of a run."""

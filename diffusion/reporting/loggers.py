@@ -1,8 +1,8 @@
-"""Where the rows of metrics.jsonl go as well: a table of names. Each makes a function of a step and a row.
+"""Loggers by name: each sends the rows of metrics.jsonl to another place, such as TensorBoard.
 
-`train.loggers` names entries. A logger is made when training starts or resumes, from the run's directory, the step
-that it goes on from, and its config. Rows that it already has of later steps will come again. A logger that fails does
-not end the run: metrics.jsonl has every row.
+`train.loggers` names entries. A logger is made when training starts or resumes, from the run's directory, its step and
+its config. If the logger already has rows of later steps, they will be sent again. A logger that fails does not end the
+run: metrics.jsonl has every row.
 """
 
 import functools
@@ -18,12 +18,12 @@ from diffusion.reporting.metrics_log import Logger, Picture, read_metrics
 from diffusion.reporting.summary import read_json
 from diffusion.runtime import files
 
-WANDB = "wandb.json"  # the id of the run at Weights & Biases, and the last step that it was given
+WANDB = "wandb.json"  # the id of the run at Weights & Biases, and the last step that was sent
 FINISH_SECONDS = 30.0  # how long the end of training waits for an upload
 
 
 def tensorboard(directory: Path, step: int, config: dict[str, Any]) -> Logger:
-    """Curves and pictures in tensorboard/; it hides the rows that will come again."""
+    """Writes curves and pictures to tensorboard/. TensorBoard hides the rows that will be sent again."""
     from tensorboardX import SummaryWriter
 
     # Its thread ends when the disk is full; a short queue would then block the run forever.
@@ -42,9 +42,9 @@ def tensorboard(directory: Path, step: int, config: dict[str, Any]) -> Logger:
 def weights_and_biases(
     directory: Path, step: int, config: dict[str, Any], project: str = "diffusion", entity: str = ""
 ) -> Logger:
-    """Curves and pictures at wandb.ai, or in wandb/ with WANDB_MODE=offline: each row of metrics.jsonl once.
+    """Sends each row of metrics.jsonl and the pictures once to wandb.ai, or to wandb/ with WANDB_MODE=offline.
 
-    The run there goes on where this one resumes; what it lacks of the rows up to `step` is sent first.
+    When a run resumes, the run at Weights & Biases continues too. Rows up to `step` that it lacks are sent first.
     """
     import wandb
 
@@ -61,15 +61,15 @@ def weights_and_biases(
         config=config,
         settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
     )
-    had = known["step"] if run.offline else run.starting_step - 1  # the server knows which rows have arrived
+    had = known["step"] if run.offline else run.starting_step - 1  # the server knows which rows arrived
     latest = had
 
     def write(step: int, row: dict[str, float]) -> None:
         nonlocal latest
         if step > had:
-            # Before it is sent, or a run that is killed between the two would send it twice.
+            # Written before the row is sent. Otherwise a run that is killed in between would send it twice.
             files.write_text(path, json.dumps(known | {"step": latest}) + "\n")
-            run.log(row, step=step)  # the step before is now complete; this one may get pictures yet
+            run.log(row, step=step)  # the previous step is now complete; this one may still get pictures
             latest = step
 
     def images(step: int, name: str, picture: Picture) -> None:
@@ -90,14 +90,14 @@ LOGGERS = {
     "tensorboard": tensorboard,
     "wandb": weights_and_biases,
 }
-NEEDS = {"wandb": "wandb"}  # logger -> the package that it imports, which is an extra of that name
+NEEDS = {"wandb": "wandb"}  # logger -> the package that it imports; the extra has the same name
 
 
 def check_installed(name: str) -> None:
     """Raises a ValueError if the package that a logger needs is not installed."""
     package = NEEDS.get(name)
     found = package and importlib.util.find_spec(package)
-    if package and not (found and found.origin):  # a folder of that name, such as W&B leaves, is found without origin
+    if package and not (found and found.origin):  # W&B leaves a folder of that name, which is found without origin
         raise ValueError(
             f"train.loggers has {name}, which needs the package {package}: pip install -e '.[{package}]', or leave "
             f"{name} out"
@@ -105,7 +105,7 @@ def check_installed(name: str) -> None:
 
 
 def together(makers: Mapping[str, Callable[[], Logger]]) -> Logger:
-    """One logger of several. One that raises is named once, in a warning, and gets nothing more.
+    """Joins several loggers into one. A logger that raises causes one warning and gets no more rows.
 
     Args:
         makers: name -> a function that makes the logger.
@@ -115,10 +115,10 @@ def together(makers: Mapping[str, Callable[[], Logger]]) -> Logger:
     def attempt(name: str, action: Callable, *args: Any) -> Any:
         try:
             return action(*args)
-        except Exception as error:  # of any kind, because a logger is another package's code
+        except Exception as error:  # of any kind, because a logger calls another package
             working.pop(name, None)
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            logging.warning("the logger %s failed (%s) and gets nothing more; metrics.jsonl has all rows", name, reason)
+            logging.warning("the logger %s failed (%s) and gets no more rows; metrics.jsonl has all rows", name, reason)
 
     def each(part: str, *args: Any) -> None:
         for name, logger in list(working.items()):

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the source of truth for every curve, and who gets the same rows: see `loggers`."""
+"""Writes and reads metrics.jsonl, the source of every curve, and passes its rows to the `loggers`."""
 
 import contextlib
 import json
@@ -21,11 +21,11 @@ def _ignore(*_: Any) -> None:
 
 
 class Logger(NamedTuple):
-    """What gets the rows of metrics.jsonl as they are written.
+    """The functions that receive the rows of metrics.jsonl as they are written.
 
     Attributes:
-        write: of a step and its row.
-        images: of a step, a name and a picture.
+        write: called with a step and its row.
+        images: called with a step, a name and a picture.
         close: called once, when training ends or is stopped.
     """
 
@@ -45,10 +45,10 @@ class MetricsLog:
     step is missing and none appears twice.
 
     Args:
-        workdir: gets metrics.jsonl.
+        workdir: the directory of metrics.jsonl.
         step: the step that the run starts from.
         after_row: called after each row.
-        logger: gets what is written, and the pictures.
+        logger: receives the rows and the pictures.
     """
 
     def __init__(
@@ -62,26 +62,26 @@ class MetricsLog:
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
-        # Of the step that a run resumes at, which may be later, there is no row if a signal stopped its measurements.
+        # It may be below `step`: that step has no row if a signal stopped its measurements.
         self.last_step = kept[-1]["step"] if kept else 0
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = path.open("a")
 
     def write(self, step: int, **scalars: SupportsFloat) -> None:
-        """Appends one row; it is in the file when this returns.
+        """Appends one row, which is on disk when this returns.
 
         Raises:
-            ValueError: a number is NaN or Inf, or the step is not beyond the last one.
+            ValueError: a number is NaN or Inf, or the step is not above the last one.
             OSError: the disk is full.
         """
         if step <= self.last_step:
-            raise ValueError(f"metrics of step {step} come after those of step {self.last_step}")
+            raise ValueError(f"the metrics of step {step} cannot follow those of step {self.last_step}")
         self.last_step = step
         row = checked_finite({name: float(value) for name, value in scalars.items()})
         try:
             self._rows.write(json.dumps({"step": step} | row) + "\n")
             self._rows.flush()
-            os.fsync(self._rows.fileno())  # before the step's checkpoint, which could outlive a power failure
+            os.fsync(self._rows.fileno())  # or the step's checkpoint could survive a power failure without this row
         except OSError as error:
             raise OSError(f"the metrics of step {step} could not be written to {self._rows.name} ({error})") from error
         self._logger.write(step, row)
@@ -89,7 +89,7 @@ class MetricsLog:
             self._after_row()
 
     def images(self, step: int, name: str, picture: Picture) -> None:
-        """Passes a picture on."""
+        """Passes a picture to the logger."""
         self._logger.images(step, name, picture)
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError:  # also for bytes that are no text
+        except ValueError:  # also for bytes that are not text
             if number < len(lines):
                 raise ValueError(f"line {number} of {path} is damaged: {line[:60]!r}") from None
     return rows

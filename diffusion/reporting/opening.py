@@ -1,4 +1,4 @@
-"""What every program says first: on which devices it runs, by which versions, and where its results go."""
+"""The first line that every program prints: its devices, its versions and the place of its results."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ def line(mode: str, results: str) -> str:
     """The first line.
 
     Args:
-        results: where they go; "" if nothing is written.
+        results: the place of the results; "" if nothing is written.
     """
     count = jax.process_count()
     devices = device_name() + (f" in {count} processes" if count > 1 else "")
@@ -31,10 +31,10 @@ def line(mode: str, results: str) -> str:
 
 
 def missed_gpu(root: Path = Path("/")) -> str:
-    """What to install where an NVIDIA GPU is there and JAX takes the CPU; "" if it is not, or was told to.
+    """What to install if JAX uses the CPU although an NVIDIA GPU is present; "" if that is not so, or was requested.
 
     Args:
-        root: of the file system.
+        root: the root of the file system.
     """
     told = jax.config.jax_platforms or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if told or jax.default_backend() != "cpu" or not list(root.glob("dev/nvidia[0-9]*")):
@@ -47,7 +47,7 @@ def missed_gpu(root: Path = Path("/")) -> str:
 
 
 def _driver(root: Path) -> str:
-    """The version of the kernel's driver, such as 580.65.06."""
+    """The version of the kernel driver, such as 580.65.06."""
     try:
         words = (root / "proc/driver/nvidia/version").read_text()
     except OSError:

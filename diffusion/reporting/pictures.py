@@ -17,8 +17,8 @@ def image_grid(
 ) -> UInt8[np.ndarray, "grid_h grid_w c"]:
     """Lays images out row by row, as square as possible unless `columns` is given.
 
-    Pixel values 0…num_levels-1 are stretched to 0…255. Small images are enlarged by an integer factor, to at most 48
-    pixels.
+    Pixel values 0…num_levels-1 are scaled to 0…255. Images below 48 pixels are enlarged by an integer factor, to at
+    most 48 pixels.
     """
     n, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(n)) if columns is None else columns
@@ -37,7 +37,7 @@ def image_grid(
 def class_grid(
     images: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"], num_levels: int = 256
 ) -> UInt8[np.ndarray, "grid_h grid_w c"]:
-    """Lays images out with a row per class, in the order of the labels; a shorter row ends in grey."""
+    """Lays images out with a row per class, in the order of the labels. Shorter rows are filled with grey."""
     of_class = [images[labels == label] for label in np.unique(labels)]
     columns = max(len(row) for row in of_class)
     grey = np.full((1, *images.shape[1:]), num_levels // 2, np.uint8)
@@ -46,8 +46,9 @@ def class_grid(
 
 
 def trajectory_grid(
-    trajectories: UInt8[np.ndarray, "n f h w c"], num_levels: int = 256) -> UInt8[np.ndarray, "grid_h grid_w c"]:
-    """Lays trajectories out, a row per sample: x̂_0 from the first step (left) to the finished image (right)."""
+    trajectories: UInt8[np.ndarray, "n f h w c"], num_levels: int = 256
+) -> UInt8[np.ndarray, "grid_h grid_w c"]:
+    """Lays trajectories out with a row per sample: x̂_0 from the first step (left) to the finished image (right)."""
     return image_grid(trajectories.reshape(-1, *trajectories.shape[2:]), num_levels, columns=trajectories.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""The curves of a run: metrics over steps, the bound over t, schedules, and rate against distortion."""
+"""Plots of a run: metrics over steps, the bound over t, schedules, and distortion against rate."""
 
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from diffusion.runtime import files
 
 COLUMNS = 3  # of small panels
-FEW = 10  # points, which a line alone would not show
-# Curve -> its label. Version 0.3 and earlier logged the loss of test images.
+FEW = 10  # points; curves with fewer points get markers
+# Metric -> its label. Versions up to 0.3 logged the loss of test images.
 UNSEEN = {"val_loss": "validation", "test_loss": "test"}
 NOT_BELOW = ("step", "loss", "validation_images", *UNSEEN)
+
 
 def plot_loss(metrics: list[dict[str, Any]], path: str | Path) -> None:
     """Plots the training loss with its running mean and the validation loss, and below it every other logged metric."""
@@ -43,7 +44,7 @@ def _draw_loss(axes: Axes, metrics: list[dict[str, Any]]) -> None:
     axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
     window = np.ones(len(loss) // 20 | 1)
     if len(window) > 1:
-        # Divided by the number of rows under the window, which is smaller at both ends.
+        # The divisor is the number of rows under the window, which is smaller at both ends.
         mean = np.convolve(loss, window, "same") / np.convolve(np.ones_like(loss), window, "same")
         axes.plot(steps, mean, color="tab:blue", label=f"train, mean of {len(window)} rows")
     unseen = {label: _points(metrics, name) for name, label in UNSEEN.items()}
@@ -66,11 +67,11 @@ def plot_bpd(
     """Plots the variational bound per t, and the sum of its terms up to t. Ho et al. (2020), eq. 5.
 
     Args:
-        path: of the picture.
+        path: the file of the picture.
         terms_bpd: entry t - 1 is the mean term of t in bits/dim: the decoder's L_0 first, then the KL terms.
-        train_terms_bpd: the same of training images.
+        train_terms_bpd: the same for training images.
         prior_bpd: L_T, in bits/dim.
-        title: which run this is.
+        title: the name of the run.
     """
     t = np.arange(1, len(terms_bpd) + 1)
     decoder, kl, prior = float(terms_bpd[0]), float(terms_bpd[1:].sum()), float(prior_bpd)
@@ -98,9 +99,9 @@ def plot_schedules(path: str | Path, log_snr: dict[str, Float[np.ndarray, " t"]]
     """Plots log SNR_t of several schedules against t/T, the first on top of the others.
 
     Args:
-        path: of the picture.
+        path: the file of the picture.
         log_snr: schedule's name -> log SNR_1…log SNR_T; T may differ.
-        title: which run this is.
+        title: the name of the run.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="t / T", ylabel="log SNR", title=title)
@@ -123,11 +124,11 @@ def plot_rate_distortion(
     """Plots progressive coding: the error of x̂_0 after each reverse step, and its cost. Ho et al. (2020), figure 5.
 
     Args:
-        path: of the picture.
+        path: the file of the picture.
         rate_bpd: entry t - 1 is the cost of x_T, …, x_t together, in bits/dim.
         rmse: entry t - 1 is the root mean squared error of x̂_0 given x_t, in pixel values.
-        num_levels: how many pixel values the data have.
-        title: which run this is.
+        num_levels: the number of pixel values.
+        title: the name of the run.
     """
     reverse_steps = len(rmse) - np.arange(1, len(rmse) + 1)
     steps_label, rate_label = "reverse steps T − t", "rate (bits/dim)"

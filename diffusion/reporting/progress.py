@@ -1,4 +1,4 @@
-"""How much of a long job is done, and how long the rest will take."""
+"""Progress bars: the part of a long job that is done, and the time left."""
 
 import sys
 import threading
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import jax
 from tqdm import tqdm
 
-QUICK_SECONDS = 1.0  # what is compiled within it, or found in a cache, needs no line
+QUICK_SECONDS = 1.0  # faster compilations, such as those from a cache, print no line
 
 
 class Progress(tqdm):
@@ -16,9 +16,9 @@ class Progress(tqdm):
 
     Args:
         total: the number of units of the whole job.
-        initial: how many of them were done before, by a run that was stopped.
-        desc: what is being done, such as "train".
-        unit: what is counted, such as "step".
+        initial: the number of units that an earlier, stopped run has done.
+        desc: the name of the job, such as "train".
+        unit: the name of a unit, such as "step".
     """
 
     def __init__(self, total: int, initial: int = 0, desc: str = "", unit: str = "step"):
@@ -34,9 +34,9 @@ class Progress(tqdm):
 
     @contextmanager
     def compiling(self, program: int = 0) -> Iterator[None]:
-        """Around a call that compiles `program` when it is made first: the bar says so meanwhile.
+        """A context for calls of `program`. While the first call compiles, the bar says so.
 
-        What it takes does not count in the speed, nor in the time left. Later calls of the same program pass through.
+        The time of the first call does not count in the speed or the time left. Later calls pass through.
         """
         is_new = self.is_new(program)
         self._compiled.add(program)
@@ -60,11 +60,11 @@ class Progress(tqdm):
             print(f"{self.desc.rstrip(': ')}: compiling took {seconds:.0f} s", file=sys.stderr)
 
     def is_new(self, program: int = 0) -> bool:
-        """Whether no call of `program` was made within `compiling`."""
+        """Whether `program` has not been called within `compiling` yet."""
         return program not in self._compiled
 
     def _tell(self, begun: float, done: threading.Event) -> None:
-        """Shows the seconds of compiling in the place of the bar, until it is done."""
+        """Shows the seconds of compiling instead of the bar, until it is done."""
         words = self.desc.rstrip(": ")
         while not done.wait(QUICK_SECONDS):
             self.display(f"{words}: compiling, {self._time() - begun:.0f} s")

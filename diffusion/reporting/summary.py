@@ -1,4 +1,4 @@
-"""Summaries: JSON files of finite numbers, and what the numbers depend on."""
+"""Summaries: JSON files of finite numbers, with the time, the versions and the devices behind them."""
 
 import contextlib
 import json
@@ -23,12 +23,12 @@ def write_json(path: Path, summary: dict[str, Any]) -> None:
     Raises:
         ValueError: a number is NaN or Inf, at any depth; the message names it.
     """
-    # JSON has no NaN; Python would write one, which other programs refuse.
+    # JSON has no NaN. Python would write one, but other programs would refuse the file.
     files.write_text(path, json.dumps(checked_finite(_plain(summary)), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A summary; None if there is none, or it is damaged."""
+    """Reads a summary. Returns None if there is none, or if it is damaged."""
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """Returns the value with arrays as lists, and NumPy's and JAX's numbers as Python's."""
+    """Returns the value with arrays as lists and their numbers as Python's."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -64,16 +64,16 @@ def _check_finite(name: str, value: Any) -> None:
 
 
 class Stopwatch:
-    """Measures the time of a run over all its legs; a context manager around one leg.
+    """Measures the total time of a run that may be stopped and resumed; a context manager around one leg.
 
     Args:
-        path: a file that keeps the seconds between the legs.
+        path: the file that stores the seconds between legs.
 
     Raises:
         ValueError: the file is damaged.
     """
 
-    SAVE_SECONDS = 10  # a leg that is killed loses at most about this much
+    SAVE_SECONDS = 10  # a killed leg loses about this much at most
 
     def __init__(self, path: Path):
         self._path = path
@@ -84,11 +84,11 @@ class Stopwatch:
             raise ValueError(f"{path} is damaged; delete it, and summary.json counts seconds from now on") from error
 
     def seconds(self) -> float:
-        """Returns the time of the earlier legs and of this one so far."""
+        """Returns the time of the earlier legs plus this one so far."""
         return self._before + time.monotonic() - self._begun
 
     def tick(self) -> None:
-        """Saves the seconds if they were not saved for a while; called often, because a leg may be killed."""
+        """Saves the seconds if the last save is SAVE_SECONDS old. Call it often, because a leg may be killed."""
         if time.monotonic() - self._saved >= self.SAVE_SECONDS:
             self._save()
 
@@ -100,7 +100,7 @@ class Stopwatch:
         return self
 
     def __exit__(self, *exception) -> None:
-        with contextlib.suppress(OSError):  # a full disk has had its error message
+        with contextlib.suppress(OSError):  # a full disk has been reported already
             self._save()
 
 

@@ -52,7 +52,7 @@ def test_one_that_fails_is_named_once_and_the_others_get_everything(part, tmp_pa
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
     (record,) = caplog.records
     assert record.getMessage() == (
-        "the logger bad(project='x') failed (RuntimeError: no network) and gets nothing more; "
+        "the logger bad(project='x') failed (RuntimeError: no network) and gets no more rows; "
         "metrics.jsonl has all rows"
     )
 

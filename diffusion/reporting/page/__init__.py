@@ -1,7 +1,6 @@
-"""report.html: a run or a sweep as one page that needs no network, made of the files that lie in its directory.
+"""Makes report.html: a run or a sweep as one page, which needs no network, from the files in its directory.
 
-The page shows the numbers of JSON files and the pictures that the programs left. The same files make the same page,
-byte for byte.
+The page shows the numbers in JSON files and the pictures. The same files make the same page, byte for byte.
 """
 
 import sys
@@ -15,10 +14,10 @@ NAME = "report.html"
 
 
 def write(directory: Path) -> Path:
-    """Makes the page of the run, or of the sweep, in a directory; returns its path.
+    """Makes the page of the run or of the sweep in a directory, and returns its path.
 
     Raises:
-        FileNotFoundError: the directory holds neither.
+        FileNotFoundError: the directory holds neither a run nor a sweep.
         OSError: the page could not be written.
     """
     contents = Contents(directory)
@@ -38,10 +37,7 @@ def write(directory: Path) -> Path:
 
 
 def refresh(directory: Path) -> None:
-    """Makes the page at the end of a program; a failure prints a warning.
-
-    The page only shows what is in other files, so it must not turn a finished run into a failed one.
-    """
+    """Makes the page at the end of a program. A failure only prints a warning, because all results are saved."""
     try:
         write(directory)
     except Exception as error:

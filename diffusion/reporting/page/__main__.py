@@ -9,7 +9,7 @@ from diffusion.runtime import streams
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; what is wrong with the directory prints a one-line error, with exit code 2."""
+    """Runs the command. A directory without a run or a sweep prints a one-line error, with exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m diffusion.reporting.page", description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR", help="the working directory of a run or of a sweep")
     try:

@@ -1,4 +1,4 @@
-"""Reads the files of a directory for a page: a missing file is empty, and a damaged one becomes a line on the page."""
+"""Reads the files of a directory for a page. A missing file counts as empty; a damaged one is named on the page."""
 
 import io
 import json
@@ -24,10 +24,10 @@ class Picture(NamedTuple):
 
 
 class Contents:
-    """Reads the files of a directory when they are asked for.
+    """Reads the files of a directory on demand.
 
     Attributes:
-        directory: where they lie.
+        directory: the directory of the files.
         problems: a line about each file that could not be read.
     """
 
@@ -43,15 +43,15 @@ class Contents:
         return sorted(str(path.relative_to(self.directory)) for path in self.directory.glob(pattern))
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file's object; {} without one."""
+        """The object in a JSON file; {} if the file is missing."""
         return self._read(name, _object, {})
 
     def text(self, name: str) -> str:
-        """A text file; "" without one."""
+        """The text of a file; "" if the file is missing."""
         return self._read(name, _text, "")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, oldest first; [] without any."""
+        """The rows of metrics.jsonl, oldest first; [] if there are none."""
         return self._read("metrics.jsonl", _rows, [])
 
     def picture(self, name: str, max_bytes: int) -> Picture | None:
@@ -64,7 +64,7 @@ class Contents:
         try:
             return parse(self.directory / name)
         except Exception as error:  # a reader may raise anything for damaged bytes
-            # Pillow, too, raises an OSError for a damaged file, but without an error number.
+            # Pillow raises an OSError for a damaged file, without an error number.
             is_damaged = not isinstance(error, OSError) or error.errno is None
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             self.problems.append(f"{name} {'is damaged' if is_damaged else 'could not be read'}: {reason}")
@@ -74,7 +74,7 @@ class Contents:
 def _text(path: Path) -> str:
     data = path.read_bytes()
     if len(data) > MAX_TEXT_BYTES:
-        raise ValueError(f"its {len(data):,} bytes are too many for a page")
+        raise ValueError(f"it is too large for a page: {len(data):,} bytes")
     return data.decode()
 
 

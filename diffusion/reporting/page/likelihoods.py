@@ -1,4 +1,4 @@
-"""Likelihoods besides the bound as tables of their own: none is a row of the bound's."""
+"""Tables of the likelihoods other than the bound."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ OF_RUN = "the run's summary"
 
 
 class Column(NamedTuple):
-    """A column about the test images: its heading, the entry after KIND_, and how it is printed."""
+    """A column about the test images: its heading, the name of its entry after KIND_, and its format."""
 
     heading: str
     entry: str
@@ -19,7 +19,7 @@ class Column(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A likelihood: the entry after KIND_ that is its number, what it is of, and what else is shown of it."""
+    """A likelihood: the entry of its value after KIND_, the caption of its table, and further columns."""
 
     entry: str
     caption: str
@@ -31,21 +31,21 @@ KINDS = {
     "importance": Kind(
         "bpd",
         "Importance-weighted bound in bits/dim of pixel values, means over images ± standard error. Its expectation "
-        "lies between the bound and the likelihood. The effective sample size says how many equal weights they are "
-        "worth.",
+        "lies between the bound and the likelihood. The effective sample size is the equivalent number of equally "
+        "weighted trajectories.",
         (
-            Column("one trajectory: the bound", "one_sample_bpd"),
-            Column("saved, paired by image", "gain_bpd"),
+            Column("the bound (one trajectory)", "one_sample_bpd"),
+            Column("gain over the bound, paired by image", "gain_bpd"),
             Column("error from the trajectories", "bpd_sampling_stderr"),
             Column("effective sample size", "ess", ".1f"),
-            Column("the least", "ess_min", ".1f"),
+            Column("its minimum", "ess_min", ".1f"),
         ),
         ("estimator", "name", "variance"),
     ),
     "ode": Kind(
         "density_bpd",
-        "Density by the probability-flow ODE in bits/dim of dequantized pixel values, means over images ± standard "
-        "error. It is of other data and another model than the bound: the two cannot be compared.",
+        "Density of the probability-flow ODE in bits/dim of dequantized pixel values, means over images ± standard "
+        "error. The bound is of other data and another model, so the two cannot be compared.",
         (
             Column("error from the probes", "density_bpd_probes_stderr"),
             Column("change with ten times the tolerance", "density_bpd_solver_error", ".2g"),
@@ -57,12 +57,12 @@ KINDS = {
 
 
 def is_of_another(entry: str) -> bool:
-    """Whether an entry of summary.json belongs to one of KINDS, such as test_importance_bpd."""
+    """Whether an entry of summary.json, such as test_importance_bpd, belongs to one of KINDS."""
     return any(entry.startswith(f"{split}_{kind}_") for split in SPLITS for kind in KINDS)
 
 
 def tables(contents: Contents, summary: dict[str, Any]) -> list[str]:
-    """A table for each likelihood that was measured, with a row for the run's summary and for each evaluation."""
+    """A table for each measured likelihood, with a row for the run's summary and for each evaluation."""
     made = []
     for name, kind in KINDS.items():
         own = summary.get(f"{name}_protocol")
@@ -77,7 +77,7 @@ def tables(contents: Contents, summary: dict[str, Any]) -> list[str]:
 
 
 def _row(title: str, name: str, kind: Kind, scores: dict[str, Any], protocol: dict[str, Any]) -> list[str]:
-    """A row: the likelihood of each split, more of the test images, and how it was measured."""
+    """A row: the likelihood of each split, further numbers of the test images, and the protocol."""
 
     def value(split: str, entry: str, form: str = ".4f") -> str:
         found = f"{split}_{name}_{entry}"

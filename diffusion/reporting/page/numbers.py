@@ -7,28 +7,28 @@ from diffusion.reporting.page.contents import Contents
 from diffusion.reporting.page.parts import UNKNOWN, is_number, number, text_of, with_error
 
 SPLITS = ("test", "validation", "train")
-# Entry of summary.json after "test_" or "train_": its name and how it is printed. Ho et al. (2020), eq. 5 and 4.3.
+# Entry of summary.json after the split -> its name and its format. Ho et al. (2020), eq. 5 and section 4.3.
 PARTS = {
     "bpd": ("bits/dim", ".4f"),
     "decoder_bpd": ("decoder, t = 1", ".4f"),
     "kl_bpd": ("KL terms, t = 2…T", ".4f"),
     "rate_bpd": ("rate: KL terms and prior", ".4f"),
     "distortion_rmse": ("distortion: RMSE of x̂₀ in pixel values", ".4g"),
-    "with_label_bpd": ("bits/dim with the label, log₂ of the number of classes", ".4f"),
-    "unconditional_bpd": ("bits/dim without the labels", ".4f"),
-    "label_gain_bpd": ("saved by the labels, paired by image", ".4f"),
+    "with_label_bpd": ("bits/dim with the label (log₂ of the number of classes)", ".4f"),
+    "unconditional_bpd": ("bits/dim without labels", ".4f"),
+    "label_gain_bpd": ("gain from the labels, paired by image", ".4f"),
     "images": ("images", ","),
 }
-# Entry of summary.json between "test_bpd_" and "_stderr": where that part of the error comes from.
+# Entry of summary.json between "test_bpd_" and "_stderr" -> the cause of that part of the error.
 PARTS_OF_ERROR = {
-    "sampling": "Not every term was computed. Estimating the others makes",
-    "noise": "Each term is the mean over several ε. That these are few makes",
+    "sampling": "not every term was computed",
+    "noise": "each term is the mean over only a few ε",
 }
-# Entry of quality.json: its name, and which values are better.
+# Entry of quality.json -> its name, and which values are better.
 METRICS = {
     "fid": ("FID", "lower"),
     "frechet_distance": ("Fréchet distance", "lower"),
-    "frechet_equal_n": ("Fréchet distance of as many samples as real images", "lower"),
+    "frechet_equal_n": ("Fréchet distance with equal numbers of samples and real images", "lower"),
     "fid_infinity": ("FID, extrapolated to infinitely many samples", "lower"),
     "frechet_infinity": ("Fréchet distance, extrapolated to infinitely many samples", "lower"),
     "kid": ("KID ± its standard deviation over subsets", "lower"),
@@ -36,8 +36,8 @@ METRICS = {
     "precision": ("precision", "higher"),
     "recall": ("recall", "higher"),
 }
-ERROR, SPREAD = "_stderr", "_std"  # a standard deviation was called _stderr, too, before there was _std
-# The ending of an entry of quality.json says what is compared with the reference. The error's ending comes before.
+ERROR, SPREAD = "_stderr", "_std"  # earlier versions wrote standard deviations as _stderr, too
+# The ending of an entry of quality.json says what is compared with the reference. An error's ending precedes it.
 COMPARED = {
     "": "samples",
     "_test_split": "test split",
@@ -45,7 +45,7 @@ COMPARED = {
     "_train_halves": "training split, one half with the other",
 }
 NOT_METRICS = ("step", "num_samples", "kid_subset_size", "frechet_equal_n_images", "classifier_test_accuracy")
-# One number under two names: the first where it is an FID, or else the second.
+# One number under two names: the first if it is an FID, else the second.
 TWO_NAMES = (("fid", "frechet_distance"), ("fid_infinity", "frechet_infinity"))
 
 
@@ -57,7 +57,7 @@ class Distance(NamedTuple):
 
 
 def distance(scores: dict[str, Any]) -> Distance | None:
-    """The Fréchet distance in quality.json; None without one."""
+    """The Fréchet distance in quality.json; None if there is none."""
     for entry in ("frechet_distance", "fid"):
         if is_number(scores.get(entry)):
             features = text_of(scores.get("features", ""))
@@ -68,18 +68,18 @@ def distance(scores: dict[str, Any]) -> Distance | None:
 
 
 def _is_fid(scores: dict[str, Any]) -> bool:
-    """Whether the Fréchet distance is of Inception's features: only then it is called FID."""
+    """Whether the Fréchet distance uses Inception features. Only then it is called FID."""
     return text_of(scores.get("features", "")).startswith("inception")
 
 
 def is_of_other_weights(quality: dict[str, Any], scores: dict[str, Any]) -> bool:
-    """Whether both files say which weights they are of, and these differ."""
+    """Whether both files name their weights and these differ."""
     known = [of["ema_sha256"] for of in (quality, scores) if of.get("ema_sha256")]
     return len(known) == 2 and known[0] != known[1]
 
 
 def bound(scores: dict[str, Any]) -> list[str]:
-    """Bits/dim of both splits with their parts, by class, and the protocol behind them."""
+    """The bits/dim of each split with their parts, the protocol, and the bits/dim by class."""
     made = []
     found = [entry.removeprefix("test_") for entry, value in scores.items() if _is_score(entry, value)]
     if "bpd" in found:
@@ -87,7 +87,7 @@ def bound(scores: dict[str, Any]) -> list[str]:
     for entry, words in PARTS_OF_ERROR.items():
         error = scores.get(f"test_bpd_{entry}{ERROR}")
         if is_number(error) and error > 0:
-            made.append(parts.element("p", f"{words} up this much of the test bits/dim's error: {error:.4f}."))
+            made.append(parts.element("p", f"Part of the test bits/dim's error because {words}: {error:.4f}."))
     protocol = scores.get("protocol")
     if isinstance(protocol, dict):
         made.append(parts.element("h3", "Protocol"))
@@ -105,7 +105,7 @@ def _is_score(entry: str, value: Any) -> bool:
 
 
 def _entry(scores: dict[str, Any], split: str, entry: str) -> Any:
-    """An entry of a split; validation_images is how many were set aside, and the protocol says how many were scored."""
+    """An entry of a split. validation_images counts the images set aside; the protocol counts those scored."""
     protocol = scores.get("protocol")
     said = protocol.get("validation_images") if isinstance(protocol, dict) else None
     if (split, entry) == ("validation", "images") and isinstance(said, str):
@@ -115,11 +115,11 @@ def _entry(scores: dict[str, Any], split: str, entry: str) -> Any:
 
 
 def _bound_table(scores: dict[str, Any], found: list[str]) -> str:
-    """A row per part; entries that a later version of the program adds come last, under their own names."""
+    """A table with a row per part. Unknown entries, from later versions, come last under their own names."""
     known = [entry for entry in PARTS if entry in found]
     splits = [split for split in SPLITS if f"{split}_bpd" in scores]
     rows = []
-    others = [entry for entry in found if entry not in (*PARTS, "distortion_bpd")]  # that is the decoder's term again
+    others = [entry for entry in found if entry not in (*PARTS, "distortion_bpd")]  # it repeats the decoder's term
     for entry in known + others:
         words, form = PARTS.get(entry, (entry, ".4f"))
         values = [(_entry(scores, split, entry), scores.get(f"{split}_{entry}{ERROR}")) for split in splits]
@@ -130,7 +130,7 @@ def _bound_table(scores: dict[str, Any], found: list[str]) -> str:
 
 
 def evaluations(contents: Contents) -> list[str]:
-    """The results of --mode=eval, apart from the run's own numbers."""
+    """The results of --mode=eval, as a table of their own."""
     rows = []
     for name in contents.matching("evaluations/*/eval.json"):
         scores = contents.json(name)
@@ -143,12 +143,12 @@ def evaluations(contents: Contents) -> list[str]:
 
 
 def _error(scores: dict[str, Any], name: str, ending: str) -> Any:
-    """What stands behind ± of an entry of quality.json."""
+    """The number after ± for an entry of quality.json."""
     return scores.get(f"{name}{SPREAD}{ending}", scores.get(f"{name}{ERROR}{ending}"))
 
 
 def quality(scores: dict[str, Any]) -> list[str]:
-    """Every metric of the samples, beside those of real images as the scale to read it by."""
+    """Every metric of the samples, beside the same metric of real images for comparison."""
     endings = (ERROR, SPREAD, *(ending for ending in COMPARED if ending))
     found = [name for name, value in scores.items() if is_number(value) and not name.endswith(endings)]
     for names in TWO_NAMES:
@@ -161,7 +161,7 @@ def quality(scores: dict[str, Any]) -> list[str]:
     columns = [ending for ending in COMPARED if any(is_number(scores.get(f"{name}{ending}")) for name in found)]
     rows = []
     for name in found:
-        own = dict(TWO_NAMES).get(name, name)  # earlier versions wrote FID's name whatever the features
+        own = dict(TWO_NAMES).get(name, name)  # earlier versions wrote fid for all features
         words, better = METRICS.get(name if _is_fid(scores) else own, (name, UNKNOWN))
         if name == "frechet_equal_n":
             words += f", {text_of(scores.get('frechet_equal_n_images'))}"
@@ -169,7 +169,7 @@ def quality(scores: dict[str, Any]) -> list[str]:
         rows.append([words, *(with_error(value, error, ".4g") for value, error in values), better])
     caption = (
         f"{text_of(scores.get('num_samples'))} samples against {text_of(scores.get('reference'))}; "
-        f"features: {text_of(scores.get('features'))}. The numbers of real images are the scale to read them by."
+        f"features: {text_of(scores.get('features'))}. Compare the samples with the numbers of real images."
     )
     made = [parts.table(["", *(COMPARED[ending] for ending in columns), "better"], rows, caption)]
     if isinstance(scores.get("note"), str):

@@ -1,4 +1,4 @@
-"""The parts of a page as HTML; whatever is not `Markup` is escaped where it becomes part of it."""
+"""The parts of a page as HTML. Any text that is not `Markup` is escaped."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from diffusion.reporting.page.contents import Contents
 
 UNKNOWN = "–"
-VISIBLE_WIDTH = 640  # pixels of the screen that small pictures are enlarged to, at most
+VISIBLE_WIDTH = 640  # screen pixels; small pictures are enlarged up to this width
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -27,13 +27,13 @@ MACROS = TEMPLATES.get_template("parts.html").module
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from a file is a number that can be shown: neither NaN nor Inf, and no bool."""
+    """Whether a value from a file is a number that can be shown: not NaN, Inf or a bool."""
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
     return is_real and abs(value) <= sys.float_info.max  # JSON's integers may be larger
 
 
 def number(value: Any, form: str = ".4f") -> str:
-    """A number as `form` prints it; the element keeps it unrounded, for sorting and copying."""
+    """A number formatted by `form`. The element also holds it unrounded, for sorting and copying."""
     if not is_number(value):
         return UNKNOWN
     return Markup('<data value="{0}" title="{0}">{1}</data>').format(repr(value), format(value, form))
@@ -47,7 +47,7 @@ def with_error(value: Any, error: Any, form: str = ".4f") -> str:
 
 
 def text_of(value: Any) -> str:
-    """A value from a JSON file in words."""
+    """A value from a JSON file as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and abs(value) >= 10_000:
@@ -65,28 +65,28 @@ def element(tag: str, text: str) -> Markup:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, sortable: bool = False) -> Markup:
-    """A table; the first cell of each row is its heading. If it is sortable, a click on a column's heading sorts it."""
+    """A table; the first cell of each row is its heading. If sortable, a click on a column's heading sorts it."""
     return MACROS.table(head, rows, caption, sortable)
 
 
 def facts(values: dict[str, str], class_: str = "facts") -> str:
-    """Names and their values; "" for none."""
+    """A list of names and values; "" if it is empty."""
     return MACROS.facts(values, class_) if values else ""
 
 
 def folded(name: str, value: str | dict[str, Any]) -> str:
-    """A text or JSON file as it is, behind its name; "" if there is nothing in it."""
+    """The text of a file, folded under its name; "" if the file is empty."""
     text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
     return MACROS.folded(name, text) if value else ""
 
 
 def figure(contents: Contents, name: str, alt: str, caption: str, max_bytes: int, is_plot: bool = False) -> str:
-    """A picture that a program left, inside the page; "" without it.
+    """A picture from a file, embedded in the page; "" if the file is missing.
 
     Args:
-        alt: what it shows, for those who do not see it; the caption is the line below it.
-        max_bytes: a larger file is shrunk.
-        is_plot: shown as it is; images are enlarged by an integer factor, with visible pixels.
+        alt: a description for those who do not see it; the caption is the line below it.
+        max_bytes: larger files are shrunk to this size.
+        is_plot: show it unscaled; other pictures are enlarged by an integer factor, with visible pixels.
     """
     picture = contents.picture(name, max_bytes)
     if picture is None:
@@ -109,9 +109,9 @@ def render(
 
     Args:
         title: the heading; the kicker and the lead are the lines above and below it.
-        cards: the numbers to see first, by their names.
+        cards: the main numbers, by name.
         problems: a line about each file that could not be read.
-        sections: (identifier, title, parts) of each; one without parts is left out.
+        sections: (identifier, title, parts) of each; sections without parts are left out.
     """
     style, script = (TEMPLATES.loader.get_source(TEMPLATES, name)[0] for name in ("style.css", "script.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -125,6 +125,6 @@ def render(
         sections=[section for section in sections if section[2]],
         style=Markup(style),
         script=Markup(script),
-        # Whatever a file of the run holds, the browser fetches nothing, and runs no script but the page's own.
+        # Whatever the files of the run hold, the browser fetches nothing and runs only the page's own script.
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     )

@@ -13,22 +13,22 @@ from diffusion.reporting.page.contents import Contents
 from diffusion.reporting.page.parts import is_number, number, text_of, with_error
 
 CONFIG, SUMMARY, EVALUATION, QUALITY = "config.json", "summary.json", "eval.json", "quality.json"
-BASE = "base.json"  # the config file that the run started from: its name, and its values
+BASE = "base.json"  # the name and the values of the config file that the run started from
 ABSENT = "absent"
 SAMPLES, TRAJECTORY = "samples.png", "progressive.png"
 PLOTS = {
-    "loss.png": "The loss over training steps, and what else was logged",
-    "bpd.png": "The bound's term of each t, and the sum of the terms up to t",
+    "loss.png": "The loss and the other logged metrics over training steps",
+    "bpd.png": "The term of the bound for each t, and the sum of the terms up to t",
     "rate_distortion.png": "Progressive coding: distortion and rate after each reverse step, and one against the other",
     "schedule.png": "log SNR per t: the learned schedule, and where it started",
 }
-MISSING = {  # file: what it would show, and what makes it
+MISSING = {  # file -> what it would show, and what makes it
     SUMMARY: "bits/dim, versions and digests: the run is not finished; run the same command again to continue it",
     SAMPLES: "samples and their denoising trajectory: the end of the run, or --mode=sample",
     QUALITY: "Fréchet distance and other metrics of samples: --mode=quality",
 }
 NOT_SCORED = "bits/dim: the run was not scored: --mode=eval --config.eval.num_images=0."
-# With all its pictures a page stays below 12 MB: in base64 they are 4/3 as large, and the rest is text.
+# With all pictures a page stays below 12 MB: base64 makes them 4/3 as large, and the rest is text.
 MAX_BYTES, MAX_TRAJECTORY_BYTES, MAX_PLOT_BYTES, MAX_SMALL_BYTES = 2**21, 2**20, 2**19, 2**18
 MAX_EARLIER = 8  # pictures of samples during training
 
@@ -66,7 +66,7 @@ def page(contents: Contents) -> str:
 
 
 def flat(groups: dict[str, Any]) -> dict[str, Any]:
-    """{"unet": {"channels": 128}} -> {"unet.channels": 128}; without the version of the program."""
+    """{"unet": {"channels": 128}} -> {"unet.channels": 128}, without the version of the program."""
     return {name: value for name, value in flatten_dict(groups, sep=".").items() if name != "version"}
 
 
@@ -79,7 +79,7 @@ def _state(config: dict[str, Any], summary: dict[str, Any], rows: list[dict[str,
 
 
 def ending(summary: dict[str, Any]) -> str:
-    """How a run ended that has this summary."""
+    """How the run with this summary ended."""
     step, stopped = text_of(summary.get("step")), summary.get("stopped_early")
     if not isinstance(stopped, dict):
         return f"finished at step {step}"
@@ -88,7 +88,7 @@ def ending(summary: dict[str, Any]) -> str:
 
 
 def _lead(config: dict[str, Any], scores: dict[str, Any]) -> str:
-    """The experiment in a sentence."""
+    """The experiment in one sentence."""
     if not config:
         return ""
 
@@ -104,7 +104,7 @@ def _lead(config: dict[str, Any], scores: dict[str, Any]) -> str:
 
 
 def _cards(scores: dict[str, Any], quality: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
-    """The numbers to see first."""
+    """The main numbers."""
     cards = {}
     protocol = scores.get("protocol")
     labels = f", labels {text_of(protocol['labels'])}" if isinstance(protocol, dict) and "labels" in protocol else ""
@@ -126,7 +126,7 @@ def _cards(scores: dict[str, Any], quality: dict[str, Any], rows: list[dict[str,
 
 
 def _samples(contents: Contents, config: dict[str, Any]) -> list[str]:
-    """The last samples, and those during training, evenly chosen where there are many."""
+    """The last samples, and those during training; if there are many, evenly chosen ones."""
     caption = "The first samples" + (", a row per class" if config.get("model.conditional") else "")
     made = [parts.figure(contents, SAMPLES, "Samples of the model, side by side", caption, MAX_BYTES)]
     matches = [re.fullmatch(r"samples_(\d+)\.png", name) for name in contents.matching("samples_*.png")]
@@ -143,18 +143,18 @@ def _samples(contents: Contents, config: dict[str, Any]) -> list[str]:
 
 
 def _trajectory(contents: Contents) -> list[str]:
-    alt = "The network's guess of the finished image at each frame: a row per sample, from noise to image"
-    caption = "x̂₀, the network's guess of the finished image: a row per sample, from noise (left) to image (right)"
+    alt = "The network's prediction of the image at each frame: a row per sample, from noise to image"
+    caption = "x̂₀, the network's prediction of the image: a row per sample, from noise (left) to image (right)"
     return [parts.figure(contents, TRAJECTORY, alt, caption, MAX_TRAJECTORY_BYTES)]
 
 
 def _config(contents: Contents, config: dict[str, Any], base: dict[str, Any]) -> list[str]:
-    """What differs from the config file, the command of the run, and all keys."""
+    """The keys that differ from the config file, the command of the run, and all keys."""
     if not config:
         return []
     values = flat(base["values"]) if isinstance(base.get("values"), dict) else {}
     name = text_of(base.get("config"))
-    if values and not name.partition(":")[0].endswith("of_run.py"):  # which earlier versions wrote for forks
+    if values and not name.partition(":")[0].endswith("of_run.py"):  # earlier versions wrote that for forks
         keys = sorted(config.keys() | values.keys())
         changed = [key for key in keys if config.get(key, ABSENT) != values.get(key, ABSENT)]
         cells = [[key, *(text_of(of.get(key, ABSENT)) for of in (values, config))] for key in changed]
@@ -164,12 +164,14 @@ def _config(contents: Contents, config: dict[str, Any], base: dict[str, Any]) ->
             parts.table(["key", name, "this run"], cells, f"Keys that differ from {name}")
             if changed
             else parts.element("p", f"No key differs from {name}."),
-            parts.element("p", "The command of this run; given again, it continues where the run stopped:"),
+            parts.element("p", "The command of this run. Running it again continues where the run stopped:"),
             parts.element("pre", " \\\n    ".join(["python main.py", *map(shlex.quote, arguments)])),
         ]
     else:
         made = [
-            parts.element("p", "The run's own config is all of it. This command continues where the run stopped:"),
+            parts.element(
+                "p", "No config file to compare with is known. This command continues where the run stopped:"
+            ),
             parts.element("pre", shlex.join(["python", "main.py", f"--workdir={contents.directory}"])),
         ]
     lines = "\n".join(f"{key} = {text_of(value)}" for key, value in sorted(config.items()))
@@ -177,7 +179,7 @@ def _config(contents: Contents, config: dict[str, Any], base: dict[str, Any]) ->
 
 
 def _versions(scores: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
-    """What the numbers depend on, and the files that they come from."""
+    """The device, versions and digests behind the numbers, and the files that hold them."""
     versions = scores["versions"] if isinstance(scores.get("versions"), dict) else {}
     named = {"device": scores.get("device"), **{f"{name} version": value for name, value in versions.items()}}
     facts = {name: text_of(value) for name, value in named.items() if value is not None}

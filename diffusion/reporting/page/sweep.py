@@ -1,4 +1,4 @@
-"""The page of a sweep: its runs in a table with both numbers, what differs between them, tables and plots."""
+"""The page of a sweep: a table of its runs with their scores and differing config keys, further tables, and plots."""
 
 import csv
 import io
@@ -14,14 +14,14 @@ from diffusion.reporting.page.parts import UNKNOWN, is_number, number, text_of, 
 from diffusion.reporting.page.run import CONFIG, MAX_PLOT_BYTES, QUALITY, SUMMARY, flat
 
 TABLE, REPORT = "table.csv", "table.md"  # a sweep's numbers, means over seeds
-HALF_WIDTH = "_half_width"  # of the 95% interval of the number in the column that is named before it
+HALF_WIDTH = "_half_width"  # NAME_half_width: of the 95% interval of the number in the column NAME
 INTERVALS = "mean ± 95% interval over seeds (Student's t); one seed has no interval"
 MAX_PLOTS = 8
-NOT_SETTINGS = ("data.data_dir",)  # where the data lies on one machine
+NOT_SETTINGS = ("data.data_dir",)  # differs between machines
 
 
 class RunFiles(NamedTuple):
-    """A run of a sweep: the name of its folder, and what its files hold."""
+    """A run of a sweep: the name of its folder and the contents of its files."""
 
     name: str
     config: dict[str, Any]
@@ -35,7 +35,7 @@ def names(contents: Contents) -> list[str]:
 
 
 def page(contents: Contents, run_page: str) -> str:
-    """The HTML of a sweep's page; `run_page` is the name of its runs' pages, which it links to."""
+    """The HTML of a sweep's page. It links to the runs' pages, whose file name is `run_page`."""
     runs = []
     for name in names(contents):
         config, summary, quality = (contents.json(f"{name}/{file}") for file in (CONFIG, SUMMARY, QUALITY))
@@ -64,14 +64,14 @@ def page(contents: Contents, run_page: str) -> str:
 
 
 def _lead(finished: int, begun: int) -> str:
-    """How far the runs are that have a folder; how many more are planned the folders do not tell."""
+    """The numbers of finished and begun runs. The folders do not say how many more are planned."""
     return f"runs: {finished} finished" + (f", {begun} begun" if begun else "")
 
 
 def _mean_cards(table: str) -> dict[str, str]:
     """The setting with the lowest mean over seeds of each number in table.csv; {} if none has several seeds.
 
-    The best of all runs would be the luckiest seed. Bits/dim are those of validation images, where there are some.
+    The best of all runs would be the luckiest seed. Bits/dim are of validation images, if there are any.
     """
     lines = list(csv.DictReader(io.StringIO(table)))
     if not any(_float(line.get("seeds")) > 1 for line in lines):
@@ -94,7 +94,7 @@ def _mean_cards(table: str) -> dict[str, str]:
 
 
 def _cards(finished: list[RunFiles]) -> dict[str, str]:
-    """The best run by each number."""
+    """The best run by each score."""
     cards = {}
     for name, title in (("validation_bpd", "validation bits/dim"), ("test_bpd", "bits/dim")):
         if scored := [run for run in finished if is_number(run.summary.get(name))]:
@@ -135,21 +135,21 @@ def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
     named = {"validation_bpd": "validation bits/dim", "test_bpd": "test bits/dim"}
     head = ["run", *(named[name] for name in bounds), *titles, "decoder", "KL", "train", *differing]
     caption = (
-        "Bits/dim ± the standard error over images, the parts of those of the test images, the bits/dim of training "
-        "images, and the config keys that differ. Click a heading to sort."
+        "Bits/dim ± the standard error over images, the parts of the test bits/dim, the bits/dim of training images, "
+        "and the config keys that differ. Click a heading to sort."
     )
     return [parts.table(head, rows, caption, sortable=True)]
 
 
 def _note(summary: dict[str, Any]) -> str:
-    """What the name of a run is followed by."""
+    """The remark after the name of a run."""
     if "stopped_early" in summary:
         return f" (stopped early at step {text_of(summary.get('step'))})"
     return "" if summary else " (not finished)"
 
 
 def _tables(contents: Contents) -> list[str]:
-    """The CSV files that the sweep's program wrote."""
+    """The CSV files of the sweep as tables."""
     made = []
     for name in contents.matching("*.csv"):
         lines = list(csv.reader(io.StringIO(contents.text(name))))
@@ -162,7 +162,7 @@ def _tables(contents: Contents) -> list[str]:
 
 
 def _with_half_widths(head: list[str], *body: list[str]) -> tuple[list[str], list[list[str]]]:
-    """The columns, each NAME_half_width as the ± of the column NAME."""
+    """The columns, with each NAME_half_width as the ± of the column NAME."""
     halves = {name: head.index(name + HALF_WIDTH) for name in head if name + HALF_WIDTH in head}
     shown = [i for i in range(len(head)) if i not in halves.values()]
     cells = []
@@ -173,7 +173,7 @@ def _with_half_widths(head: list[str], *body: list[str]) -> tuple[list[str], lis
 
 
 def _float(text: str | None) -> float:
-    """A cell of a CSV file as a number; NaN if it is none."""
+    """A cell of a CSV file as a number; NaN if it is not a number."""
     try:
         return float(text or "nan")
     except ValueError:
@@ -181,7 +181,7 @@ def _float(text: str | None) -> float:
 
 
 def _cell(text: str, half_width: str = "") -> str:
-    """A cell of a CSV file, as a number if it is one, with the half-width of its interval if it has one."""
+    """A cell of a CSV file: numbers are formatted, with the half-width of the interval if there is one."""
     value, error = _float(text), _float(half_width)
     if not is_number(value):
         return text or UNKNOWN
