@@ -1,11 +1,11 @@
-"""The U-Net of Nichol & Dhariwal (2021) and of Dhariwal & Nichol (2021), who name theirs ADM.
+"""The U-Net of Nichol & Dhariwal (2021) and of Dhariwal & Nichol (2021), who call theirs ADM.
 
-It is Ho et al.'s (`unet.py`) with
+It is Ho et al.'s network (`unet.py`) with these differences:
 
-- the cosines before the sines in the time embedding, and other frequencies;
-- downsampling that pads all around or, with `block_resampling`, residual blocks that halve and double the map;
-- heads of attention by their number or by their channels, on the way up of another number;
-- widths that may be fractions of `channels`, of which the time embedding is made.
+- the time embedding has the cosines before the sines, and other frequencies;
+- downsampling pads all sides or, with `block_resampling`, residual blocks halve and double the map;
+- attention heads are set by their number or their channels, and the number may differ on the way up;
+- the widths may be fractions of `channels`; the time embedding has `channels` elements.
 
 Source: openai/improved-diffusion and openai/guided-diffusion, unet.py and nn.py.
 """
@@ -34,7 +34,7 @@ from diffusion.networks.unet import MAX_BLOCKS, MAX_WIDTH, ResidualBlock
 def time_embedding(network_t: Real[Array, " b"], width: int) -> Float[Array, "b {width}"]:
     """cos and then sin of network_t * 10000^(-k / (width/2)) for k = 0 ... width/2 - 1, in float32."""
     half = width // 2
-    # In float32 from the start, as in the original code: at t = 1000 a bit of a frequency shows in the sine.
+    # In float32 from the start, as in the original code: at t = 1000 one bit of a frequency changes the sine.
     frequencies = np.exp(np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half))
     angles = network_t.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -91,7 +91,7 @@ class ADM(nn.Module):
         return [int(factor * self.channels) for factor in self.channel_mult]
 
     def heads(self, features: int, up: bool = False) -> int:
-        """Heads of an attention on maps of so many features, on the way up or not."""
+        """The number of heads of an attention on maps with this many features, on the way up or not."""
         if self.head_channels:
             return features // self.head_channels
         return self.num_heads_up if up and self.num_heads_up else self.num_heads
@@ -145,10 +145,10 @@ class ADM(nn.Module):
         dropout_keys: Key[Array, " b"] | None = None,
         labels: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b h w {self.out_channels}"]:
-        """The network's output for noisy images x and the number each is conditioned on (0 ... T - 1).
+        """The network's output for noisy images x, conditioned on one number each (0 ... T - 1).
 
         Dropout needs a key for each example; without keys nothing is dropped. A network with classes needs a label for
-        each example, -1 for none, but not to be initialized.
+        each example (-1 for none), except when it is initialized.
         """
         self.check(x.shape[1:])
         embedding = conditioning_vector(self, time_embedding(network_t, self.channels), labels)
@@ -171,7 +171,7 @@ class ADM(nn.Module):
 
     @nn.nowrap
     def _down(self, h: Array, block: Callable[..., Array]) -> list[Array]:
-        """Every map on the way down, which the way up reads again; the last one is the smallest."""
+        """All maps on the way down, for the skip connections; the last one is the smallest."""
         skips = [h]
         for level, features in enumerate(self.widths):
             for i in range(self.num_res_blocks):
@@ -187,7 +187,7 @@ class ADM(nn.Module):
 
     @nn.nowrap
     def _strided(self, h: Array, name: str) -> Array:
-        """h at half of its height and width, with zeros on all sides."""
+        """h at half of its height and width, padded with zeros on all sides."""
         conv = CONVOLUTIONS[self.convolution]
         return conv(h.shape[-1], strides=2, padding=((1, 1), (1, 1)), dtype=self.dtype, name=name)(h)
 

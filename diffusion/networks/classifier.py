@@ -1,4 +1,4 @@
-"""A small classifier of images: its last hidden layer gives features for data that Inception was not made for."""
+"""A small image classifier. Its last hidden layer gives features for data that Inception was not made for."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from diffusion.networks.layers import Conv, Dense, GroupNorm
 
 FEATURES = 128
-WIDTHS = (32, 64, 128)  # of the maps, from the first; the last one of all that follow
+WIDTHS = (32, 64, 128)  # of the maps; later ones have the last width
 SMALLEST_MAP = 4
 
 

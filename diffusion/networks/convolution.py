@@ -1,18 +1,17 @@
-"""The 3×3 convolution by Winograd's F(2×2, 3×3), for CPUs: 4 multiplications for an output in place of 9.
+"""The 3×3 convolution by Winograd's F(2×2, 3×3), for CPUs: 4 multiplications per output instead of 9.
 
 Lavin & Gray (2016, arXiv 1509.09308), section 4.1. The map is cut into tiles d of 4×4 pixels, two pixels apart. Each
 tile of one channel and the kernel g give four outputs,
 
     Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A.
 
-Over all channels ⊙ becomes sixteen matrix products, one for each place in a tile. B and A hold 0 and ±1 alone, so
-pixels are only added. They are added where they are gathered, because XLA's slices and concatenations of the same maps
-take longer on CPUs.
+Over all channels ⊙ becomes sixteen matrix products, one for each place in a tile. B and A contain only 0 and ±1, so
+pixels are only added or subtracted. This happens while they are gathered, because XLA's slices and concatenations of
+the same maps take longer on CPUs.
 
-The gradient in the kernel becomes sixteen products of the same tiles. It is linear in the map and in the output's
-gradient, as the convolution is in the map and in the kernel, and each of the two is the other's derivative. They are
-primitives of JAX, so that derivatives of any order are made of these two, and not of a gather's transpose, which is a
-slow scatter.
+The kernel's gradient becomes sixteen products of the same tiles. The convolution is linear in the map and the kernel,
+and this gradient is linear in the map and the output's gradient. Each is the other's derivative. Both are primitives of
+JAX, so derivatives of any order use only these two. Otherwise JAX would transpose a gather, which is a slow scatter.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-# With fewer channels XLA's own convolution is as fast, and so is its gradient in the kernel.
+# With fewer channels XLA's own convolution and its kernel gradient are as fast.
 MIN_CHANNELS, MIN_CHANNELS_OF_GRADIENT = 64, 16
 # Row i of Bᵀ d is d[FIRST[i]] + SIGN[i] d[SECOND[i]].
 FIRST, SECOND, SIGN = np.array([0, 1, 2, 1]), np.array([2, 2, 1, 3]), np.float32([-1, 1, -1, -1])
@@ -35,12 +34,12 @@ A = np.float32([[1, 0], [1, 1], [1, -1], [0, -1]])
 
 
 def winograd(lhs, rhs, window_strides, padding, **settings):
-    """`lax.conv_general_dilated`, as `nn.Conv` calls it; dense "SAME" 3×3 convolutions in float32 are `conv_3x3`."""
+    """Replaces `lax.conv_general_dilated` in `nn.Conv`. It uses `conv_3x3` for dense "SAME" 3×3 ones in float32."""
     is_3x3 = window_strides == (1, 1) and padding == "SAME" and rhs.shape[:2] == (3, 3)
     dilations = [settings.get(name) or (1, 1) for name in ("lhs_dilation", "rhs_dilation")]
     is_dense = rhs.shape[2] == lhs.shape[3] and all(tuple(dilation) == (1, 1) for dilation in dilations)
     is_float32 = lhs.dtype == rhs.dtype == jnp.float32
-    # One image alone is XLA's, because `describe.forward_flops` has XLA count its operations.
+    # XLA computes single images, because `describe.forward_flops` lets XLA count the operations of one.
     is_batch = lhs.shape[0] > 1
     is_tiled = lhs.shape[1] % 2 == lhs.shape[2] % 2 == 0
     is_wide = min(rhs.shape[2:]) >= MIN_CHANNELS_OF_GRADIENT
@@ -55,12 +54,12 @@ def conv_3x3(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Flo
 
 
 def kernel_gradient(x: Float[Array, "b h w c"], g: Float[Array, "b h w f"]) -> Float[Array, "3 3 c f"]:
-    """Of `conv_3x3` in its kernel, from the output's gradient g: the sums over v, u of x[v+i-1, u+j-1] ⊗ g[v, u]."""
+    """The kernel's gradient from the output's gradient g: entry i, j is Σ_{v,u} x[v+i-1, u+j-1] ⊗ g[v, u]."""
     return KERNEL_GRADIENT.bind(x, g)
 
 
 def turned(kernel: Float[Array, "3 3 c f"]) -> Float[Array, "3 3 f c"]:
-    """The kernel of the transpose in the map."""
+    """The kernel of the convolution's transpose with respect to the map."""
     return kernel[::-1, ::-1].swapaxes(2, 3)
 
 
@@ -101,13 +100,13 @@ def _tiles(x: Float[Array, "b h w c"]) -> Float[Array, "16 n c"]:
 
 
 def _gathered(maps: Array, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> Array:
-    """[b, i, j, p, q, c]: of the tile p, q of maps of this shape the pixel in rows[i], columns[j]."""
+    """[b, i, j, p, q, c]: the pixel in rows[i], columns[j] of tile p, q, for maps of this shape."""
     y, x = 2 * np.arange(shape[1] // 2) + rows[:, None], 2 * np.arange(shape[2] // 2) + columns[:, None]
     return maps[:, y[:, None, :, None], x[None, :, None, :]]
 
 
 def _spread(g: Float[Array, "b h w f"]) -> Float[Array, "16 n f"]:
-    """A y Aᵀ of the four pixels y of all tiles' outputs."""
+    """A y Aᵀ for the four output pixels y of every tile."""
 
     def at(row: int, column: int) -> Float[Array, "b 4 4 y x f"]:
         sign = A[:, row].reshape(1, 4, 1, 1, 1, 1) * A[:, column].reshape(1, 1, 4, 1, 1, 1)
@@ -118,11 +117,11 @@ def _spread(g: Float[Array, "b h w f"]) -> Float[Array, "16 n f"]:
 
 
 def _outputs(products: Float[Array, "4 4 b p q f"]) -> Float[Array, "b 2*p 2*q f"]:
-    """Aᵀ m A of all tiles, put together to a map."""
+    """Aᵀ m A of all tiles, joined into a map."""
     y, x = np.arange(2 * products.shape[3])[:, None], np.arange(2 * products.shape[4])[None, :]
 
     def term(i: int, j: int) -> Array:
-        """Of each sum the term number i, j: there are three in a column of A."""
+        """Term i, j of each output's sum. A column of A has three entries that are not 0."""
         row, column = i + y % 2, j + x % 2
         sign = A[row, y % 2] * A[column, x % 2]
         return sign[..., None, None] * products[row, column, :, y // 2, x // 2]
@@ -131,10 +130,10 @@ def _outputs(products: Float[Array, "4 4 b p q f"]) -> Float[Array, "b 2*p 2*q f
 
 
 def _primitive(name: str, function: Callable[..., Array], by_xla: Callable[..., Array]) -> Primitive:
-    """A primitive of JAX for a function of two arrays; under `vmap` it is `by_xla`.
+    """A JAX primitive for a function of two arrays. Under `vmap` it is `by_xla`.
 
-    XLA keeps it as a call of its own, into which it fuses nothing and out of which nothing. Else it would compute what
-    comes before again for each time that a pixel is gathered, and the outputs for each use.
+    XLA keeps it as a separate call and fuses nothing into it or out of it. Otherwise it would recompute the inputs
+    each time a pixel is gathered, and the outputs for each use.
     """
     compiled = jax.jit(function)
 
@@ -152,7 +151,7 @@ def _primitive(name: str, function: Callable[..., Array], by_xla: Callable[..., 
 
 CONVOLUTION = _primitive("conv_3x3", _conv, _conv_by_xla)
 KERNEL_GRADIENT = _primitive("conv_3x3_kernel_gradient", _kernel_gradient, _kernel_gradient_by_xla)
-# Of each the gradients in its first and in its second argument, from the result's cotangent.
+# The gradients of each with respect to its first and second argument, from the result's cotangent.
 ad.defbilinear(
     CONVOLUTION,
     lambda g, _, kernel: conv_3x3(g, turned(kernel)),

@@ -1,9 +1,9 @@
-"""Dropout whose random bits cost little: a hash of the position, keyed by the example.
+"""Dropout with cheap random bits: a hash of the position, keyed by the example.
 
-Threefry, from which `jax.random` draws, mixes 20 rounds for a number, and dropout took eight times as long on CPUs. To
-choose what is dropped, MurmurHash3's mix of the position is random enough (A. Appleby, 2011, "fmix32"), once for each
-word of the key. JAX's other generator, rbg, is cheap as well, but under vmap an example's numbers would depend on the
-rest of its batch (tests/test_jax.py).
+`jax.random` draws from Threefry, which mixes 20 rounds for a number; dropout took eight times as long with it on CPUs.
+For dropout, MurmurHash3's mix of the position is random enough (A. Appleby, 2011, "fmix32"), applied once for each word
+of the key. JAX's other generator, rbg, is cheap too, but under vmap an example's numbers would depend on the rest of
+its batch (tests/test_jax.py).
 """
 
 import math
@@ -14,14 +14,14 @@ from jaxtyping import Array, Float, Key, UInt32
 
 
 def dropout(h: Float[Array, "b h w c"], rate: float, keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
-    """h with each number set to zero at this rate, the others scaled so that the mean stays; a key for each example."""
+    """h with each number set to zero with probability `rate` and the others scaled to keep the mean. One key each."""
     threshold = min(round(rate * 2**32), 2**32 - 1)
     bits = jax.vmap(lambda key: random_bits(key, math.prod(h.shape[1:])))(keys).reshape(h.shape)
     return jnp.where(bits >= jnp.uint32(threshold), h / (1 - threshold / 2**32), 0).astype(h.dtype)
 
 
 def random_bits(key: Key[Array, ""], size: int) -> UInt32[Array, " {size}"]:
-    """32 bits for each of `size` positions, which depend on nothing but the key and the position."""
+    """32 bits for each of `size` positions. They depend only on the key and the position."""
     bits = jnp.arange(size, dtype=jnp.uint32)
     for word in jax.random.key_data(key):
         bits = _mix(bits ^ word)

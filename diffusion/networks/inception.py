@@ -1,8 +1,8 @@
-"""FID's Inception network of 2015-12-05: features of pictures, as torch-fidelity computes them.
+"""FID's Inception network of 2015-12-05: features of images, as torch-fidelity computes them.
 
-Szegedy et al. (2015, arXiv 1512.00567) as Heusel et al. (2017) use it. It differs from the paper's network in this: an
-average pool divides by the number of pixels inside the map, the last block's pool takes the maximum, there are 1,008
-logits, and pictures are resized as TensorFlow 1 does, without antialiasing.
+It is the network of Szegedy et al. (2015, arXiv 1512.00567), as used by Heusel et al. (2017). It differs from the
+paper's in four ways. Average pools divide by the number of pixels inside the map. The last block's pool takes the
+maximum. There are 1,008 logits. Images are resized as in TensorFlow 1, without antialiasing.
 
     params = inception.load(inception.published_weights())
     inception.features(params, images)["2048"]
@@ -21,11 +21,11 @@ from diffusion.networks.inception_weights import digest, load, published_weights
 
 __all__ = ["DIMENSIONS", "digest", "features", "load", "published_weights"]
 
-# name -> length of the vector. All but the logits are means over a map of that many channels.
+# Name -> length of the vector. All but the logits are means over a map with this many channels.
 DIMENSIONS = {"64": 64, "192": 192, "768": 768, "2048": 2048, "logits_unbiased": 1008}
-SIZE = 299  # pixels; every picture is resized to this square
+SIZE = 299  # pixels; every image is resized to this square
 NHWC = ("NHWC", "HWIO", "NHWC")
-# Accelerators multiply float32 in bfloat16 or TF32 unless they are told not to.
+# Without it, accelerators multiply float32 numbers in bfloat16 or TF32.
 PRECISION = "highest"
 
 Map = Float[Array, "n h w c"]
@@ -34,16 +34,16 @@ Block = dict[str, Layer]
 
 
 def features(params: PyTree, images: np.ndarray | Array, batch_size: int = 8) -> dict[str, Float[np.ndarray, "n d"]]:
-    """The features of pictures, float32, by the names in DIMENSIONS, at any size of picture and in bounded memory.
+    """The features of images of any size, float32, by the names in DIMENSIONS, in bounded memory.
 
-    FID, KID, precision and recall are computed from "2048", the Inception score from "logits_unbiased": the logits
-    without their bias.
+    FID, KID, precision and recall are computed from "2048". The Inception score is computed from "logits_unbiased", the
+    logits without their bias.
 
     Args:
-        params: what `load` returns.
+        params: the result of `load`.
         images: uint8 [n, h, w, 3], RGB.
-        batch_size: images at a time. More than eight are no faster on a CPU, and the missing ones of the last batch
-            are computed for nothing.
+        batch_size: images at a time. More than eight are no faster on a CPU. The last batch is padded, at the cost of a
+            full one.
 
     Raises:
         ValueError: the images are not uint8, or not of that shape.
@@ -54,14 +54,14 @@ def features(params: PyTree, images: np.ndarray | Array, batch_size: int = 8) ->
     found = {name: np.empty((len(images), length), np.float32) for name, length in DIMENSIONS.items()}
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        missing = batch_size - len(batch)  # filled up, or the last batch would need a program of its own
+        missing = batch_size - len(batch)  # padded, or the last batch would need its own compiled program
         full = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
         for name, values in _network(params, _resized(full)).items():
             found[name][start : start + batch_size] = values[: len(batch)]
     return found
 
 
-# Apart from the network, which is so compiled once for pictures of all sizes.
+# Separate from the network, so that the network is compiled only once for images of all sizes.
 @jax.jit
 def _resized(images: UInt8[Array, "n h w 3"]) -> Float[Array, "n 299 299 3"]:
     """TensorFlow 1's bilinear resizing (align_corners and half_pixel_centers are false), then (x − 128) / 128."""
@@ -72,10 +72,10 @@ def _resized(images: UInt8[Array, "n h w 3"]) -> Float[Array, "n 299 299 3"]:
 
 
 def _interpolated(x: Map, axis: int) -> Float[Array, "n h2 w2 c"]:
-    """`x` at SIZE positions of one axis, i · length / SIZE, between the pixel before and the one after each.
+    """`x` at the SIZE positions i · length / SIZE of one axis, interpolated between the two nearest pixels.
 
-    Nothing is averaged where the picture shrinks, and pixels lie at integers, not at their centres: so a picture is
-    shifted a little, and behind its last pixel that pixel is repeated.
+    Nothing is averaged when the image shrinks. Pixels lie at integers, not at their centres, so the image is shifted a
+    little, and its last pixel is repeated beyond the end.
     """
     length = x.shape[axis]
     position = np.arange(SIZE, dtype=np.float32) * np.float32(length / SIZE)  # float32 as in the published graph
@@ -115,13 +115,13 @@ def _network(params: PyTree, x: Float[Array, "n 299 299 3"]) -> dict[str, Float[
 
 
 def _conv(layer: Layer, x: Map, stride: int = 1, padding: str = "SAME") -> Float[Array, "n h2 w2 c2"]:
-    """max(0, convolution + bias); the batch norm is in both."""
+    """max(0, convolution + bias); the batch norm is folded into both."""
     x = lax.conv_general_dilated(x, layer["kernel"], (stride, stride), padding, dimension_numbers=NHWC)
     return jax.nn.relu(x + layer["bias"][None, None, None])
 
 
 def _convs(block: Block, names: Sequence[str], x: Map) -> Float[Array, "n h w c2"]:
-    """One after the other."""
+    """Several convolutions, one after the other."""
     for name in names:
         x = _conv(block[name], x)
     return x
@@ -132,7 +132,7 @@ def _max_pool(x: Map, stride: int = 2, padding: str = "VALID") -> Float[Array, "
 
 
 def _average_pool(x: Map) -> Map:
-    """The mean of those pixels of a window that lie inside the map."""
+    """The mean of the pixels of each window that lie inside the map."""
     count = _over_windows(lax.add, 0.0, jnp.ones((1, *x.shape[1:3], 1)), 1, "SAME")
     return _over_windows(lax.add, 0.0, x, 1, "SAME") / count
 
@@ -140,7 +140,7 @@ def _average_pool(x: Map) -> Map:
 def _over_windows(
     reduce: Callable[[Array, Array], Array], empty: float, x: Map, stride: int, padding: str
 ) -> Float[Array, "n h2 w2 c"]:
-    """Over 3×3 pixels: over three rows, then over three columns. On CPUs that is 2 to 4 times as fast as at once."""
+    """Reduces 3×3 windows: three rows, then three columns. On CPUs that is 2 to 4 times as fast as both at once."""
     x = lax.reduce_window(x, empty, reduce, (1, 3, 1, 1), (1, stride, 1, 1), padding)
     return lax.reduce_window(x, empty, reduce, (1, 1, 3, 1), (1, 1, stride, 1), padding)
 

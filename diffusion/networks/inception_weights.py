@@ -1,7 +1,7 @@
-"""The weights of FID's Inception: where they are published, the layout of the file, and what the network takes of it.
+"""The weights of FID's Inception: their URL, the layout of the file, and the network's parameters from it.
 
-The published file is a PyTorch state_dict. PyTorch reads it once, without unpickling any object, and its tensors are
-kept beside it as safetensors, under the published names. Later loads need no PyTorch.
+The published file is a PyTorch state_dict. PyTorch reads it once, without unpickling any object. The tensors are then
+saved beside it as safetensors, under the published names. Later loads do not need PyTorch.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 NUM_BYTES = 95_628_359
 SUFFIX = ".safetensors"
-# In the metadata of a converted file: the digest of the file that it was made from, and that of its tensors.
+# In the metadata of a converted file: the digests of the original file and of the tensors.
 SOURCE_SHA256, TENSORS_SHA256 = "source_sha256", "tensors_sha256"
 BATCH_NORM_EPS = 1e-3
 UNUSED = ".num_batches_tracked"  # of a batch norm; present or absent
@@ -88,7 +88,7 @@ REDUCTION_8 = {
     "branch7x7x3_3": (192, 192, 7, 1),
     "branch7x7x3_4": (192, 192, 3, 3),
 }
-# The kernels as PyTorch keeps them, [outputs, inputs, height, width]: of a convolution, or of a block's convolutions.
+# The shapes of the kernels in PyTorch, [outputs, inputs, height, width], of a convolution or a block's convolutions.
 CONVOLUTIONS = {
     "Conv2d_1a_3x3": (32, 3, 3, 3),
     "Conv2d_2a_3x3": (32, 32, 3, 3),
@@ -123,9 +123,9 @@ def layout() -> dict[str, Shape]:
 
 
 def published_weights() -> Path:
-    """The published file in ~/.cache/diffusion ($XDG_CACHE_HOME/diffusion), downloaded if it is not there.
+    """The published file in ~/.cache/diffusion ($XDG_CACHE_HOME/diffusion), downloaded if it is missing.
 
-    Where only the file that was converted from it is left, that one.
+    If only the converted file is there, its path is returned.
 
     Raises:
         ValueError: the server sent something else.
@@ -143,16 +143,16 @@ def published_weights() -> Path:
 
 
 def converted(path: Path) -> Path:
-    """Where the tensors of a PyTorch file are kept as safetensors."""
+    """The path of the safetensors converted from a PyTorch file."""
     return path.with_name(path.name + SUFFIX)
 
 
 def digest(path: str | Path) -> str:
-    """SHA-256 of the file; of a converted file, that of the file it was made from.
+    """The SHA-256 of a file. For a converted file, the SHA-256 of the file that it was made from.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file, in spite of its name.
+        ValueError: its name ends in .safetensors, but its content is something else.
     """
     path = _existing(path)
     if path.suffix == SUFFIX and (source := _metadata(path).get(SOURCE_SHA256)):
@@ -176,8 +176,8 @@ def load(path: str | Path, check_digest: bool = True) -> PyTree:
 
     Raises:
         FileNotFoundError: there is no such file.
-        RuntimeError: a PyTorch file that was not converted yet, and PyTorch is not installed.
-        ValueError: the weights are not the published ones, the file is damaged, or its layout is another.
+        RuntimeError: a PyTorch file is not converted yet, and PyTorch is not installed.
+        ValueError: the weights are not the published ones, the file is damaged, or it has another layout.
     """
     path = _existing(path)
     found = digest(path)
@@ -204,17 +204,17 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _read(path: Path, check_digest: bool) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file; with `check_digest` they must be those that were written."""
+    """The tensors of a safetensors file. With `check_digest` they must match the digest in the file."""
     wanted = _metadata(path).get(TENSORS_SHA256)
     with safe_open(path, framework="numpy") as file:
         tensors = _checked({name: file.get_tensor(name) for name in file.keys()}, path)
     if check_digest and tree_sha256(tensors) != wanted:
-        raise ValueError(f"{path} is damaged: its tensors are not those that were converted; delete it")
+        raise ValueError(f"{path} is damaged: its tensors do not match their SHA-256; delete it")
     return tensors
 
 
 def _read_torch(path: Path, sha256: str) -> dict[str, np.ndarray]:
-    """The tensors of a PyTorch file, from the converted one, which is made where it is absent or of another file."""
+    """The tensors of a PyTorch file, from its converted file. That is made if it is absent or of another file."""
     kept = converted(path)
     if kept.is_file() and _metadata(kept).get(SOURCE_SHA256) == sha256:
         return _read(kept, check_digest=True)
@@ -228,7 +228,7 @@ def _read_torch(path: Path, sha256: str) -> dict[str, np.ndarray]:
 
 
 def _state_dict(path: Path) -> dict[str, np.ndarray]:
-    """What PyTorch reads from a file; later loads need it no more. Raises what `pytorch_file.state_dict` does."""
+    """The tensors of a file, read by PyTorch. Raises the errors of `pytorch_file.state_dict`."""
     remedy = "pip install -e '.[inception]', or give a .safetensors file"
     return {name: tensor.float().numpy() for name, tensor in pytorch_file.state_dict(path, remedy).items()}
 
@@ -237,7 +237,7 @@ def _checked(tensors: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray
     """The tensors of the layout, float32.
 
     Raises:
-        ValueError: one is missing, extra, misshapen, no float or not finite; the message names the first few.
+        ValueError: a tensor is missing, extra, misshapen, not float, or has NaN or Inf; one line names the first few.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(UNUSED)}
     try:
@@ -245,12 +245,12 @@ def _checked(tensors: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if bad := [name for name, t in tensors.items() if t.dtype.kind != "f" or not np.isfinite(t).all()]:
-        raise ValueError(f"{path}: no floats, or NaN or Inf, in {first_few(sorted(bad))}")
+        raise ValueError(f"{path}: not float, NaN or Inf in {first_few(sorted(bad))}")
     return {name: np.ascontiguousarray(t, np.float32) for name, t in tensors.items()}
 
 
 def _folded(tensors: dict[str, np.ndarray]) -> PyTree:
-    """The network's parameters, on the device."""
+    """The network's parameters, on the device, with batch norms folded in."""
     params: PyTree = {"fc": tensors["fc.weight"].T}
     for name, shape in CONVOLUTIONS.items():
         if isinstance(shape, dict):
@@ -261,7 +261,7 @@ def _folded(tensors: dict[str, np.ndarray]) -> PyTree:
 
 
 def _convolution(tensors: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    """Kernel and bias of a convolution with the batch norm behind it, in float64 until the end."""
+    """The kernel and bias of a convolution and the batch norm after it, computed in float64."""
     kernel = np.float64(tensors[f"{name}.conv.weight"])
     scale, bias, mean, variance = (
         np.float64(tensors[f"{name}.bn.{part}"]) for part in ("weight", "bias", "running_mean", "running_var")

@@ -1,4 +1,4 @@
-"""What is wrong with a set of named tensors, said so that the message stays one line."""
+"""One-line error messages about a set of named tensors."""
 
 MAX_NAMED = 3  # in one message
 
@@ -17,6 +17,6 @@ def refuse_differences(found: dict[str, tuple], expected: dict[str, tuple]) -> N
 
 
 def first_few(items: list[str]) -> str:
-    """The first few, and how many more there are."""
+    """The first few items, and the number of the others."""
     more = f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
     return "; ".join(items[:MAX_NAMED]) + more

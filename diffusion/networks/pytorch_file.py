@@ -1,4 +1,4 @@
-"""A PyTorch file of named tensors, read without unpickling any object, and written."""
+"""Reads a PyTorch file of named tensors, without unpickling any object, and writes one."""
 
 import logging
 import pickle
@@ -17,41 +17,42 @@ CHUNK = 1 << 20  # bytes that are read at a time
 
 
 def state_dict(path: str | Path, remedy: str) -> dict[str, Any]:
-    """The tensors by name, as PyTorch's.
+    """The tensors in a file by name, as PyTorch tensors.
 
     Args:
-        remedy: what to do where PyTorch is not installed.
+        remedy: advice in the error message if PyTorch is not installed.
 
     Raises:
         RuntimeError: PyTorch is not installed.
-        ValueError: it is no file of named tensors, or damaged.
-        OSError: it cannot be read.
+        ValueError: the file is damaged, or does not hold named tensors.
+        OSError: the file cannot be read.
     """
     torch = _torch(path, remedy)
     _refuse_damage(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
-        raise  # no damage
-    except Exception as error:  # PyTorch raises nearly anything for a file that is something else
+        raise  # the file is not damaged
+    except Exception as error:  # PyTorch raises almost any error for other kinds of files
         raise ValueError(f"{path} {_what_is_wrong(path, error)}") from error
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{path} is no PyTorch state_dict: it has no names")
+        raise ValueError(f"{path} is not a PyTorch state_dict: it has no names")
     if others := sorted(name for name, held in state.items() if not hasattr(held, "detach")):
-        raise ValueError(f"{path} is no PyTorch state_dict: what is no tensor: {first_few(others)}")
+        raise ValueError(f"{path} is not a PyTorch state_dict: these are not tensors: {first_few(others)}")
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def write(file: BinaryIO, tensors: Mapping[str, np.ndarray], remedy: str) -> None:
-    """Write arrays as tensors of these names. Raises what `state_dict` does without PyTorch."""
+    """Writes arrays as tensors of these names. Raises a RuntimeError if PyTorch is not installed."""
     torch = _torch(file.name, remedy)
     torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, file)
 
 
 def _refuse_damage(path: str | Path) -> None:
-    """Raises a ValueError that names the records whose CRC-32 is wrong, which PyTorch does not check.
+    """Raises a ValueError that names the records with a wrong CRC-32.
 
-    It is built with MINIZ_DISABLE_ZIP_READER_CRC32_CHECKS. Files of before PyTorch 1.6 are no archives, and have none.
+    PyTorch does not check it: it is built with MINIZ_DISABLE_ZIP_READER_CRC32_CHECKS. Files from before PyTorch 1.6 are
+    not archives and have no CRC-32.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -74,28 +75,28 @@ def _is_whole(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
         with archive.open(record) as file:
             while file.read(CHUNK):
                 pass
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # NotImplementedError is one of the last
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # also NotImplementedError, a RuntimeError
         return False
     return True
 
 
 def _what_is_wrong(path: str | Path, error: Exception) -> str:
-    """What a file is that PyTorch refuses; never its advice to read it without `weights_only`."""
+    """Why PyTorch refuses a file. PyTorch's advice to read it without `weights_only` is never repeated."""
     with open(path, "rb") as file:
         start = file.read(len(ZIP_START))
     if not start:
         return "is empty"
     if start == ZIP_START and not zipfile.is_zipfile(path):
-        return "is damaged: it is cut"
+        return "is damaged: it is truncated"
     if isinstance(error, pickle.UnpicklingError):
-        return "is no PyTorch state_dict: it holds something else than tensors"
+        return "is not a PyTorch state_dict: it does not hold only tensors"
     reason = next(iter(str(error).splitlines()), "")
-    return f"is no PyTorch state_dict: {type(error).__name__}: {reason}"
+    return f"is not a PyTorch state_dict: {type(error).__name__}: {reason}"
 
 
 def _torch(path: str | Path, remedy: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise RuntimeError(f"PyTorch must read or write {path}: {remedy}") from error
+        raise RuntimeError(f"PyTorch is needed for {path}: {remedy}") from error
     return torch

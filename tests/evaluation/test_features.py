@@ -68,7 +68,7 @@ def test_inception_takes_these_and_says_which_weights_it_has(tmp_path, monkeypat
 def test_without_pytorch_a_pytorch_file_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "weights.pth").write_bytes(b"what PyTorch saved")
-    with pytest.raises(RuntimeError, match="PyTorch must read or write .*: pip install") as error:
+    with pytest.raises(RuntimeError, match="PyTorch is needed for .*: pip install") as error:
         features.inception(source(), str(tmp_path / "weights.pth"))
     assert "\n" not in str(error.value)
 

@@ -166,7 +166,7 @@ def test_a_wrong_flag_is_one_line_that_names_it(changes, message, files):
         ),
         (
             lambda held: held.update({7: held["out.0.bias"]}),
-            "blocks.pt is no PyTorch state_dict: it has no names",
+            "blocks.pt is not a PyTorch state_dict: it has no names",
         ),
         (
             lambda held: [held.update({f"module.{name}": held.pop(name)}) for name in list(held)],
@@ -174,7 +174,7 @@ def test_a_wrong_flag_is_one_line_that_names_it(changes, message, files):
         ),
         (
             lambda held: held.update({"out.0.bias": 3}),
-            "blocks.pt is no PyTorch state_dict: what is no tensor: out.0.bias$",
+            "blocks.pt is not a PyTorch state_dict: these are not tensors: out.0.bias$",
         ),
     ],
 )
@@ -197,7 +197,7 @@ def test_half_precision_is_converted_with_a_warning(files, caplog):
 
 def test_without_pytorch_one_line_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(RuntimeError, match=r"PyTorch must read or write blocks.pt: pip install -e '.\[openai\]'"):
+    with pytest.raises(RuntimeError, match=r"PyTorch is needed for blocks.pt: pip install -e '.\[openai\]'"):
         interop.load_openai("blocks.pt", BLOCKS)
 
 

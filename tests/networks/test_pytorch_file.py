@@ -68,8 +68,8 @@ def test_a_file_without_checksums_is_read_with_a_warning(path, caplog):
     ("held", "message"),
     [
         (b"", r"toy.pt is empty$"),
-        (None, r"toy.pt is damaged: it is cut$"),
-        (b"<html>", r"toy.pt is no PyTorch state_dict: it holds something else than tensors$"),
+        (None, r"toy.pt is damaged: it is truncated$"),
+        (b"<html>", r"toy.pt is not a PyTorch state_dict: it does not hold only tensors$"),
     ],
 )
 def test_what_pytorch_refuses_is_told_without_its_advice_to_unpickle(held, message, path, monkeypatch):
@@ -87,12 +87,12 @@ def test_what_pytorch_refuses_is_told_without_its_advice_to_unpickle(held, messa
     [
         (["a"], "it has no names"),
         ({1: Tensor()}, "it has no names"),
-        ({"a": Tensor(), "model": {}, "step": 3}, "what is no tensor: model; step"),
+        ({"a": Tensor(), "model": {}, "step": 3}, "these are not tensors: model; step"),
     ],
 )
 def test_what_is_no_state_dict_says_why(state, message, path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=lambda path, **_: state))
-    with pytest.raises(ValueError, match=f"toy.pt is no PyTorch state_dict: {message}$"):
+    with pytest.raises(ValueError, match=f"toy.pt is not a PyTorch state_dict: {message}$"):
         read(path)
 
 

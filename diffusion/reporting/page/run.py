@@ -169,9 +169,7 @@ def _config(contents: Contents, config: dict[str, Any], base: dict[str, Any]) ->
         ]
     else:
         made = [
-            parts.element(
-                "p", "No config file to compare with is known. This command continues where the run stopped:"
-            ),
+            parts.element("p", "There is no config file to compare. This command continues where the run stopped:"),
             parts.element("pre", shlex.join(["python", "main.py", f"--workdir={contents.directory}"])),
         ]
     lines = "\n".join(f"{key} = {text_of(value)}" for key, value in sorted(config.items()))
