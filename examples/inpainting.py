@@ -16,7 +16,7 @@ import numpy as np
 from diffusion import process, reverse, samplers, schedules
 
 SHAPE = (1, 8, 1)
-COVARIANCE = 0.9 ** np.abs(np.subtract.outer(np.arange(8), np.arange(8)))  # of neighbours 0.9
+COVARIANCE = 0.9 ** np.abs(np.subtract.outer(np.arange(8), np.arange(8)))  # 0.9 between neighbours
 KNOWN = np.arange(8) < 4
 GIVEN = np.where(KNOWN, [0.5, 0.8, 1.0, 1.2, 0, 0, 0, 0], 0.0)
 SCHEDULE = schedules.cosine(100)
@@ -43,9 +43,9 @@ def inpaint(denoise, p, schedule, x0, known, times, clip_x0=True):
     """The `after_step` of `samplers.sample` that draws the pixels of x0 [B, H, W, C] that are not known.
 
     Args:
-        denoise, p, schedule, clip_x0: those of `sample`.
+        denoise, p, schedule, clip_x0: as for `sample`.
         known: bool [H, W, C].
-        times: how often each step is taken. 1: the known pixels are put back, and no more.
+        times: how many times each step is taken; 1 only puts the known pixels back.
     """
 
     def after_step(row, x, keys):
