@@ -7,11 +7,11 @@ Cost     35,746,307 parameters; 800,000 steps of 128 images; about 35 GFLOP per 
          images, and as many training images, by 9 of their 1,000 terms: an estimate with its standard error.
          --config.eval.terms_per_image=0 computes every term, which takes 102 times as many passes
 Expect   the paper: at most 3.75 bits/dim on test (3.72 on train), FID 3.17; not yet reproduced here
-Equals   the paper and its program (hojonathanho/diffusion): network and initialization, schedule, loss, Adam,
+Equals   the paper and its code (hojonathanho/diffusion): network and initialization, schedule, loss, Adam,
          warm-up, EMA, batch, flips; x̂_0 is clipped where samples are drawn and scored
-Differs  the program clips the gradient of each replica, before the sum over replicas, and TensorFlow's Adam adds
+Differs  the code clips the gradient of each replica, before the sum over replicas, and TensorFlow's Adam adds
          its ε elsewhere. It scores 9,984 test images, with an approximate CDF in the decoder (eval.protocol=ho2020
-         does so, too), and takes FID of samples that are not rounded to pixel values
+         does so, too), and computes FID from samples that are not rounded to pixel values
 
 This file sets the keys that define the experiment. All other keys are at their defaults: --mode=describe and
 docs/config_keys.md list every key with its help. Other configs start from this one and change some keys. A name may

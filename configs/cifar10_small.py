@@ -7,8 +7,8 @@ Cost     143,267 parameters; 3,125 steps of 32 images; every test image scored b
 Expect   4.187 bits/dim on pictures recompressed as JPEG; experiments/results/cifar10_small/ compares objectives
 Equals   Ho et al. (configs/cifar10.py): schedule, prediction, variance, loss, levels and blocks of the network,
          flips
-Differs  1/16 of the width; what the paper sets for 800,000 steps is set for 3,125: learning rate, warm-up and
-         decay, EMA, batch of 32; no dropout
+Differs  1/16 of the width; settings for 800,000 steps are adapted to 3,125: learning rate, warm-up and decay, EMA,
+         batch of 32; no dropout
 """
 
 from ml_collections import ConfigDict

@@ -12,8 +12,8 @@ Paper    none: a recipe of this project
 The noise schedule is learned with the network. The table has the bits/dim of the 130 validation images for seeds 0, 1
 and 2, and the difference to the first row (mean ± 95% interval, Student's t, n = 3 seeds; 2 CPU cores, 2026-11-29):
 
-    this one, whose inner part varies the loss least    1.828, 1.833, 1.848
-    one that the bound trains, inner='bound'            1.864, 1.849, 1.871    +0.025 ± 0.026
+    this one, trained for the least loss variance       1.828, 1.833, 1.848
+    one trained by the bound, inner='bound'             1.864, 1.849, 1.871    +0.025 ± 0.026
     cosine, from which both start                       1.916, 1.899, 1.935    +0.080 ± 0.031
 
 configs/digits_fixed.py explains the other settings.

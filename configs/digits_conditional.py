@@ -6,7 +6,7 @@ Data     scikit-learn's, prepared on first use
 Cost     704,642 parameters; 1,000 steps of 32 images; the test images scored once more without labels
 Expect   1.92 bits/dim on the 299 test images given their labels (data.validation=0), 0.16 more without;
          digits that are what their label says (docs/labels.md)
-Paper    none: digits_fixed.py, with a tenth of the labels left out as in Ho & Salimans (2022)
+Paper    none: digits_fixed.py, with 10% of the labels dropped as in Ho & Salimans (2022)
 """
 
 from ml_collections import ConfigDict

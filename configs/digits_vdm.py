@@ -7,11 +7,10 @@ Data     scikit-learn's, prepared on first use
 Cost     278,634 parameters; 1,600 steps of 32 images
 Expect   1.88 bits/dim on the 299 held-out images, where the demo reaches 1.83 (docs/vdm.md)
 Equals   configs/vdm_cifar10.py: the continuous-time loss, both ends of γ learned, γ as the network's input, no
-         downsampling, attention in the middle alone, AdamW's β and decay, low-discrepancy t
+         downsampling, attention only in the middle, AdamW's β and decay, low-discrepancy t
 Differs  v-prediction; γ starts at −7.5, because 17 pixel values lie 16 times farther apart than 256; the curve
          between the ends is trained, too; 32 channels, three blocks down and four up, no dropout, Fourier features
-         of other exponents; and as digits_fixed.py has them: learning rate and decay, clip of the gradient, EMA,
-         batch
+         with other exponents; learning rate and decay, gradient clip, EMA and batch are those of digits_fixed.py
 """
 
 from ml_collections import ConfigDict

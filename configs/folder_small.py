@@ -7,8 +7,8 @@ Data     what diffusion.data.folder prepared under data.name
 Cost     1,114,822 parameters; 100 steps of 16 images with samples and estimated scores took 3:14 on 2 busy CPU cores
          (load 4 to 6, 2026-11-29): 46 s of compiling, then 1.7 steps per second. The 2,000 steps were not run
 Expect   it depends on the pictures. After those 100 steps on 258 coloured digits: 6.37 ± 0.08 bits/dim on 15 test
-         images (standard error, one seed), which is no more than a start
-Paper    none: a recipe of this project, the digits' one with more channels; it was not compared with any other
+         images (standard error, one seed), which is only a start
+Paper    none: a recipe of this project, the digits' one with a third resolution and L_hybrid; not compared with others
 """
 
 from ml_collections import ConfigDict

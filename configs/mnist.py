@@ -4,7 +4,7 @@
 
 Data     mnist as TFDS prepared it, in ArrayRecord format
 Cost     280,898 parameters; 2,000 steps of 32 images
-Expect   not run yet. Bits per dimension count the frame, too: times 32²/28² they are those of the picture and its frame
+Expect   not run yet. Bits per dimension are per pixel of picture and frame; times 32²/28², they are per picture pixel
 Paper    none: the recipe of digits_fixed.py
 """
 

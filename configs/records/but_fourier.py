@@ -1,9 +1,9 @@
-"""All four changes but the Fourier features.
+"""All four changes except the Fourier features.
 
     python -m experiments.records --records=but_fourier --minutes=8 --workdir=runs/records
 
 From     all_four
-Idea     what the features do beside the others
+Idea     the effect of the features beside the others
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""All four changes but the learned schedule.
+"""All four changes except the learned schedule.
 
     python -m experiments.records --records=but_schedule --minutes=8 --workdir=runs/records
 
 From     all_four
-Idea     what the schedule does beside the others
+Idea     the effect of the schedule beside the others
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""All four changes but low-discrepancy t.
+"""All four changes except low-discrepancy t.
 
     python -m experiments.records --records=but_timesteps --minutes=8 --workdir=runs/records
 
 From     all_four
-Idea     what low-discrepancy t does beside the others
+Idea     the effect of low-discrepancy t beside the others
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""All four changes but the prediction of v.
+"""All four changes except the prediction of v.
 
     python -m experiments.records --records=but_v --minutes=8 --workdir=runs/records
 
 From     all_four
-Idea     what v does beside the others
+Idea     the effect of v beside the others
 """
 
 from ml_collections import ConfigDict

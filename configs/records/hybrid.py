@@ -3,7 +3,7 @@
     python -m experiments.records --records=hybrid --minutes=8 --workdir=runs/records
 
 From     configs/cifar10.py
-Idea     none: a learned variance with the linear schedule, what a small budget can be compared with
+Idea     none: a learned variance with the linear schedule, as the baseline of a small budget
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from configs import cifar10
 
 
 def get_config() -> ConfigDict:
-    """A quarter of the width; what Ho et al. set for 800,000 steps is set for some hundreds."""
+    """A quarter of the width; settings for 800,000 steps are adapted to some hundreds."""
     config = cifar10.get_config()
     config.model.variance = "learned_range"
     config.objective.name = "hybrid"

@@ -1,9 +1,9 @@
-"""This project's recipe with Muon in place of Adam.
+"""This project's recipe with Muon instead of Adam.
 
     python -m experiments.records --records=muon --minutes=8 --workdir=runs/records
 
 From     all_four
-Idea     steps of a kernel that are as large in every direction
+Idea     steps of a kernel that are equally large in every direction
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
     python -m experiments.records --records=vlb --minutes=8 --workdir=runs/records
 
 From     hybrid
-Idea     train what is measured
+Idea     train by the quantity that is measured
 """
 
 from ml_collections import ConfigDict

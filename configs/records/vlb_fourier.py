@@ -3,7 +3,7 @@
     python -m experiments.records --records=vlb_fourier --minutes=8 --workdir=runs/records
 
 From     vlb
-Idea     tell neighbouring pixel values apart
+Idea     distinguish neighbouring pixel values
 """
 
 from ml_collections import ConfigDict

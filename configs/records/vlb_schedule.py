@@ -3,7 +3,7 @@
     python -m experiments.records --records=vlb_schedule --minutes=8 --workdir=runs/records
 
 From     vlb
-Idea     the schedule that varies the loss least
+Idea     the schedule with the least variance of the loss
 """
 
 from ml_collections import ConfigDict

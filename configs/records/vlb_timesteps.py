@@ -3,7 +3,7 @@
     python -m experiments.records --records=vlb_timesteps --minutes=8 --workdir=runs/records
 
 From     vlb
-Idea     a loss that varies less
+Idea     less variance of the loss
 """
 
 from ml_collections import ConfigDict
