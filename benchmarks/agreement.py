@@ -1,11 +1,11 @@
-"""Do devices, number formats, lengths of a call and ways to write a layer agree? The same weights, images and keys.
+"""Do devices, number formats, steps per call and layer implementations agree, for equal weights, images and keys?
 
     python -m benchmarks.agreement                                          # on a GPU
     python -m benchmarks.agreement --size=tiny --batch-size=2 --steps=2     # on a CPU, without what needs a GPU
 
 Every row compares two results: the largest difference and the root mean square of all differences, both over the root
 mean square of the result that comes second. Float32 keeps 24 binary digits (1e-7), TF32 11 (5e-4) and bfloat16 8
-(4e-3); a network of thirty layers adds up a few of those.
+(4e-3). A network of thirty layers adds up a few such errors.
 """
 
 from functools import partial
@@ -34,14 +34,14 @@ def main() -> None:
     parser = timing.arguments(__doc__, "agreement")
     parser.add_argument("--size", choices=networks.SIZES, default="full")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=10, help="of one call, and as many calls of one")
+    parser.add_argument("--steps", type=int, default=10, help="in one call, against as many calls of one step")
     args = parser.parse_args()
     rows = network_rows(args) + call_rows(args) + layer_rows(args)
     timing.finish(args.out, vars(args), rows)
 
 
 def row(compared: str, quantity: str, found: PyTree, wanted: PyTree) -> dict[str, Any]:
-    """The differences of two trees; None for one that this machine cannot compute."""
+    """The differences between two trees; None stands for a tree that this machine cannot compute."""
     largest = rms = NOT_MEASURED
     if found is not None and wanted is not None:
         difference, reference = flat(found) - flat(wanted), flat(wanted)
@@ -82,7 +82,7 @@ def rows_of(compared: str, found: dict[str, PyTree] | None, wanted: dict[str, Py
 
 
 def results(args, dtype: str, precision: str, device: jax.Device) -> dict[str, PyTree]:
-    """The network's output for noise, and for images the mean loss with dropout and its gradient."""
+    """The network's output for noise, and its mean loss for images, with dropout, and the gradient of the loss."""
     experiment = build.experiment(networks.config_of(args.size, dtype=dtype), networks.IMAGE_SHAPE, 256)
     training, random = experiment.training, np.random.default_rng(0)
     noise = random.standard_normal((args.batch_size, *networks.IMAGE_SHAPE), np.float32)
@@ -102,7 +102,7 @@ def results(args, dtype: str, precision: str, device: jax.Device) -> dict[str, P
 
 
 def dense_params(experiment: Experiment) -> PyTree:
-    """Random weights with which every layer shows in the output: those of a training start near zero in places."""
+    """Random weights with which every layer affects the output. Initial weights are near zero in some layers."""
     random = np.random.default_rng(0)
 
     def draw(shape: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -118,7 +118,7 @@ def random_images(count: int) -> np.ndarray:
 
 
 def call_rows(args) -> list[dict[str, Any]]:
-    """A call of several steps against as many calls of one, which are run twice: what one machine repeats exactly."""
+    """A call of several steps against as many calls of one. The latter run twice, to see if they repeat exactly."""
     config = networks.config_of(args.size)
     config.train.batch_size = args.batch_size * jax.local_device_count()
     config.optim.warmup_steps = 0
@@ -131,7 +131,7 @@ def call_rows(args) -> list[dict[str, Any]]:
     train_steps = parallel.train_steps(experiment.training, seed=0)
 
     def change(steps_per_call: int) -> PyTree:
-        """What training adds to the parameters."""
+        """The change of the parameters in training."""
         trained = devices.replicate(state)
         for start in range(0, args.steps, steps_per_call):
             trained, _ = train_steps(trained, batches(indices[start : start + steps_per_call]))
@@ -176,7 +176,7 @@ def layer_rows(args) -> list[dict[str, Any]]:
 
 
 def value_and_vjp(fn, *inputs) -> dict[str, PyTree]:
-    """What a layer returns, and its gradient for a random cotangent."""
+    """The output of a layer, and its gradient for a random cotangent."""
 
     def compute(*inputs):
         value, vjp = jax.vjp(fn, *inputs)

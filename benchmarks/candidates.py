@@ -1,6 +1,6 @@
-"""Other ways to run our train step, which only a GPU can decide between: `benchmarks.train_step --arms` times them.
+"""Other ways to run our train step, to be decided on a GPU: `benchmarks.train_step --arms` times them.
 
-What wins moves into the library; what loses goes, and its row in README.md stays. `benchmarks.agreement` compares the
+A winner moves into the library. A loser is removed, and its row in README.md stays. `benchmarks.agreement` compares the
 layers with the library's.
 """
 
@@ -20,12 +20,11 @@ from diffusion.networks import layers
 def centre_in_one_pass(
     h: Float[Array, "b h w c"], num_groups: int
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b 1 1 c"]]:
-    """`layers.centre` from two sums that one pass over h gives, of the distances to the map's first pixel and of their
-    squares.
+    """`layers.centre` in one pass over h, from the mean distance to the map's first pixel and the mean square of it.
 
-    E[h²] − E[h]² would cancel where the mean is large; near a value of the map itself both terms are small.
+    E[h²] − E[h]² would cancel if the mean is large. Relative to a value of the map itself, both terms are small.
     """
-    # The result does not depend on it, so neither does its derivative.
+    # The result does not depend on this value, so its derivative is not needed.
     start = lax.stop_gradient(h[:, :1, :1])
     distance = h - start
     first, second = distance.mean(axis=(1, 2)), (distance**2).mean(axis=(1, 2))
@@ -34,7 +33,7 @@ def centre_in_one_pass(
     means = (start[:, 0, 0] + first).reshape(grouped)
     variances = (second - first**2).reshape(grouped)
     mean = means.mean(axis=-1, keepdims=True)
-    # The variance within the channels and that between them.
+    # The variance within the channels plus the variance between them.
     variance = (variances + (means - mean) ** 2).mean(axis=-1)
 
     def of_channels(groups: Float[Array, "b groups"]) -> Float[Array, "b 1 1 c"]:
@@ -46,12 +45,12 @@ def centre_in_one_pass(
 def attend_with_cudnn(
     query: Float[Array, "b q heads c"], key: Float[Array, "b k heads c"], value: Float[Array, "b k heads c"]
 ) -> Float[Array, "b q heads c"]:
-    """`layers.attend` as cuDNN's fused kernel: bfloat16 alone, heads of at most 256 channels on Hopper, else 128."""
+    """`layers.attend` as cuDNN's fused kernel: only bfloat16, heads of at most 256 channels on Hopper, else 128."""
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
 class Candidate(NamedTuple):
-    """What differs from the library: fields of the U-Net, functions of `layers`, the steps of a call."""
+    """The differences from the library: fields of the U-Net, functions of `layers`, the steps per call."""
 
     unet: dict[str, Any] = {}
     layers: dict[str, Callable] = {}
@@ -69,7 +68,7 @@ CANDIDATES = {
 
 @contextlib.contextmanager
 def in_place(candidate: Candidate) -> Iterator[None]:
-    """Networks that are traced meanwhile have the candidate's layers."""
+    """Networks that are traced in this context have the candidate's layers."""
     with contextlib.ExitStack() as stack:
         for name, function in candidate.layers.items():
             stack.enter_context(mock.patch.object(layers, name, function))

@@ -1,4 +1,4 @@
-"""What XLA makes of our programs for an accelerator that need not be there: memory, kernels and traffic.
+"""Memory, kernels and traffic of our programs as XLA compiles them for an accelerator, which need not be present.
 
     pip install -e '.[compilers]'
     python -m benchmarks.compiled                        # for an H200; two minutes of compilation a row
@@ -7,7 +7,7 @@
 
 XLA's compilers run without the device that they compile for. The programs are the complete ones of training and
 sampling. Nothing is run: the figures are counts, and the times follow from the device's data sheet. On a GPU the
-compiler chooses algorithms by timing them: here it cannot, so matrix products and the workspace of libraries may
+compiler chooses algorithms by timing them. Here it cannot, so matrix products and the workspace of libraries may
 differ.
 """
 
@@ -29,8 +29,8 @@ from diffusion.programs import describe
 from diffusion.runtime import devices
 from diffusion.training import parallel
 
-# As the compiler describes a card; the data sheet's figures, and the versions of jax[cuda12]'s libraries. Both are the
-# same chip with other memory: its bandwidth, its size, its name.
+# A card in the compiler's format: the data sheet's figures, and the versions of jax[cuda12]'s libraries. Both cards
+# have the same chip; only the bandwidth and size of the memory and the name differ.
 HOPPER = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -50,11 +50,11 @@ CARDS = {
     "H100": HOPPER % (3_350_000_000_000, 85_028_896_768, "H100"),
 }
 TARGETS = (*scaling.DEVICES, scaling.Device("H100", 990e12, 3.35e12))
-STEPS = 10  # of training in a call, of sampling in a chain
+STEPS = 10  # training steps in a call, or sampling steps in a chain
 
 
 class Program(NamedTuple):
-    """What is compiled; `batch` is of all devices."""
+    """A program to compile; `batch` is the total over all devices."""
 
     name: str
     batch: int
@@ -62,7 +62,7 @@ class Program(NamedTuple):
     remat: bool = False
 
 
-# Of what --configs takes, the shape of its images.
+# The values of --configs, with the shape of their images.
 SHAPES = {
     "folder64": (64, 64, 3),
     "imagenet64": (64, 64, 3),
@@ -82,10 +82,10 @@ def main() -> None:
     parser = timing.arguments(__doc__, "compiled")
     parser.add_argument("--target", choices=[device.name for device in TARGETS], default="H200")
     parser.add_argument("--rows", type=int, nargs="+", choices=range(len(PROGRAMS)), default=[*range(len(PROGRAMS))])
-    parser.add_argument("--configs", nargs="+", choices=SHAPES, help="in place of the rows")
+    parser.add_argument("--configs", nargs="+", choices=SHAPES, help="compile these instead of the rows")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # a TPU's compiler asks a cloud's server what it runs on
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else a TPU's compiler asks a cloud server for its hardware
     try:
         topology(args.target, 1)
     except (NotImplementedError, RuntimeError) as error:
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def row(program: Program, target: str) -> dict[str, Any]:
-    """The figures of one program, for each of its devices and each of its steps."""
+    """The figures of one program, per device and step."""
     targets = topology(target, program.devices)
     config = networks.config_of("full", dtype="bfloat16", remat=program.remat)
     config.train.batch_size = program.batch
@@ -118,12 +118,12 @@ def row(program: Program, target: str) -> dict[str, Any]:
 
 
 def limits(compiled: jax.stages.Compiled, steps: int, flops: float, target: str) -> dict[str, Any]:
-    """What one of a program's steps takes if memory or arithmetic alone were the limit."""
+    """The time of one step if only memory or only arithmetic were the limit."""
     (device,) = (device for device in TARGETS if device.name == target)
     counted = (compiled.cost_analysis() or {}).get("bytes accessed")
     if counted is None:
         kernels, moved = (total / steps for total in work(compiled.as_text()))
-    else:  # XLA's own count, which takes a loop's body once; of kernels a TPU has none
+    else:  # XLA's own count, which counts a loop's body once; a TPU's program has no kernels to count
         kernels, moved = "", counted
     return {
         "kernels": kernels,
@@ -157,7 +157,7 @@ def config_row(name: str, target: str) -> dict[str, Any]:
 
 
 def topology(target: str, count: int) -> list[jax.Device]:
-    """So many devices to compile for."""
+    """`count` devices to compile for."""
     if target in CARDS:
         found = topologies.get_topology_desc(platform="cuda", target_config=CARDS[target], topology=f"1x1x{count}")
     else:
@@ -173,7 +173,7 @@ def lower_training(
     steps: int = STEPS,
     num_images: int = 50_000,
 ) -> jax.stages.Lowered:
-    """The call of the train loop on so many images; by default all of CIFAR-10."""
+    """The call of the train loop on `num_images` images, by default all of CIFAR-10."""
     seed = jax.ShapeDtypeStruct((), jnp.int32)
     images = jax.ShapeDtypeStruct((num_images, *experiment.image_shape), jnp.uint8)
     indices = jax.ShapeDtypeStruct((steps, local_batch), jnp.int32)
@@ -212,14 +212,14 @@ class Instruction(NamedTuple):
 
 LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$")
 BITS = {"pred": 8, "bf16": 16} | {f"{kind}{bits}": bits for kind in "sufc" for bits in (8, 16, 32, 64, 128)}
-# They name arrays and move nothing.
+# These name arrays and move nothing.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all"}
 
 
 def work(text: str) -> tuple[int, int]:
-    """The kernels of a compiled program, and the bytes that they read and write; a loop's as often as it runs.
+    """The number of kernels of a compiled program, and the bytes that they read and write, in every run of a loop.
 
-    A kernel reads its operands and writes its result; of an operand that is only sliced, the slices.
+    A kernel reads its operands and writes its result. Of an operand that is only sliced, it reads the slices.
     """
     computations = parse(text)
 
@@ -258,7 +258,7 @@ def parse(text: str) -> dict[str, list[Instruction]]:
 
 
 def read_by_fusion(instructions: list[Instruction]) -> Iterator[int]:
-    """What a kernel reads of each of its operands."""
+    """The bytes that a kernel reads of each operand."""
 
     def needed(array: Instruction, full: int) -> int:
         total = 0
@@ -279,7 +279,7 @@ def read_by_fusion(instructions: list[Instruction]) -> Iterator[int]:
 
 
 def num_bytes(shape: str) -> int:
-    """Of an array or a tuple of arrays, as XLA prints its shape."""
+    """The bytes of an array or a tuple of arrays, from its shape as XLA prints it."""
     total = 0
     for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape):
         size = BITS.get(kind, 0) // 8

@@ -1,12 +1,12 @@
-"""Everything that the empty tables want of one GPU, in order of value, within 25 minutes.
+"""All GPU benchmarks for the empty tables, in order of value, on one GPU and within 25 minutes.
 
     python -m benchmarks.gpu --data-dir=DIR                  # DIR holds CIFAR-10; without it nothing is trained
     python -m benchmarks.gpu --only agreement train_step     # some of the parts
     python -m benchmarks.gpu --rehearse                      # at a small size, on a CPU
 
-Every part is a benchmark in a process of its own, so that a crash or a missing package ends that part alone. In --out a
-part leaves NAME.json and NAME.log, and gpu.md sums up what there is so far. The same command again skips what is done
-and begins with the rest. Nothing is downloaded.
+Every part is a benchmark in its own process, so that a crash or a missing package ends only that part. Each part writes
+NAME.json and NAME.log into --out, and gpu.md summarizes the results so far. The same command again skips finished parts
+and runs the others. Nothing is downloaded.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from diffusion.reporting import summary
 from diffusion.runtime import files
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# JAX takes what it may at once; the rest of the card is PyTorch's.
+# JAX takes its share of the card's memory at once; the rest is for PyTorch.
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}
-# What `timing.finish` writes of every benchmark, besides ratios and other figures.
+# The entries that `timing.finish` writes for every benchmark, besides ratios and other figures.
 FACTS = ("date", "device", "cpu_cores", "load_average", "versions", "settings", "rows")
 SECONDS_TO_STOP = 30  # a training saves its state when it is asked to stop
 
@@ -39,11 +39,11 @@ class Part(NamedTuple):
     """A benchmark to run.
 
     Attributes:
-        name: of its files.
-        seconds: after which it is stopped; it is not begun with less time left.
-        command: of `python -m benchmarks.`, without --out.
+        name: the name of its files.
+        seconds: its time limit; it does not start with less time left.
+        command: the arguments of `python -m benchmarks.`, without --out.
         rehearsal: the same at a small size on a CPU; None if it needs a GPU.
-        trains: whether it takes --workdir, and --data-dir when it is no rehearsal.
+        trains: whether it takes --workdir, and --data-dir unless it is a rehearsal.
     """
 
     name: str
@@ -95,10 +95,10 @@ PARTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [part.name for part in PARTS]
-    parser.add_argument("--out", type=Path, help="the directory for everything; by default runs/gpu")
-    parser.add_argument("--minutes", type=float, default=25, help="no part is begun that may take longer")
+    parser.add_argument("--out", type=Path, help="directory for all results; default: runs/gpu")
+    parser.add_argument("--minutes", type=float, default=25, help="time limit: parts that may exceed it do not start")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
-    parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 lies: see configs/cifar10.py")
+    parser.add_argument("--data-dir", type=Path, help="directory of CIFAR-10: see configs/cifar10.py")
     parser.add_argument("--rehearse", action="store_true", help="at a small size, on a CPU")
     args = parser.parse_args()
     out = args.out or Path("runs/gpu_rehearsal" if args.rehearse else "runs/gpu")
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def run_all(parts: Sequence[Part], out: Path, args: argparse.Namespace) -> States:
-    """Runs what is not done, in turn; returns what gpu.json keeps of every part: its status, command and seconds."""
+    """Runs the unfinished parts in order; returns what gpu.json has: each part's status, command and seconds."""
     end, out = time.monotonic() + 60 * args.minutes, out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     states: States = {part.name: {"status": "not begun", "command": "", "seconds": 0.0} for part in parts}
@@ -140,7 +140,7 @@ def run_all(parts: Sequence[Part], out: Path, args: argparse.Namespace) -> State
 
 
 def command_of(part: Part, out: Path, args: argparse.Namespace) -> tuple[str, str]:
-    """The part's command without --out, and what keeps it from running: "" for nothing."""
+    """The part's command without --out, and the obstacle to running it, or ""."""
     if args.rehearse and part.rehearsal is None:
         return "", "it needs a GPU"
     command, obstacle = part.rehearsal if args.rehearse else part.command, ""
@@ -153,7 +153,7 @@ def command_of(part: Part, out: Path, args: argparse.Namespace) -> tuple[str, st
 
 
 def result(out: Path, name: str) -> dict[str, Any] | None:
-    """What a part wrote; None if it wrote nothing."""
+    """The result of a part; None if it has not written one."""
     path = out / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -163,7 +163,7 @@ def run(part: Part, command: str, out: Path) -> str:
     path, log = out / f"{part.name}.json", out / f"{part.name}.log"
     path.unlink(missing_ok=True)
     module, *arguments = shlex.split(command)
-    # What an interrupted part has compiled it finds here.
+    # An interrupted part finds its compiled programs here.
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled"), "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -190,7 +190,7 @@ def run(part: Part, command: str, out: Path) -> str:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ends a process and what it started."""
+    """Ends a process and its children."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         try:
@@ -201,7 +201,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def report(states: States, out: Path) -> str:
-    """gpu.md: the status of every part, then what those that are done have found."""
+    """The text of gpu.md: the status of every part, then the results of the finished ones."""
     rows = [{"part": name, "status": state["status"], "seconds": state["seconds"]} for name, state in states.items()]
     sections = ["# What benchmarks.gpu has measured", timing.table(rows)]
     for name, state in states.items():
@@ -220,7 +220,7 @@ def about(found: dict[str, Any]) -> list[str]:
 
 
 def in_words(value: Any) -> str:
-    """A figure, or what `timing.best_ratio` found."""
+    """A figure, or a result of `timing.best_ratio`, in words."""
     if isinstance(value, dict) and "theirs" in value:
         return f"{value['theirs']} took {timing.cell(value['theirs / ours'])} times as long as {value['ours']}"
     return timing.cell(value)

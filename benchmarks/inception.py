@@ -3,9 +3,9 @@
     python -m benchmarks.inception                              # 64 images of 32×32 in a timed call
     python -m benchmarks.inception --num-images=10000 --rounds=1 --no-compile
 
-Both sides take uint8 images and return all five kinds of features. The PyTorch arms are torch-fidelity's module as it
-is, with channels_last, and compiled by torch.compile, in batches of 64. They must agree to 1e-4 before they are timed.
-On a GPU both sides multiply in float32. The arm with TF32, which changes the features, is what PyTorch does by itself.
+Both sides take uint8 images and return all five kinds of features. The PyTorch arms are torch-fidelity's module,
+unchanged, with channels_last, and compiled by torch.compile, in batches of 64. They must agree to 1e-4 before they are
+timed. On a GPU both sides multiply in float32. The arm with TF32, PyTorch's default, changes the features.
 """
 
 import tempfile
@@ -33,9 +33,9 @@ MANY = 10_000
 
 def main() -> None:
     parser = sides.arguments(__doc__, "inception")
-    parser.add_argument("--num-images", type=int, default=64, help="in a timed call")
+    parser.add_argument("--num-images", type=int, default=64, help="images in a timed call")
     parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=64, help="of PyTorch, and of ours on an accelerator")
+    parser.add_argument("--batch-size", type=int, default=64, help="for PyTorch, and for ours on an accelerator")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
     args = parser.parse_args()
 
@@ -64,16 +64,16 @@ def our_params(tensors: dict[str, np.ndarray]) -> Any:
 
 
 def random_images(count: int, height: int, width: int | None = None) -> np.ndarray:
-    """The same on every machine and under every NumPy: `RandomState` is frozen."""
+    """Random images, equal on every machine and with every version of NumPy, because `RandomState` is frozen."""
     shape = (count, height, width or height, 3)
     return np.random.RandomState(height).randint(0, 256, shape, np.uint8)
 
 
 def random_tensors(seed: int) -> dict[str, np.ndarray]:
-    """Weights by their published names, the same everywhere, with which every part of the network shows in the output.
+    """Reproducible weights by their published names, with which every part of the network affects the output.
 
-    He et al.'s variance keeps the size of the maps. About half of the numbers are negative before they are cut off,
-    and small variances of the batch norms make their ε count.
+    He et al.'s variance preserves the scale of the maps. About half of the numbers are negative before each ReLU.
+    Small variances in the batch norms make their ε matter.
     """
     random = np.random.RandomState(seed)
     ranges = {"running_mean": (-0.2, 0.2), "running_var": (0.2, 2.0), "bn.weight": (0.4, 1.3), "bias": (-0.3, 0.3)}
@@ -99,14 +99,14 @@ def torch_fidelity(tensors: dict[str, np.ndarray], dtype: str = "float32") -> An
 
 
 def peer_features(module: Any, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What the module makes of images [n, h, w, 3]."""
+    """The module's features of images [n, h, w, 3]."""
     with torch.no_grad():
         found = module(torch.tensor(images.transpose(0, 3, 1, 2).copy(), device=networks.device()))
     return {name: values.cpu().numpy() for name, values in zip(inception.DIMENSIONS, found, strict=True)}
 
 
 def refuse_difference(params: Any, module: Any, images: np.ndarray) -> None:
-    """Raises a RuntimeError where a feature differs by more than 1e-4 of its norm."""
+    """Raises a RuntimeError if features differ by more than 1e-4 of their norm."""
     found, wanted = inception.features(params, images), peer_features(module, images)
     for name in inception.DIMENSIONS:
         error = np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name])

@@ -1,11 +1,11 @@
-"""What feeding costs: choosing a batch, moving it to the device, and making [-1, 1] of it, beside PyTorch's DataLoader.
+"""The cost of input: choosing a batch, moving it to the device and scaling it to [-1, 1], beside PyTorch's DataLoader.
 
     python -m benchmarks.input
     python -m benchmarks.input --data=cifar10 --batch-size=128
 
-All images of the split lie on the device, so that a step moves its indices only. The DataLoader collates the same
-images, flips half of each batch and maps it to [-1, 1], in this process and in two workers. Images that stay on disk:
-benchmarks.streaming.
+All images of the split are on the device, so a step moves only its indices. The DataLoader collates the same images,
+flips half of each batch and maps it to [-1, 1], in this process and in two workers. benchmarks.streaming measures
+images that stay on disk.
 """
 
 import itertools
@@ -60,7 +60,7 @@ def indices(args, source: Source) -> Iterator[np.ndarray]:
 
 
 def our_batches(args, source: Source) -> Callable[[], None]:
-    """What a train step does before the network, in a compiled call of its own on one device."""
+    """The part of a train step before the network, as its own compiled call on one device."""
 
     @jax.jit
     def batch(images, indices):

@@ -1,10 +1,10 @@
-"""The bound: (image, t) terms per second, and what that makes of 10,000 images × 1,000 terms.
+"""The bound: (image, t) terms per second, and the resulting time for 10,000 images × 1,000 terms.
 
     python -m benchmarks.likelihood                                                 # on a GPU
     python -m benchmarks.likelihood --size=small --batch-sizes 8 32 --batches=2     # the same on a CPU
 
-One program scores batches of (image, t), each pair with a t of its own. The peer is the PyTorch network alone, with
-channels_last: what a PyTorch program for the same bound could reach at best, since it has the terms to compute as well.
+One program scores batches of (image, t), each pair with its own t. The peer is only the PyTorch network, with
+channels_last. A PyTorch program for the same bound could at best be as fast, since it must also compute the terms.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ def main() -> None:
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--size", choices=networks.SIZES, default="full")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8] if on_cpu else [256, 1024, 4096])
-    parser.add_argument("--batches", type=int, default=2 if on_cpu else 10, help="in a timed call")
+    parser.add_argument("--batches", type=int, default=2 if on_cpu else 10, help="batches in a timed call")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     costs, known = sides.measured(args, our_arms, peer_arms if networks.has_peer(networks.diffusers) else None)
@@ -53,7 +53,7 @@ def peer_arms(args) -> Arms:
 
 
 def our_arm(args, batch_size: int, params) -> Arm:
-    """The bound of `batch_size` images on a schedule of `args.batches` steps: so many batches of pairs."""
+    """The bound of `batch_size` images on a schedule of `args.batches` steps, which makes `args.batches` batches."""
     config = networks.config_of(args.size, dtype=args.dtype)
     config.schedule.name, config.schedule.num_steps, config.eval.batch_size = "cosine", args.batches, batch_size
     experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)

@@ -1,4 +1,4 @@
-"""The networks that are compared: ours, and the same weights in the diffusers package, where that is installed."""
+"""The networks that are compared: ours, and the same weights in the diffusers package, if it is installed."""
 
 import tempfile
 from collections.abc import Callable
@@ -42,14 +42,14 @@ def config_of(size: str, **unet: Any) -> ConfigDict:
 
 
 def device() -> str:
-    """Where PyTorch runs: on the kind of device that JAX has."""
+    """PyTorch's device, of the same kind as JAX's."""
     return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
 def peer(size: str, dropout: float = 0.0) -> tuple[PyTree, Any]:
-    """Our parameters and the diffusers module with the same weights: PyTorch's random ones, which reach the output.
+    """Our parameters and the diffusers module with the same weights, PyTorch's random ones, which affect the output.
 
-    From then on PyTorch may multiply float32 as TF32, which JAX does by default on a GPU.
+    After this call PyTorch may multiply float32 as TF32, which JAX does by default on a GPU.
 
     Raises:
         RuntimeError: for the same noisy images the two outputs differ by more than 1e-4 of their norm.
@@ -77,7 +77,7 @@ def peer(size: str, dropout: float = 0.0) -> tuple[PyTree, Any]:
 
 
 def has_peer(package: Any) -> bool:
-    """Whether a package of the peers is there, and PyTorch finds the device that JAX has."""
+    """Whether a peer's package is installed, and PyTorch finds a device of JAX's kind."""
     if package is None:
         return False
     if device() == "cuda" and not torch.cuda.is_available():
@@ -87,7 +87,7 @@ def has_peer(package: Any) -> bool:
 
 
 def multiply_as_tf32(allowed: bool) -> None:
-    """Whether PyTorch may round float32 to TF32 on a GPU; by itself it does in convolutions and not in products."""
+    """Sets whether PyTorch may round float32 to TF32 on a GPU. Its default: in convolutions, not in matrix products."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
@@ -101,7 +101,7 @@ def as_images(x: Any) -> np.ndarray:
 
 
 def synchronized(call: Callable[[], Any]) -> Callable[[], None]:
-    """A PyTorch call that returns when the device has done its work."""
+    """A PyTorch call that returns when the device has finished."""
 
     def run() -> None:
         call()

@@ -1,13 +1,13 @@
-"""Sampling: its speed beside the diffusers pipeline, and what each sampler's steps buy.
+"""Sampling: its speed beside the diffusers pipeline, and each sampler's error by its number of steps.
 
     python -m benchmarks.sampling                                        # 256 images, T = 1000 (on a GPU)
     python -m benchmarks.sampling --size=small --num-images=4 --num-steps=5     # the same on a CPU
     python -m benchmarks.sampling --quality=runs/digits_fixed                  # steps against error, of a trained model
 
-Speed: the whole chain of our ancestral sampler is one compiled program; the peer is diffusers' DDPMPipeline with the
-same weights, as it comes. Quality: DDIM, DPM-Solver++ and Heun solve one ODE, so that from the same noise they all end
-at the same image if the steps are small enough. The error is the distance to Heun's result with all of the schedule's
-steps, as a root mean square in pixel values, and in bits: how many binary digits of the range [-1, 1] are right.
+Speed: the whole chain of our ancestral sampler is one compiled program. The peer is diffusers' DDPMPipeline with the
+same weights, unchanged. Quality: DDIM, DPM-Solver++ and Heun solve the same ODE, so from the same noise they all reach
+the same image if the steps are small enough. The error is the distance to Heun's result with all steps of the schedule,
+as a root mean square in pixel values, and as the number of correct binary digits in the range [-1, 1].
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ PIPELINE = "diffusers DDPMPipeline"
 def main() -> None:
     parser = sides.arguments(__doc__, "sampling")
     parser.set_defaults(rounds=3)
-    parser.add_argument("--quality", type=Path, help="the workdir of a trained model, which is only read")
+    parser.add_argument("--quality", type=Path, help="directory of a trained run, which is only read")
     parser.add_argument("--size", choices=networks.SIZES, default="full")
     parser.add_argument("--num-images", type=int, default=256)
-    parser.add_argument("--num-steps", type=int, default=1000, help="of the schedule's 1,000")
+    parser.add_argument("--num-steps", type=int, default=1000, help="number of steps, out of the schedule's 1,000")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     rows, ratios = (quality(args), {}) if args.quality else speed(args)
@@ -82,7 +82,7 @@ def peer_arms(args) -> Arms:
 
 
 def quality(args) -> list[dict[str, Any]]:
-    """The error of every ODE sampler at fewer and fewer steps, with the seconds that they take."""
+    """The error and the seconds of every ODE sampler, with fewer and fewer steps."""
     run = workdir.load(args.quality)
     all_steps = run.model.schedule.num_steps
     draws = {method: sampler(run.experiment, method) for method in ODE_SAMPLERS}
@@ -109,7 +109,7 @@ def quality(args) -> list[dict[str, Any]]:
 
 
 def spaced(model: Model, num_steps: int) -> Model:
-    """The model on so many of its schedule's steps."""
+    """The model with `num_steps` of its schedule's steps."""
     return dataclasses.replace(model, schedule=schedules.evenly_spaced(model.schedule, num_steps))
 
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.scaling
 
-Nothing is computed and nothing compiled. FLOPs are XLA's count for the traced program. Memory is exact for what a
-step must hold (parameters, EMA, Adam, gradients) and for what JAX keeps for the backward pass before XLA fuses, which
-is more than XLA keeps. The traffic is those arrays: what is kept is written once and read once, the state is read and
-written once. The roofline's time is the larger of FLOPs over the device's peak and this traffic over its memory
-bandwidth: what a step could take if nothing else took time. What devices tell each other is not in it.
+Nothing is run or compiled. FLOPs are XLA's count for the traced program. Memory is exact for the arrays that a step
+must hold (parameters, EMA, Adam, gradients) and for those that JAX keeps for the backward pass before XLA fuses, which
+are more than XLA keeps. The traffic is that of these arrays: kept arrays are written once and read once, and the state
+is read and written once. The roofline's time is the larger of FLOPs over the device's peak and this traffic over its
+memory bandwidth, as if nothing else took time. Communication between devices is not included.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from diffusion.programs import describe
 
 
 class Device(NamedTuple):
-    """An accelerator as its maker describes it: dense bfloat16 FLOP/s, and bytes/s of its memory."""
+    """An accelerator by its data sheet: dense bfloat16 FLOP/s, and bytes/s of its memory."""
 
     name: str
     flops: float
@@ -28,7 +28,7 @@ class Device(NamedTuple):
 
 
 DEVICES = (Device("H200", 990e12, 4.8e12), Device("TPU v4", 275e12, 1.2e12))
-# What grows from one row to the next: (axis, image size, channels, batch, devices, remat).
+# The rows, in groups that grow along one axis: (axis, image size, channels, batch, devices, remat).
 CASES = [
     *(("batch", 32, 128, batch, 1, False) for batch in (8, 32, 128, 512)),
     *(("image size", size, 128, 16, 1, False) for size in (32, 64, 128, 256)),
@@ -44,9 +44,9 @@ def main() -> None:
 
 
 def row(axis: str, size: int, channels: int, batch: int, devices: int, remat: bool) -> dict[str, Any]:
-    """One network on one number of devices, which share the batch."""
+    """The figures of one network on `devices` devices, which share the batch."""
     config = networks.config_of("full", channels=channels, dtype="bfloat16", remat=remat)
-    # Halved down to 4 × 4, whatever the size of the image.
+    # Halved down to 4 × 4 for every image size.
     config.unet.channel_mult = (1, *(2,) * (int(np.log2(size)) - 2))
     experiment = build.experiment(config, (size, size, 3), 256)
     state, local = experiment.abstract_state(), batch // devices

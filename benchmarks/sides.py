@@ -15,7 +15,7 @@ from benchmarks import timing
 from benchmarks.timing import Arms, Cost
 from diffusion.runtime import allocator
 
-Make = Callable[[argparse.Namespace], Arms]  # a function of a module, since it is named to another process
+Make = Callable[[argparse.Namespace], Arms]  # a function at a module's top level: another process imports it by name
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would share our allocator's settings
 
@@ -27,16 +27,16 @@ def arguments(doc: str, name: str) -> argparse.ArgumentParser:
         "--peer-allocator",
         default="default",
         metavar="default|kept|LIBRARY",
-        help="on a CPU: as it is, told to keep freed memory as ours is, or a preloaded library's",
+        help="on a CPU: unchanged, set to keep freed memory like ours, or a preloaded library's",
     )
     return parser
 
 
 def measured(args: argparse.Namespace, ours: Make, peers: Make | None) -> tuple[dict[str, Cost], dict[str, dict]]:
-    """The costs of all arms and the columns that they know of themselves, by the arms' names.
+    """The costs of all arms and their own columns, by the arms' names.
 
-    Ours run as a user runs them, with what the environment says of the allocator. On an accelerator, whose memory is
-    not malloc's and which JAX mostly claims, all arms share this process.
+    Ours run as a user runs them, with the environment's allocator. On an accelerator all arms share this process: its
+    memory is not malloc's, and JAX claims most of it.
     """
     if jax.default_backend() != "cpu":
         arms = ours(args) | (peers(args) if peers else {})
@@ -59,22 +59,22 @@ def measured(args: argparse.Namespace, ours: Make, peers: Make | None) -> tuple[
 
 
 def peer_environment(name: str) -> dict[str, str]:
-    """What gives a process the allocator of this name."""
+    """The environment variables that select the allocator of this name."""
     if name in ("default", "kept"):
         return {allocator.SWITCH: "0" if name == "default" else "1"}
-    if not Path(name).is_file():  # the system would run without it
+    if not Path(name).is_file():  # the system would run without it, silently
         raise ValueError(f"--peer-allocator={name} is neither default nor kept nor a library's file")
     return {"LD_PRELOAD": name}
 
 
 @contextlib.contextmanager
 def _process(make: Make, args: argparse.Namespace, environment: dict[str, str]) -> Iterator[Connection]:
-    """A process that makes and warms its arms. Into the pipe goes an arm's name, out of it comes the cost of a call."""
+    """A process that makes and warms its arms. Send an arm's name into the pipe, and it returns the cost of a call."""
     pipe, end = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_serve, args=(make, args, end))
     with mock.patch.dict(os.environ, environment):
         process.start()
-    end.close()  # the process alone holds it, so that its end is seen here
+    end.close()  # now only the process holds it, so this side sees when the process ends
     try:
         yield pipe
     finally:
@@ -84,7 +84,7 @@ def _process(make: Make, args: argparse.Namespace, environment: dict[str, str]) 
 
 def _serve(make: Make, args: argparse.Namespace, pipe: Connection) -> None:
     arms = timing.warm(make(args))
-    with contextlib.suppress(EOFError, BrokenPipeError):  # nobody asks any more
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the other side has closed the pipe
         pipe.send({name: arm.columns for name, arm in arms.items()})
         while True:
             pipe.send(timing.cost(arms[pipe.recv()].call))

@@ -1,4 +1,4 @@
-"""Whether images that stay on disk keep up: images a second, and how much of their time a step hides.
+"""Can images that stay on disk keep up? Images per second, and how much of the reading time is hidden by steps.
 
     python -m benchmarks.streaming                       # a set of 15.7 GB: 1,281,149 images of 64×64
     python -m benchmarks.streaming --images=20000 --size=32
@@ -6,12 +6,12 @@
     python -m benchmarks.streaming --jpeg --images=2000 --size=256 --pause=0.2
 
 The images are random bytes in a file that is mapped into memory, as decoded pictures are. It is written to --scratch
-once, and stays there until you delete it. Three arms take steps whose work is a pause, as it is for a host whose
-device is at work: the pause alone, batches that are read before each pause, and batches that are read during the pauses
-before, as training does it. What the second arm loses and the third one does not is hidden. With --cold the system
-forgets what it keeps of the file before every batch; dropping it is a part of the time.
+once, and stays there until you delete it. A step is only a pause, as for a host that waits for its device. Three arms
+take steps: the pause alone, batches read before each pause, and batches read during earlier pauses, as in training. The
+time that the third arm saves over the second is hidden. With --cold the system drops its cache of the file before every
+batch; the time includes this.
 
-With --jpeg they are smooth random pictures as JPEG in record files, which are decoded on the fly.
+With --jpeg the images are smooth random pictures as JPEG in record files, decoded on the fly.
 """
 
 import io
@@ -38,7 +38,7 @@ from diffusion.runtime import prefetch
 from diffusion.training import parallel
 from diffusion.training.parallel import Batch
 
-CHUNK = 10_000  # images that are written at a time
+CHUNK = 10_000  # images per write
 
 
 def main() -> None:
@@ -46,11 +46,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_281_149)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=100, help="of an arm")
-    parser.add_argument("--pause", type=float, default=0.02, help="seconds of a step")
+    parser.add_argument("--steps", type=int, default=100, help="steps per arm")
+    parser.add_argument("--pause", type=float, default=0.02, help="seconds per step")
     parser.add_argument("--scratch", type=Path, default=Path("runs/benchmarks"), help="where the file goes")
     parser.add_argument("--cold", action="store_true", help="read every batch from the disk itself")
-    parser.add_argument("--jpeg", action="store_true", help="JPEG pictures, which are decoded on the fly")
+    parser.add_argument("--jpeg", action="store_true", help="JPEG pictures, decoded on the fly")
     args = parser.parse_args()
     source, paths = (jpeg_source if args.jpeg else random_source)(args.scratch, args.images, args.size)
     at_first = peak_gibibytes()
@@ -76,7 +76,7 @@ def peak_gibibytes() -> float:
 
 
 def random_source(scratch: Path, num_images: int, size: int) -> tuple[Source, list[Path]]:
-    """Random pictures in a file, which is made if it is not there, and that file."""
+    """Random pictures in a file, and the file. It is made if it does not exist."""
     path, shape = scratch / f"random-{num_images}-{size}.npy", (num_images, size, size, 3)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def random_source(scratch: Path, num_images: int, size: int) -> tuple[Source, li
 
 
 def jpeg_source(scratch: Path, num_images: int, size: int) -> tuple[Source, list[Path]]:
-    """Smooth random pictures in record files, which are made if they are not there, and those files."""
+    """Smooth random pictures in record files, and the files. They are made if they do not exist."""
 
     class Jpeg(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
@@ -119,7 +119,7 @@ def jpeg_source(scratch: Path, num_images: int, size: int) -> tuple[Source, list
 
 
 def forget(path: Path) -> None:
-    """The system no longer keeps any of the file in its memory."""
+    """Drops the file from the system's cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())  # what is not yet on the disk stays in memory
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

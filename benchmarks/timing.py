@@ -1,4 +1,4 @@
-"""Timing arms against one another on a machine that is never quiet, and the results as a table and JSON."""
+"""Times arms against one another on a busy machine, and writes the results as a table and JSON."""
 
 import argparse
 import datetime
@@ -19,23 +19,23 @@ PAUSE_SECONDS = 0.05  # between two arms: OpenMP's and XLA's threads spin for a 
 
 
 def arguments(doc: str, name: str) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+    """A parser with the flags that every benchmark has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(f"runs/benchmarks/{name}.json"), help="where the JSON goes")
-    parser.add_argument("--rounds", type=int, default=7, help="how often every arm is timed")
+    parser.add_argument("--rounds", type=int, default=7, help="how many times each arm is timed")
     return parser
 
 
 class Cost(NamedTuple):
-    """What a call of an arm took: numbers for one call, arrays [rounds] for all of them."""
+    """The cost of calls of an arm: numbers for one call, arrays [rounds] for all calls."""
 
     seconds: Any
-    page_faults: Any  # minor ones: of memory that the system gives, and no disk
-    busy: Any  # the CPU time of all threads, as a share of what the cores could give meanwhile
+    page_faults: Any  # minor ones: new memory from the system, without the disk
+    busy: Any  # the CPU time of all threads, as a share of the cores' time
 
 
 class Arm(NamedTuple):
-    """A call that does not return before its work is done, and the columns of its row that no clock knows."""
+    """A call that returns when its work is done, and the columns of its row that are not measured."""
 
     call: Callable[[], Any]
     columns: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def num_cores() -> int:
 
 
 def cost(call: Callable[[], Any]) -> Cost:
-    """Of one call in this process."""
+    """The cost of one call in this process."""
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     call()
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
@@ -69,8 +69,8 @@ def warm(arms: Arms) -> Arms:
 def alternate(measure: Callable[[str], Cost], names: list[str], rounds: int) -> dict[str, Cost]:
     """The costs of every arm: A B C, B C A, C A B, …, one at a time.
 
-    The load of the machine changes from second to second, so that only times of the same round compare. The order
-    changes as well, so that no arm always follows the same one.
+    The load of the machine changes from second to second, so only times of the same round are comparable. The order
+    changes, too, so that no arm always follows the same one.
     """
     costs: dict[str, list[Cost]] = {name: [] for name in names}
     for number in range(rounds):
@@ -104,7 +104,7 @@ def quartiles(values: np.ndarray) -> dict[str, float]:
 
 
 def best_ratio(seconds: dict[str, np.ndarray], ours: list[str], theirs: list[str]) -> dict[str, Any]:
-    """How many times as long the fastest of their arms takes as the fastest of ours, round by round."""
+    """The time of their fastest arm divided by the time of our fastest, round by round."""
     our_best, their_best = (min(names, key=lambda name: np.median(seconds[name])) for names in (ours, theirs))
     ratio = quartiles(seconds[their_best] / seconds[our_best])
     return {"ours": our_best, "theirs": their_best, "theirs / ours": ratio}
@@ -125,7 +125,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def finish(out: Path, settings: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
-    """Prints the table and writes everything as JSON, with what the numbers depend on."""
+    """Prints the table and writes everything as JSON, with the facts that the numbers depend on."""
     versions = summary.versions()
     for package in ("torch", "diffusers", "torch-fidelity"):
         try:

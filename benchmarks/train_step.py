@@ -5,10 +5,10 @@
     python -m benchmarks.train_step --dtypes bfloat16 --batch-size=128     # on a GPU
     python -m benchmarks.train_step --dtypes bfloat16 --no-peer --arms plain one_pass_norm cudnn_attention single_steps
 
-Both sides do all of the step: take images from the device, draw t and ε, noise, forward, backward, clip, Adam, EMA. The
+Both sides do the whole step: take images from the device, draw t and ε, noise, forward, backward, clip, Adam, EMA. The
 PyTorch arms are eager, eager with channels_last, and torch.compile with channels_last; bfloat16 is autocast there. On a
-GPU float32 may be multiplied as TF32 on both sides. The arms take turns, so that a ratio holds on a busy machine.
-`--arms` are those of ours: see candidates.py.
+GPU float32 may be multiplied as TF32 on both sides. The arms alternate, so ratios also hold on a busy machine. `--arms`
+chooses among ours: see candidates.py.
 """
 
 import itertools
@@ -42,23 +42,23 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     dtypes = ["float32"] if on_cpu else ["float32", "bfloat16"]
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=dtypes)
-    parser.add_argument("--steps-per-call", type=int, default=1 if on_cpu else 10, help="of ours")
-    parser.add_argument("--arms", nargs="+", choices=CANDIDATES, default=["plain", "remat"], help="of ours")
+    parser.add_argument("--steps-per-call", type=int, default=1 if on_cpu else 10, help="for our arms")
+    parser.add_argument("--arms", nargs="+", choices=CANDIDATES, default=["plain", "remat"], help="our arms")
     parser.add_argument("--no-peer", action="store_true", help="time ours alone")
     args = parser.parse_args()
     if "cudnn_attention" in args.arms and (on_cpu or args.dtypes != ["bfloat16"]):
         parser.error("--arms cudnn_attention needs a GPU and --dtypes bfloat16")
     with tempfile.TemporaryDirectory() as cache:
-        # A train step is compiled twice, to be run and to be asked for its memory: the second time from here.
+        # A train step is compiled twice, to run it and to read its memory. The second time it comes from this cache.
         if not jax.config.jax_compilation_cache_dir:
-            os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # of the processes that this one starts
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # for the processes that this one starts
             jax.config.update("jax_compilation_cache_dir", cache)
         rows, ratios = measured(args)
     timing.finish(args.out, vars(args), rows, **ratios)
 
 
 def measured(args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A row for each arm, and for each kind of work how much longer the best arm of PyTorch takes than ours."""
+    """A row for each arm, and for each kind of work the time of PyTorch's best arm divided by our best arm's."""
     costs, columns = sides.measured(args, our_arms, peer_arms if has_peer(args) else None)
     seconds = {name: cost.seconds / columns[name]["steps"] for name, cost in costs.items()}
 
@@ -79,12 +79,12 @@ def has_peer(args) -> bool:
 
 
 def arm(call: Callable[[], Any], what: str, steps: int = 1, gigabytes: float | None = None) -> Arm:
-    """With the kind of work, the steps in a call and the GiB of temporaries."""
+    """An arm with the columns kind of work, steps in a call and GiB of temporaries."""
     return Arm(call, {"what": what, "steps": steps, "GiB": gigabytes})
 
 
 def our_arms(args) -> Arms:
-    """For every dtype each candidate's step, and the forward passes."""
+    """For every dtype, each candidate's step and the forward passes."""
     params = networks.peer(args.size, args.dropout)[0] if has_peer(args) else None
     arms = {}
     for dtype, name in itertools.product(args.dtypes, args.arms):

@@ -1,10 +1,10 @@
-"""A short training on real pictures: its loss curve, its speed in the loop itself, samples and a bound.
+"""A short training on real pictures: its loss curve, its speed inside the train loop, samples and a bound.
 
     python -m benchmarks.training --data-dir=DIR                               # CIFAR-10, on a GPU
     python -m benchmarks.training --config=digits_fixed --num-steps=20         # the bundled digits, on a CPU
 
-DIR holds CIFAR-10 as configs/cifar10.py says. The same command continues a training that was stopped. The pictures and
-report.html lie in --workdir.
+DIR holds CIFAR-10 as configs/cifar10.py says. The same command resumes a training that was stopped. The pictures and
+report.html are in --workdir.
 """
 
 import importlib
@@ -24,13 +24,13 @@ from diffusion.reporting.metrics_log import read_metrics
 def main() -> None:
     parser = timing.arguments(__doc__, "training")
     parser.add_argument("--config", choices=["cifar10", "digits_fixed"], default="cifar10")
-    parser.add_argument("--data-dir", default="", help="of CIFAR-10")
+    parser.add_argument("--data-dir", default="", help="directory of CIFAR-10")
     parser.add_argument("--workdir", type=Path, default=Path("runs/benchmarks/training"))
     parser.add_argument("--num-steps", type=int, default=8000)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     if args.config == "cifar10" and not args.data_dir:
-        parser.error("--data-dir is needed: where CIFAR-10 lies")
+        parser.error("--data-dir=DIR is needed, the directory of CIFAR-10")
     train.run(short(args), args.workdir)
     rows = curve(args.workdir)
     speed = timing.quartiles(np.array([row["images/s"] for row in rows if row["images/s"] is not None]))
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def short(args) -> ConfigDict:
-    """The config with a warmup and an EMA that fit so few steps, scored on a part of the test set."""
+    """The config with a warm-up and an EMA for few steps, scored on a part of the test set."""
     config = importlib.import_module(f"configs.{args.config}").get_config()
     config.data.data_dir = args.data_dir
     config.unet.dtype = args.dtype
@@ -56,7 +56,7 @@ def short(args) -> ConfigDict:
 
 
 def curve(directory: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that hold a mean loss; one whose steps compiled has no speed."""
+    """The rows of metrics.jsonl with a mean loss. A row whose steps include compilation has no speed."""
     return [
         {"step": row["step"], "loss": row["loss"], "images/s": row.get("images_per_second")}
         for row in read_metrics(directory)
