@@ -5,17 +5,17 @@ first out. A pop of bits that no such push wrote draws from the distribution, an
 This is the "bits back" of Townsend, Bird & Barber (2019).
 
 The coder is that of `constriction`. Probabilities are multiples of 2⁻²⁴, and every integer of a window gets at least
-2⁻²⁴. So a window of w integers takes w·2⁻²⁴ from the Gaussian, and every other integer costs 1.44·w·2⁻²⁴ bits more. For
-6 standard deviations of 8 steps to either side these are 8e-6 bits, and at T = 1000 latents 0.008 bits/dim in all. Pops
-gain most of this back. A window wide enough for every possible integer would cost whole bits.
+2⁻²⁴. So a window of w integers takes w·2⁻²⁴ from the Gaussian, and an integer costs 1.44·w·2⁻²⁴ bits more. A window of
+6 standard deviations of 8 steps to either side costs 8e-6 bits; T = 1000 latents cost 0.008 bits/dim in all. Pops gain
+most of this back. A window wide enough for every possible integer would cost whole bits.
 """
 
 import constriction
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int, UInt8, UInt32
 
-RESERVE_WORDS = 3  # the coder's state has two words; it must never run into the end of the stack
-MAX_EXCESS_BITS = 23  # of an integer outside the window; constriction's alphabets have fewer than 2²⁴ symbols
+RESERVE_WORDS = 3  # the coder's state has two words; it must never reach the end of the stack
+MAX_EXCESS_BITS = 23  # of an integer outside the window: constriction's alphabets have fewer than 2²⁴ symbols
 MAX_INTEGER = 2 ** (MAX_EXCESS_BITS - 1) - 1
 
 _gaussian = constriction.stream.model.QuantizedGaussian
@@ -24,7 +24,7 @@ _categorical = constriction.stream.model.Categorical(perfect=False)
 
 
 class Stack:
-    """A stack of words of bits. It also records how few words it has held.
+    """A stack of words of bits. It also records the fewest words that it has held.
 
     Args:
         words: the words on the stack, the top last; the last word is not 0.
@@ -40,7 +40,7 @@ class Stack:
         return int(self._coder.num_words())
 
     def take_lowest(self) -> int:
-        """The fewest words on the stack, before or after any operation, since this was last called."""
+        """The fewest words on the stack, before or after any operation, since the last call."""
         lowest, self._lowest = self._lowest, self.num_words
         return lowest
 
@@ -58,11 +58,11 @@ class Stack:
         """
         centre = _centre(mean)
         if np.abs(integers - centre).max(initial=0) > window:
-            raise ArithmeticError("a latent lies where no latent of this code can be")
+            raise ArithmeticError("a latent lies outside the range of this code")
         self._push_gaussian(integers - centre, _gaussian(-window, window), mean - centre, np.full(len(mean), std))
 
     def pop_inside(self, mean: Float[np.ndarray, " n"], std: float, window: int) -> Int[np.ndarray, " n"]:
-        """Draws integers under rounded N(mean, std²), each within `window` of its mean. A draw needs no others."""
+        """Draws integers under rounded N(mean, std²), each within `window` of its mean."""
         centre = _centre(mean)
         offset = self._pop(_gaussian(-window, window), mean - centre, np.full(len(mean), std))
         return offset.astype(np.int64) + centre
@@ -73,7 +73,7 @@ class Stack:
         """Writes integers under rounded N(mean, std²), at any distance from the mean.
 
         An integer outside the window is written as the end of the window and the distance from there. It costs at most
-        24 bits, 4.6 bits for the number of binary digits of the distance, and those digits.
+        24 bits, plus 4.6 bits for the number of binary digits of the distance, plus those digits.
 
         Raises:
             ArithmeticError: an integer is beyond ±MAX_INTEGER.
@@ -104,9 +104,9 @@ class Stack:
         std: Float[np.ndarray, " n"],
         num_levels: int,
     ) -> None:
-        """Pixel values 0…L − 1 under the Gaussian's mass on their bins, the outermost open: Ho et al. (2020), eq. 13.
+        """Writes pixel values 0…L − 1 under the Gaussian's mass on their bins; the outermost bins are open.
 
-        mean, std: the Gaussian of the pixel value, not of x in [-1, 1].
+        Ho et al. (2020), eq. 13. `mean` and `std` are those of the pixel value, not of x in [-1, 1].
         """
         self._push_gaussian(levels, _gaussian(0, num_levels - 1), mean, std)
 
@@ -117,7 +117,7 @@ class Stack:
         return self._pop(_gaussian(0, num_levels - 1), mean, std).astype(np.uint8)
 
     def push_categorical(self, symbols: UInt8[np.ndarray, " n"], probs: Float[np.ndarray, "n size"]) -> None:
-        """Writes numbers 0…size − 1, each under the probabilities of its row; none of them counts as less than 2⁻²⁴."""
+        """Writes numbers 0…size − 1, each under the probabilities of its row, which are at least 2⁻²⁴."""
         self._coder.encode_reverse(symbols.astype(np.int32), _categorical, probs)
 
     def pop_categorical(self, probs: Float[np.ndarray, "n size"]) -> UInt8[np.ndarray, " n"]:
@@ -125,7 +125,7 @@ class Stack:
         return self._pop(_categorical, probs).astype(np.uint8)
 
     def push_number(self, number: int, size: int) -> None:
-        """Writes one of 0…size − 1 for log₂ size bits."""
+        """Writes one of 0…size − 1, at a cost of log₂ size bits."""
         if size > 1:
             self._push_sized(np.array([number]), np.array([size]))
 
@@ -134,7 +134,7 @@ class Stack:
         return int(self._pop_sized(np.array([size]))[0]) if size > 1 else 0
 
     def _push_excess(self, excess: Int[np.ndarray, " n"]) -> None:
-        """Numbers ≥ 0: how many binary digits excess + 1 has, and those after the first."""
+        """Writes numbers ≥ 0: the number of binary digits of excess + 1, and the digits after the first."""
         digits = np.frexp(excess + 1)[1]
         first = 1 << (digits - 1)
         has_more = digits > 1
@@ -168,11 +168,11 @@ class Stack:
     def _pop(self, model: constriction.stream.model.Model, *parameters: ArrayLike) -> np.ndarray:
         found = self._coder.decode(model, *parameters)
         self._lowest = min(self._lowest, self.num_words)
-        if self._lowest < RESERVE_WORDS:  # beyond the end the coder would go on, with bits that do not come back
+        if self._lowest < RESERVE_WORDS:  # at the end the coder would continue with bits that cannot be restored
             raise ArithmeticError("the stack of bits ran empty")
         return found
 
 
 def _centre(mean: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """The integer nearest to a mean. It is bounded for a mean far out, which only costs bits."""
+    """The integer nearest to a mean, clipped to ±MAX_INTEGER. The clip only costs bits."""
     return np.clip(np.rint(mean), -MAX_INTEGER, MAX_INTEGER).astype(np.int64)

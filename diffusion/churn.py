@@ -16,7 +16,7 @@ NO_LIMIT = 1e30  # of s_max; a config has no name for ∞
 class Churn:
     """x_t is made noisier before each step: from σ to (1 + min(S_churn/N, √2 − 1)) σ for N steps; σ = √(1 − ᾱ)/√ᾱ.
 
-    The network is evaluated at the nearest level in log SNR that it knows. The authors' program also rounds to the
+    The network is evaluated at the nearest level in log SNR that it knows. The authors' code also rounds to the
     levels of a discrete network.
 
     Source: Karras et al. (2022, arXiv 2206.00364), algorithm 2.
@@ -63,7 +63,7 @@ class Churn:
         nearest = levels[1 + jnp.argmin(jnp.abs(levels.log_snr[1:] - wanted))]
         is_churned = (self.s_min <= sigma) & (sigma <= self.s_max) & (nearest.log_snr < row.log_snr)
         reached = jax.tree.map(lambda new, old: jnp.where(is_churned, new, old), nearest, row)
-        # The forward process between the two.
+        # The forward process between the two levels.
         var = reached.sqrt_one_minus_alpha_bar**2 * -jnp.expm1(reached.log_snr - row.log_snr)
         std = jnp.where(is_churned, self.s_noise * jnp.sqrt(var), 0.0)
         x = jnp.where(is_churned, reached.sqrt_alpha_bar / row.sqrt_alpha_bar, 1.0) * x_t + std * noise

@@ -1,4 +1,4 @@
-"""The bound as bits: lossless compression of images with the chain of latents, and back.
+"""The bound as bits: lossless coding and decoding of images with the chain of latents.
 
 Bit-Swap (Kingma, Abbeel & Ho 2019, algorithm 1) on the latents of Ho et al. (2020). For t = 1…T,
 
@@ -6,14 +6,14 @@ Bit-Swap (Kingma, Abbeel & Ho 2019, algorithm 1) on the latents of Ho et al. (20
 
 The pushed bits minus the popped bits are log q(x_{1:T} | x_0) − log p_θ(x_{0:T}). Its mean is the bound of eq. 3.
 Decoding runs the same steps backwards. Each push comes as soon as possible, so few bits are borrowed at a time: the
-bits of x_t given x_0 less those already paid, and not the bits of all latents at once. They are borrowed from the
-images before, and at first from random bits.
+bits of x_t given x_0 minus those already paid, not the bits of all latents at once. They are borrowed from the previous
+images, and at first from random bits.
 
 **The grid.** A code needs discrete values, so x_t is k·δ_t with an integer k. δ_t is 2^−precision times the smaller of
 the standard deviations of q(x_t | x_{t−1}) and q(x_t | x_{t+1}, x_0). The pop of x_t gains the log 1/δ_t that its push
 pays. Only the rounding remains. It is noise of variance δ²/12, which enlarges the variances of q by a fraction r of at
 most 4^−precision/12. A Gaussian coded with a variance that is wrong by r costs r²/4 nats: 4e-7 at precision 3, or 6e-4
-bits/dim at T = 1000. `ans` says what the coder itself costs.
+bits/dim at T = 1000. `ans` states the cost of the coder itself.
 
 **Floats.** Both directions call one compiled program on batches of one shape, and use its means and standard deviations
 as they are. A difference in the last bit would garble everything after it. `Codec.fingerprint` detects machines whose
@@ -118,11 +118,11 @@ class Codec:
 
     def __init__(self, model: Model, image_shape: tuple[int, int, int], batch_size: int, precision: int):
         if model.takes_labels:
-            raise ValueError("a network that takes labels is no density of images; close over them with `guidance`")
+            raise ValueError("a network that takes labels has no density of images; bind its labels with `guidance`")
         self._grid, self._num_levels = grid(jax.device_get(model.schedule), precision), model.num_levels
         self._shape, self._batch_size = image_shape, batch_size
         self._reverse = functools.partial(jax.jit(_reverse), jax.device_put(model))
-        # The masses of a Gaussian on bins are known to the coder without a table.
+        # The coder computes a Gaussian's masses on bins without a table.
         table = functools.partial(model.p.level_probs, num_levels=model.num_levels)
         self._table = None if model.p.decoder == "network" else jax.jit(table)
 
@@ -140,7 +140,7 @@ class Codec:
             ArithmeticError: the network's output is NaN or Inf.
         """
         supply = self._supply()
-        # Without 0, which may not be the last word.
+        # Never 0, because the last word must not be 0.
         stack = Stack(np.random.default_rng(seed).integers(1, 2**WORD_BITS, supply, np.uint32))
         groups, begin = Groups(self._batch_size, supply), 0
         while begin < len(images):
@@ -159,8 +159,7 @@ class Codec:
         """Decodes the images that `encode` was given.
 
         Raises:
-            ArithmeticError: these are visibly not the bits of so many images under this model. Not every such case is
-                seen.
+            ArithmeticError: these are not the bits of so many images under this model. Not every such case is detected.
         """
         stack = Stack(message.words)
         decoded = [np.zeros((0, *self._shape), np.uint8)]
@@ -183,7 +182,7 @@ class Codec:
         return digest.digest()
 
     def _supply(self) -> int:
-        """Words of random bits that suffice for any group. The message holds only those that were used.
+        """The number of words of random bits that suffice for any group. The message holds only the used ones.
 
         When x_t is popped, x_{t−1} is not pushed yet. So the entropies of x_{t−1} given x_0 and of x_t given x_{t−1}
         are counted as borrowed, although a part of them is already paid.
@@ -227,7 +226,7 @@ class Codec:
     def _probs(
         self, i: int, mean: Float[np.ndarray, " n"], std: Float[np.ndarray, " n"]
     ) -> Float[np.ndarray, "dims num_levels"]:
-        """p(x_0 | x_1) of image i alone, because the table is L times as large as the image."""
+        """p(x_0 | x_1) of image i alone: the table is L times as large as the image."""
         half_range = (self._num_levels - 1) / 2
         mean, std = (part.reshape(-1, math.prod(self._shape))[i] / half_range for part in (mean, std))
         return np.asarray(self._table(Gaussian(np.float32(mean - 1), np.float32(2 * np.log(std)))))
@@ -264,7 +263,7 @@ def _reverse(model: Model, x_t: Float[Array, "b h w c"], t: Int[Array, ""]) -> t
 
 
 def _entropy_bits(std: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
-    """The entropy of a Gaussian on the integers, in bits."""
+    """The entropy of a Gaussian rounded to integers, in bits, by the formula of the density."""
     return np.log2(math.sqrt(2 * math.pi * math.e) * std)
 
 

@@ -1,4 +1,4 @@
-"""The number of images that the codec codes together: a few at first, then as many as the bits so far allow.
+"""The numbers of images that the codec codes together: few at first, then as many as the bits so far allow.
 
 The latents of a group are drawn from bits that are already on the stack, and coding the group gives these bits back.
 The bits for the first group are random and become part of the message, so this group is small. The sizes of the groups
@@ -9,9 +9,9 @@ import math
 
 from diffusion.ans import Stack
 
-FIRST = 2  # images, whose latents are drawn from random bits
+FIRST = 2  # images in the first group, whose latents are drawn from random bits
 CAUTION = 0.95  # the part of the bits on the stack that the next group may borrow
-GROWTH = (1, 1.2, 1.5, 2)  # the next group may be so much larger than the one before
+GROWTH = (1, 1.2, 1.5, 2)  # the size of the next group, relative to the last one
 
 
 class Groups:
@@ -19,17 +19,17 @@ class Groups:
 
     Args:
         largest: the most images that a group can have.
-        num_words: how many words of random bits are on the stack.
+        num_words: the number of words of random bits on the stack.
 
     Attributes:
-        size: how many images the next group has, if so many are left.
+        size: the number of images in the next group, if that many are left.
         lowest: the fewest words that the stack has held; below them are random bits that were not used.
     """
 
     def __init__(self, largest: int, num_words: int = 0):
         self.size, self.lowest = min(FIRST, largest), num_words
         self._largest = largest
-        self._borrowed = 0.0  # words for an image, the most in any group
+        self._borrowed = 0.0  # words per image, the most in any group
         self._growth: list[int] = []
 
     def grow(self, num_images: int, before: int, lowest: int, after: int) -> None:
@@ -43,7 +43,7 @@ class Groups:
         self.size = self._grown(chosen)
 
     def push(self, stack: Stack) -> None:
-        """Writes how the groups grew. Call it after the last group."""
+        """Writes the growth of the groups. Call it after the last group."""
         for n in self._growth[-2::-1]:
             stack.push_number(n, len(GROWTH))
 

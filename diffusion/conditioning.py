@@ -18,7 +18,7 @@ NUM_STEPS = 1000.0  # T of Ho et al. (2020), whose time embedding this is
 def on_rescaled_t(schedule: Schedule) -> Schedule:
     """The schedule with network_t = (t − 1) 1000/T, whatever T is; at T = 1000 it is the same schedule.
 
-    Source: Nichol & Dhariwal's program (improved-diffusion, respace.py), whose default is `rescale_timesteps=True`. As
+    Source: Nichol & Dhariwal's code (improved-diffusion, respace.py), whose default is `rescale_timesteps=True`. As
     there, `schedules.respace` keeps the numbers of the T used in training.
 
     Args:
@@ -31,7 +31,7 @@ def on_gamma(schedule: Schedule, low: ArrayLike, high: ArrayLike) -> Schedule:
     """The schedule with network_t = 1000 (γ_t − low)/(high − low), which states the noise in x_t for every T.
 
     So one network serves every T. A learned γ_t also passes its gradient through the network. Source: Kingma et al.
-    (2021, VDM), whose program rescales γ by its ends before training and multiplies it by 1000.
+    (2021, VDM), whose code rescales γ by its ends before training and multiplies it by 1000.
 
     Args:
         schedule: one with a finite γ_T.

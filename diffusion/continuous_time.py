@@ -31,7 +31,7 @@ def rows(schedule: Schedule, t: Real[Array, "*b"]) -> Row:
 def at(schedule: Schedule, t: Real[Array, "*b"]) -> Instant:
     """The instants t in [1, T], differentiable in γ. `network_t` is linear between the table's entries."""
     step_number = jnp.clip(jnp.ceil(t).astype(jnp.int32), 2, schedule.num_steps)
-    back = step_number.astype(t.dtype) - t  # how much of the step is still to come
+    back = step_number.astype(t.dtype) - t  # the part of the step that is still to come
     row, before = schedule[step_number], schedule[step_number - 1]
     # Not the difference of two γ, which would cancel: see `process.gamma_step`.
     slope = jax.vmap(process.gamma_step)(row) if t.ndim else process.gamma_step(row)
@@ -107,7 +107,7 @@ def term_and_x0_mse(p: Reverse, num_levels: int = 256, clip_x0: bool = True) -> 
     Args:
         p: the meaning of the network's output: eps, x0 or v.
         num_levels: how many pixel values there are.
-        clip_x0: clip x̂_0 to [-1, 1]; VDM's program does not.
+        clip_x0: clip x̂_0 to [-1, 1]; VDM's code does not.
     """
     of_x0, of_output = Reverse("x0", "fixed_small"), dataclasses.replace(p, variance="fixed_small")
 

@@ -103,7 +103,7 @@ def tanh_discretized_log_prob(
 
 def _tanh_cdf(z: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
     y = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
-    # XLA's tanh has an error of a few roundings close to ±1, as large as the masses there; this one has not.
+    # Close to ±1, XLA's tanh errs by a few roundings, as much as the masses there. This form does not.
     below_one = 2.0 / (jnp.exp(2.0 * jnp.abs(y)) + 1.0)
     return 0.5 * (1.0 + jnp.sign(y) * (1.0 - below_one))
 

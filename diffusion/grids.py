@@ -18,7 +18,7 @@ Grid = Callable[[Schedule, int], Schedule]
 
 
 def log_snr(schedule: Schedule, num_steps: int, continuous: bool = False) -> Schedule:
-    """Equal distances in log SNR: "logSNR" in the program of Lu et al. (2022, DPM-Solver, arXiv 2206.00927).
+    """Equal distances in log SNR: "logSNR" in the code of Lu et al. (2022, DPM-Solver, arXiv 2206.00927).
 
     Args:
         schedule: concrete (not traced), with a finite log SNR at t = T.
@@ -26,7 +26,7 @@ def log_snr(schedule: Schedule, num_steps: int, continuous: bool = False) -> Sch
         continuous: whether the levels may lie between the schedule's steps.
 
     Raises:
-        ValueError: another number of steps, or log SNR_T = −∞.
+        ValueError: num_steps is out of range, or log SNR_T = −∞.
     """
     first, last = _ends(schedule)
     return _visiting(schedule, np.linspace(first, last, num_steps), continuous)
@@ -73,7 +73,7 @@ def _visiting(schedule: Schedule, gamma: np.ndarray, continuous: bool) -> Schedu
     if not 1 <= num_steps <= len(known):
         raise ValueError(f"cannot keep {num_steps} of {len(known)} steps (config key sample.num_steps)")
     nearest = 1 + np.abs(known[:, None] - gamma).argmin(axis=0)
-    # One step must be the last latent: it is the only one whose marginal is the prior.
+    # The last latent must be included: only its marginal is the prior.
     nearest[-1] = len(known)
     number = np.arange(num_steps)
     increasing = np.maximum.accumulate(nearest - number) + number

@@ -15,10 +15,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 from diffusion.reverse import Denoise
 from diffusion.schedules import Schedule
 
-TOLERANCE = 1e-5  # of two tables that count as the same
-BEYOND = 1e-3  # of log SNR: so far beyond the ends of its schedule a guide is still asked
-NO_SIGNAL = 1e6  # of −log SNR, in the place of infinity
-NO_LABEL = -1  # what the network is given for an example whose label it shall not know
+TOLERANCE = 1e-5  # tables that differ by less count as equal
+BEYOND = 1e-3  # in log SNR: a guide is evaluated up to this far beyond the ends of its schedule
+NO_SIGNAL = 1e6  # of −log SNR, instead of infinity
+NO_LABEL = -1  # the network's input for an example without a label
 
 Conditional = Callable[[Array, Array, Array], Array]
 
@@ -69,10 +69,10 @@ def autoguided(
     interval: tuple[float | int, ...] = (),
     clock: "Clock | None" = None,
 ) -> jax.tree_util.Partial:
-    """Autoguidance: moves the prediction away from a worse network's, by `scale` times their difference; half as fast.
+    """Autoguidance: moves the prediction away from a worse network's, by `scale` times the difference.
 
     ε = (1 + w) ε − w ε_guide with w = `scale`; the authors write 1 + w. The worse network is smaller or was trained for
-    fewer steps, and has the same kind of prediction. Its variance is not used.
+    fewer steps, and has the same kind of prediction. Its variance is not used. Sampling takes up to twice the time.
 
     Source: Karras et al. (2024, arXiv 2406.02507).
 
@@ -97,7 +97,7 @@ class Clock(NamedTuple):
 
     Attributes:
         own_t, own_log_snr: network_t and log SNR of the schedule that is sampled from, for t = 1…T.
-        its_t, its_log_snr: the same of the guide's schedule.
+        its_t, its_log_snr: the same for the guide's schedule.
     """
 
     own_t: Float[ArrayLike, " steps"]
@@ -114,7 +114,7 @@ class Clock(NamedTuple):
 
 
 def clock(own: Schedule, its: Schedule) -> Clock | None:
-    """The clock of a guide; None where both schedules have the same noise at the same network_t.
+    """The clock of a guide; None if both schedules have the same noise at the same network_t.
 
     Args:
         own: the full schedule that is sampled from, before a grid chooses steps.
@@ -131,7 +131,7 @@ def clock(own: Schedule, its: Schedule) -> Clock | None:
         return None
     own_t, own_log_snr, its_t, its_log_snr = (table.astype(np.float32) for table in tables)
     has_signal = np.isfinite(its_log_snr)
-    # A step of ours without signal is below every log SNR of the guide, and so not guided.
+    # Our steps without signal are below every log SNR of the guide, so they are not guided.
     return Clock(own_t, np.maximum(own_log_snr, -NO_SIGNAL), its_t[has_signal], its_log_snr[has_signal])
 
 
@@ -143,7 +143,7 @@ def blind(network: Denoise) -> jax.tree_util.Partial:
 def _within(interval: tuple[float | int, ...], guided: Denoise, otherwise: Denoise) -> Denoise:
     if not interval:
         return guided
-    # t is an integer, so the ends count as rounded down: exact, where float32 could round 2.9999999999 up to 3.
+    # t is an integer, so rounding the ends down changes nothing. In float32, 2.9999999999 would become 3.
     low, high = (float(np.floor(end)) for end in interval)
     return jax.tree_util.Partial(_guided_within, guided, otherwise, low, high)
 
@@ -195,7 +195,7 @@ def _blind(network: Denoise, x_t: Array, network_t: Array, labels: Array) -> Arr
 
 
 def _away(output: Array, other: Array, scale: ArrayLike, channels: int) -> Array:
-    """(1 + w) times one prediction less w times the other; the variance is that of the first."""
+    """(1 + w) times one prediction minus w times the other, with the variance of the first."""
     predicted = (1 + scale) * output[..., :channels] - scale * other[..., :channels]
     return jnp.concatenate([predicted, output[..., channels:]], axis=-1)
 
@@ -209,12 +209,12 @@ def _guided_within(
     network_t: Real[Array, " b"],
     *labels: Int[Array, " b"],
 ) -> Float[Array, "b h w out"]:
-    """In a sampler all examples have the same t. network_t is t − 1."""
+    """The guided output if t is in (low, high]. In a sampler all examples have the same t. network_t is t − 1."""
     t = network_t[0] + 1
     is_within = (low < t) & (t <= high)
     return jax.lax.cond(is_within, guided, otherwise, x_t, network_t, *labels)
 
 
 def _as_pytree(network: Conditional) -> Conditional:
-    """A network that may be a part of a compiled function's argument."""
+    """The network as a pytree, which can be part of a compiled function's argument."""
     return network if isinstance(network, jax.tree_util.Partial) else jax.tree_util.Partial(network)

@@ -22,9 +22,9 @@ from diffusion.gaussian import log1mexp
 from diffusion.schedules import Row, Schedule
 
 NAME = "learned"  # as schedule.name, next to the fixed ones of `schedules.SCHEDULES`
-SUBTREE = "schedule"  # where the parameters lie, next to the modules of the network
-# How the logits are trained: by the bound's gradient, by that of the losses' second moment, or not at all. Older runs
-# call the second moment "variance".
+SUBTREE = "schedule"  # the name of the parameters, next to the modules of the network
+# What trains the logits: the gradient of the bound, that of the losses' second moment, or nothing. Older runs call the
+# second moment "variance".
 Inner = Literal["bound", "second_moment", "fixed", "variance"]
 # The part of γ_T − γ_1 that is divided evenly: no step vanishes, whatever the logits are.
 EVEN_SHARE = 0.01
@@ -63,7 +63,7 @@ def init(start: Schedule) -> dict[str, Array]:
     """
     if start.num_steps < 2:
         raise ValueError(
-            f"a learned schedule divides the way from γ_1 to γ_T, so schedule.num_steps={start.num_steps} "
+            f"a learned schedule divides the distance from γ_1 to γ_T, so schedule.num_steps={start.num_steps} "
             "must be at least 2"
         )
     if not jnp.isfinite(start.log_snr[1:]).all():
@@ -120,7 +120,7 @@ def from_gamma(gamma_1: Float[ArrayLike, ""], steps: Float[ArrayLike, " steps"])
     log_alpha = jnp.where(beta < 0.5, jnp.log1p(-jnp.minimum(beta, 0.5)), by_sum)
     log_beta_tilde = jnp.concatenate([jnp.full(1, -jnp.inf), log_one_minus_alpha_bar[:-1]]) + log_fraction
     beta_tilde = jnp.exp(log_beta_tilde)
-    # The conventions of `schedules`: x_0 given x_1 is decoded with the width of the step before.
+    # As in `schedule_tables`: x_0 given x_1 is decoded with the width of t = 2.
     log_beta_tilde = log_beta_tilde.at[:2].set(log_beta_tilde[2])
     return Schedule(
         t=jnp.arange(len(gamma), dtype=jnp.int32),

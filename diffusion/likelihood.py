@@ -1,7 +1,7 @@
 """The variational bound, term by term, in bits per dimension.
 
 Ho et al. (2020), eq. 5: −log p(x_0) ≤ L_T + Σ_{t>1} L_{t−1} + L_0, where L_T is the prior's term, L_{t−1} the KL
-from q(x_{t−1} | x_t, x_0) to p_θ(x_{t−1} | x_t), and L_0 what decoding x_0 from x_1 costs.
+from q(x_{t−1} | x_t, x_0) to p_θ(x_{t−1} | x_t), and L_0 the cost of decoding x_0 from x_1.
 """
 
 import math
@@ -37,7 +37,7 @@ class Protocol(NamedTuple):
     kl_terms: int = 0
 
 
-# The numbers are lines of hojonathanho/diffusion at 1e0dceb, openai/improved-diffusion at 1bc7bbb, and
+# Numbers in brackets are lines of hojonathanho/diffusion at 1e0dceb, openai/improved-diffusion at 1bc7bbb, and
 # google-research/vdm at dc27b98.
 PROTOCOLS: dict[str, Protocol] = {
     "exact": Protocol(None, "exact", 1),
@@ -119,7 +119,7 @@ def bayes_decoder_bpd(
     return bits_per_dim(-gaussian.levels_log_prob(likely, x0, num_levels))
 
 
-# Something to know of one image at one t: (row, x0, x_t, eps, output) -> a tree of numbers.
+# A measurement of one image at one t: (row, x0, x_t, eps, output) -> a tree of numbers.
 Measure = Callable[[Row, Array, Array, Array, Array], PyTree]
 
 
@@ -183,8 +183,8 @@ def bound_bpd(
     clip_x0: bool = True,
     decoder: Callable[..., Array] | None = None,
 ) -> Float[ArrayLike, " b"]:
-    """An unbiased estimate of every image's bound, in bits/dim: its terms, with one ε each, and the prior's term,
-    summed.
+    """An unbiased estimate of every image's bound, in bits/dim: the sum of its terms, with one ε each, and of the
+    prior's term.
 
     Args: those of `vlb_terms_bpd`.
     """
@@ -199,7 +199,7 @@ def at_one_t(
     keys: Key[Array, " b"],
     measure: Measure,
 ) -> PyTree:
-    """The measure of each image at a t of its own. The row is `schedule[t]` for t [B], or an instant for a real t.
+    """The measure of each image at its own t. `row` is `schedule[t]` for t [B], or an instant for real t.
 
     ε is drawn from the image's key and t.
     """

@@ -1,4 +1,4 @@
-"""A diffusion model: all that evaluation, sampling and coding need of it, whatever program trained it."""
+"""A diffusion model: everything that evaluation, sampling and coding need, from any training code."""
 
 import dataclasses
 from typing import Any
@@ -28,7 +28,7 @@ class Model:
             network; bind its labels with `guidance` first.
     """
 
-    denoise: Any  # a `reverse.Denoise`, or the same with shapes in the place of arrays
+    denoise: Any  # a `reverse.Denoise`, or one with shapes instead of arrays
     p: Reverse = dataclasses.field(metadata={"static": True})
     schedule: Schedule
     num_levels: int = dataclasses.field(default=256, metadata={"static": True})

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# Gauss and Legendre's, on [0, 1].
+# Gauss–Legendre quadrature on [0, 1].
 NODES, WEIGHTS = (np.float32(values / 2) for values in np.polynomial.legendre.leggauss(8))
 NODES = NODES + np.float32(0.5)
 
 
 class PastStep(NamedTuple):
-    """x̂_0 as an earlier step saw it."""
+    """x̂_0 of an earlier step."""
 
     x0_hat: Array
     log_snr: Array  # of that step's row; −∞ if there was no such step

@@ -67,7 +67,7 @@ def sigmoid(p: Reverse, k: float = 2.0) -> Weighting:
     def log_weight(row: Schedule) -> Array:
         # softplus(k − λ_t) − softplus(k − λ_{t−1}), without their subtraction; λ_0 = ∞.
         step = -jnp.log1p(jax.nn.sigmoid(k - row.log_snr) * jnp.expm1(-process.gamma_step(row)))
-        # Where nothing of x_0 is left the step is infinite, but the SNR falls faster.
+        # At ᾱ_t = 0 the step is infinite, but SNR times step tends to 0.
         return jnp.where(jnp.isfinite(row.log_snr), jnp.log(step) + row.log_snr, -jnp.inf)
 
     return _of_x0_error(p, log_weight)
@@ -193,7 +193,7 @@ def _eps_error(p: Reverse, row: Schedule, x0: Array, x_t: Array, eps: Array, pre
 
 
 def _beside_simple(setting: Setting, target: Callable[..., Array]) -> Objective:
-    """L_simple, and beside it ‖target − g‖² of the network's second half g; the target has no gradient."""
+    """L_simple + ‖target − g‖², where g is the network's second half; the target has no gradient."""
     of_mean = simple(setting)
 
     def loss(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array, *probed: Array) -> Loss:
@@ -234,13 +234,13 @@ OBJECTIVES = {
     "vdm_continuous": vdm,
 }
 
-# Those that estimate the bound, so that a schedule can be learned by them.
+# Objectives that estimate the bound, so they can train a schedule.
 BOUNDS = ("vlb", "vdm", "vdm_continuous")
-# Those whose second half of the output is Var(ε | x_t), for model.variance=npr.
+# Objectives that train the second half of the output to be the variance of ε, for model.variance=npr.
 OF_EPS_VARIANCE = ("npr", "sn", "ocm")
-# Those that take, after `output`, a `probe` v of random signs and the output's derivative along it, ∂output/∂x_t v.
+# Objectives that also take, after `output`, random signs v (`probe`) and the output's derivative ∂output/∂x_t v.
 PROBED = ("ocm",)
-# Which t an objective is made for, one of `timesteps.TIMES`; for the others every t of 1…T.
+# Objective -> its kind of t, one of `timesteps.TIMES`. All others take every t of 1…T.
 TIMES = {"vdm": "kl_terms", "vdm_continuous": "continuous"}
 
 
@@ -252,7 +252,7 @@ def make(
     weighting: Weighting | None = None,
     **arguments: float,
 ) -> Objective:
-    """The objective of that name.
+    """The objective with this name.
 
     Args:
         objective: one of OBJECTIVES.

@@ -24,7 +24,7 @@ def x0_per_output(p: Reverse, row: Row) -> Float[ArrayLike, ""]:
 
 
 def bound_weight(p: Reverse, row: Row) -> Float[ArrayLike, ""]:
-    """w_t in L_{t−1} = w_t ‖target − output‖² + what differing variances cost, in nats, for t > 1 and an unclipped x̂_0.
+    """w_t in L_{t−1} = w_t ‖target − output‖² + the variances' mismatch, in nats, for t > 1 and an unclipped x̂_0.
 
     w_t = (coefficient of x_0 in μ̃_t · ∂x̂_0/∂output)² / (2σ_t²). For σ_t² = β̃_t this is
 

@@ -5,8 +5,8 @@ A power-function average at step n weights the parameters of step i by about i^�
     θ̂_γ(n) = (γ + 1)/n^{γ+1} ∫_0^n i^γ θ(i) di,                                                 eq. 4
 
 so it covers a fixed fraction of the training. Its length σ_rel is the standard deviation of the weights over n. Two
-averages are tracked, and saved every so many steps. An average of another length is then a linear combination of the
-saved ones: a least-squares fit of their weights to its weights gives the coefficients.
+averages are tracked, and saved at regular steps. An average of another length is a linear combination of the saved
+ones: a least-squares fit of their weights to its weights gives the coefficients.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree, Real
 
-SHORTEST, LONGEST = 0.01, 0.28  # lengths; of γ = 0, the plain mean, it is 1/√12 = 0.289
+SHORTEST, LONGEST = 0.01, 0.28  # lengths; the plain mean (γ = 0) has 1/√12 = 0.289
 
 
 def exponent(length: float) -> float:

@@ -1,4 +1,4 @@
-"""The reverse process p_θ(x_{t−1} | x_t): what the network predicts × where the variance comes from.
+"""The reverse process p_θ(x_{t−1} | x_t): the network's prediction and the source of the variance.
 
 `make` picks one entry each of PREDICTIONS, VARIANCES and DECODERS below, so a new idea is a new entry. Everything is
 for one example and one row of the schedule.
@@ -18,7 +18,7 @@ from diffusion import gaussian, process
 from diffusion.gaussian import Gaussian
 from diffusion.schedules import Row, Schedule
 
-# A network as the math wants it: (x_t [B, H, W, C], network_t [B]) -> output [B, H, W, Reverse.output_channels(C)].
+# A network as a function: (x_t [B, H, W, C], network_t [B]) -> output [B, H, W, Reverse.output_channels(C)].
 Denoise = Callable[[Array, Array], Array]
 
 
@@ -74,7 +74,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
     return Prediction(target, to_x0)
 
 
-# A name -> what it means, or a function of a config's arguments that says it: see `Reverse.meaning`.
+# Name -> the meaning of the prediction, or a function that makes it from a config's arguments.
 PREDICTIONS: dict[str, Prediction | Callable[..., Prediction]] = {
     # x_0 = (x_t − √(1−ᾱ_t) ε)/√ᾱ_t: eq. 4 of Ho et al. (2020) solved for x_0; their choice.
     "eps": Prediction(
@@ -129,8 +129,8 @@ def _optimal(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike,
 def _npr(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:
     """β̃_t + (coefficient of x_0 in μ̃_t)² E[(x_0 − x̂_0)² | x_t] of each element: the optimum for the learned mean.
 
-    `raw` is E[(ε − ε̂)² | x_t], which `objectives.npr` trains. It is SNR_t times the same of x_0, which is kept in [0,
-    1] as in the authors' programs. With `sn` and `ocm`, `raw` is Var(ε | x_t), which is equal if ε̂ is exact. Bao et
+    `raw` is E[(ε − ε̂)² | x_t], which `objectives.npr` trains. It is SNR_t times the same for x_0, which is clipped to
+    [0, 1] as in the authors' code. With `sn` and `ocm`, `raw` is Var(ε | x_t), which is equal if ε̂ is exact. Bao et
     al. (2022, "Estimating the optimal covariance with imperfect mean"), Ou et al. (2024, arXiv 2406.10808).
     """
     return _with_x0_variance(row, jnp.clip(raw * jnp.exp(-row.log_snr), 0.0, 1.0))
@@ -142,7 +142,7 @@ def _with_x0_variance(row: Schedule, x0_variance: Float[ArrayLike, "*shape"]) ->
 
 
 VARIANCES: dict[str, Variance] = {
-    # Ho et al. (2020), section 3.2: the two extremes, optimal for x_0 a point and for x_0 ~ N(0, I).
+    # Ho et al. (2020), section 3.2: the two extremes, optimal if x_0 is one point, and if x_0 ~ N(0, I).
     "fixed_small": Variance(lambda row, raw: jnp.full_like(raw, row.log_beta_tilde), is_learned=False),
     "fixed_large": Variance(lambda row, raw: jnp.full_like(raw, row.log_beta_large), is_learned=False),
     "optimal": Variance(_optimal, is_learned=False),
@@ -152,11 +152,11 @@ VARIANCES: dict[str, Variance] = {
 }
 
 
-# What p(x_0 | x_1) is: (Gaussian, x_0, num_levels) -> log mass of each element's pixel value, in nats.
+# p(x_0 | x_1): (Gaussian, x_0, num_levels) -> log mass of each element's pixel value, in nats.
 DECODERS: dict[str, Callable[..., Array]] = {
-    # The bins' mass of the Gaussian that the network gives: Ho et al. (2020), eq. 13.
+    # The mass of the network's Gaussian on each bin: Ho et al. (2020), eq. 13.
     "network": gaussian.discretized_log_prob,
-    # In proportion to q(x_1 | x_0), without the network: Kingma et al. (2021, VDM), section 3.3.
+    # Proportional to q(x_1 | x_0), without the network: Kingma et al. (2021, VDM), section 3.3.
     "bayes": gaussian.levels_log_prob,
 }
 
@@ -175,7 +175,7 @@ class Reverse:
     prediction: str
     variance: str
     decoder: str = "network"
-    # Of the prediction. Not in the repr, which is in the digest of every coded file: model.prediction is there, too.
+    # The prediction's arguments. The digest of a coded file has them in model.prediction, so the repr omits them.
     arguments: tuple[tuple[str, float], ...] = dataclasses.field(default=(), repr=False)
 
     @functools.cached_property
@@ -186,7 +186,7 @@ class Reverse:
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the network outputs a variance beside its prediction."""
+        """Whether the network also outputs a variance."""
         return VARIANCES[self.variance].is_learned
 
     def output_channels(self, channels: int) -> int:
@@ -208,7 +208,7 @@ class Reverse:
         x_t: Float[ArrayLike, "*shape"],
         eps: Float[ArrayLike, "*shape"],
     ) -> Float[ArrayLike, "*shape"]:
-        """The output of a perfect network."""
+        """The output of an exact denoiser, or the target in training."""
         return self.meaning.target(row, x0, x_t, eps)
 
     def __call__(
@@ -277,9 +277,9 @@ def make(prediction: str, variance: str, decoder: str = "network", **arguments: 
     Args:
         prediction: one of PREDICTIONS.
         variance: "fixed_small" (β̃_t), "fixed_large" (β_t), "optimal" (σ*_t², estimated from data and the trained
-            mean), "learned" (the network outputs log σ_t²), "learned_range" (it outputs where between β̃_t and
-            β_t, on a log scale) or "npr" (it outputs the variance of ε).
-        decoder: "network" (p(x_0 | x_1) is what the network says, on bins) or "bayes" (in proportion to q(x_1 | x_0)).
+            mean), "learned" (the network outputs log σ_t²), "learned_range" (it outputs the position between β̃_t and
+            β_t on a log scale) or "npr" (it outputs the variance of ε).
+        decoder: "network" (p(x_0 | x_1) is the network's Gaussian on bins) or "bayes" (proportional to q(x_1 | x_0)).
         arguments: the prediction's own arguments, such as edm's sigma_data.
 
     Raises:
@@ -292,5 +292,5 @@ def make(prediction: str, variance: str, decoder: str = "network", **arguments: 
     if decoder not in DECODERS:
         raise ValueError(f"model.decoder={decoder!r} is not one of {', '.join(DECODERS)}")
     made = Reverse(prediction, variance, decoder, tuple(sorted(arguments.items())))
-    _ = made.meaning  # or its refusal would come later
+    _ = made.meaning  # raises its ValueError now, not at the first use
     return made

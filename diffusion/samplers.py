@@ -44,9 +44,9 @@ class Step:
 
     Attributes:
         rule: (now, *arguments) -> the Gaussian from which x_{t−1} is drawn; a function at its module's top.
-        arguments: the sampler's arguments, such as η.
+        arguments: the arguments of the rule, such as η.
         draws_from_variance: whether the step draws with the variance of p, or uses only its x̂_0.
-        churn: how x_t is made noisier before the network sees it; None for no churn. The row that the rule then gets
+        churn: adds noise to x_t before the network sees it; None for no churn. The row that the rule then gets
             states the noise in x_t, but not the step to `next_row`.
     """
 
@@ -82,7 +82,7 @@ def sample(
         keys: one per image.
         shape: an image's (H, W, C).
         clip_x0: clip x̂_0 to [-1, 1].
-        num_frames: how many x̂_0 of the denoising trajectory to return.
+        num_frames: the number of x̂_0 to return as the denoising trajectory.
         x_T: the start; None draws it from N(0, I) with `keys`.
         after_step: (row of t − 1, x_{t−1} [B, H, W, C], keys of this step [B]) -> x_{t−1}: called after every step, to
             change its result. After the last step the row is that of t = 0, and the result is x_0.
@@ -116,14 +116,14 @@ def sample(
         x_prev = jnp.where(row.t > 1, drawn_from.sample(noise(row.t - 1)), drawn_from.mean)
         if after_step is not None:
             x_prev = after_step(next_row, x_prev, jax.vmap(jax.random.fold_in, (0, None))(hook_keys, row.t))
-        # A frame is overwritten until its last step, so the steps that are left out need no memory.
+        # Each frame is overwritten until its last step, so the other steps need no memory.
         frames = frames.at[(num_steps - row.t) * num_frames // num_steps].set(x0_hat)
         return (x_prev, (PastStep(x0_hat, row.log_snr), *history[:-1]), frames), None
 
-    # Other random bits than those of the steps' noise, of churn, and of x_T.
+    # These keys differ from those of the steps' noise, of churn and of x_T.
     hook_keys = jax.vmap(lambda key: jax.random.fold_in(key, num_steps))(keys)
     if x_T is None:
-        x_T = noise(0)  # a number that no step takes: the same start for any number of steps
+        x_T = noise(0)  # no step has the number 0, so x_T is the same for any number of steps
     nothing = PastStep(jnp.zeros_like(x_T), jnp.full_like(schedule.log_snr[-1], -jnp.inf))
     start = (x_T, (nothing, nothing, nothing), jnp.zeros((num_frames, *x_T.shape)))
     (x0, _, frames), _ = jax.lax.scan(body, start, (schedule[1:], schedule[:-1]), reverse=True)
@@ -226,7 +226,7 @@ def heun(
     if s_churn > 0:
         return Step(_heun, (True,), churn=churn)
     if churn != Churn(s_churn):
-        raise ValueError(f"s_min={s_min}, s_max={s_max} and s_noise={s_noise} have no part in s_churn=0")
+        raise ValueError(f"s_min={s_min}, s_max={s_max} and s_noise={s_noise} have no effect with s_churn=0")
     return Step(_heun)
 
 

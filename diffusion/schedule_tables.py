@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# float32 [T + 1], or [] in a row; an array of JAX or of NumPy, or its shape.
+# float32 [T + 1], or [] in a row: an array of JAX or NumPy, or its shape.
 Table = Any
 
 
@@ -24,7 +24,7 @@ class Schedule:
     """
 
     t: Table  # 0…T, int32
-    network_t: Table  # what the network is conditioned on: t − 1, of the unspaced schedule; or see `conditioning`
+    network_t: Table  # the network's noise input: t − 1 before any respacing, or see `conditioning`
     beta: Table  # β_t
     log_beta: Table
     log_alpha: Table
@@ -39,9 +39,9 @@ class Schedule:
     log_beta_large: Table  # log β_t, but log β̃_2 at t = 1: Ho et al.'s "fixedlarge"
     posterior_x0: Table  # the coefficient of x_0 in μ̃_t
     posterior_x_t: Table  # the coefficient of x_t in μ̃_t
-    # E Var(x_0 | x_t) per dimension: of the data and not of the schedule, so None until `variances` estimated it.
+    # E Var(x_0 | x_t) per dimension. It depends on the data, so it is None until `variances` estimates it.
     x0_variance: Table | None = None
-    # s, where the first step also shrinks the image: see `from_gamma`. None for 1.
+    # s, if the first step also shrinks the image: see `from_gamma`. None for 1.
     x0_scale: Table | None = None
 
     @property
@@ -74,10 +74,10 @@ class Instant:
 
 
 def from_gamma(gamma: np.ndarray, network_t: np.ndarray, x0_scale: float | None = None) -> Schedule:
-    """The schedule with log SNR_t = −`gamma`[t − 1], of s x_0 instead of x_0 if `x0_scale` = s.
+    """The schedule with log SNR_t = −`gamma`[t − 1], for s x_0 instead of x_0 if `x0_scale` = s.
 
     With s the first step also shrinks the image: x_t = √(1 − σ_t²) s x_0 + σ_t ε with σ_t² = sigmoid(γ_t). In the
-    tables √ᾱ_t has the factor s, and 1 − ᾱ_t stands for σ_t². VDM's program has s = 255/256.
+    tables √ᾱ_t has the factor s, and 1 − ᾱ_t stands for σ_t². VDM's code has s = 255/256.
 
     Args:
         gamma: [T], increasing, in float64.
@@ -106,7 +106,7 @@ def from_log_alpha(log_alpha: np.ndarray, network_t: np.ndarray, x0_scale: float
         posterior_x_t = np.sqrt(np.exp(log_alpha)) * one_minus_alpha_bar_prev / one_minus_alpha_bar
         log_beta_tilde = np.log(beta_tilde)
     beta_tilde[0], posterior_x0[0], posterior_x_t[0] = 0.0, 1.0, 0.0  # clean data stays clean
-    # β̃_1 = 0 has no logarithm; x_0 given x_1 is decoded with the width of the step before (with β_1 if T = 1).
+    # β̃_1 = 0 has no logarithm. x_0 given x_1 is decoded with the width of t = 2 (with β_1 if T = 1).
     log_beta_tilde[:2] = log_beta_tilde[2] if len(beta) > 2 else log_beta[1]
     log_beta_large = log_beta.copy()
     log_beta_large[:2] = log_beta_tilde[:2]

@@ -1,8 +1,8 @@
 """Noise schedules: how fast the forward process turns data into noise.
 
-A `Schedule` is a pytree of tables indexed by t as the paper counts it: t = 0 is clean data,
-t = 1…T are the latents, so every table has T + 1 entries and ᾱ_0 = 1. `schedule[t]` is the same pytree with scalar
-leaves, a *row*. All the math of this package is written for one row.
+A `Schedule` is a pytree of tables indexed by t as in the paper: t = 0 is clean data, t = 1…T are the latents. So every
+table has T + 1 entries, and ᾱ_0 = 1. `schedule[t]` is the same pytree with scalar leaves, a *row*. All the math of this
+package is written for one row.
 
 `schedule_tables` makes the tables.
 """
@@ -42,15 +42,15 @@ def from_betas(betas) -> Schedule:
 def linear(num_steps: int | np.integer, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """β linear in t: Ho et al. (2020), section 4.
 
-    Here and in `quadratic`, `constant` and `warmup` the β are given for T = 1000 and rescaled by 1000/T, so
-    that the total noise stays about the same when T changes (Nichol & Dhariwal 2021).
+    Here and in `quadratic`, `constant` and `warmup` the β are given for T = 1000 and rescaled by 1000/T. So the total
+    noise stays about the same when T changes (Nichol & Dhariwal 2021).
     """
     return from_betas(np.linspace(beta_start, beta_end, _checked(num_steps)) * 1000 / num_steps)
 
 
 def quadratic(num_steps: int | np.integer, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """√β linear in t, one of the schedules that Ho et al. tried."""
-    with np.errstate(invalid="ignore"):  # of a negative β: `from_betas` refuses it
+    with np.errstate(invalid="ignore"):  # from a negative β, which `from_betas` refuses
         ends = np.sqrt([beta_start, beta_end])
     return from_betas(np.linspace(*ends, _checked(num_steps)) ** 2 * 1000 / num_steps)
 
@@ -79,7 +79,7 @@ def warmup(
 def harmonic(num_steps: int | np.integer) -> Schedule:
     """β_t = 1/(T − t + 1), that is 1/T … 1: ᾱ_t falls linearly to 0 (Sohl-Dickstein et al. 2015).
 
-    Since ᾱ_T = 0, x_T holds nothing of x_0, so predict x0, v or mean and not ε.
+    Since ᾱ_T = 0, x_T does not depend on x_0, so predict x0, v or mean and not ε.
     """
     return from_betas(1.0 / np.arange(_checked(num_steps), 0, -1))
 
@@ -115,10 +115,10 @@ def linear_gamma(num_steps: int | np.integer, gamma_min: float = -13.3, gamma_ma
 
 
 def rectified_flow(num_steps: int | np.integer, last: float = 1.0) -> Schedule:
-    """The log SNR of the linear path (1 − s) x_0 + s ε at s = `last`·t/T: γ_t = 2 log s/(1 − s).
+    """The log SNR of the linear path (1 − s) x_0 + s ε at s = `last`·t/T: γ_t = 2 log (s/(1 − s)).
 
     Its x_t is that path divided by √((1−s)² + s²), so the bound and the samplers are those of the path itself. At
-    s = 1 nothing of x_0 is left; a `last` below 1 leaves γ_T finite. Liu et al. (2023, arXiv 2209.03003), eq. 1.
+    s = 1 nothing of x_0 is left; with `last` below 1, γ_T is finite. Liu et al. (2023, arXiv 2209.03003), eq. 1.
 
     Raises:
         ValueError: `last` is outside (0, 1].
@@ -146,12 +146,12 @@ SCHEDULES = {
 def respace(schedule: Schedule, keep: Sequence[int] | ArrayLike) -> Schedule:
     """The process that visits only the latents `keep`, with the same marginals q(x_t | x_0) there.
 
-    Its β become 1 − ᾱ_{keep_i}/ᾱ_{keep_{i−1}} (Nichol & Dhariwal 2021, section 4) and `network_t` keeps the original
+    Its β become 1 − ᾱ_{keep_i}/ᾱ_{keep_{i−1}} (Nichol & Dhariwal 2021, section 4). `network_t` keeps the original
     numbers, with which the network was trained.
 
     Args:
         schedule: T steps, concrete (not traced).
-        keep: strictly increasing t's out of 1…T.
+        keep: strictly increasing values of t in 1…T.
 
     Raises:
         ValueError: `keep` is empty, not increasing, or leaves 1…T.
@@ -161,11 +161,11 @@ def respace(schedule: Schedule, keep: Sequence[int] | ArrayLike) -> Schedule:
         raise ValueError(f"keep must be a list of integers out of 1…{schedule.num_steps}, not {keep!r}")
     if np.any(np.diff(keep) <= 0) or keep[0] < 1 or keep[-1] > schedule.num_steps:
         raise ValueError(f"keep must increase strictly within 1…{schedule.num_steps}, not {keep.tolist()}")
-    # Summed from log α and not read from ᾱ: the float32 table of ᾱ has lost what 1 − ᾱ needs near t = 0.
+    # Summed from log α: the float32 table of ᾱ lacks the digits that 1 − ᾱ needs near t = 0.
     scale = None if schedule.x0_scale is None else float(schedule.x0_scale[0])
     log_alpha_bar = np.cumsum(np.asarray(schedule.log_alpha, np.float64))[keep] - (2 * np.log(scale) if scale else 0.0)
     before = np.concatenate([[0.0], log_alpha_bar[:-1]])
-    log_alpha = np.full(keep.size, -np.inf)  # stays where nothing of x_0 is left
+    log_alpha = np.full(keep.size, -np.inf)  # stays −∞ where ᾱ = 0
     np.subtract(log_alpha_bar, before, out=log_alpha, where=np.isfinite(log_alpha_bar))
     short = from_log_alpha(log_alpha, np.asarray(schedule.network_t)[keep], scale)
     if schedule.x0_variance is None:
@@ -181,7 +181,7 @@ def evenly_spaced(schedule: Schedule, num_steps: int | np.integer) -> Schedule:
     """
     if not 1 <= num_steps <= schedule.num_steps:
         raise ValueError(f"cannot keep {num_steps} of {schedule.num_steps} steps (config key sample.num_steps)")
-    # One step must be the last latent: it is the only one whose marginal is the prior.
+    # The last latent must be included: only its marginal is the prior.
     first = 1 if num_steps > 1 else schedule.num_steps
     return respace(schedule, np.linspace(first, schedule.num_steps, num_steps).round().astype(int))
 

@@ -141,8 +141,8 @@ def draw_by_loss(
     rms = jnp.sqrt(jnp.mean(history.losses**2, axis=1))
     is_full = jnp.all(history.counts >= history.losses.shape[1])
     p = jnp.where(is_full, (1 - uniform_share) * rms / rms.sum() + uniform_share / num_steps, 1 / num_steps)
-    # A lottery in integers: the probabilities that are drawn from are exactly those that are divided by. A
-    # float32 sum of p would have an error as large as the probability of the rarest t.
+    # A lottery in integers, so the draw has exactly the probabilities in the weights. A float32 sum of p would
+    # have an error as large as the probability of the rarest t.
     tickets = jnp.maximum(jnp.round(p * TICKETS).astype(jnp.int32), 1)
     sums = jnp.cumsum(tickets)
     drawn = jax.random.randint(key, (batch_size,), 0, sums[-1])
@@ -152,14 +152,13 @@ def draw_by_loss(
 
 
 def record(history: History, t: Int[Array, " b"], losses: Float[Array, " b"]) -> History:
-    """The history with a batch's unweighted losses added in order. A t may occur repeatedly.
-    """
+    """The history with a batch's unweighted losses added in order. A t may occur repeatedly."""
     num_steps, length = history.losses.shape
     batch_counts = jnp.zeros(num_steps, jnp.int32).at[t - 1].add(1)
     order = jnp.argsort(t, stable=True)
     sorted_t = t[order]
     occurrence = jnp.arange(len(t)) - jnp.searchsorted(sorted_t, sorted_t)  # 0, 1, … among those of equal t
-    # Of more than `length` losses of one t only the last ones are written: two writes to one place have no order.
+    # If one t has more than `length` losses, only the last ones are written: two writes to one place have no order.
     is_kept = occurrence >= batch_counts[sorted_t - 1] - length
     row = jnp.where(is_kept, sorted_t - 1, num_steps)
     place = (history.counts[sorted_t - 1] + occurrence) % length
@@ -168,8 +167,7 @@ def record(history: History, t: Int[Array, " b"], losses: Float[Array, " b"]) ->
 
 
 def kl_terms(sampler: TimestepSampler) -> TimestepSampler:
-    """Draws t = 2…T as `sampler` draws 1…T − 1. Every example then also gets the decoder's term, t = 1.
-    """
+    """Draws t = 2…T as `sampler` draws 1…T − 1. Every example then also gets the decoder's term, t = 1."""
 
     def draw(memory, key, batch_size, num_steps):
         t, weight = sampler.draw(memory, key, batch_size, num_steps - 1)
@@ -200,7 +198,7 @@ def every_term(sampler: TimestepSampler) -> TimestepSampler:
     return sampler
 
 
-# Which t there are to draw; see `objectives.TIMES`.
+# The kinds of t to draw; see `objectives.TIMES`.
 TIMES = {"every_term": every_term, "kl_terms": kl_terms, "continuous": continuous}
 SAMPLERS = {
     "uniform": uniform,
@@ -209,7 +207,7 @@ SAMPLERS = {
     "log_normal": log_normal,
     "logit_normal": logit_normal,
 }
-# Those whose draw is meant to weight the loss, so that a bound's mean over t is no bound.
+# Samplers whose draw is meant to weight the loss. With them the mean of a bound's terms is not a bound.
 LOSS_SHAPING = ("log_normal", "logit_normal")
 
 

@@ -1,4 +1,4 @@
-"""Variances after training: the optimal σ*_t of a trained mean, and what any variance costs in bits/dim.
+"""Variances after training: the optimal σ*_t of a trained mean, and the cost of any variance in bits/dim.
 
 σ*_t² = β̃_t + (coefficient of x_0 in μ̃_t)² E Var(x_0 | x_t): q(x_{t−1} | x_t) is wider than q(x_{t−1} | x_t, x_0) by
 the uncertainty about x_0 given x_t. E Var(x_0 | x_t) depends on t through q(x_t | x_0) alone, so one estimate serves
@@ -94,11 +94,11 @@ def x0_terms(p: Reverse, clip_x0: bool = True) -> Measure:
     def measure(row: Schedule, x0: Array, x_t: Array, eps: Array, output: Array) -> X0Terms:
         x0_hat = p(row, x_t, output, clip_x0=False).x0_hat
         eps_hat = (x_t - row.sqrt_alpha_bar * x0_hat) / row.sqrt_one_minus_alpha_bar
-        # 1 is E ε², and with this ε² in its place most of the noise cancels for large t, where ε̂ follows ε.
+        # ε² replaces its mean 1. Most of the noise then cancels for large t, where ε̂ is close to ε.
         unexplained = jnp.mean((eps - eps_hat) * (eps + eps_hat))
         mean_error = p(row, x_t, output, clip_x0).p_prev.mean - process.q_posterior(row, x0, x_t).mean
         error = jnp.mean((mean_error / row.posterior_x0) ** 2)
-        # Where nothing of x_0 is left (ᾱ_T = 0) its ε̂ says nothing either.
+        # If ᾱ_T = 0, ε̂ says nothing about x_0.
         analytic = jnp.where(row.alpha_bar > 0, jnp.exp(-row.log_snr) * unexplained, error)
         return X0Terms(analytic, error)
 
@@ -139,7 +139,7 @@ def split_terms_bpd(
                 mean_error=bits_per_dim(jnp.where(is_decoder, 0.0, mean_error)),
             )
 
-        # One program for all candidates: written out for each, it would take many times as long to compile.
+        # One program for all candidates. A loop over them would take many times as long to compile.
         splits = jax.vmap(split)(jnp.stack([variance.log_var(row, raw) for variance in candidates.values()]))
         return {name: jax.tree.map(lambda leaf, k=k: leaf[k], splits) for k, name in enumerate(candidates)}
 

@@ -101,7 +101,7 @@ def test_it_says_how_low_it_has_been_and_refuses_to_run_empty():
     height = stack.num_words
     stack.push_inside(drawn, np.zeros(40), 100.0, 600)
     assert stack.take_lowest() == height < 20 == stack.take_lowest()
-    with pytest.raises(ArithmeticError, match="where no latent of this code can be"):
+    with pytest.raises(ArithmeticError, match="a latent lies outside the range of this code"):
         stack.push_inside(drawn + 2000, np.zeros(40), 100.0, 600)
     with pytest.raises(ArithmeticError, match="ran empty"):
         stack.pop_inside(np.zeros(80), 100.0, 600)

@@ -99,5 +99,5 @@ def test_what_cannot_be_is_refused():
         Churn(1, 3, 2)
     with pytest.raises(ValueError, match="s_churn=-1"):
         samplers.heun(s_churn=-1)
-    with pytest.raises(ValueError, match="s_noise=1.01 have no part in s_churn=0"):
+    with pytest.raises(ValueError, match="s_noise=1.01 have no effect with s_churn=0"):
         samplers.heun(s_noise=1.01)

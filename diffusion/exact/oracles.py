@@ -78,7 +78,7 @@ class Mixture:
         Var(x_{t−1} | x_t) = β̃_t + (coefficient of x_0 in μ̃_t)² Var(x_0 | x_t).
 
         Raises:
-            ValueError: p.variance is learned_range, which cannot express every variance.
+            ValueError: another learned variance. (learned_range, for example, cannot express every variance.)
         """
         if p.learns_variance and p.variance != "learned":
             raise ValueError(f"an exact denoiser outputs a variance for variance='learned', not for {p.variance!r}")
