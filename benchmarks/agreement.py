@@ -1,7 +1,7 @@
 """Do devices, number formats, steps per call and layer implementations agree, for equal weights, images and keys?
 
     python -m benchmarks.agreement                                          # on a GPU
-    python -m benchmarks.agreement --size=tiny --batch-size=2 --steps=2     # on a CPU, without what needs a GPU
+    python -m benchmarks.agreement --size=tiny --batch-size=2 --steps=2     # on a CPU, without the GPU's rows
 
 Every row compares two results: the largest difference and the root mean square of all differences, both over the root
 mean square of the result that comes second. Float32 keeps 24 binary digits (1e-7), TF32 11 (5e-4) and bfloat16 8

@@ -135,7 +135,7 @@ def limits(compiled: jax.stages.Compiled, steps: int, flops: float, target: str)
 
 
 def config_row(name: str, target: str) -> dict[str, Any]:
-    """One config's train step; the images are those of one call, as if they came from disk."""
+    """One config's train step. It holds only the images of one call, as if they came from disk."""
     targets = topology(target, 1)
     config = importlib.import_module(f"configs.{name}").get_config()
     experiment = build.experiment(config, SHAPES[name], 256, on_cpu=False)

@@ -203,7 +203,7 @@ def stop(process: subprocess.Popen) -> None:
 def report(states: States, out: Path) -> str:
     """The text of gpu.md: the status of every part, then the results of the finished ones."""
     rows = [{"part": name, "status": state["status"], "seconds": state["seconds"]} for name, state in states.items()]
-    sections = ["# What benchmarks.gpu has measured", timing.table(rows)]
+    sections = ["# Results of benchmarks.gpu", timing.table(rows)]
     for name, state in states.items():
         found = result(out, name) if state["status"] == "done" else None
         if found is not None:

@@ -81,7 +81,7 @@ def has_peer(package: Any) -> bool:
     if package is None:
         return False
     if device() == "cuda" and not torch.cuda.is_available():
-        print("PyTorch finds no GPU: ours is timed alone")
+        print("PyTorch finds no GPU: only ours is timed")
         return False
     return True
 

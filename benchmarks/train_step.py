@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=dtypes)
     parser.add_argument("--steps-per-call", type=int, default=1 if on_cpu else 10, help="for our arms")
     parser.add_argument("--arms", nargs="+", choices=CANDIDATES, default=["plain", "remat"], help="our arms")
-    parser.add_argument("--no-peer", action="store_true", help="time ours alone")
+    parser.add_argument("--no-peer", action="store_true", help="time only ours")
     args = parser.parse_args()
     if "cudnn_attention" in args.arms and (on_cpu or args.dtypes != ["bfloat16"]):
         parser.error("--arms cudnn_attention needs a GPU and --dtypes bfloat16")

@@ -153,7 +153,7 @@ def report(found: list[Row], seconds: float) -> str:
     head = ("", "construction", "checked", *spaces, "least mean − H", "a code?")
     wrong = sum(not row.is_as_expected for row in found)
     controls = sum(row.kind == "control" for row in found)
-    counts = f"{len(found) - controls} bounds and {controls} controls, {wrong} of them not as they should be"
+    counts = f"{len(found) - controls} bounds and {controls} controls, {wrong} of them with an unexpected result"
     where = f"{summary.device_name()}, {datetime.date.today()}, {seconds:.0f} s"
     return f"`python -m experiments.audit`: {counts}. {where}.\n\n{tables.markdown(head, lines)}"
 

@@ -84,7 +84,7 @@ def run(
 def check(model: Model, conditioning: str) -> None:
     """Raises a ValueError for a model that does not have a bound for every T."""
     if conditioning != "gamma":
-        raise ValueError(f"model.conditioning={conditioning!r} knows its own T alone; this needs gamma")
+        raise ValueError(f"model.conditioning={conditioning!r} works only for its own T; this needs gamma")
     if model.p.variance != "fixed_small" or model.p.decoder != "bayes":
         raise ValueError(
             f"model.variance={model.p.variance!r} and model.decoder={model.p.decoder!r} have no limit T → ∞; this "

@@ -27,7 +27,7 @@ MOST_IMAGES = 1000  # the default limit of images per set
 
 
 class Study(NamedTuple):
-    """A trained run, and what its samples are compared with.
+    """A trained run, and how its samples are compared.
 
     Attributes:
         directory: the run's directory, which the results are written to.
@@ -113,7 +113,7 @@ def changed(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:
 
 
 def real_images(study: Study, test_set: Source) -> dict[str, list[float]]:
-    """The expected scores of perfect samples: those of disjoint sets of test images, as large as the samples' sets."""
+    """The scores of disjoint sets of test images, as large as the samples' sets: the target for perfect samples."""
     num_sets = len(test_set) // study.num_images
     chosen = np.random.default_rng(0).permutation(len(test_set))[: num_sets * study.num_images]
     images = test_set.images(np.sort(chosen.reshape(num_sets, study.num_images), axis=1).ravel())

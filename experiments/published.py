@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     row = given.row
     name = arguments.data or (row.data if row else "")
     if not name:
-        raise ValueError(f"{weights}: no data set is known for it; name one that is prepared with --data=NAME")
+        raise ValueError(f"{weights}: no data set is known for it; choose a prepared one with --data=NAME")
     test_set = data.load(name, "test", arguments.data_dir)
     check(given, test_set)
     protocol = arguments.protocol or (row.protocol if row else PROTOCOL)
@@ -114,7 +114,7 @@ def found_at(weights: Path, flags_file: str) -> Checkpoint:
     if prefix is None and not weights.is_dir():
         return checkpoint(weights, flags_file)
     if flags_file:
-        raise ValueError(f"--flags={flags_file} has no part: the settings of {weights} lie in its own files")
+        raise ValueError(f"--flags={flags_file} is not used here: {weights} has its settings in its own files")
     if prefix is None and not any(path.is_file() for path in pipelines.places(weights)):
         raise FileNotFoundError(
             f"{weights} holds none of ckpt-N.flax, PREFIX.index and {pipelines.SCHEDULER_FILE}; name a .pt file itself"
@@ -172,7 +172,7 @@ def recognized(weights: Path, flags_file: str) -> tuple[dict[str, Any], Row | No
     else:
         flags = openai_flags.beside(weights)
     if row and not published_rows.agrees(row, flags):
-        raise ValueError(f"{weights} has a published name, and other flags than that file's: rename it or drop them")
+        raise ValueError(f"{weights} has a published name, but not the published flags: rename it or drop the flags")
     return flags, row
 
 
@@ -186,7 +186,7 @@ def check(given: Checkpoint, test_set: Source) -> None:
         test_set.labels()
         known = given.model.denoise.func.module.num_classes
         if known != test_set.num_classes:
-            raise ValueError(f"data.name={test_set.name!r} has {test_set.num_classes} classes; the model knows {known}")
+            raise ValueError(f"data.name={test_set.name!r} has {test_set.num_classes} classes; the model has {known}")
 
 
 def score(model: Model, test_set: Source, settings: bound.Settings, num_images: int, kept: Path) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def seeds(arguments: argparse.Namespace, default: list[str]) -> list[str]:
         ValueError: --seeds asks for none, or --set has a seed.
     """
     if seed := overrides(arguments.set).get("seed"):
-        raise ValueError(f"--set seed={seed} would be every run's; use --seed={seed}")
+        raise ValueError(f"--set seed={seed} would set the seed of every run; use --seed={seed}")
     if arguments.seeds is None:
         return split_values(arguments.seed) if arguments.seed else default
     if arguments.seeds < 1:
@@ -177,7 +177,7 @@ def expected(cells: list[Cell], directory: Path) -> str:
             configs = [cell.config().train for cell in left]
             minutes = sum(config.num_steps * config.batch_size for config in configs) / np.median(speeds[1:]) / 60
             return f"{words}: about {minutes:.0f} minutes of training at the speed of {cell.name}, plus their scores"
-    return f"{words}; how long is known once the first one has logged some steps"
+    return f"{words}; the time is known once the first one has logged some steps"
 
 
 def indexed(arguments: argparse.Namespace, cells: list[Cell]) -> list[Cell]:

@@ -184,7 +184,7 @@ def markdown(rows: list[Row], own: str, title: str, num_train: int, prior_bpd: f
         "",
         f"Bits/dim = decoder (t = 1) + variance mismatch + mean error (t > 1) + prior ({prior_bpd:.2g}). One ε per "
         "image and t, the same for all variances; x̂_0 clipped to [-1, 1]; exact normal CDF in the decoder; σ* from "
-        f"{num_train} training images. ± is one standard error over images, that of the difference to {own} paired by "
+        f"{num_train} training images. ± is one standard error over images; the difference to {own} is paired by "
         "image.",
         "",
     ]

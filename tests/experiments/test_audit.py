@@ -89,7 +89,7 @@ def test_a_network_learns_in_seconds():
 def test_the_report_names_what_is_wrong():
     row = audit_bounds.Row("bound", "a bound", "2 × 3", "exact", "name", 1.5, 1e-4, 3.0, 1e-4, 3.1)
     text = audit.report([row, row._replace(total=0.9, mean_bits=3.2)], seconds=1.0)
-    assert "2 bounds and 0 controls, 1 of them not as they should be" in text
+    assert "2 bounds and 0 controls, 1 of them with an unexpected result" in text
     assert "| bound | a bound | 2 | +0.5000 ± 1e-04 | -0.1000 | **no** |" in text
 
 

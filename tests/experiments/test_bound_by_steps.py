@@ -43,5 +43,5 @@ def test_numbers_that_leave_nothing_to_average_are_refused(points, num_images, w
 
 
 def test_a_network_that_knows_t_alone_is_refused(straight):
-    with pytest.raises(ValueError, match="model.conditioning='t' knows its own T alone; this needs gamma"):
+    with pytest.raises(ValueError, match="model.conditioning='t' works only for its own T; this needs gamma"):
         bound_by_steps.run(straight, "latest", ["6", "inf"], points=5, num_images=16)

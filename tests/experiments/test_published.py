@@ -80,12 +80,12 @@ def test_a_file_is_recognized_by_its_name_or_by_the_flags_beside_it(tmp_path):
         published.recognized(tmp_path / "other.pt", str(tmp_path / "list.json"))
     with pytest.raises(FileNotFoundError, match="other.json does not exist; it must hold the flags that "):
         published.recognized(tmp_path / "other.pt", "")
-    with pytest.raises(ValueError, match="has a published name, and other flags than that file's"):
+    with pytest.raises(ValueError, match="has a published name, but not the published flags"):
         published.recognized(known, str(tmp_path / "mine.json"))
     # On fewer steps it has another bound, which is not the paper's.
     flags = by_name(known.stem).flags | {"timestep_respacing": "250"}
     known.with_suffix(".json").write_text(json.dumps(flags))
-    with pytest.raises(ValueError, match="has a published name, and other flags than that file's"):
+    with pytest.raises(ValueError, match="has a published name, but not the published flags"):
         published.recognized(known, "")
 
 
@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused(toy, monkeypatch, tmp_path):
         toy()
     (tmp_path / "own.pt").touch()
     (tmp_path / "own.json").write_text('{"package": "guided_diffusion", "image_size": 4, "channel_mult": "1"}')
-    with pytest.raises(ValueError, match="own.pt: no data set is known for it; name one .* --data=NAME"):
+    with pytest.raises(ValueError, match="own.pt: no data set is known for it; choose .* --data=NAME"):
         published.main([str(tmp_path / "own.pt")])
 
 
@@ -211,7 +211,7 @@ def test_labels_that_the_model_does_not_know_are_refused():
     given = published.Checkpoint(model, (4, 4, 3), {}, None)
     with pytest.raises(ValueError, match="data.name='noise' has no labels"):
         published.check(given, data.Source("noise", "test", images))
-    with pytest.raises(ValueError, match="data.name='noise' has 8 classes; the model knows 1000"):
+    with pytest.raises(ValueError, match="data.name='noise' has 8 classes; the model has 1000"):
         published.check(given, data.Source("noise", "test", images, classes=labels, num_classes=8))
 
 
@@ -236,7 +236,7 @@ def test_a_checkpoint_of_ho_et_al_s_program_is_recognized_by_its_prefix_or_direc
     for weights in (tmp_path, tmp_path / "model.ckpt-790000", tmp_path / "model.ckpt-790000.index"):
         given = published.found_at(weights, "")
         assert given.row is published_rows.HO2020 and given.image_shape == (32, 32, 3) and given.model is model
-        with pytest.raises(ValueError, match=r"--flags=own.json has no part: the settings of .* lie in its own files"):
+        with pytest.raises(ValueError, match=r"--flags=own.json is not used here: .* has its settings in its own"):
             published.found_at(weights, "own.json")
     (tmp_path / "ckpt-3.flax").touch()  # beside clu's own index
     with pytest.raises(ValueError, match="ckpt-3.flax"):

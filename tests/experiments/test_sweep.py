@@ -72,7 +72,7 @@ def test_signals_do_after_a_sweep_what_they_did_before(tmp_path, monkeypatch):
 
 def test_a_list_says_how_long_what_is_left_takes_once_it_is_known(tmp_path, monkeypatch):
     cells = sweep.grid(BASE, axes(seed=["0", "1", "2"]), {"train.num_steps": "600", "train.batch_size": "32"})
-    assert sweep.expected(cells, tmp_path).startswith("3 cells, 3 to run; how long is known once")
+    assert sweep.expected(cells, tmp_path).startswith("3 cells, 3 to run; the time is known once")
     monkeypatch.setattr(sweep, "_is_done", lambda cell, directory: cell is cells[0])
     (tmp_path / cells[0].name).mkdir()
     rows = [{"step": step, "images_per_second": speed} for step, speed in ((25, 1.0), (50, 310.0), (75, 330.0))]
