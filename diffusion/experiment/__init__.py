@@ -1,1 +1,1 @@
-"""From a config to objects: the allowed values of a config, their meaning, and the directory of a run."""
+"""Configs: their keys and allowed values, the objects that they describe, and the directory of a run."""

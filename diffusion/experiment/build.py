@@ -1,4 +1,4 @@
-"""From a config to objects: turns the names in a config into functions."""
+"""Turns a config, and the names in it, into objects and functions."""
 
 import dataclasses
 import functools
@@ -76,7 +76,7 @@ class Experiment:
         """
         of_any_mean = ["model", *(name for name, entry in reverse.VARIANCES.items() if not entry.is_learned)]
         if variance not in (*of_any_mean, self.p.variance):
-            raise ValueError(f"the variance {variance!r} is none of {', '.join(of_any_mean)}")
+            raise ValueError(f"the variance {variance!r} is not one of {', '.join(of_any_mean)}")
         p = self.p if variance == "model" else dataclasses.replace(self.p, variance=variance)
         schedule = self.training.schedule.of_params(params)
         if variance == "optimal":
@@ -100,7 +100,7 @@ class Experiment:
         """The state before the first step: the weights of config.init_from, or random ones from config.seed."""
         if self.start and not self.start.anew:
             return initial_state(self.training, self.start.over({}), self.image_shape)
-        # It runs once, so on the CPU, where random numbers are slow to compile, it is not optimized.
+        # It runs once. On CPUs random numbers are slow to compile, so the program is not optimized there.
         options = {"xla_backend_optimization_level": 0} if runs_on_cpu() else None
         return self._state(jax.jit(self.training.network.init, compiler_options=options), self.start)
 
@@ -123,7 +123,7 @@ class Experiment:
 
 
 def runs_on_cpu() -> bool:
-    """Whether JAX's default device is a CPU. All code that differs on a CPU asks here, and nowhere else."""
+    """Whether JAX's default device is a CPU. All code that differs on CPUs calls this function."""
     return jax.default_backend() == "cpu"
 
 
@@ -178,7 +178,7 @@ def experiment(
     rules.check_labels(config, num_classes)
     schedule, learned = combination.start_schedule(config)
     if learned is not None:
-        learned_schedule.init(schedule)  # or its refusal would come with the first state
+        learned_schedule.init(schedule)  # raises its ValueError now, not with the first state
     p = combination.reverse_process(config)
     times = objectives.TIMES.get(objective := names.parse(config.objective.name).name, "every_term")
     on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
@@ -291,6 +291,6 @@ def _optimizer(config: ConfigDict, learned: Learned | None) -> optax.GradientTra
     network = make(rule, rate, config.optim.warmup_steps, config.optim.grad_clip)
     if learned is None:
         return network
-    # Adam even where the network has AdamW, whose decay would pull γ towards 0.
+    # Adam even if the network has AdamW, whose weight decay would pull γ towards 0.
     schedule = make(optimizer.adam, learned.learning_rate, config.train.num_steps // 2, grad_clip=0.0)
     return optax.partition({"network": network, "schedule": schedule}, group_of)

@@ -1,4 +1,4 @@
-"""All values of a config together and their consequences: the questions that rules ask."""
+"""All values of a config together and the properties that follow from them, for the rules."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Combination(NamedTuple):
     """All values of a config, with the schedule and the sampler that follow from them."""
 
     config: ConfigDict
-    schedule: Schedule  # of a learned one, as it starts
+    schedule: Schedule  # for a learned one, its start
     learned: Learned | None
     step: Step  # of the sampler
 
@@ -71,7 +71,7 @@ class Combination(NamedTuple):
 
     @property
     def loses_x0(self) -> bool:
-        """Whether the network's output at t = T holds nothing of x_0, as for ε if ᾱ_T = 0."""
+        """Whether the network's output at t = T does not determine x_0, as for ε if ᾱ_T = 0."""
         return not np.isfinite(x0_per_output(self.p, self.schedule[self.schedule.num_steps]))
 
     @property

@@ -14,11 +14,11 @@ from ml_collections import ConfigDict, config_flags
 from diffusion import __version__
 from diffusion.experiment.schema import KEYS, Partly, all_keys, unknown
 
-VERSION = "version"  # of the program that wrote config.json; no config key
+VERSION = "version"  # of the program that wrote config.json; not a config key
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """{"unet.channels": 128, ...}; a value outside any group stays under its own name."""
+    """{"unet.channels": 128, ...}; a value outside all groups keeps its name."""
     return flatten_dict(config.to_dict(), sep=".")
 
 
@@ -41,7 +41,7 @@ def completed(config: Any) -> ConfigDict:
     Raises:
         ValueError: it is not a ConfigDict, or has a key that does not exist.
     """
-    if getattr(config, "to_dict", None) is None:  # where there is no such file, the first use says so
+    if getattr(config, "to_dict", None) is None:  # a missing file raises its own error at the first use
         raise ValueError(f"get_config() of the config file must return a ConfigDict, not {config!r:.60}")
     flat = flatten(config)
     for name in sorted(flat.keys() - all_keys().keys()):
@@ -159,14 +159,14 @@ def fault_of_file(path: str, error: BaseException) -> str:
     """
     file = Path(path.partition(":")[0]).resolve()
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, SyntaxError):  # of a file that is not run: there is no frame of it
+    if isinstance(error, SyntaxError):  # the file is not run, so the traceback has no frame of it
         frames, error = [*frames, (error.filename or "", error.lineno)], SyntaxError(error.msg)
     lines = [line for name, line in frames if Path(name).resolve() == file]
     return f"--config={path}, line {lines[-1]}: {type(error).__name__}: {error}" if lines else ""
 
 
 def differing(config: ConfigDict, saved: ConfigDict) -> list[str]:
-    """ "key: saved → now" for each key that shaped the saved run and differs now, with the reason where it has one.
+    """ "key: saved → now" for each key that shaped the saved run and differs now, with the reason if there is one.
 
     A missing field of a network counts as its default.
     """

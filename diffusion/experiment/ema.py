@@ -13,7 +13,7 @@ from diffusion.runtime.digests import tree_sha256
 from diffusion.training.step import TrainState
 from diffusion.variances import X0Variance
 
-X0_VARIANCE = "x0_variance.npz"  # what the optimal variance needs
+X0_VARIANCE = "x0_variance.npz"  # the estimate that the optimal variance needs
 
 
 @flax.struct.dataclass
@@ -67,5 +67,5 @@ def load_x0_variance(directory: Path, state: EmaState) -> X0Variance:
         raise ValueError(f"{path} is damaged; {again}") from error
     if step != state.step or ema_sha256 != state.sha256:
         other = f"which are not those of this checkpoint, of step {state.step}"
-        raise ValueError(f"{path} was estimated of the weights of step {step}, {other}; {again}")
+        raise ValueError(f"{path} was estimated with the weights of step {step}, {other}; {again}")
     return found

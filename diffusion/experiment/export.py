@@ -25,11 +25,11 @@ from diffusion.runtime import files
 from diffusion.runtime.digests import tree_sha256
 
 WEIGHTS, ABOUT = "model.safetensors", "model.json"
-FORMAT = 1  # of model.json: one more where an older version would misread it
-# Where things lay on the machine that trained the model.
+FORMAT = 1  # of model.json; it increases if an older version would misread the file
+# Keys with paths on the machine that trained the model, and their values in an export.
 PLACES = {"data.data_dir": "", "init_from": "", "init_adapt": False}
 NO_GUIDE = {"sample.guide": "", "sample.guidance": 0.0, "sample.guidance_interval": ()}
-# What summary.json and eval.json say besides the scores and how they were measured.
+# The entries of summary.json and eval.json that are neither scores nor their protocol.
 NO_SCORES = {"step", "num_params", "params_sha256", "ema_sha256", "data_sha256", "seconds", "forked_from"}
 NO_SCORES |= {"stopped_early"}
 
@@ -54,7 +54,7 @@ class Export(NamedTuple):
     Attributes:
         config: the config of the run.
         image_shape: (H, W, C).
-        num_levels: how many values a channel of a pixel can have.
+        num_levels: the number of pixel values.
         num_classes: the number of classes of the network's labels; 0 for a network without labels.
         step: the number of optimizer steps taken.
         ema_sha256: the digest of the parameters.
@@ -93,7 +93,7 @@ def write(directory: Path, about: Export, params: dict[str, np.ndarray], facts: 
     said |= {name: getattr(about, name) for name in ENTRIES}
     said |= {"num_params": sum(leaf.size for leaf in params.values()), "config": config}
     text = json.dumps(said, indent=2, allow_nan=False) + "\n"
-    tensors = {name: np.asarray(leaf, order="C") for name, leaf in params.items()}  # safetensors takes it for granted
+    tensors = {name: np.asarray(leaf, order="C") for name, leaf in params.items()}  # safetensors assumes this order
     contents = {WEIGHTS: save(tensors), ABOUT: text.encode()}
     for name, content in contents.items():
         path = directory / name
@@ -102,7 +102,7 @@ def write(directory: Path, about: Export, params: dict[str, np.ndarray], facts: 
     directory.mkdir(parents=True, exist_ok=True)
     absent = [directory / name for name in contents if not (directory / name).exists()]
     try:
-        for name, content in contents.items():  # model.json is the last: without it the weights are no export
+        for name, content in contents.items():  # model.json comes last: without it the weights are not an export
             with files.replacing(directory / name) as file:
                 file.write(content)
     except OSError:
@@ -137,7 +137,7 @@ def read_params(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged or another model's.
+        ValueError: the file is damaged or belongs to another model.
     """
     path = directory / WEIGHTS
     if not path.is_file():
@@ -196,7 +196,7 @@ def _without_places(config: ConfigDict) -> ConfigDict:
 
 
 def _parsed(text: bytes) -> Export:
-    """What the bytes of a `model.json` say. Raises a ValueError with what is wrong, without the file's name."""
+    """The contents of a `model.json`. Raises a ValueError with the problem, without the file's name."""
     try:
         said = json.loads(text)
     except ValueError:
@@ -218,6 +218,6 @@ def _parsed(text: bytes) -> Export:
 
 def _check_numbers(path: Path, params: dict[str, np.ndarray]) -> None:
     if other := sorted(name for name, leaf in params.items() if leaf.dtype != np.float32):
-        raise ValueError(f"{path}: no float32 in {first_few(other)}")
+        raise ValueError(f"{path}: not float32: {first_few(other)}")
     if bad := sorted(name for name, leaf in params.items() if not np.isfinite(leaf).all()):
         raise ValueError(f"{path}: NaN or Inf in {first_few(bad)}")

@@ -1,6 +1,6 @@
 """Autoguidance from a config: `sample.guide` names the worse model that samples are guided with.
 
-Its noise schedule may be another one, as every learned schedule is. It is evaluated at the same log SNR:
+It may have another noise schedule; any two learned schedules differ. It is evaluated at the same log SNR:
     `guidance.clock`.
 """
 
@@ -38,11 +38,11 @@ def _problem(experiment: Experiment, found: LoadedRun) -> str:
     """Why a model cannot guide this one; "" if it can."""
     own, its = experiment.config.model, found.config.model
     if (experiment.image_shape, experiment.training.num_levels) != (found.image_shape, found.model.num_levels):
-        return f"is of images {found.image_shape}, and this run of {experiment.image_shape}"
+        return f"is of images {found.image_shape}, but this run is of {experiment.image_shape}"
     if own.prediction != its.prediction:
-        return f"predicts {its.prediction}, and this run has model.prediction={own.prediction!r}"
+        return f"predicts {its.prediction}, but this run has model.prediction={own.prediction!r}"
     if its.conditional and not own.conditional:
-        return "takes labels, which this run has not (model.conditional)"
+        return "takes labels, but this run has none (model.conditional)"
     if its.conditional and found.experiment.training.network.num_classes != experiment.training.network.num_classes:
-        return "takes labels of other classes"
+        return "takes labels of another number of classes"
     return ""

@@ -20,9 +20,9 @@ from diffusion.reverse import VARIANCES
 from diffusion.runtime import files
 from diffusion.runtime.checkpoint import Checkpoints
 
-# What weights do not depend on.
+# Fields of a network that do not affect the meaning of its weights.
 WEIGHTLESS = {"dropout", "convolution", "dtype", "remat", "parent", "name"}
-# What a network's input and output mean.
+# Keys that determine the meaning of a network's input and output.
 MEANING = ("model.network", "model.prediction", "model.variance", "model.conditioning", "model.rescale_t")
 MEANING += ("schedule.num_steps",)
 
@@ -33,9 +33,9 @@ class Start(NamedTuple):
     Attributes:
         leaves: the parameters that are taken over.
         resized: those of them whose number of channels differed; they were cut or padded with zeros.
-        anew: parameters of the network that are missing there; they start as in a new run.
-        unused: parameters there that the network does not have.
-        differing: settings of the network that differ there.
+        anew: parameters of the network that the source lacks; they start as in a new run.
+        unused: parameters of the source that the network does not have.
+        differing: settings of the network that differ in the source.
     """
 
     leaves: dict[str, np.ndarray]
@@ -45,7 +45,7 @@ class Start(NamedTuple):
     differing: list[str]
 
     def over(self, params: PyTree) -> PyTree:
-        """`params` with these leaves in place of its own."""
+        """`params` with its leaves replaced by these."""
         whole = {"/".join(path): leaf for path, leaf in flatten_dict(params).items()} | self.leaves
         return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in whole.items()})
 
@@ -70,7 +70,7 @@ def load(config: ConfigDict, network: nn.Module, like: PyTree) -> Start:
     """
     found, there = _read(config.init_from)
     here = _settings(network, config)
-    if "data.validation" in there:  # of a run or an export; of published weights nobody knows
+    if "data.validation" in there:  # for a run or an export; unknown for published weights
         named_run.warn_of_seen_images(
             f"init_from={config.init_from}", config.data.validation, there["data.validation"]
         )
@@ -80,7 +80,7 @@ def load(config: ConfigDict, network: nn.Module, like: PyTree) -> Start:
     if not config.init_adapt and (problems := differing or _other_shapes(found, wanted)):
         raise ValueError(
             f"init_from={config.init_from!r} holds another network than the config's: {'; '.join(problems)}; "
-            "with init_adapt=True what fits is taken"
+            "with init_adapt=True the parameters that fit are taken"
         )
     leaves = {name: leaf for name, leaf in found.items() if wanted.get(name) == leaf.shape}
     rest = sorted(wanted.keys() & found.keys() - leaves.keys())
@@ -90,7 +90,7 @@ def load(config: ConfigDict, network: nn.Module, like: PyTree) -> Start:
 
 
 def _settings(network: nn.Module, config: ConfigDict) -> dict[str, Any]:
-    """What tells networks apart whose parameters have the same shapes."""
+    """The settings that distinguish networks whose parameters have the same shapes."""
     group = names.parse(config.model.network).name
     fields = {field.name for field in dataclasses.fields(network)} - WEIGHTLESS
     flat, of_network = config_lib.flatten(config), {f"{group}.{field}": getattr(network, field) for field in fields}
@@ -98,7 +98,7 @@ def _settings(network: nn.Module, config: ConfigDict) -> dict[str, Any]:
 
 
 def _read(text: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The parameters by their paths, and what is known of their network."""
+    """The parameters by their paths, and the known settings of their network."""
     directory = files.expanded(text)
     places = (directory, files.expanded(text.rpartition("@")[0] or text))
     if not any(place.exists() for place in places) and ho2020.find(text) is None:
@@ -106,8 +106,8 @@ def _read(text: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise FileNotFoundError(f"init_from={text!r} does not exist; it {words}")
     if found := vdm.newest(directory):
         raise ValueError(
-            f"init_from={text!r} is a checkpoint of VDM's program ({found.name}), with pixel values that no run has: "
-            "255/256 times these; interop.load_vdm reads it, and python -m experiments.published scores it"
+            f"init_from={text!r} is a checkpoint of VDM's code ({found.name}), whose pixel values are 255/256 times "
+            "those of a run; interop.load_vdm reads it, and python -m experiments.published scores it"
         )
     if _is_run(text):
         return _of_run(text)
@@ -139,7 +139,7 @@ def _all_settings(config: ConfigDict) -> dict[str, Any]:
 
 
 def _published(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A diffusers directory, a FILE.pt of OpenAI's programs with its flags in FILE.json, or a PREFIX of Ho et al.'s."""
+    """Reads a diffusers directory, OpenAI's FILE.pt with its flags in FILE.json, or Ho et al.'s PREFIX."""
     if ho2020.find(path) is not None:
         model = interop.load_ho2020(path)
         network, params = model.denoise.func.module, model.denoise.args[0]
@@ -161,7 +161,7 @@ def _published(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def _matters(key: str, there: dict[str, Any], here: dict[str, Any]) -> bool:
     """Whether another value of this setting gives the same parameters another meaning."""
-    if key == "model.variance":  # fixed ones have no part in the network's output
+    if key == "model.variance":  # fixed ones do not affect the network's output
         return all(VARIANCES[of[key]].is_learned for of in (there, here))
     if key == "schedule.num_steps":  # the range of t that the network is conditioned on
         return here["model.conditioning"] == "t" and not here["model.rescale_t"]
@@ -177,9 +177,9 @@ def _other_shapes(found: dict[str, np.ndarray], wanted: dict[str, tuple]) -> lis
 
 
 def _resized(leaf: np.ndarray, out_channels: int) -> np.ndarray:
-    """The last layer with another number of channels: the first ones, and zeros after them.
+    """The last layer with another number of channels: it is cut, or padded with zeros.
 
-    The first half is the prediction, the second the variance. So beside a trained mean a learned variance starts in
+    The first half is the prediction, the second the variance. So with a trained mean, a new learned variance starts in
     the middle of its range.
     """
     made = np.zeros((*leaf.shape[:-1], out_channels), leaf.dtype)

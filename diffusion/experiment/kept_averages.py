@@ -1,4 +1,4 @@
-"""The averages that a run with ema.post_hoc saves beside its checkpoints, and other averages composed of them.
+"""The averages that a run with ema.post_hoc saves beside its checkpoints, and averages composed of these.
 
 ema_averages/STEP.safetensors holds the two averages of a regular checkpoint, with their digest. They are never deleted.
 `post_hoc_ema` explains their use.
@@ -98,5 +98,5 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); {ADVICE}") from error
     if not is_sound:
-        raise ValueError(f"{path} is damaged: it does not hold what was kept; {ADVICE}")
+        raise ValueError(f"{path} is damaged: its content does not match its SHA-256; {ADVICE}")
     return averages

@@ -14,8 +14,8 @@ from diffusion.runtime import prefetch
 from diffusion.training.step import Examples, mean_loss
 
 KEPT_PART = 1 / 4  # of a device's free memory that training images may take
-FREE_WHERE_UNKNOWN = 16 * 2**30  # bytes of a device that does not say, as CPUs do not: 4 GiB of images are kept
-CALLS_UNDER_WAY = 2 + prefetch.AHEAD  # one is computed, one waits, and the batches of others are made
+FREE_WHERE_UNKNOWN = 16 * 2**30  # bytes, for devices that do not report it, such as CPUs: 4 GiB of images are kept
+CALLS_UNDER_WAY = 2 + prefetch.AHEAD  # one runs, one waits, and the batches of others are prepared
 
 
 def state_bytes(experiment: Experiment) -> int:
@@ -25,7 +25,7 @@ def state_bytes(experiment: Experiment) -> int:
 
 
 def keeps_images(experiment: Experiment, num_images: int) -> bool:
-    """Whether every device of this process keeps all training images, as data.placement says."""
+    """Whether every device of this process keeps all training images, according to data.placement."""
     placement = experiment.config.data.placement
     if placement != "auto":
         return placement == "devices"
@@ -84,10 +84,10 @@ def shortage_explained(
     Args:
         experiment: the experiment that runs.
         batch_key: the config key of the number of images at a time.
-        num_train: how many training images there are.
+        num_train: the number of training images.
 
     Raises:
-        MemoryError: the message says what needs how much memory, and which config key lowers it.
+        MemoryError: the message states the needed memory and the config keys that lower it.
     """
     try:
         yield
@@ -102,10 +102,10 @@ def shortage_explained(
 
 
 def _training_need(experiment: Experiment, num_train: int) -> str:
-    """What training keeps, and the keys that lower it; a run may go on with another value of all but the last."""
+    """The memory that training needs, and the keys that lower it. All but the last key may change during a run."""
     config, num_images = experiment.config, local_batch(experiment)
     network = names.parse(config.model.network).name
-    # A network whose keys the config does not have is told in its name, which may not change.
+    # If the config has no group of the network's keys, its fields are in model.network, which may not change.
     has_keys = network in config and not getattr(experiment.training.network, "remat", True)
     keys = [f"{network}.remat=True"] if has_keys else []
     keys += ["train.grad_accum higher"] if num_images > 1 else []
@@ -113,7 +113,7 @@ def _training_need(experiment: Experiment, num_train: int) -> str:
     data = f" and {data_bytes(experiment, num_train) / 2**30:.2f} GiB of training images" if num_train else ""
     return (
         f"{num_images} images per device at a time, which keep about "
-        f"{residual_bytes(experiment, num_images) / 2**30:.2f} GiB for the backward pass, beside "
+        f"{residual_bytes(experiment, num_images) / 2**30:.2f} GiB for the backward pass, plus "
         f"{state_bytes(experiment) / 2**30:.2f} GiB of parameters, EMA, optimizer and gradients{data}; set "
         f"{', or '.join([*keys, 'train.batch_size lower (which needs another --workdir)'])}"
     )

@@ -30,11 +30,11 @@ def warn_of_seen_images(name: str, new: int, old: int) -> None:
     """Warns if a run starts from one that has trained on some of its validation images.
 
     Args:
-        name: the run that it starts from, as the user gave it.
-        new, old: data.validation of both runs.
+        name: the earlier run, as the user gave it.
+        new, old: data.validation of the new and of the earlier run.
     """
     if new and new != old:
-        words = "%s has seen validation images of data.validation=%s: val_loss is lower than of unseen ones"
+        words = "%s has seen validation images of data.validation=%s: val_loss is lower than on unseen images"
         logging.warning(words, name, new)
 
 
@@ -51,5 +51,5 @@ def parse(text: str, key: str) -> NamedRun:
     if not at or files.expanded(text).exists():
         directory, which = text, "latest"
     if which not in ("latest", "best") and not which.isdecimal():
-        raise ValueError(f"{key}={text!r}: after the @ comes latest, best or the step of a checkpoint")
+        raise ValueError(f"{key}={text!r}: the part after @ must be latest, best or the step of a checkpoint")
     return NamedRun(files.expanded(directory), which)

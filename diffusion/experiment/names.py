@@ -34,7 +34,7 @@ def parse(text: str) -> Call:
             arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
             if None not in arguments and len(arguments) == len(node.keywords):  # no **, and no name twice
                 return Call(node.func.id, arguments)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # the last two of deep nesting
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # the last two come from deep nesting
         pass
     raise ValueError(f"must be a name, or a name with arguments such as name(size=3), not {text!r}")
 

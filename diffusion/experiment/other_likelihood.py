@@ -1,4 +1,4 @@
-"""The likelihood besides the bound for which a config asks, and whether its model has it."""
+"""The likelihood other than the bound that a config names, with checks that the model has it."""
 
 from ml_collections import ConfigDict
 
@@ -6,17 +6,17 @@ from diffusion.evaluation.likelihoods import Likelihood
 from diffusion.experiment import names
 from diffusion.experiment.schema import LIKELIHOODS
 
-# What says how the bound is measured, and has no part in another likelihood: key of `eval` -> what leaves it out.
+# Keys of `eval` that affect only the bound, and only likelihoods of the reverse chain -> the values without effect.
 OF_THE_BOUND = {"terms_per_image": 0, "noises_per_term": 1}
 OF_THE_CHAIN = {"protocol": "exact", "variance": "model"}
 
 
 def check(config: ConfigDict) -> None:
-    """Raises a ValueError if the bound cannot be measured as the config says, and the errors of `chosen`."""
+    """Raises a ValueError if the config's options for the bound conflict, and the errors of `chosen`."""
     few, noises = config.eval.terms_per_image, config.eval.noises_per_term
     if few and noises > 1:
         raise ValueError(
-            f"eval.noises_per_term={noises} is for every term, of which eval.terms_per_image={few} takes a few; "
+            f"eval.noises_per_term={noises} needs every term, but eval.terms_per_image={few} takes a few; "
             "set eval.terms_per_image=0 or eval.noises_per_term=1"
         )
     chosen(config)
@@ -67,7 +67,7 @@ def alone(config: ConfigDict) -> Likelihood | None:
     for name, value in without_part.items():
         if config.eval[name] != value:
             raise ValueError(
-                f"eval.{name}={config.eval[name]!r} has no part in eval.likelihood={config.eval.likelihood!r}; "
+                f"eval.{name}={config.eval[name]!r} has no effect on eval.likelihood={config.eval.likelihood!r}; "
                 f"add --config.eval.{name}={value}"
             )
     return likelihood

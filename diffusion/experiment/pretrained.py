@@ -20,5 +20,5 @@ def load(name: str) -> workdir.LoadedRun:
     """
     if name not in names():
         known = ", ".join(names()) or f"none: {WEIGHTS} is empty, so install the package again, from its repository"
-        raise ValueError(f"there are no weights named {name!r}; those that come with the package: {known}")
+        raise ValueError(f"there are no weights named {name!r}; the package has: {known}")
     return workdir.load(WEIGHTS / name)

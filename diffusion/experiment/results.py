@@ -1,4 +1,4 @@
-"""The place where a program that reads a run writes its results: in the run, or beside another person's run."""
+"""The directory for the results of a program that reads a run: the run itself, or the one that --output names."""
 
 import errno
 import tempfile

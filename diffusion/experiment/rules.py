@@ -1,4 +1,4 @@
-"""The table of combinations of config values that are allowed alone but not together."""
+"""The table of config values that are allowed alone but not together."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from diffusion import objectives, timesteps
 from diffusion.experiment import other_likelihood, sampling
 from diffusion.experiment.combination import Combination, start_schedule
 
-MOSTLY = 0.5  # of an average: what it starts from
+MOSTLY = 0.5  # the share of an average that may come from its start without a hint
 
 
 class Rule(NamedTuple):
@@ -32,8 +32,8 @@ RULES = (
     ),
     Rule(
         lambda it: (it.objective_name in objectives.OF_EPS_VARIANCE) != (it.config.model.variance == "npr"),
-        "objective.name={c.objective.name!r} and model.variance={c.model.variance!r}: the objectives npr, sn and ocm "
-        "train the variance npr, and nothing else trains it; use one of them with npr, or another with another",
+        "objective.name={c.objective.name!r} and model.variance={c.model.variance!r}: only the objectives npr, sn and "
+        "ocm train the variance npr, and they train no other; use one of them with npr, or another pair",
     ),
     Rule(
         lambda it: it.is_bound and it.has_weighting,
@@ -42,17 +42,17 @@ RULES = (
     ),
     Rule(
         lambda it: it.is_bound and it.timesteps in timesteps.LOSS_SHAPING,
-        "objective.timesteps={c.objective.timesteps!r} weights the loss by how often it draws a t, after which "
-        "objective.name={c.objective.name!r} is no bound; use uniform or low_discrepancy, or simple or hybrid",
+        "objective.timesteps={c.objective.timesteps!r} weights the loss by the frequency of each t, so "
+        "objective.name={c.objective.name!r} would not be a bound; use uniform or low_discrepancy, or simple or hybrid",
     ),
     Rule(
         lambda it: it.loses_x0,
         "schedule.name={c.schedule.name!r} with schedule.num_steps={c.schedule.num_steps} ends with ᾱ_T = 0, where "
-        "model.prediction={c.model.prediction!r} says nothing of x_0; take another prediction or another schedule",
+        "model.prediction={c.model.prediction!r} does not determine x_0; take another prediction or another schedule",
     ),
     Rule(
         lambda it: it.learned is not None and not it.is_bound,
-        "objective.name={c.objective.name!r} is no bound, so its best schedule is the one that is easiest to predict; "
+        "objective.name={c.objective.name!r} is not a bound, so its best schedule is the easiest one to predict; "
         "schedule.name={c.schedule.name!r} needs objective.name='vlb', 'vdm' or 'vdm_continuous'; with this objective "
         "take a fixed schedule, such as schedule.name=cosine",
     ),
@@ -63,18 +63,18 @@ RULES = (
     ),
     Rule(
         lambda it: it.is_continuous and it.learned is not None and it.learned.inner == "bound",
-        "objective.name={c.objective.name!r} does not depend on the schedule between its ends, which "
-        "schedule.name={c.schedule.name!r} would train by it; use inner='second_moment' or 'fixed'",
+        "objective.name={c.objective.name!r} does not depend on the schedule between its ends, so it cannot train "
+        "schedule.name={c.schedule.name!r} there; use inner='second_moment' or 'fixed'",
     ),
     Rule(
         lambda it: it.is_continuous and it.is_loss_aware,
-        "objective.timesteps={c.objective.timesteps!r} remembers a loss for every t, and "
+        "objective.timesteps={c.objective.timesteps!r} keeps losses for every integer t, but "
         "objective.name={c.objective.name!r} draws real t; use uniform or low_discrepancy",
     ),
     Rule(
         lambda it: it.is_vdm and it.config.model.decoder != "bayes",
-        "objective.name={c.objective.name!r} computes the decoder's term at every step, for which "
-        "model.decoder={c.model.decoder!r} would need the network a second time; use bayes",
+        "objective.name={c.objective.name!r} computes the decoder's term in every training step. For it, "
+        "model.decoder={c.model.decoder!r} would evaluate the network a second time; use bayes",
     ),
     Rule(
         lambda it: it.is_vdm and it.config.model.variance != "fixed_small",
@@ -83,8 +83,8 @@ RULES = (
     ),
     Rule(
         lambda it: it.is_continuous and it.p.prediction == "mean",
-        "objective.name={c.objective.name!r} has steps of no length, in which model.prediction='mean' says nothing of "
-        "x_0; use eps, x0 or v",
+        "objective.name={c.objective.name!r} has steps of length 0, in which model.prediction='mean' does not "
+        "determine x_0; use eps, x0 or v",
     ),
     Rule(
         lambda it: (it.is_vdm or it.config.model.conditioning == "gamma") and not it.gamma_ends,
@@ -93,17 +93,17 @@ RULES = (
     ),
     Rule(
         lambda it: (it.is_vdm or it.config.model.conditioning == "gamma") and it.config.schedule.num_steps < 2,
-        "objective.name={c.objective.name!r} with model.conditioning={c.model.conditioning!r} needs two ends, so "
+        "objective.name={c.objective.name!r} with model.conditioning={c.model.conditioning!r} needs γ_1 < γ_T, so "
         "schedule.num_steps={c.schedule.num_steps} must be at least 2",
     ),
     Rule(
         lambda it: it.config.model.decoder != "network" and it.protocol.decoder is not None,
-        "eval.protocol={c.eval.protocol!r} has a decoder of its own, which takes no model.decoder={c.model.decoder!r}",
+        "eval.protocol={c.eval.protocol!r} has its own decoder and cannot use model.decoder={c.model.decoder!r}",
     ),
     Rule(
         lambda it: it.protocol.kl_terms and it.config.model.conditioning != "gamma",
-        "eval.protocol={c.eval.protocol!r} scores other numbers of steps than schedule.num_steps, of which a network "
-        "with model.conditioning={c.model.conditioning!r} knows nothing; use exact, or model.conditioning='gamma'",
+        "eval.protocol={c.eval.protocol!r} scores other numbers of steps than schedule.num_steps, for which a network "
+        "with model.conditioning={c.model.conditioning!r} is not trained; use exact, or model.conditioning='gamma'",
     ),
     Rule(
         lambda it: it.protocol.kl_terms and not (it.scores_beta_tilde and it.config.model.prediction != "mean"),
@@ -113,18 +113,18 @@ RULES = (
     ),
     Rule(
         lambda it: it.config.sample.guidance_interval and it.config.model.conditioning != "t",
-        "sample.guidance_interval={c.sample.guidance_interval} is in steps, of which a network with "
-        "model.conditioning={c.model.conditioning!r} knows nothing",
+        "sample.guidance_interval={c.sample.guidance_interval} is in units of t, but a network with "
+        "model.conditioning={c.model.conditioning!r} is not conditioned on t",
     ),
     Rule(
         lambda it: it.config.model.rescale_t and it.config.model.conditioning != "t",
-        "model.rescale_t={c.model.rescale_t} rescales t, of which a network with "
-        "model.conditioning={c.model.conditioning!r} knows nothing",
+        "model.rescale_t={c.model.rescale_t} rescales t, but a network with "
+        "model.conditioning={c.model.conditioning!r} is not conditioned on t",
     ),
     Rule(
         lambda it: it.config.sample.guidance_interval and it.config.model.rescale_t,
-        "sample.guidance_interval={c.sample.guidance_interval} is in steps, of which a network with "
-        "model.rescale_t={c.model.rescale_t} knows nothing",
+        "sample.guidance_interval={c.sample.guidance_interval} is in units of t, but a network with "
+        "model.rescale_t={c.model.rescale_t} is not conditioned on t itself",
     ),
     Rule(
         lambda it: it.config.eval.terms_per_image >= it.config.schedule.num_steps,
@@ -133,12 +133,12 @@ RULES = (
     ),
     Rule(
         lambda it: not it.step.draws_from_variance and it.config.sample.variance != "model",
-        "sample.variance={c.sample.variance!r} has no part in sample.method={c.sample.method!r}, which draws nothing "
-        "from the model's variance",
+        "sample.variance={c.sample.variance!r} has no effect on sample.method={c.sample.method!r}, which does not use "
+        "the model's variance",
     ),
     Rule(
         lambda it: it.config.model.label_dropout > 0 and not it.config.model.conditional,
-        "model.label_dropout={c.model.label_dropout} leaves out labels that model.conditional=False does not give",
+        "model.label_dropout={c.model.label_dropout} leaves out labels, but model.conditional=False uses none",
     ),
     Rule(
         lambda it: it.config.sample.labels and not it.config.model.conditional,
@@ -146,16 +146,16 @@ RULES = (
     ),
     Rule(
         lambda it: it.config.sample.guidance != 0 and it.config.model.label_dropout == 0 and not it.config.sample.guide,
-        "sample.guidance={c.sample.guidance} needs a network that was trained without labels, too: "
-        "model.conditional=True with model.label_dropout > 0; or a sample.guide",
+        "sample.guidance={c.sample.guidance} needs a network that is also trained without labels, by "
+        "model.conditional=True with model.label_dropout > 0, or a sample.guide",
     ),
     Rule(
         lambda it: it.config.sample.guide and it.config.sample.guidance == 0,
-        "sample.guide={c.sample.guide!r} has no part in sample.guidance=0",
+        "sample.guide={c.sample.guide!r} has no effect with sample.guidance=0",
     ),
     Rule(
         lambda it: it.config.sample.guidance_interval and it.config.sample.guidance == 0,
-        "sample.guidance_interval={c.sample.guidance_interval} has no part in sample.guidance=0",
+        "sample.guidance_interval={c.sample.guidance_interval} has no effect with sample.guidance=0",
     ),
     Rule(
         lambda it: it.config.ema.length > 0 and not it.config.ema.post_hoc,
@@ -163,8 +163,8 @@ RULES = (
     ),
     Rule(
         lambda it: it.config.quality.reference == "validation" and it.config.data.validation == 0,
-        "quality.reference={c.quality.reference!r} is empty where data.validation={c.data.validation} sets no training "
-        "images aside",
+        "quality.reference={c.quality.reference!r} is empty, because data.validation={c.data.validation} sets no "
+        "training images aside",
     ),
     Rule(
         lambda it: it.config.train.patience > 0 and it.config.data.validation == 0,
@@ -177,21 +177,21 @@ RULES = (
     ),
     Rule(
         lambda it: it.grid_is_continuous and not it.knows_between,
-        "sample.grid={c.sample.grid!r} lies between the steps, where a network with "
+        "sample.grid={c.sample.grid!r} has noise levels between the steps, for which a network with "
         "objective.name={c.objective.name!r}, model.conditioning={c.model.conditioning!r} and "
-        "model.prediction={c.model.prediction!r} knows nothing; leave out continuous",
+        "model.prediction={c.model.prediction!r} is not trained; leave out continuous",
     ),
     Rule(
         lambda it: it.grid_is_continuous and it.config.sample.variance == "optimal",
-        "sample.grid={c.sample.grid!r} lies between the steps, of which alone sample.variance={c.sample.variance!r} "
-        "is known; leave out continuous",
+        "sample.grid={c.sample.grid!r} has noise levels between the steps, but sample.variance={c.sample.variance!r} "
+        "is known only at the steps; leave out continuous",
     ),
     Rule(
         lambda it: it.config.model.prediction == "mean"
         and 0 < it.config.sample.num_steps < it.config.schedule.num_steps,
-        "sample.num_steps={c.sample.num_steps} leaves out steps of schedule.num_steps={c.schedule.num_steps}, and "
-        "model.prediction={c.model.prediction!r} is the mean of the step before in that schedule alone; use 0, or eps, "
-        "x0 or v",
+        "sample.num_steps={c.sample.num_steps} leaves out steps of schedule.num_steps={c.schedule.num_steps}, but "
+        "model.prediction={c.model.prediction!r} is the mean for the steps of that schedule only; use 0, or eps, x0 "
+        "or v",
     ),
 )
 
@@ -215,7 +215,7 @@ def hints(config: ConfigDict) -> list[str]:
         shorter = max(0.0, 1 - float(f"{10 / num_steps:.0e}"))
         found.append(
             f"ema.decay={config.ema.decay} over train.num_steps={num_steps}: the average that is scored and sampled "
-            f"will still be {still:.0%} what it starts from; ema.decay={shorter:.6g} forgets it"
+            f"will still weight its start by {still:.0%}; ema.decay={shorter:.6g} forgets it"
         )
     return found
 
@@ -226,6 +226,6 @@ def check_labels(config: ConfigDict, num_classes: int) -> None:
         raise ValueError(f"model.conditional=True needs labels, and data.name={config.data.name!r} has none")
     if beyond := [label for label in config.sample.labels if label >= num_classes]:
         raise ValueError(
-            f"sample.labels={config.sample.labels}: {beyond[0]} is none of the labels 0…{num_classes - 1} of "
+            f"sample.labels={config.sample.labels}: {beyond[0]} is not one of the labels 0…{num_classes - 1} of "
             f"data.name={config.data.name!r}"
         )

@@ -31,7 +31,7 @@ def check_grid(config: ConfigDict, schedule: Schedule) -> None:
 
 @contextlib.contextmanager
 def _named(config: ConfigDict, key: str) -> Iterator[None]:
-    """Names the key in front of what its value is refused for."""
+    """Puts the key and its value before the message of a ValueError."""
     group, _, name = key.partition(".")
     try:
         yield

@@ -72,7 +72,7 @@ class Key(NamedTuple):
 
 
 def _why_not_longer(config: ConfigDict, old: int) -> str:
-    """Why a run of `old` steps cannot become longer; "" if it can, because none of them depends on their number."""
+    """Why a run of `old` steps cannot become longer; "" if it can, because no step depends on their number."""
     if config.train.num_steps < old:
         return "but a run can only become longer"
     if names.parse(config.schedule.name).name == learned_schedule.NAME:
@@ -80,13 +80,13 @@ def _why_not_longer(config: ConfigDict, old: int) -> str:
     made = np.linspace(0, max(0, old - 1 - config.optim.warmup_steps), 100).astype(int)
     decay = KEYS["optim.decay"].allowed.bind(config.optim.decay)
     rates = [decay(1.0, num_steps - config.optim.warmup_steps) for num_steps in (old, config.train.num_steps)]
-    with jax.numpy_dtype_promotion("standard"):  # Optax multiplies integer steps with floats
+    with jax.numpy_dtype_promotion("standard"):  # Optax multiplies integer steps by floats
         is_same = np.array_equal(*(rate(made) for rate in rates))
     return "" if is_same else f"on which optim.decay={config.optim.decay!r} depends"
 
 
 def _why_not_skipping(config: ConfigDict, old: int) -> str:
-    """Why another number of updates cannot be left out; "" if it can."""
+    """Why the number of updates that may be left out cannot change; "" if it can."""
     is_same = (config.train.skip_nonfinite > 0) == (old > 0)
     return "" if is_same else "but 0 or more than 0 is settled when a run begins"
 
@@ -98,12 +98,12 @@ ABOVE_0 = Partly("above 0", _why_not_skipping)
 NETWORK_GIVEN = ("out_channels", "num_classes", "parent", "name")
 # The variance that the network was trained with, or one that needs nothing more than its mean.
 FOR_A_TRAINED_MEAN = Choice({"model": None} | {k: v for k, v in reverse.VARIANCES.items() if not v.is_learned})
-# What a learned schedule starts from.
+# The schedules from which a learned one can start.
 FIXED_SCHEDULES = Choice(schedules.SCHEDULES, given=("num_steps",))
 ALL_SCHEDULES = Choice(
     schedules.SCHEDULES | {learned_schedule.NAME: learned_schedule.Learned}, given=FIXED_SCHEDULES.given
 )
-# The optimal variance follows from a trained mean, so nothing is trained with it.
+# The optimal variance follows from a trained mean, so training cannot use it.
 TRAINED_VARIANCES = Choice({name: v for name, v in reverse.VARIANCES.items() if name != "optimal"})
 PREDICTIONS = Choice(reverse.PREDICTIONS)
 OBJECTIVES = Choice(objectives.OBJECTIVES, given=("setting",))
@@ -257,7 +257,7 @@ KEYS: dict[str, Key] = {
 
 
 def network_keys() -> dict[str, Key]:
-    """The fields of every network as keys, `unet.channels`; a config without one means the field's default."""
+    """The fields of every network as keys, such as `unet.channels`. A field that a config lacks has its default."""
     keys = {}
     for network, module in NETWORKS.items():
         helps = _helps(module)

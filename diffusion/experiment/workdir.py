@@ -28,9 +28,9 @@ from diffusion.runtime.digests import named_leaves
 
 SUMMARY, SECONDS = "summary.json", "seconds.json"
 STOPPED_EARLY = "stopped_early"  # in summary.json: why training stopped before its last step
-BASE = "base.json"  # the config file that the run started from, by name and as it was
-ADVICE = "wait for it, stop it or take another --workdir"  # where another process is at work
-# What a run or its evaluation writes, apart from the lock and config.json.
+BASE = "base.json"  # the name and the values of the config file that the run started from
+ADVICE = "wait for it, stop it or take another --workdir"  # if another process runs there
+# The files of a run and its evaluation, apart from the lock and config.json.
 WRITTEN = (
     *("metrics.jsonl", "checkpoints", "loss.png", "schedule.png", "x0_variance.npz"),
     *("summary*.json", SECONDS, "tensorboard", "wandb", "wandb.json"),
@@ -53,9 +53,9 @@ def parse(text: str, flag: str = "--workdir") -> Path:
 
 
 def check(config: ConfigDict, directory: Path) -> None:
-    """Raises a ValueError if `directory` is another run's, with the differing keys, or if files would be overwritten.
+    """Raises a ValueError if `directory` holds another run, with the differing keys, or if files would be overwritten.
 
-    Other files, such as a scheduler's log, do no harm.
+    Other files, such as a scheduler's log, are allowed.
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"--workdir={directory} is not a directory; take another --workdir")
@@ -67,7 +67,7 @@ def check(config: ConfigDict, directory: Path) -> None:
         if differing:
             raise ValueError(
                 f"{directory} holds a run with another config ({'; '.join(differing)}); "
-                "give those values again or take another --workdir (a --fork goes on from this run with other values)"
+                "give those values again or take another --workdir (--fork continues this run with other values)"
             )
     elif directory.exists():
         names = sorted(item.name for item in directory.iterdir())
@@ -94,15 +94,15 @@ def continued(config: ConfigDict, directory: Path, chosen: Collection[str] = ())
     then = {name: known[name].when_absent for name in sorted(lacking) if known[name].free is not True}
     for name, value in then.items():
         if value != given[name]:
-            logging.warning("%s began before the key %s existed, and goes on with %s=%s", directory, name, name, value)
+            logging.warning("%s began before the key %s existed and continues with %s=%s", directory, name, name, value)
     return ConfigDict(unflatten_dict(given | then, sep=".")).lock()
 
 
 def claim(config: ConfigDict, directory: Path) -> None:
-    """Makes `directory` this run's by writing config.json. Raises the errors of `check`.
+    """Claims `directory` for this run by writing config.json. Raises the errors of `check`.
 
-    A key that did not exist when the run began stays out of config.json while it has the meaning of that time. If a
-    finished run goes on, its summary.json becomes summary_STEP.json.
+    A key that did not exist when the run began stays out of config.json while its value is the behaviour of that time.
+    If a finished run continues, its summary.json becomes summary_STEP.json.
     """
     check(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -138,10 +138,10 @@ def owned(config: ConfigDict, directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Makes `directory` and keeps others out of it. In a multi-process run process 0 holds the lock.
+    """Makes `directory` and keeps other runs out of it. In a multi-process run process 0 holds the lock.
 
     Raises:
-        ValueError: another process, named in the message, is at work there.
+        ValueError: another process, named in the message, runs there.
     """
     with contextlib.ExitStack() as stack:
         processes.on_first(lambda: stack.enter_context(files.locked(directory, ADVICE)))
@@ -157,7 +157,7 @@ def read_config(directory: Path) -> ConfigDict:
     """
     path = directory / "config.json"
     if not path.exists():
-        start = f", but an export, from which --config.init_from={directory} starts"
+        start = f", but an export; --config.init_from={directory} starts from it"
         raise FileNotFoundError(
             f"{directory} holds no run (no config.json){start if export.is_export(directory) else ''}"
         )
@@ -167,7 +167,7 @@ def read_config(directory: Path) -> ConfigDict:
 def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:
     """Whether the run trained to its end and was scored. With a config, the end is the one that it sets."""
     found = read_json(directory / SUMMARY)
-    if found is None:  # one that is damaged is written again
+    if found is None:  # a damaged one is written again
         return False
     if config is not None and STOPPED_EARLY in found:
         return 0 < config.train.patience <= found[STOPPED_EARLY]["validations"]
@@ -183,7 +183,7 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest",
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: `checkpoint` is none of these, was trained with another config, or does not fit its network.
+        ValueError: `checkpoint` is none of these, or its checkpoint has another config or network.
     """
     if checkpoint not in ("latest", "best") and not checkpoint.isdecimal():
         raise ValueError(f"--checkpoint={checkpoint} must be latest, best or the step of a checkpoint")
@@ -202,7 +202,7 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest",
             return kept_averages.read(checkpoints, step, ema_of(experiment.abstract_state()), experiment.config.ema)
 
     like = ema_of(experiment.abstract_state())
-    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)  # where process 0 sends what it read
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)  # to receive the values from process 0
     return processes.from_first(processes.on_first(read) or empty)
 
 
@@ -272,7 +272,7 @@ def load(
         config: for a run, a config that differs from its own only in keys that may change; None for its own.
 
     Raises:
-        FileNotFoundError: the directory holds neither, there is no checkpoint, or the run's data set is missing.
+        FileNotFoundError: there is no run or export, no checkpoint, or the run's data set is missing.
         ValueError: the config or the checkpoint is damaged.
     """
     if checkpoint == "latest":
@@ -289,7 +289,7 @@ def load(
 def _exported(directory: Path, checkpoint: str) -> LoadedRun:
     about = export.read(directory)
     if checkpoint not in ("latest", str(about.step)):
-        raise ValueError(f"{directory} is an export of step {about.step} alone; there is no checkpoint {checkpoint}")
+        raise ValueError(f"{directory} is an export of step {about.step} only; there is no checkpoint {checkpoint}")
     try:
         experiment = build.experiment(about.config, about.image_shape, about.num_levels, about.num_classes)
     except ValueError as error:

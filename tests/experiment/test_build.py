@@ -196,7 +196,7 @@ def test_the_optimal_variance_needs_its_estimate(params):
 
 def test_a_variance_that_the_network_lacks_is_refused(params):
     for variance in ("fixed_smal", "learned"):
-        with pytest.raises(ValueError, match=f"'{variance}' is none of model, fixed_small, fixed_large, optimal"):
+        with pytest.raises(ValueError, match=f"'{variance}' is not one of model, fixed_small, fixed_large, optimal"):
             made().model(params, variance)
 
 

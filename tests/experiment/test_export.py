@@ -299,7 +299,7 @@ def test_the_mode_exports_the_chosen_checkpoint_and_an_export_is_no_run(source, 
     size_and_place = f"{size:,.0f} kB in {tmp_path / 'best'}"
     assert capsys.readouterr().out == f"step 3 of {run_directory}: {size_and_place}; see model.json there\n"
     assert workdir.load(tmp_path / "best", "3").state.step == 3
-    with pytest.raises(ValueError, match="is an export of step 3 alone; there is no checkpoint 6"):
+    with pytest.raises(ValueError, match="is an export of step 3 only; there is no checkpoint 6"):
         workdir.load(tmp_path / "best", "6")
     with pytest.raises(ValueError, match=f"{exported} is an export, not a run; .*--config.init_from={exported}"):
         workdir.load(exported, config=run.config)

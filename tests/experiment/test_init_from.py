@@ -252,7 +252,7 @@ def test_another_network_is_refused_unless_it_may_be_adapted(keys, words, resize
 
 
 def test_where_there_is_nothing_to_start_from_the_name_is_said(source):
-    with pytest.raises(ValueError, match="after the @ comes latest, best or the step"):
+    with pytest.raises(ValueError, match="the part after @ must be latest, best or the step"):
         _ = from_run(f"{source[0]}@bets").start
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 4"):
         _ = from_run(f"{source[0]}@4").start

@@ -202,7 +202,7 @@ def test_between_the_steps_lies_a_grid_of_a_network_that_learned_so():
     between = {"sample__grid": "karras(rho=5, continuous=True)", "sample__num_steps": 9}
     rules.check(changed(**between, model__conditioning="gamma"))
     assert combination(changed(**between, objective__name="vdm_continuous", **VDM)).knows_between
-    assert "model.prediction='mean' knows nothing" in refusal(
+    assert "model.prediction='mean' is not trained" in refusal(
         **between, model__conditioning="gamma", model__prediction="mean"
     )
 
@@ -245,9 +245,9 @@ def test_every_prediction_has_every_weighting():
 @pytest.mark.parametrize(
     "decay, num_steps, words",
     [
-        (0.9999, 200, "will still be 98% what it starts from; ema.decay=0.95 forgets it"),
-        (0.999, 600, "will still be 55% what it starts from; ema.decay=0.98 forgets it"),
-        (0.99999, 50_000, "will still be 61% what it starts from; ema.decay=0.9998 forgets it"),
+        (0.9999, 200, "will still weight its start by 98%; ema.decay=0.95 forgets it"),
+        (0.999, 600, "will still weight its start by 55%; ema.decay=0.98 forgets it"),
+        (0.99999, 50_000, "will still weight its start by 61%; ema.decay=0.9998 forgets it"),
         (0.9999, 8000, None),
         (0.9999, 800_000, None),
         (0.0, 1, None),

@@ -155,12 +155,12 @@ def test_the_estimated_variance_belongs_to_the_weights_it_was_estimated_of(tmp_p
     np.testing.assert_array_equal(loaded.mean, analytic.mean)
     np.testing.assert_array_equal(loaded.stderr, analytic.stderr)
     for other in (weights(8), weights(7, 2.0)):
-        with pytest.raises(ValueError, match="was estimated of the weights of step 7, which are not those of this"):
+        with pytest.raises(ValueError, match="was estimated with the weights of step 7, which are not those of this"):
             ema.load_x0_variance(tmp_path, other)
     # Earlier versions wrote the step alone.
     np.savez(tmp_path / ema.X0_VARIANCE, analytic=tables[0], analytic_stderr=tables[1], step=7)
     np.testing.assert_array_equal(ema.load_x0_variance(tmp_path, weights(7, 2.0)).mean, analytic.mean)
-    with pytest.raises(ValueError, match="was estimated of the weights of step 7"):
+    with pytest.raises(ValueError, match="was estimated with the weights of step 7"):
         ema.load_x0_variance(tmp_path, weights(8))
 
 

@@ -47,8 +47,8 @@ def test_what_cannot_guide_is_refused_in_one_line(toy_run):
         return str(error.value)
 
     named = f"sample.guide={str(toy_run.directory)!r} "
-    assert refusal(shape=(4, 4, 1)) == named + "is of images (8, 8, 1), and this run of (4, 4, 1)"
-    assert refusal(model__prediction="x0") == named + "predicts v, and this run has model.prediction='x0'"
+    assert refusal(shape=(4, 4, 1)) == named + "is of images (8, 8, 1), but this run is of (4, 4, 1)"
+    assert refusal(model__prediction="x0") == named + "predicts v, but this run has model.prediction='x0'"
     assert "holds no run" in refusal(guide_of=toy_run.directory / "nowhere")
 
 

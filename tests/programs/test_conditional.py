@@ -112,7 +112,7 @@ def test_intervals_that_guide_the_same_steps_are_the_same_samples(conditional):
 
 
 REFUSED = [
-    ({"sample__labels": (3, 10)}, "sample.labels=(3, 10): 10 is none of the labels 0…9"),
+    ({"sample__labels": (3, 10)}, "sample.labels=(3, 10): 10 is not one of the labels 0…9"),
     ({"sample__guidance_interval": (5, 2), "sample__guidance": 1.0}, "sample.guidance_interval must be (low, high)"),
     ({"sample__labels": (-1,)}, "sample.labels must be a tuple of integers ≥ 0"),
 ]
@@ -153,7 +153,7 @@ def test_unknown_labels_are_refused_before_anything_is_compiled_or_written(
         with pytest.raises(ValueError, match=f"labels of the {split} split are none of 0…9, for example -1"):
             run(conditional(), directory)
     assert not (tmp_path / "new").exists() and sorted(labelled_run.rglob("*")) == before
-    assert "train.num_steps=6: the average that is scored and sampled will still be" in caplog.text  # of rules.hints
+    assert "train.num_steps=6: the average that is scored and sampled will still weight" in caplog.text  # by hints
 
 
 def test_the_labels_of_a_test_split_that_is_not_scored_and_of_a_network_without_labels_may_be_unknown(

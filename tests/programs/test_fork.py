@@ -98,7 +98,7 @@ def test_a_fork_that_was_killed_before_its_checkpoint_is_made_again(source, tmp_
 @pytest.mark.parametrize(
     ("ending", "keys", "words"),
     [
-        ("@bets", {}, "after the @ comes latest, best or the step"),
+        ("@bets", {}, "the part after @ must be latest, best or the step"),
         ("@5", {}, "no checkpoint of step 5"),
         ("/none", {}, "holds no run"),
         ("", {"schedule__name": "learned(start='cosine')"}, "is not in the checkpoint|has no place in"),

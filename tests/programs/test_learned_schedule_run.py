@@ -83,7 +83,7 @@ def test_scores_and_samples_are_those_of_the_checkpoint_s_schedule(run, learning
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"objective__name": "simple", "model__variance": "fixed_small"}, "objective.name='simple' is no bound"),
+        ({"objective__name": "simple", "model__variance": "fixed_small"}, "objective.name='simple' is not a bound"),
         ({"objective__name": "hybrid"}, "schedule.name=\"learned.start='cosine'.\" needs objective.name='vlb'"),
         (
             {"schedule__name": BY_SECOND_MOMENT, "objective__timesteps": "loss_aware"},

@@ -118,7 +118,7 @@ def test_a_key_without_a_part_is_refused(keys, words):
 
 
 def test_several_noises_are_for_every_term():
-    with pytest.raises(ValueError, match="eval.noises_per_term=2 is for every term, of which eval.terms_per_image=3"):
+    with pytest.raises(ValueError, match="eval.noises_per_term=2 needs every term, but eval.terms_per_image=3"):
         rules.check(toy.config(eval__terms_per_image=3, eval__noises_per_term=2))
 
 

@@ -97,7 +97,7 @@ def test_a_key_that_a_config_file_sets_since_does_not_concern_it_unless_the_user
         caplog.clear()
         continued = workdir.continued(config, run)
         assert continued.data.validation == 0 and continued.unet == config.unet
-        assert "began before the key data.validation existed, and goes on with data.validation=0" in caplog.text
+        assert "began before the key data.validation existed and continues with data.validation=0" in caplog.text
         workdir.claim(continued, run)
     new = run.with_name("new")
     assert workdir.continued(config, new) == config

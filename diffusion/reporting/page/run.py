@@ -17,7 +17,7 @@ BASE = "base.json"  # the name and the values of the config file that the run st
 ABSENT = "absent"
 SAMPLES, TRAJECTORY = "samples.png", "progressive.png"
 PLOTS = {
-    "loss.png": "The loss and the other logged metrics over training steps",
+    "loss.png": "The loss over training steps, and the other logged metrics",
     "bpd.png": "The term of the bound for each t, and the sum of the terms up to t",
     "rate_distortion.png": "Progressive coding: distortion and rate after each reverse step, and one against the other",
     "schedule.png": "log SNR per t: the learned schedule, and where it started",
