@@ -99,17 +99,17 @@ def main(argv: list[str]) -> None:
             raise ValueError("without --config a start from a run or an export needs --workdir, a new run's directory")
         mode = importlib.import_module(f"diffusion.programs.{_MODES[_MODE.value]}")
         if _CHECKPOINT.value != "latest" and _MODE.value not in _READ_A_CHECKPOINT:
-            raise ValueError(f"--checkpoint={_CHECKPOINT.value} has no part in --mode={_MODE.value}")
+            raise ValueError(f"--checkpoint={_CHECKPOINT.value} has no effect in --mode={_MODE.value}")
         which = {"checkpoint": _CHECKPOINT.value} if _MODE.value in _READ_A_CHECKPOINT else {}
         if _OTHER_DATA.value and _MODE.value != "train":
-            raise ValueError(f"--allow_other_data has no part in --mode={_MODE.value}")
+            raise ValueError(f"--allow_other_data has no effect in --mode={_MODE.value}")
         if _FORK.value and (_MODE.value != "train" or _WORKDIR.value is None):
             raise ValueError(f"--fork={_FORK.value} needs --mode=train and --workdir, the directory of the new run")
         of_train = {"base": base, "allow_other_data": _OTHER_DATA.value, "forked": _FORK.value}
         which |= of_train if _MODE.value == "train" else {}
         for name, value in (("input", _INPUT.value), ("output", _OUTPUT.value)):
             if value is not None and _MODE.value not in _TAKE[name]:
-                raise ValueError(f"--{name}={value} has no part in --mode={_MODE.value}")
+                raise ValueError(f"--{name}={value} has no effect in --mode={_MODE.value}")
             if not value and _MODE.value in _NEED[name]:
                 raise ValueError(f"--mode={_MODE.value} needs --{name}")
             which |= {name: value} if value else {}

@@ -15,7 +15,7 @@ from diffusion.runtime import preemption
 from diffusion.runtime.download import download
 
 # The author's server took an hour in July 2026 (pytorch/vision issue 9536). If it fails or is slow, a copy is read
-# that was made for Swift for TensorFlow. It was not reached from here; the digest decides.
+# that was made for Swift for TensorFlow. We could not test this copy, but its digest is checked.
 URLS = (
     "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/cifar-10-binary.tar.gz",

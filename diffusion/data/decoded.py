@@ -1,4 +1,4 @@
-"""Decoded images: one array in a file beside the prepared set, mapped into memory and not read into it."""
+"""Decoded images: one array in a file beside the prepared set, mapped into memory."""
 
 import contextlib
 import logging
@@ -53,7 +53,7 @@ def _paths(stored: Stored, directory: Path, fingerprint: str = "") -> tuple[Path
 
 
 def _renamed(stored: Stored) -> Decoded | None:
-    """What was decoded from records of this content at another time, under today's names from now on; or None."""
+    """The images decoded from records of equal content with other times. Their files get today's names. Or None."""
     pixels_path, classes_path = _paths(stored, stored.directory)
     sizes, sha256 = records.sizes(stored.builder, stored.stored_split), None
     for fingerprint in records.known_fingerprints(_paths(stored, stored.directory, "*")[0]):
@@ -72,18 +72,18 @@ def _renamed(stored: Stored) -> Decoded | None:
 
 
 def _kept(stored: Stored, pixels_path: Path, classes_path: Path) -> Decoded | None:
-    """What was decoded before; None if it is absent, incomplete, or not for this user."""
+    """The images decoded before; None if they are absent, incomplete, or not readable by this user."""
     try:
         pixels = np.load(pixels_path, mmap_mode="r")
         classes = np.load(classes_path) if stored.has_labels else None
-    except (FileNotFoundError, PermissionError, ValueError, EOFError):  # an error of the disk is said
+    except (FileNotFoundError, PermissionError, ValueError, EOFError):  # disk errors are raised
         return None
     is_whole = pixels.shape == stored.shape and (classes is None or len(classes) == len(pixels))
     return (pixels, classes) if is_whole else None
 
 
 def _made(stored: Stored, file: BinaryIO, directory: Path) -> Decoded | None:
-    """Decodes into a directory, unless another process has just done so. None without room."""
+    """Decodes into a directory, unless another process has just done so. None if there is no room."""
     paths = _paths(stored, directory)
     if (found := _kept(stored, *paths)) is not None:
         os.unlink(file.name)
@@ -100,13 +100,13 @@ def _made(stored: Stored, file: BinaryIO, directory: Path) -> Decoded | None:
 
 
 def _complete(stored: Stored, file: BinaryIO, pixels_path: Path, classes_path: Path) -> None:
-    """Decodes what is missing in an unfinished file, and gives it its name."""
+    """Decodes the missing images of an unfinished file, and gives it its final name."""
     unfinished.remove_left_over(pixels_path, stored.split, stored.fingerprint)
     made = unfinished.Unfinished(file, pixels_path, classes_path, stored.shape)
     try:
         for pixels, classes in stored.decoded(made.num_done):
             made.append(pixels, classes)
-    except ValueError:  # damage, which a copy of the set repairs, whose records have another time
+    except ValueError:  # damaged records: those of a repaired set have other times, so this file is useless
         made.discard()
         raise
     except BaseException:
@@ -119,7 +119,7 @@ def _complete(stored: Stored, file: BinaryIO, pixels_path: Path, classes_path: P
 
 
 def _temporary(stored: Stored, directories: list[Path]) -> Decoded:
-    """Decodes into a file without a name. Raises an OSError where there is no room for it either."""
+    """Decodes into a file without a name. Raises an OSError if there is no room for it either."""
     temporary, size = Path(tempfile.gettempdir()), f"{stored.num_bytes / 2**30:.1f} GiB"
     looked_at = ", ".join(map(str, directories))
     if not places.has_room(temporary, stored.num_bytes):

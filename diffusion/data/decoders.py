@@ -1,7 +1,7 @@
 """Processes that decode pictures, one per core.
 
-They are separate programs, because the processes of `multiprocessing` would run the user's script once more and need a
-guard there. Each ends when its stdin does, so none outlives the process that started it.
+They are separate programs, because `multiprocessing` would run the user's script again, which would need a guard. Each
+ends when its stdin does, so none outlives the process that started it.
 """
 
 import collections
@@ -80,7 +80,7 @@ def _pool(number: int) -> Iterator:
     def start() -> None:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         command, pipe = [sys.executable, "-m", __name__], subprocess.PIPE
-        # A group of its own: the signals of a terminal are for the main process, which ends the others.
+        # It gets its own process group: only the main process handles a terminal's signals, and it ends the others.
         own.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, env=os.environ | {"PYTHONPATH": path}, process_group=0
         )
@@ -113,7 +113,7 @@ def _pool(number: int) -> Iterator:
 
 
 def _serve() -> None:
-    """Decodes what stdin asks for until it ends."""
+    """Decodes the requests on stdin until it ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a scheduler sends them to every process; the main one ends this one
     results, sys.stdout = sys.stdout.buffer, sys.stderr

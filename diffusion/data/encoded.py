@@ -1,6 +1,4 @@
-"""Pictures that stay encoded: a substitute for the array of pixel values, which decodes pictures when they are asked
-for.
-"""
+"""Pictures that stay encoded: a substitute for the array of pixel values that decodes pictures on demand."""
 
 import dataclasses
 import functools
@@ -14,7 +12,7 @@ from jaxtyping import Int, UInt8, UInt64
 
 from diffusion.data import decoders
 
-# Reading a file and decoding a picture release Python's lock. More threads than cores hide the time of the disk.
+# Reading a file and decoding a picture release Python's lock. More threads than cores hide the latency of the disk.
 THREADS = max(16, decoders.num_cores())
 PER_TASK = 16  # pictures, at most
 
@@ -28,8 +26,7 @@ class Encoded:
         numbers: the record number of each of the N.
         picture: a function from a record number to pixel values; several threads call it at once.
         digests: the digest of each picture's pixel values: see `image_digests`.
-        known_sha256: known digests of all pixel values and labels, by the key of what they depend on: see
-            `Source.sha256`.
+        known_sha256: known digests of all pixel values and labels, by `Content.key`.
     """
 
     shape: tuple[int, ...]
@@ -60,7 +57,7 @@ class Encoded:
 
     @functools.cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        # It warns of oddities that it gets over. `warnings.catch_warnings` is for one thread alone.
+        # Pillow warns of harmless oddities. `warnings.catch_warnings` works in one thread only.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         return ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
 

@@ -1,4 +1,4 @@
-"""Splits whose pictures stay encoded. All are decoded once, and an index file keeps their classes and digests."""
+"""Splits whose pictures stay encoded. All are decoded once for an index file, which has their classes and digests."""
 
 import logging
 import os
@@ -63,7 +63,7 @@ def _kept(stored: Stored, path: Path) -> Index | None:
     try:
         with np.load(path) as arrays:
             index = Index(arrays["digests"], arrays["classes"], str(arrays["sha256"]))
-    except (FileNotFoundError, PermissionError, *files.DAMAGE):  # an error of the disk is said
+    except (FileNotFoundError, PermissionError, *files.DAMAGE):  # disk errors are raised
         return None
     return index if len(index.digests) == len(index.classes) == len(stored) else None
 

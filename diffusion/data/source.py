@@ -1,4 +1,4 @@
-"""A data set: pixel values and labels by index, and a description that needs no reading."""
+"""A data set: pixel values and labels by index, and a description that needs no reading of images."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ from diffusion.runtime.digests import kept_sha256
 SPLITS = ("train", "test", "validation")
 STORED = SPLITS[:2]  # validation images are training images that are set aside
 IMAGES_PER_READ = 1000
-AHEAD_BYTES = 2**36  # of a split's pixel values, 64 GiB: of larger ones no decoded copy is made unasked
+AHEAD_BYTES = 2**36  # of pixel values, 64 GiB; larger splits are decoded ahead only on request
 DECODE = ("auto", "ahead", "on_the_fly")
 
 
@@ -33,9 +33,9 @@ class Source:
         name: the name of the data set.
         split: "train", "test" or "validation".
         pixels: uint8 [N, H, W, C], pixel values 0…num_levels − 1, in memory or in a mapped file; or an object that
-            decodes images when they are asked for.
+            decodes images on demand.
         classes: int32 [N], 0…num_classes − 1, or −1 for an unknown one; None for a set without labels.
-        num_levels: how many values a channel of a pixel can have.
+        num_levels: the number of pixel values.
         num_classes: 0 for a set without labels.
         file: the complete file from which `pixels` is mapped; None for pixels in memory or in a file that disappears
             with this process.
@@ -72,7 +72,7 @@ class Source:
             return self.pixels[indices]
         _announce(self.pixels, indices)
         chosen = self.pixels[indices]
-        # What was read of the file would count as this process's memory until the system needs it.
+        # The pages that were read would count as this process's memory until the system needs it.
         mapping.madvise(mmap.MADV_DONTNEED)
         return chosen
 
@@ -94,7 +94,7 @@ class Source:
         if complete and len(unknown):
             raise ValueError(
                 f"data.name={self.name!r}: {len(unknown):,} of {len(labels):,} labels of the {self.split} split are "
-                f"none of 0…{self.num_classes - 1}, for example {unknown[0]} (TFDS writes -1 for an unknown label)"
+                f"not in 0…{self.num_classes - 1}, for example {unknown[0]} (TFDS writes -1 for an unknown label)"
             )
         return labels
 
@@ -111,7 +111,7 @@ class Source:
 
     @property
     def _mapping(self) -> mmap.mmap | None:
-        """What the pixels are mapped from, if they are."""
+        """The memory map of the pixels; None if they are not mapped."""
         base = getattr(self.pixels, "base", None)
         return base if isinstance(base, mmap.mmap) else None
 
@@ -144,7 +144,7 @@ class Source:
         return hashlib.sha256(stored.encode() + np.ascontiguousarray(self.chosen, np.int64).tobytes()).hexdigest()
 
     def _stored_parts(self) -> Iterator[UInt8[np.ndarray, "n h w c"]]:
-        """All stored images in order, some at a time; what was read of a mapped file does not stay in memory."""
+        """All stored images in order, some at a time. Pages of a mapped file do not stay in memory."""
         words = f"digest of {self.name} {self.split}"
         for begin in tqdm(range(0, len(self.pixels), IMAGES_PER_READ), desc=words, leave=False, delay=5):
             yield np.ascontiguousarray(self.pixels[begin : begin + IMAGES_PER_READ])
@@ -167,7 +167,7 @@ class Splits(NamedTuple):
 def _announce(pixels: np.ndarray, indices: np.ndarray) -> None:
     """Asks the system to read these examples of a mapped file, all at once and nothing around them.
 
-    Else it reads one after the other, and with every missing page those around it: 128 KiB, or as much as 8 MiB.
+    Otherwise it reads them one after the other, and with each missing page its neighbours: 128 KiB, or even 8 MiB.
     """
     mapping, size = pixels.base, pixels[0].nbytes
     begin = pixels.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
@@ -205,8 +205,8 @@ def load(
         data_dir: root of the TFDS directories; None or "" for TFDS's default.
         image_size, pad_to: see `resizing.Resizing`.
         decode: "ahead" keeps decoded pictures in a file, which is mapped into memory. "on_the_fly" decodes pictures
-            whenever they are asked for, with the same result. "auto" does the latter if there are no decoded pictures
-            and they would take more than AHEAD_BYTES.
+            on demand, with the same result. "auto" does the latter if there are no decoded pictures and they would
+            take more than AHEAD_BYTES.
 
     Raises:
         FileNotFoundError: the set or one of its files is missing.
@@ -230,7 +230,7 @@ def load(
         )
     on_the_fly = is_large or decode == "on_the_fly"
     pixels, classes = index.load(stored) if on_the_fly else decoded.load(stored)
-    file = getattr(pixels, "filename", None)  # of a temporary one None
+    file = getattr(pixels, "filename", None)  # None for a temporary file
     about = tfds.num_levels(builder), classes, tfds.num_classes(builder)
     return Source(name, split, pixels, *about, file and Path(file))
 

@@ -1,4 +1,4 @@
-"""A split of a prepared set in the size that the config asks for: its pictures in order, or one by one."""
+"""A split of a prepared set in the size that the config names: its pictures in order, or one by one."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from diffusion.runtime import files, preemption
 
 RECORDS_PER_READ = 1000
 BYTES_PER_READ = 2**25  # of decoded pictures: 32 MiB
-PROCESSES_FROM_BYTES = 2**26  # of decoded pictures: fewer are done before another process has started
+PROCESSES_FROM_BYTES = 2**26  # of decoded pictures: smaller jobs end before another process has started
 
 
 def image_shape(name: str, builder: tfds.core.DatasetBuilder, resizing: Resizing) -> tuple[int, int, int]:
@@ -133,8 +133,7 @@ class Stored:
             raise self._damaged(error) from error
 
     def reader(self) -> Callable[[int], UInt8[np.ndarray, "h w c"]]:
-        """A function from a record's number to its picture, for several threads. It raises what `decoded` does.
-        """
+        """A thread-safe function from a record's number to its picture. Its errors are those of `decoded`."""
         source, parser = _data_source(self.builder, self.stored_split), _parser(self.builder, ["image"])
 
         def picture(number: int) -> UInt8[np.ndarray, "h w c"]:
@@ -150,7 +149,7 @@ class Stored:
         return picture
 
     def _pixels(self, pictures: decoders.Pictures) -> UInt8[np.ndarray, "b h w c"]:
-        """The pictures as one array, if they are what the set promises."""
+        """The pictures as one array. Raises a ValueError if one has another size, or a pixel value out of range."""
         for picture in pictures:
             if picture.shape != self.shape[1:]:
                 sizes = " and of ".join(f"{height}×{width}" for height, width, _ in (self.shape[1:], picture.shape))
@@ -174,7 +173,7 @@ def _examples(
     builder: tfds.core.DatasetBuilder, split: str, numbers: Int[np.ndarray, " n"], image_bytes: int = 1
 ) -> Iterator[decoders.Part]:
     """These records of a stored split as encoded pictures and classes, RECORDS_PER_READ at a time."""
-    # Parsing the image and the label without their companions halves the time of reading.
+    # Parsing only the image and the label halves the time of reading.
     parser = _parser(builder, ["image", "label"] if prepared.num_classes(builder) else ["image"])
     source = _data_source(builder, split)
     length = max(min(RECORDS_PER_READ, BYTES_PER_READ // image_bytes), 1)
@@ -195,6 +194,6 @@ def _parser(builder: tfds.core.DatasetBuilder, wanted: list[str]) -> tfds.featur
 
 
 def _parse(parser: tfds.features.FeaturesDict, record: bytes) -> dict:
-    """The features of a record, its picture encoded: TFDS would decode with OpenCV where that is installed, whose JPEG
-    pixels need not be Pillow's."""
+    """The features of a record, with the picture encoded. TFDS would decode it with OpenCV, if that is installed, whose
+    JPEG pixels may differ from Pillow's."""
     return parser.deserialize_example_np(record, decoders={"image": tfds.decode.SkipDecoding()})

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from diffusion.runtime import files
 
 DEFAULT_DIR = "~/tensorflow_datasets"  # that of TFDS
-HELD_OUT = 20  # one of so many examples is for testing, where a set has training examples alone
+HELD_OUT = 20  # one of this many examples is for testing, if a set has training examples only
 
 
 def own_builders() -> list[str]:
@@ -132,7 +132,7 @@ def prepare(name: str, data_dir: Path) -> Path:
 
 
 def _remove_left_over(directory: Path) -> None:
-    """Deletes what TFDS was making when its process was killed, of which nothing can be used."""
+    """Deletes the unfinished files of killed TFDS processes. They cannot be continued."""
     for path in directory.glob("incomplete.*"):
         with contextlib.suppress(OSError):
             if time.time() > path.stat().st_mtime + files.LEFT_SECONDS:
@@ -150,8 +150,8 @@ def open_directory(name: str, directory: Path) -> tfds.core.DatasetBuilder:
         raise FileNotFoundError(f"{directory}/features.json is missing: copy all that TFDS prepared there")
     try:
         builder = tfds.builder_from_directory(directory)
-        _ = builder.info.metadata  # TFDS reads it when it is asked for
-    except OSError as error:  # TFDS names the file alone
+        _ = builder.info.metadata  # TFDS reads it on demand
+    except OSError as error:  # TFDS names only the file
         reason = getattr(error.__cause__, "strerror", None)
         raise (OSError(f"{error} ({reason})") if reason else error) from error
     except Exception as error:  # JSON and protobuf raise different types for garbage

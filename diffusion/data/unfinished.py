@@ -1,4 +1,4 @@
-"""Decoded pictures in the making. They are appended to a file, and finished work survives a kill."""
+"""Unfinished files of decoded pictures. Pictures are appended, and finished work survives a kill."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from jaxtyping import Int32, UInt8
 
 from diffusion.runtime import files
 
-SAVE_SECONDS = 10.0  # what a kill costs at most
+SAVE_SECONDS = 10.0  # a kill loses at most the work of this time
 
 
 def of(path: Path) -> Path:
@@ -56,7 +56,7 @@ class Unfinished:
         return int(np.prod(self._shape[1:]))
 
     def _kept(self, header_bytes: int) -> int:
-        """How many pictures are there for sure."""
+        """The number of pictures that are safely on the disk."""
         try:
             count = int(self._count_path.read_text())
         except (FileNotFoundError, ValueError):
@@ -84,8 +84,7 @@ class Unfinished:
             self._saved = time.monotonic()
 
     def finish(self, has_labels: bool) -> None:
-        """Gives both files their final names. The pictures come last: their name means that all is done.
-        """
+        """Gives both files their final names. The pictures come last: their name means that all is done."""
         pixels_path, classes_path = self._paths
         self.save()
         if has_labels:
@@ -114,7 +113,7 @@ class Unfinished:
         try:
             yield
         except OSError as error:
-            kept = "what is decoded is kept, and the same command goes on"
+            kept = "the decoded pictures are kept, and the same command continues"
             raise OSError(f"{self._paths[0]} could not be written ({error.strerror or error}); {kept}") from error
 
 

@@ -71,7 +71,7 @@ def test_a_label_that_is_none_of_the_classes_is_refused_unless_it_is_asked_for(w
     """TFDS writes −1 for an unknown label, which a network would take for "no label"."""
     classes = np.array([0, 2, wrong, 1, wrong], np.int32)
     source = Source("cats", "test", np.zeros((5, 2, 2, 1), np.uint8), classes=classes, num_classes=3)
-    with pytest.raises(ValueError, match=rf"'cats': 2 of 5 labels of the test split are none of 0…2, .* {wrong} \("):
+    with pytest.raises(ValueError, match=rf"'cats': 2 of 5 labels of the test split are not in 0…2, .* {wrong} \("):
         source.labels()
     with pytest.raises(ValueError, match="1 of 2 labels"):
         source.labels(np.array([1, 2]))

@@ -149,7 +149,7 @@ def test_an_error_of_the_disk_is_said_and_nothing_is_decoded_elsewhere(
     with monkeypatch.context() as patch:
         patch.setattr(decoded.tempfile, "TemporaryFile", None)
         patch.setattr(unfinished.os, "fsync", fail)
-        words = rf"decoded-test-\w+\.npy could not be written \({os.strerror(code)}\); what is decoded is kept"
+        words = rf"decoded-test-\w+\.npy could not be written \({os.strerror(code)}\); the decoded pictures are kept"
         with pytest.raises(OSError, match=words):
             load()
         with stopped_after(monkeypatch, 2, OSError(os.strerror(code))):

@@ -87,7 +87,7 @@ def test_without_two_classes_there_is_nothing_to_learn():
 def test_an_unknown_label_is_refused_and_is_not_the_last_class(split):
     sets = {name: bars(name) for name in ("train", "test")}
     sets[split] = dataclasses.replace(sets[split], classes=np.full(64, -1, np.int32))
-    with pytest.raises(ValueError, match=f"64 of 64 labels of the {split} split are none of 0…1"):
+    with pytest.raises(ValueError, match=f"64 of 64 labels of the {split} split are not in 0…1"):
         classifier.train(sets["train"], sets["test"], 0)
 
 

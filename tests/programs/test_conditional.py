@@ -150,7 +150,7 @@ def test_unknown_labels_are_refused_before_anything_is_compiled_or_written(
     monkeypatch.setattr(build, "load_splits", without_labels(split, share))
     before = sorted(labelled_run.rglob("*"))
     for run, directory in ((train.run, tmp_path / "new"), (evaluate.run, labelled_run)):
-        with pytest.raises(ValueError, match=f"labels of the {split} split are none of 0…9, for example -1"):
+        with pytest.raises(ValueError, match=f"labels of the {split} split are not in 0…9, for example -1"):
             run(conditional(), directory)
     assert not (tmp_path / "new").exists() and sorted(labelled_run.rglob("*")) == before
     assert "train.num_steps=6: the average that is scored and sampled will still weight" in caplog.text  # by hints

@@ -160,7 +160,7 @@ def test_main_keeps_memory_where_the_maps_are_large_and_before_jax_has_devices(b
     run = f"{ASK}import runpy; runpy.run_path('main.py', run_name='__main__')"
     flags = ["--config=configs/digits.py", f"--config.train.batch_size={batch_size}", "--input=none"]
     result = subprocess.run([sys.executable, "-c", run, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout == kept and "--input=none has no part in --mode=train" in result.stderr
+    assert result.stdout == kept and "--input=none has no effect in --mode=train" in result.stderr
 
 
 def test_data_that_do_not_exist_are_no_matter_of_memory():

@@ -18,7 +18,7 @@ from diffusion.runtime import streams
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. What is wrong is the last line on stderr.
+    """Runs the command. An error is the last line on stderr.
 
     Returns:
         0; 1 if files cannot be read, 2 for any other error, 75 (EX_TEMPFAIL) if it was asked to stop.
@@ -44,17 +44,17 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of pictures")
-    parser.add_argument("--name", required=True, help="of the data set: --config.data.name=NAME")
-    parser.add_argument("--size", required=True, metavar="N|HxW", help="of every picture: 64, or HEIGHTxWIDTH")
-    parser.add_argument("--data-dir", metavar="DIR", help="where the data set goes; by default to those of TFDS")
-    parser.add_argument("--resize", choices=decoding.RESIZE, default="box", help="by default box, the mean of an area")
-    parser.add_argument("--crop", choices=decoding.CROP, default="center", help="none stretches instead")
+    parser.add_argument("--name", required=True, help="the name of the data set, for --config.data.name=NAME")
+    parser.add_argument("--size", required=True, metavar="N|HxW", help="the size of every picture: 64, or HEIGHTxWIDTH")
+    parser.add_argument("--data-dir", metavar="DIR", help="the directory of data sets; default: that of TFDS")
+    parser.add_argument("--resize", choices=decoding.RESIZE, default="box", help="default: box, the mean of an area")
+    parser.add_argument("--crop", choices=decoding.CROP, default="center", help="default: center; none stretches")
     parser.add_argument("--channels", type=int, choices=decoding.MODES, default=3, help="3, or 1 for grey")
-    parser.add_argument("--background", default="white", metavar="COLOUR", help="behind transparent pixels")
-    parser.add_argument("--labels", metavar="folders|none|FILE", help="by default folders, if all pictures lie in some")
-    parser.add_argument("--test-fraction", type=float, metavar="F", help=f"by default {preparing.TEST_FRACTION}")
+    parser.add_argument("--background", default="white", metavar="COLOUR", help="the colour behind transparent pixels")
+    parser.add_argument("--labels", metavar="folders|none|FILE", help="default: folders, if every picture is in one")
+    parser.add_argument("--test-fraction", type=float, metavar="F", help=f"default: {preparing.TEST_FRACTION}")
     parser.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be read")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, by default one per core")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
     return parser
 
 

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageColor, PngImagePlugin, UnidentifiedImageEr
 
 from diffusion.data.folder import png
 
-VERSION = 2  # of what becomes of a file: shards of an interrupted call that another version wrote are written again
+VERSION = 2  # of the decoding: shards that an interrupted call of another version wrote are written again
 # A file's content decides which of these it is. Pillow's other formats are not tried: some start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
@@ -25,9 +25,9 @@ RESIZE = {
 }
 CROP = ("center", "none")
 MODES = {1: "L", 3: "RGB"}  # by the number of channels
-# A colour profile or a text in a PNG file, unpacked; all texts of one file. Nothing of them is used.
+# Limits on the unpacked metadata of a PNG file: the colour profile or one text, and all texts. None of it is used.
 MAX_METADATA_BYTES, MAX_TEXTS_BYTES = 2**26, 2**28
-# What sets a picture upright, by the EXIF tag Orientation; without an entry it is.
+# EXIF tag Orientation -> the operation that sets the picture upright; other values need none.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -116,7 +116,7 @@ def opened(file: io.BytesIO | Path, formats: Sequence[str] | None = FORMATS) -> 
 
 
 class _Limits:
-    """Replaces Pillow's limits on a PNG file's metadata by ours while a thread is inside."""
+    """Replaces Pillow's limits on a PNG file's metadata by ours while any thread is inside."""
 
     def __init__(self):
         self._lock, self._inside = threading.Lock(), 0
@@ -140,9 +140,7 @@ _LIMITS = _Limits()
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Drops Pillow's warnings about harmless oddities. Only the main thread does so, because filters hold for the
-    process.
-    """
+    """Drops Pillow's warnings about harmless oddities. Only the main thread does so, because filters are global."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -162,7 +160,7 @@ def orientation(picture: Image.Image) -> int:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    picture.load()  # which turns a TIFF file's picture already
+    picture.load()  # this already turns a TIFF file's picture
     turn = _TURNS.get(orientation(picture))
     return picture.copy() if turn is None else picture.transpose(turn)
 
@@ -187,7 +185,7 @@ def _as_8_bits(picture: Image.Image, data: bytes) -> Image.Image:
 def _levels(picture: Image.Image) -> tuple[int, bool]:
     """The highest pixel value of a picture of mode I;16, and whether it is black, as in some TIFF files."""
     tags = picture.tag_v2 if picture.format == "TIFF" else {}
-    # Of 12 bits, Pillow says 16 as well.
+    # Pillow reports 16 bits for 12 bits, too.
     bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
     return 2**bits - 1, tags.get(ExifTags.Base.PhotometricInterpretation) == 0
 
@@ -222,7 +220,7 @@ def _center_box(width: int, height: int, target: Target) -> tuple[int, int, int,
 
 
 def _reason(error: Exception, data: bytes) -> str:
-    """What is wrong with a file, in words without an object's address or a path."""
+    """The problem with a file, in words without an object's address or a path."""
     if not data:
         return "the file is empty"
     if "MAX_TEXT" in str(error):

@@ -39,7 +39,7 @@ def find_labels(
     unknown = sorted(labels.keys() - {*paths, *unread})
     if unknown:
         raise ValueError(
-            f"--labels={wanted}: {len(unknown):,} of {len(labels):,} labels are for files that are no pictures of the "
+            f"--labels={wanted}: {len(unknown):,} of {len(labels):,} labels are for files that are not pictures in the "
             f"folder, for example {unknown[0]}"
         )
     return "file", _of_one_form({path: labels[path] for path in paths})

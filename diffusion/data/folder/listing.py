@@ -83,7 +83,7 @@ def scan(folder: Path, leave_out: Iterable[Path] = ()) -> Found:
             status = _add(path, folder, found)
             if status is None or not stat.S_ISDIR(status.st_mode):
                 continue
-            if _identity(status) in above:  # a link to a folder that it lies in would go on for ever
+            if _identity(status) in above:  # a link to a folder above it would never end
                 found.others.append(f"{path}/")
             elif _identity(status) not in passed_over:
                 pending.append((f"{path}/", [*above, _identity(status)]))
@@ -201,7 +201,7 @@ def split_folders(paths: list[str], folder: Path) -> dict[str, str]:
         at_the_top = [path for path in paths if "/" not in path]
         if len(tops) == 1 and not at_the_top and train + test:
             raise ValueError(
-                f"{folder} has pictures in {tops.pop()}/ alone: put others into {'test' if train else 'train'}/, "
+                f"{folder} has pictures in {tops.pop()}/ only: put others into {'test' if train else 'train'}/, "
                 "or name that folder itself to split it by content"
             )
         return {}

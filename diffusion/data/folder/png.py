@@ -26,7 +26,7 @@ def with_transparency(picture: Image.Image, data: bytes) -> Image.Image:
         return picture
     bits = header[8]
     top = 2**bits - 1
-    # The chunk has 16 bits for each of one or three values, of which the lowest count.
+    # The chunk has 16 bits for each of one or three values. Only the lowest bits count.
     values = [int.from_bytes(transparent[begin : begin + 2]) & top for begin in (0, 2, 4)]
     if picture.mode == "P":
         picture.info["transparency"] = transparent  # Pillow may see a single entry in it
@@ -44,7 +44,7 @@ def with_transparency(picture: Image.Image, data: bytes) -> Image.Image:
 
 
 def _differs(picture: Image.Image, data: bytes, colour: np.ndarray) -> Bool[np.ndarray, "h w"]:
-    """Which pixels of a picture of 16 bits a channel, of which Pillow keeps the upper 8, are not of this colour."""
+    """Which pixels do not have this colour, in a picture of 16 bits a channel. Pillow keeps only the upper 8 bits."""
     with Image.open(io.BytesIO(data), formats=["PNG"]) as lower:
         lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]  # the second of two bytes
         values = np.asarray(picture).astype(np.uint16) << 8 | np.asarray(lower)

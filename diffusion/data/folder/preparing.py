@@ -59,7 +59,7 @@ def place(name: str, data_dir: str | None) -> Path:
 
 
 def _staging(directory: Path) -> Path:
-    """Where the set is made: a folder that does not look like a version of it."""
+    """The folder in which the set is made. It does not look like a version of the set."""
     return directory.with_name(f"incomplete-{directory.name}")
 
 
@@ -169,7 +169,7 @@ def prepare(plan: Plan, directory: Path, skip_bad: bool = False, num_workers: in
 
 @contextlib.contextmanager
 def _occupied(staging: Path) -> Iterator[None]:
-    """`files.locked`; the folder goes if nothing was put into it."""
+    """`files.locked`. The folder is deleted if nothing was put into it."""
     with files.locked(staging, "wait for it, or stop it"):
         try:
             yield
@@ -225,7 +225,7 @@ def _refuse_too_little_room(needed: int, staging: Path) -> None:
 
 
 def _announce(plan: Plan, pictures: list[Picture], directory: Path) -> None:
-    """Prints what was found and what it becomes."""
+    """Prints the files that were found and the set that they make."""
     found, counts = plan.found, _split_counts(pictures)
     others = f" ({_some(found.others)})" if found.others else ""
     print(f"files: {len(found.pictures) + len(found.unread):,} pictures, other files: {len(found.others):,}{others}")
@@ -239,7 +239,7 @@ def _announce(plan: Plan, pictures: list[Picture], directory: Path) -> None:
 
 
 def _labels_line(plan: Plan) -> str:
-    """Which classes there are; if there are none, how many pictures lie outside of folders that could be labels."""
+    """A line about the classes. If there are none, it counts the pictures that lie in no folder."""
     classes, paths = plan.recipe.classes, [file.path for file in plan.found.pictures]
     if classes:
         return f"labels: {len(classes):,} classes ({_some(classes)})"

@@ -27,7 +27,7 @@ from diffusion.data.folder.listing import Picture, Unread
 from diffusion.runtime import files
 
 VERSION = "1.0.0"  # of every prepared set
-# Of a split: small enough that a kill costs little, few enough that a reader can keep them all open.
+# Shards are small, so that a kill costs little, but few, so that a reader can keep all of them open.
 PICTURES_PER_SHARD = 250
 MAX_SHARDS = 500
 
@@ -111,7 +111,7 @@ def complete(shards: list[Shard], recipe: Recipe, num_workers: int) -> list[Repo
 
 
 def _remove_others(shards: list[Shard]) -> None:
-    """Makes the folders of the shards, and deletes what they hold of killed processes and other pictures."""
+    """Makes the folders of the shards, and deletes files in them of killed processes and of other pictures."""
     wanted = {path for shard in shards for path in (shard.records, shard.report)}
     for folder in {path.parent for path in wanted}:
         folder.mkdir(exist_ok=True)
@@ -128,7 +128,7 @@ def _written(shards: list[Shard], recipe: Recipe, num_workers: int) -> Iterator[
             yield shard
         return
     with _workers(num_workers) as pool:
-        with _signals_blocked():  # processes start as they are needed, and inherit what is blocked
+        with _signals_blocked():  # processes start when needed, and inherit the blocked signals
             futures = {pool.submit(write, shard, recipe): shard for shard in shards}
         try:
             for future in as_completed(futures):
@@ -156,7 +156,7 @@ def _workers(number: int) -> Iterator[ProcessPoolExecutor]:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Keeps back SIGINT and SIGTERM: of those that a whole process group gets, the main process alone takes care."""
+    """Blocks SIGINT and SIGTERM. If a whole process group gets them, only the main process handles them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -224,7 +224,7 @@ def _record(picture: Picture, recipe: Recipe) -> bytes:
         example["label"] = picture.label
     features = _features(recipe)
     serializer = tfds.core.ExampleSerializer(features.get_serialized_info())
-    # Otherwise the order of image, file and label would change from process to process.
+    # Without this, the order of image, file and label would differ between processes.
     return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
 
 

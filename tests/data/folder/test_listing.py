@@ -187,8 +187,8 @@ def test_folders_that_are_no_splits(tmp_path, paths):
 @pytest.mark.parametrize(
     "paths, message",
     [
-        (["train/a.png"], r"pictures in train/ alone: put others into test/"),
-        (["val/a.png"], r"pictures in val/ alone: put others into train/"),
+        (["train/a.png"], r"pictures in train/ only: put others into test/"),
+        (["val/a.png"], r"pictures in val/ only: put others into train/"),
         (["train/a.png", "test/b.png", "val/c.png"], r"has test/, val/, but a set has one train and one test"),
         (["train/a.png", "test/b.png", "c.png", "x/d.png"], r"2 of 4 pictures lie outside of train/ and test/.*c\.png"),
     ],
