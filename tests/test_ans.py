@@ -1,4 +1,4 @@
-"""The stack of bits: what is pushed comes back, at the cost that the probabilities say."""
+"""The stack of bits: pushed integers come back, and cost what their probabilities say."""
 
 import math
 

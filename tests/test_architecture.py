@@ -1,4 +1,4 @@
-"""The order of the folders of diffusion/: imports go to the same folder or an earlier one, without a circle."""
+"""The order of the folders of diffusion/: each imports only itself and earlier ones, without cycles."""
 
 import ast
 import graphlib

@@ -1,4 +1,4 @@
-"""A choice for a batch: what no example of it needs is not computed."""
+"""`if_any`: nothing is computed for a batch in which no example needs it."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The codec: lossless under any model and either decoder, and as long as the bound."""
+"""The codec: lossless under any model and either decoder, with the length of the bound."""
 
 import math
 

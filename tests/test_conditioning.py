@@ -1,4 +1,4 @@
-"""What a network is told of the noise: the tables against their formulas, and who passes them on."""
+"""The network's noise input: the tables against their formulas, and the functions that pass them on."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""docs/: links and their anchors lead somewhere, the site's contents name every page, and formulas are set."""
+"""docs/: links and anchors exist, the site's contents name every page, and formulas are typeset."""
 
 import importlib.util
 from pathlib import Path

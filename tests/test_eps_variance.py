@@ -1,4 +1,4 @@
-"""The objectives that train Var(ε | x_t): what each of them is least at, for data whose posterior is known."""
+"""The objectives that train Var(ε | x_t): where each has its minimum, for data with a known posterior."""
 
 import itertools
 from functools import partial

@@ -1,7 +1,7 @@
-"""examples/ddpm.py has nothing of the library and computes what the library computes.
+"""examples/ddpm.py imports nothing from the library and computes the same numbers.
 
-Both are given the same parameters and the same random numbers. They differ in the order of float32 operations alone,
-each of which rounds by 6e-8 of its result: some ten of them stay below TOLERANCE, and a wrong formula does not.
+Both get the same parameters and the same random numbers. They differ only in the order of float32 operations, each of
+which rounds by 6e-8 of its result. Some ten of them stay below TOLERANCE; a wrong formula does not.
 """
 
 import ast

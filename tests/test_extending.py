@@ -1,4 +1,4 @@
-"""docs/extending.md: every diff touches only what its row of the table names, applies, and all of them run."""
+"""docs/extending.md: every diff touches only the files that its row names, applies, and runs."""
 
 import json
 import os

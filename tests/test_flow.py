@@ -1,4 +1,4 @@
-"""The linear path (1 − s) x_0 + s ε of rectified flow: the bound is that of the diffusion with the same log SNR."""
+"""The linear path (1 − s) x_0 + s ε of rectified flow: its bound equals that of the diffusion with the same log SNR."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Divergence, density and bin masses against float64 and against one another."""
+"""Divergence, density and bin masses against float64 and each other."""
 
 import jax
 import jax.numpy as jnp

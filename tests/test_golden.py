@@ -1,6 +1,6 @@
-"""Reference values printed by independent published programs: guided-diffusion's Gaussian diffusion, in PyTorch.
+"""Reference values from independent published code: guided-diffusion's Gaussian diffusion, in PyTorch.
 
-Tolerances: means and variances agree to 2e-4 relative. Those programs subtract exp(r) − 1 − r in float32, which
+Tolerances: means and variances agree to 2e-4 relative. That code subtracts exp(r) − 1 − r in float32, which
 leaves an absolute noise of about 2e-7 bits/dim in their KL terms; `test_likelihood` compares ours with float64.
 """
 

@@ -1,4 +1,4 @@
-"""Grids of noise levels: where their levels lie, rounded to the chain's steps or between them, and their marginals."""
+"""Grids of noise levels: their levels, rounded to the chain's steps or between them, and their marginals."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Labels and guidance: what a network says with and without a label, combined before any sampler sees it."""
+"""Labels and guidance: a network's outputs with and without a label, combined before any sampler sees them."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What the installed JAX does: bugs that were met and must not come back, and facts that the code is built on."""
+"""The installed JAX: facts that the code relies on, and bugs that must not come back."""
 
 import jax
 import jax.numpy as jnp

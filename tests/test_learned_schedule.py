@@ -1,4 +1,4 @@
-"""The learned schedule: where it starts, its laws whatever its parameters are, and its gradients."""
+"""The learned schedule: its start, its laws for any parameters, and its gradients."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The bound where it is known in closed form, and against float64."""
+"""The bound against closed forms and float64."""
 
 from functools import partial
 

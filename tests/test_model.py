@@ -1,4 +1,4 @@
-"""A model is a pytree: an argument of compiled functions, whatever parameters are in it."""
+"""A model is a pytree: an argument of compiled functions, with any parameters."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Losses: their means over t, what they train, and how they are weighted."""
+"""Losses: their means over t, what they train, and their weights."""
 
 import jax
 import jax.numpy as jnp

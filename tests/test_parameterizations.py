@@ -1,4 +1,4 @@
-"""Each prediction's weighted error is the bound's KL: at every t, in closed form, and as published programs have it."""
+"""Each prediction's weighted error is the bound's KL: at every t, in closed form, and as in published code."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Averages of any length, composed of two that were tracked: equal to those tracked directly."""
+"""Averages of any length, composed of two tracked ones, equal those tracked directly."""
 
 import jax
 import jax.numpy as jnp

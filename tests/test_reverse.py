@@ -1,4 +1,4 @@
-"""The reverse process: predictions are one another's translations, variances lie where they should."""
+"""The reverse process: predictions convert into each other, and variances lie in their ranges."""
 
 import jax
 import jax.numpy as jnp

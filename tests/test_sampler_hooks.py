@@ -1,4 +1,4 @@
-"""Sampling from a start of one's own, and what is done after every step: interpolation and inpainting."""
+"""Sampling from a given start, and with a function after every step: interpolation and inpainting."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
-"""What twice as many steps divide the error of a sampler by, for Gaussian data with the exact denoiser.
+"""The order of each sampler: its error with twice as many steps, for Gaussian data with the exact denoiser.
 
-Where a step is affine and its noise Gaussian, the means and variances follow from the step itself, without samples.
+If a step is affine and its noise Gaussian, the means and variances follow from the step itself, without samples.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""How t is drawn: every t equally often, or by its losses; and what is remembered of them."""
+"""The draw of t: every t equally often, or by its losses; and the memory of losses."""
 
 import dataclasses
 from functools import partial

@@ -1,4 +1,4 @@
-"""The optimal variance where it is known in closed form, and the accounting against the bound itself."""
+"""The optimal variance against closed forms, and the accounting against the bound itself."""
 
 import dataclasses
 

@@ -1,6 +1,6 @@
 """The losses of Kingma et al. (2021, VDM) against their formulas in float64, and the limit T → ∞.
 
-Their program's symbols: z_t = α_t x + σ_t ε with σ_t² = sigmoid(γ_t), and u in [0, 1] for time. Its T is one less than
+Symbols of their code: z_t = α_t x + σ_t ε with σ_t² = sigmoid(γ_t), and u in [0, 1] for time. Its T is one less than
 ours, whose x_1 is its z_0.
 """
 

@@ -1,4 +1,4 @@
-"""Arms for processes of their own, which import this file by its name: `tests` may be anybody's package."""
+"""Arms for separate processes. They import this file by its name, because another package may be called `tests`."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""What the benchmarks rest on: arms that take turns, ratios within a round, and a count of work that adds up."""
+"""The parts of the benchmarks: alternating arms, ratios within a round, and counts of work that add up."""
 
 import argparse
 import json

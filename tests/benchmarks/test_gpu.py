@@ -1,4 +1,4 @@
-"""benchmarks.gpu: a rehearsal of real parts, and that no end of a part or of the time loses the others' results."""
+"""benchmarks.gpu: a rehearsal with real parts. If a part or the time ends, no other results are lost."""
 
 import argparse
 import importlib

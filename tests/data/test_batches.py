@@ -1,4 +1,4 @@
-"""Which examples make up a step."""
+"""The examples of each training step."""
 
 import numpy as np
 import pytest

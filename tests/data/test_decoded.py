@@ -1,4 +1,4 @@
-"""Decoded pictures: their size, the splits they come from, and where they are kept."""
+"""Decoded pictures: their size, their splits, and the place of their files."""
 
 import contextlib
 import mmap

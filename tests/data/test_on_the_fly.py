@@ -1,4 +1,4 @@
-"""Pictures that are decoded when they are asked for: the same pixel values, batches, digests and splits."""
+"""Pictures that are decoded on demand: the same pixel values, batches, digests and splits."""
 
 import dataclasses
 import threading

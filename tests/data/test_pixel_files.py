@@ -1,4 +1,4 @@
-"""Images out of files: the very pixel values, in the file's order, or a one-line error."""
+"""Images from files: the exact pixel values in the file's order, or a one-line error."""
 
 import zipfile
 

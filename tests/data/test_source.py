@@ -1,4 +1,4 @@
-"""What a data set is: the bundled digits with their labels, sets of other builders, and the decoded copies."""
+"""Data sets: the bundled digits with their labels, sets of other builders, and decoded copies."""
 
 import dataclasses
 import errno

@@ -1,4 +1,4 @@
-"""Prepared TFDS directories: preparing and finding them, and their faults."""
+"""Prepared TFDS directories: preparing and finding them, and their errors."""
 
 import json
 import shutil

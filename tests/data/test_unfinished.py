@@ -1,4 +1,4 @@
-"""Decoding is shared by the processes of a host, goes on after a kill, and says what the disk says."""
+"""Decoding is shared by the processes of a host, continues after a kill, and reports disk errors."""
 
 import contextlib
 import errno

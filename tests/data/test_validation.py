@@ -1,4 +1,4 @@
-"""Images are set aside by what they show: the laws of the split."""
+"""Validation images are chosen by their contents: the laws of the split."""
 
 import dataclasses
 import hashlib

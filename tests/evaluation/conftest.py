@@ -1,4 +1,4 @@
-"""A model and a data set whose terms are cheap and of every size."""
+"""A model and a data set with cheap terms of every size."""
 
 import jax.numpy as jnp
 import numpy as np

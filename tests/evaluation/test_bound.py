@@ -1,4 +1,4 @@
-"""The bound of a split: every term of every image once, what was cut goes on, and the estimate is of the same sum."""
+"""The bound of a split: each term of each image once, also after an interruption, and estimates of the same sum."""
 
 import contextlib
 import dataclasses

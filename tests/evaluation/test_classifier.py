@@ -1,4 +1,4 @@
-"""The data's own classifier: it learns, is a function of data and seed, and is kept whole or refused."""
+"""The data's own classifier: it learns, depends only on data and seed, and is saved completely or refused."""
 
 import dataclasses
 

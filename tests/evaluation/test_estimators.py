@@ -1,4 +1,4 @@
-"""The estimate of the bound from a few terms: unbiased, and as far off as it says."""
+"""The estimate of the bound from a few terms: it is unbiased, and its standard error is right."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What other lossless formats take."""
+"""The sizes of images in other lossless formats."""
 
 import io
 import lzma

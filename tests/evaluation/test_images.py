@@ -1,4 +1,4 @@
-"""Which images are scored."""
+"""The choice of images to score."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What is kept of an evaluation: what is done is not measured again, and NaN never counts as done."""
+"""Saved parts of an evaluation: finished parts are not measured again, and NaN never counts as finished."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""VDM's protocol: so many KL terms and their limit, unclipped, pixel values by Bayes' rule, against closed forms."""
+"""VDM's protocol against closed forms: a number of KL terms and their limit, no clip, pixel values by Bayes' rule."""
 
 import dataclasses
 

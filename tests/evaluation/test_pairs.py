@@ -1,4 +1,4 @@
-"""The loop over (image, t) pairs: a pair's value is its own, whatever is measured beside it."""
+"""The loop over (image, t) pairs: the value of a pair does not depend on the others."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Metrics from one pass over the data: their states, and what they say of digits."""
+"""Sample metrics from one pass over the data: their states, and their values for digits."""
 
 import numpy as np
 import pytest

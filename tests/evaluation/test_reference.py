@@ -1,4 +1,4 @@
-"""The reference: computed once, again where it is damaged, and taken from others' files."""
+"""The reference: computed once, computed again if damaged, and read from other people's files."""
 
 import logging
 

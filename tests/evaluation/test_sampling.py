@@ -1,4 +1,4 @@
-"""Images of a model: each is its own number's, in whatever batch, with its label, and its trajectory ends on it."""
+"""Images of a model: each depends on its number and not on the batch, has its label, and ends its trajectory."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The exact posterior of a finite data set against brute force in float64, and what it is the best of."""
+"""The exact posterior of a finite data set against brute force in float64, and its optimality."""
 
 import jax
 import numpy as np

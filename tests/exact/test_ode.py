@@ -1,4 +1,4 @@
-"""The probability-flow ODE where log p(x) is known."""
+"""The probability-flow ODE for data with a known log p(x)."""
 
 import jax
 import jax.numpy as jnp

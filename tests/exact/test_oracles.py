@@ -1,4 +1,4 @@
-"""Exact data: their moments against quadrature, and the bound against the likelihood that is known."""
+"""Exact data: their moments against quadrature, and the bound against the known likelihood."""
 
 import jax
 import jax.numpy as jnp

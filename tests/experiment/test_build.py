@@ -1,4 +1,4 @@
-"""From a config to objects: names and their arguments reach the functions, and a model is what its config says."""
+"""Configs as objects: names and their arguments reach the functions, and a model matches its config."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Config keys: what is complete, what is refused and in which words, and what may change between legs."""
+"""Config keys: completing them, errors and their words, and changes between legs."""
 
 import ast
 import dataclasses

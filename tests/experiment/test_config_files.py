@@ -1,4 +1,4 @@
-"""Configs in files: JSON and back, other versions, and a config file that cannot be read."""
+"""Configs in files: JSON and back, other versions, and unreadable config files."""
 
 import json
 import re

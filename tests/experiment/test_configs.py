@@ -1,4 +1,4 @@
-"""The networks of configs/ are those that their headers name, and every config is one that runs."""
+"""The networks of configs/ are those that their headers name, and every config runs."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""An export is the model of its run, bit by bit, without the run and its data; damage is one line with the file."""
+"""An export equals the model of its run, bit by bit, without the run and its data. Damage prints one line."""
 
 import json
 import os

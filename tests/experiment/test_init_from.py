@@ -1,4 +1,4 @@
-"""config.init_from: published weights are scored, sampled and trained from; a run's are where another run starts."""
+"""config.init_from: published weights are scored, sampled and trained from, and a run starts from another run."""
 
 import functools
 import json

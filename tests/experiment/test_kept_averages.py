@@ -1,4 +1,4 @@
-"""What a run keeps for averages of any length, and what is composed of it at a checkpoint."""
+"""The averages that a run saves, and averages of any length that are composed of them."""
 
 import jax
 import jax.numpy as jnp

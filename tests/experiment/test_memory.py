@@ -1,4 +1,4 @@
-"""What is said of a device's memory is what lies there: the state once, and the training images."""
+"""The stated device memory equals the used memory: the state once, and the training images."""
 
 import gc
 import re

@@ -1,4 +1,4 @@
-"""Names with arguments: how they are read, checked against signatures, and bound."""
+"""Names with arguments: parsing them, checking them against signatures, and binding them."""
 
 import inspect
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Impossible combinations: every rule is broken by some config, says which keys are in it, and judges by properties."""
+"""Impossible combinations: a config breaks every rule, each rule names its keys and tests properties, not names."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""Whose a working directory is, who may write into it, and what is kept in it between programs."""
+"""Working directories: the run that owns one, who may write into it, and the files kept between programs."""
 
 import json
 import multiprocessing

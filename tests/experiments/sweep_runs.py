@@ -1,4 +1,4 @@
-"""Folders of finished runs, as a sweep leaves them: what the tests of its report share."""
+"""Folders of finished runs, as a sweep leaves them, for the tests of its report."""
 
 import json
 

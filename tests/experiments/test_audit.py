@@ -1,4 +1,4 @@
-"""The auditor: its sums against known ones, every control fails, and its page's program runs as printed."""
+"""The auditor: its sums equal known ones, every control fails, and the program on its page runs as printed."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""The bound for T = 30 and ∞ of a run in continuous time: its estimate is the full bound's, and what it refuses."""
+"""The bound for T = 30 and ∞ of a run in continuous time: its estimate equals the full bound's, and its errors."""
 
 import json
 import shutil

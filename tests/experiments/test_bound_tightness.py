@@ -1,4 +1,4 @@
-"""The study's own quadratures against closed forms, and its commands on what is small."""
+"""The study's own quadratures against closed forms, and its commands on small inputs."""
 
 import json
 

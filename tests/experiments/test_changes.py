@@ -1,4 +1,4 @@
-"""Which change does what: the runs of the study, and the differences it takes."""
+"""The study of single changes: its runs, and the differences between them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The study on photographs: which runs it compares, and the table of their accounting."""
+"""The study on photographs: the runs that it compares, and the table of their accounting."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The command line of a study: what is wrong with it is one line."""
+"""The command line of a study: errors are one line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Studies of sampling: every way is drawn once and scored by itself, in sets whose spread is the error."""
+"""Studies of sampling: every variant is drawn once and scored separately, in sets whose spread is the error."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Intervals of means over few values: Student's quantiles as tables print them, pairs of one seed, and the print."""
+"""Intervals of means over few values: Student's quantiles as in printed tables, pairs of one seed, and formatting."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The table of the study of learned schedules: intervals over seeds, and differences of the same seed."""
+"""The table of the study of learned schedules: intervals over seeds, and differences within a seed."""
 
 from experiments import learned_schedule as study
 

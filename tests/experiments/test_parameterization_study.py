@@ -1,4 +1,4 @@
-"""The study of the four predictions: what it checks agrees, shares add up, and its report is made from folders."""
+"""The study of the four predictions: its checks agree, shares add up, and its report is made from folders."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Published checkpoints: each name has its flags, and both numbers stand side by side, measured as the table says."""
+"""Published checkpoints: each name has its flags, and the table compares published and measured numbers."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Sweeps: which cells there are, and what the command line says about them."""
+"""Sweeps: their cells, and the messages of the command line."""
 
 import json
 import signal

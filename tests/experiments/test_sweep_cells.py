@@ -1,4 +1,4 @@
-"""The cells of a sweep: each is trained and measured once, in processes of its own, whatever stops the sweep."""
+"""The cells of a sweep: each is trained and measured once, in separate processes, even if the sweep is stopped."""
 
 import json
 import signal

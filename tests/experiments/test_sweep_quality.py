@@ -1,4 +1,4 @@
-"""A sweep's report where samples were scored: the distances of its runs, in the table and drawn beside the bounds."""
+"""A sweep's report with scored samples: the distances of its runs, in the table and beside the bounds."""
 
 import csv
 import json

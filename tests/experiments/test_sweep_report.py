@@ -1,4 +1,4 @@
-"""A sweep's report: what is made of the folders of its runs, and the published numbers beside it."""
+"""A sweep's report: made from the folders of its runs, beside published numbers."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The 2-D quadratures: what a diagonal covariance costs, against closed forms and the 1-D study."""
+"""The 2-D quadratures: the cost of a diagonal covariance, against closed forms and the 1-D study."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The gap of the bound, the model's error and the looseness, each from integrals of its own."""
+"""The gap of the bound, the model's error and the looseness, each from its own integrals."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The accounting of variances, on a network that was never trained: what a variance costs needs none."""
+"""The accounting of variances on an untrained network: the cost of a variance needs no training."""
 
 import csv
 import json

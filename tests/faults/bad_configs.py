@@ -1,4 +1,4 @@
-"""Bad command lines by the hundred, each in a process of its own that is forked from one that has imported everything.
+"""Tries hundreds of bad command lines, each in a forked process, so that imports cost nothing.
 
     python tests/faults/bad_configs.py [NUMBER=200]
 

@@ -1,10 +1,10 @@
-"""Two processes of one host decode one data set, and are killed again and again: one decoding, and the same bytes.
+"""Two processes of one host decode one data set and are killed repeatedly: it is decoded once, to the same bytes.
 
     python tests/faults/decoding.py [KILLS]
 
-Both begin together. One or both get SIGKILL or SIGTERM at a random moment, and both begin again. Where only one was
-killed, the other takes over. They are forked from this process, so a start costs no imports; the threads
-of array_record must not have begun by then.
+Both begin together. One or both get SIGKILL or SIGTERM at a random moment, and both begin again. If only one was
+killed, the other takes over. They are forked from this process, so a start costs no imports; the threads of
+array_record must not have begun by then.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""configs/digits.py with the network of one layer, which compiles in a moment, for --config of main.py."""
+"""configs/digits.py with a network of one layer, which compiles quickly, for --config of main.py."""
 
 import sys
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""A disk that is full when a checkpoint is written: the run says so, and the checkpoint before is sound.
+"""The disk is full when a checkpoint is written: the run reports it, and the previous checkpoint is undamaged.
 
     python tests/faults/disk_full.py
 
-A run of main.py on the digits is stopped after its first checkpoint and goes on under a limit of the size of files
-that its next checkpoint exceeds; then without the limit to its end, which must be that of a run that was never stopped.
+A run of main.py on the digits is stopped after its first checkpoint. It continues under a limit on the size of files,
+which its next checkpoint exceeds, and then without the limit. It must end like a run that was never stopped.
 """
 
 import signal

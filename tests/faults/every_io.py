@@ -1,12 +1,12 @@
-"""The disk fails at each call of a training, one after the other: one line or survival, and nothing is lost.
+"""The disk fails at each call of a training in turn: the run survives or prints one line, and nothing is lost.
 
     python tests/faults/every_io.py [--all | --number=N] [--errors EIO ENOSPC EACCES] [--begins new resumed]
 
 A toy training with two checkpoints, validation, samples and a log runs once to list its calls in its directory, those
 of Python and of Orbax's C++ alike: open, create, read, write, sync, rename, remove, list, stat. Then it runs again for
 each kind of call on each kind of file (with --all for each call, with --number for N of them). The call fails with EIO
-or EACCES, or, if it writes, with ENOSPC, as do all later ones until the program ends. Once more without a fault, the
-run must end with the bits of the undisturbed one. All of it is done for a new run and for one that resumes.
+or EACCES, or, if it writes, with ENOSPC, as do all later ones until the program ends. Started once more without a
+fault, the run must end with the bits of the undisturbed one. All of this is done for a new run and for a resumed one.
 """
 
 import argparse

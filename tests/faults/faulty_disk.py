@@ -1,4 +1,4 @@
-"""The library of faulty_disk.c: it makes calls to the disk fail, those of C++ too, where it is preloaded."""
+"""The library of faulty_disk.c. If it is preloaded, it makes disk calls fail, including those of C++."""
 
 import contextlib
 import ctypes

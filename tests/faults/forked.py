@@ -1,4 +1,4 @@
-"""main.py in processes that are forked from one that has imported everything: a start costs no imports.
+"""main.py in processes that are forked from one that has imported everything, so a start costs no imports.
 
     python tests/faults/forked.py < ARGUMENTS
 

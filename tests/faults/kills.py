@@ -3,8 +3,8 @@
     python tests/faults/kills.py [NUMBER=50] [--signal=KILL|TERM] [--toy] [--load=0]
 
 Each run of main.py on the digits, 60 steps with a checkpoint every 4, gets one signal at a random moment between its
-start and its end and is then started again; state, metrics.jsonl and summary.json must be those of a run that was
-never stopped. With TERM the time from the signal to the exit is printed too, besides what a step takes; --load=N keeps
+start and its end. It is then started again. State, metrics.jsonl and summary.json must equal those of a run that was
+never stopped. With TERM the time from the signal to the exit is printed too, beside the time of a step. --load=N keeps
 N other processes busy meanwhile. About 25 s per kill on 2 CPU cores, 10 s with --toy.
 """
 

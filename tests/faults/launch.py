@@ -1,4 +1,4 @@
-"""Starts runs as a user would, in processes of their own that can be stopped and killed, and compares their ends."""
+"""Starts runs as a user would, in separate processes that can be stopped and killed, and compares their ends."""
 
 import json
 import os

@@ -2,7 +2,7 @@
 
     python tests/faults/no_reader.py
 
-Each trains, samples and scores, and must end with 0 where a run ends whose output goes to a file.
+Each trains, samples and scores. It must exit with 0 and end like a run whose output goes to a file.
 """
 
 import subprocess

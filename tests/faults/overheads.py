@@ -1,8 +1,8 @@
-"""What watching costs: digests, replica checks and saves of the CIFAR-10 run's state, against one of its steps.
+"""The cost of checks: digests, replica checks and saves of the CIFAR-10 run's state, relative to one of its steps.
 
     python tests/faults/overheads.py [--batch_size=128] [--step_seconds=S]
 
-Prints seconds and shares. The step is measured at --batch_size on the devices at hand, or given; minutes on
+Prints seconds and shares. The step is measured at --batch_size on the available devices, or given. It takes minutes on
 an accelerator. On CPUs take --batch_size=8: a smaller step makes every share larger than it is.
 """
 

@@ -2,7 +2,7 @@
 
     python tests/faults/several_processes.py [--toy] [--workdir=DIR]
 
-Prints the largest difference of a parameter, relative to the largest parameter: what another order of sums costs.
+Prints the largest difference of a parameter, relative to the largest parameter: the effect of another order of sums.
 --toy takes a network of one layer, except for the errors that main.py prints.
 """
 

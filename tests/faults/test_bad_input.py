@@ -1,4 +1,4 @@
-"""Whatever is wrong with what a user gives is a one-line error before any compilation, and nothing is written."""
+"""Any wrong input of a user is a one-line error before any compilation, and nothing is written."""
 
 import json
 import struct

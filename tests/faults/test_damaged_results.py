@@ -1,4 +1,4 @@
-"""Results that are cut, empty or damaged: what can be made again is made again, and what cannot is named in a line."""
+"""Results that are truncated, empty or damaged: they are made again if possible, else one line names them."""
 
 import json
 import shutil

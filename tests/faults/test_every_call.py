@@ -1,7 +1,7 @@
-"""The disk fails at each call that opens, syncs or renames a file, one after the other: one line, and nothing is lost.
+"""The disk fails at each call that opens, syncs or renames a file in turn: one line, and nothing is lost.
 
 The same work again, without the fault, ends with the bytes of the undisturbed one. Orbax's own calls are not among
-them: test_io_errors.py and disk_full.py break those.
+the failing ones: test_io_errors.py and disk_full.py break those.
 """
 
 import builtins

@@ -1,4 +1,4 @@
-"""What a run does when it is interrupted, when its numbers go wrong, and when devices disagree or fail."""
+"""Runs that are interrupted, whose numbers become NaN or Inf, or whose devices disagree or fail."""
 
 import os
 import re

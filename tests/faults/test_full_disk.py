@@ -1,4 +1,4 @@
-"""A disk without room for a checkpoint: the error is one line, alone and as one of several processes."""
+"""A disk without room for a checkpoint: the error is one line, also in multi-process runs."""
 
 import asyncio
 import subprocess

@@ -1,4 +1,4 @@
-"""A disk that answers reads with EIO while a run resumes: nothing is moved or begun anew."""
+"""A disk that answers reads with EIO while a run resumes: nothing is moved or started again."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Without HOME and without an entry in /etc/passwd, as in many containers: nothing that needs no home asks for one."""
+"""Without HOME and an entry in /etc/passwd, as in many containers: only what needs a home asks for one."""
 
 import pwd
 import re

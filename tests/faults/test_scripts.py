@@ -1,4 +1,4 @@
-"""The scripts of this folder at a small size; each prints its figure."""
+"""The scripts of this folder at a small size: each prints its number."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Two processes as one run: process 0 alone writes, both agree on what is missing, and a signal stops both."""
+"""Two processes as one run: only process 0 writes, both agree on what is missing, and a signal stops both."""
 
 import json
 import os

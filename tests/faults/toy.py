@@ -1,4 +1,4 @@
-"""A run whose every part is real but the network, which is one layer: it compiles in a second.
+"""A run with a network of one layer, which compiles in a second; all other parts are real.
 
     python tests/faults/toy.py WORKDIR [--coordinator=HOST:PORT --num_processes=N --process_id=I] [--KEY=VALUE ...]
 """

@@ -1,4 +1,4 @@
-"""One of diffusion/programs with the toy network and the toy's data, also as one of several processes.
+"""Runs diffusion/programs with the toy network and the toy's data, also as one of several processes.
 
     python tests/faults/toy_program.py MODE[,MODE...] WORKDIR [--KEY=VALUE ...]
         [--coordinator=HOST:PORT --num_processes=N --process_id=I]

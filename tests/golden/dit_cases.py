@@ -1,8 +1,8 @@
-"""Makes dit.npz: what facebookresearch/DiT computes for a small network, with PyTorch on a CPU in float32.
+"""Makes dit.npz: the outputs of facebookresearch/DiT for a small network, by PyTorch on a CPU in float32.
 
     PYTHONPATH=DIRECTORY_OF_DIT python tests/golden/dit_cases.py
 
-It needs the package timm (made with 1.0.31), whose patch embedding, attention and MLP the program takes. Weights and
+It needs the package timm (made with 1.0.31), whose patch embedding, attention and MLP that code uses. Weights and
 inputs come from NumPy's frozen generator, so only the outputs and the names and shapes of the tensors are kept.
 """
 

@@ -1,9 +1,9 @@
-"""Makes ho2020.npz: a checkpoint that TensorFlow wrote of Ho et al.'s own network, and that network's outputs.
+"""Makes ho2020.npz: a TensorFlow checkpoint of Ho et al.'s own network, and that network's outputs.
 
     PYTHONPATH=DIRECTORY_WITH_ITS_PACKAGE_diffusion_tf python tests/golden/ho2020_cases.py
 
-The program's U-Net runs under a TensorFlow of today (2.21, float32, a CPU). Of tf.contrib it uses the group norm, which
-tf_slim has unchanged. The outputs are those in its `ema_scope`. Weights, images and t come from NumPy's frozen
+The original U-Net runs under a current TensorFlow (2.21, float32, a CPU). It uses only the group norm of tf.contrib,
+which tf_slim has unchanged. The outputs are those in its `ema_scope`. Weights, images and t come from NumPy's frozen
 generator, so only the index, names and shapes are kept beside the outputs; `data` is the file of data.
 """
 

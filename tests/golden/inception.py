@@ -1,4 +1,4 @@
-"""Makes inception.npz: the features that torch-fidelity computes in float64 with random weights, one image a size.
+"""Makes inception.npz: torch-fidelity's features in float64 with random weights, one image per size.
 
     PYTHONPATH=. python tests/golden/inception.py       # with the extra peers
 

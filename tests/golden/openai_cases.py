@@ -1,9 +1,9 @@
-"""Makes openai.npz: what guided-diffusion computes for two small networks, with PyTorch on a CPU in float32.
+"""Makes openai.npz: the results of guided-diffusion for two small networks, by PyTorch on a CPU in float32.
 
     PYTHONPATH=DIRECTORY_OF_GUIDED_DIFFUSION python tests/golden/openai_cases.py
 
 Weights, images and noise come from NumPy's frozen generator, so only the results and the names and shapes of the
-tensors are kept. The program's "legacy" attention is improved-diffusion's.
+tensors are kept. Its "legacy" attention is that of improved-diffusion.
 """
 
 from pathlib import Path

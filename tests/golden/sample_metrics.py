@@ -1,4 +1,4 @@
-"""Makes sample_metrics.npz: what torch-fidelity says of random features, in float64.
+"""Makes sample_metrics.npz: torch-fidelity's metrics of random features, in float64.
 
     python tests/golden/sample_metrics.py       # with the extra peers
 

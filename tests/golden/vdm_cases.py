@@ -1,10 +1,10 @@
-"""Makes vdm.npz: what google-research/vdm computes for two small networks, in float32 on a CPU.
+"""Makes vdm.npz: the results of google-research/vdm for two small networks, in float32 on a CPU.
 
     JAX_PLATFORMS=cpu PYTHONPATH=DIRECTORY_WITH_ITS_PACKAGE_vdm python tests/golden/vdm_cases.py
 
-The program runs under a Flax of today; of chex, which it imports for the name of a type, a stub will do. Weights,
+The original code runs under a current Flax. It imports chex only for the name of a type, so a stub is enough. Weights,
 images, instants and noise come from NumPy's frozen generator, so only the results and the names and shapes of the
-tensors are kept. The terms are that program's three losses, in nats per image.
+tensors are kept. The terms are the three losses of that code, in nats per image.
 """
 
 from pathlib import Path

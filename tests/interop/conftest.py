@@ -1,4 +1,4 @@
-"""Of the networks here, each is traced once."""
+"""Traces each network of these tests once."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Published weights: the tiny network of the reference values, the way back, and every kind of damage by name."""
+"""Published weights: reference values of a tiny network, the way back, and every kind of damage by name."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Safetensors of a few numbers: what is damaged, twice there or not finite is one line that names it."""
+"""Safetensors of a few numbers: a damaged or duplicate tensor, or one with NaN or Inf, is named in one line."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Checkpoints of Ho et al.'s program: TensorFlow's file and the original network's outputs, and what is refused."""
+"""Checkpoints of Ho et al.'s code: TensorFlow's file, the original network's outputs, and errors."""
 
 import json
 import re

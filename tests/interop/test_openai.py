@@ -1,4 +1,4 @@
-"""Checkpoints of improved-diffusion and guided-diffusion: the original program's numbers, the way back, refusals."""
+"""Checkpoints of improved-diffusion and guided-diffusion: the original code's numbers, the way back, and errors."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers: the process is the scheduler's, and what it cannot be is refused by name."""
+"""Pipelines of diffusers: the process is the scheduler's, and unsupported settings are refused by name."""
 
 import json
 import shutil

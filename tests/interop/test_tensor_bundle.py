@@ -1,4 +1,4 @@
-"""TensorFlow's tensor bundles of bytes that are put together here: what is damaged or cannot be read is one line."""
+"""TensorFlow's tensor bundles, built from bytes here: damaged or unsupported ones print one line."""
 
 import struct
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints of google-research/vdm: the original program's three losses, what is refused, and the way to the file."""
+"""Checkpoints of google-research/vdm: the original code's three losses, errors, and finding the file."""
 
 import re
 from functools import cache, partial

@@ -1,6 +1,6 @@
-"""Laws of ADM: its parts where the fields say, what it refuses, and its place in a config.
+"""Laws of ADM: the effects of its fields, its errors, and its place in a config.
 
-That its numbers are the original program's is in tests/interop/test_openai.py.
+tests/interop/test_openai.py compares its numbers with those of the original code.
 """
 
 from functools import cache

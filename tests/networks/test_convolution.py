@@ -1,4 +1,4 @@
-"""Winograd's convolution is the convolution: value, both modes of differentiation, vmap; where networks use it."""
+"""Winograd's convolution equals the convolution: value, both modes of differentiation, vmap; where networks use it."""
 
 import re
 

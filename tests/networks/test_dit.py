@@ -1,4 +1,4 @@
-"""DiT: the original program's numbers and sizes, its start, what it refuses, and its place in a config."""
+"""DiT: the original code's numbers and sizes, its initialization, its errors, and its place in a config."""
 
 from functools import cache
 from pathlib import Path

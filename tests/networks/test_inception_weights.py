@@ -1,4 +1,4 @@
-"""Inception's weights: downloaded once, read by PyTorch once, converted once, and every wrong file named."""
+"""Inception's weights: downloaded once, read by PyTorch once, converted once; every wrong file is named."""
 
 import hashlib
 import sys

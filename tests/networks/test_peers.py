@@ -1,4 +1,4 @@
-"""Our full-size network beside that of the diffusers package, where it is installed: pip install -e '.[peers]'."""
+"""Our full-size network against that of the diffusers package, if it is installed: pip install -e '.[peers]'."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""PyTorch files that are damaged where PyTorch itself looks at nothing."""
+"""Damaged PyTorch files whose damage PyTorch does not notice."""
 
 import pickle
 import sys

@@ -1,4 +1,4 @@
-"""A run that was never trained, so that what the programs read from it is known: only the EMA can be used."""
+"""An untrained run with known contents, in which only the EMA can be used."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""sample.guide: samples are drawn away from another checkpoint's, which their folder names, and misfits are refused."""
+"""sample.guide: samples are guided away from another checkpoint's, their folder names it, and misfits are refused."""
 
 import dataclasses
 import json

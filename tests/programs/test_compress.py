@@ -1,4 +1,4 @@
-"""--mode=compress and --mode=decompress: the same pixels come back, from the same model alone."""
+"""--mode=compress and --mode=decompress: the same pixels come back, with the same model only."""
 
 import json
 import os

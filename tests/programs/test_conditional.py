@@ -1,4 +1,4 @@
-"""A run with labels: what the network is given when it is scored and sampled, and what is refused."""
+"""Runs with labels: the labels that the network gets in scoring and sampling, and errors."""
 
 import dataclasses
 import json

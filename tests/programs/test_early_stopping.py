@@ -1,4 +1,4 @@
-"""Training stops after train.patience validations without a lower val_loss, at the same step however it was killed."""
+"""Training stops after train.patience validations without a lower val_loss, at the same step if it was killed."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""--mode=eval: a checkpoint's scores are the run's, and no evaluation disturbs another."""
+"""--mode=eval: a checkpoint's scores equal the run's, and evaluations do not disturb each other."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""--fork: a new run goes on from a checkpoint of another, and takes the steps that the old one would have taken."""
+"""--fork: a new run continues from another run's checkpoint, and takes the steps that the old one would have taken."""
 
 import json
 import shutil

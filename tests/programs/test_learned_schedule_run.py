@@ -1,4 +1,4 @@
-"""A run with a learned schedule: what it trains, saves, scores and samples with."""
+"""A run with a learned schedule: training, saving, scoring and sampling."""
 
 import dataclasses
 import json

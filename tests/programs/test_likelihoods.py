@@ -1,4 +1,4 @@
-"""eval.likelihood: other likelihoods have files and entries of their own, and go on after a signal."""
+"""eval.likelihood: other likelihoods have their own files and entries, and continue after a signal."""
 
 import importlib.util
 import json

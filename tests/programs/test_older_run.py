@@ -1,7 +1,7 @@
-"""A run that version 0.1 made and that was stopped is scored, sampled and resumed by this version.
+"""A run that version 0.1 began is scored, sampled and resumed by this version.
 
-tests/golden/run_0.1.tar.xz holds `run`, a tiny U-Net on the digits with a learned schedule, cut before its ninth step
-of twelve; `expected.json`, what version 0.1 then made of it; and `test.ddc`, the test images that it compressed.
+tests/golden/run_0.1.tar.xz holds `run`, a tiny U-Net on the digits with a learned schedule, stopped before its ninth
+step of twelve; `expected.json`, version 0.1's results for it; and `test.ddc`, the test images that it compressed.
 """
 
 import json

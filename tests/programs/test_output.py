@@ -1,4 +1,4 @@
-"""--output: somebody else's run is sampled and scored without a file written into it, and the results go on there."""
+"""--output: another person's run is sampled and scored without writing into it; stopped work continues in DIR."""
 
 import errno
 import json

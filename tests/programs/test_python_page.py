@@ -1,4 +1,4 @@
-"""docs/python.md: its blocks run one after another, as they stand."""
+"""docs/python.md: its blocks run in order, unchanged."""
 
 import re
 from pathlib import Path

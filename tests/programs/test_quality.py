@@ -1,4 +1,4 @@
-"""--mode=quality: samples against a reference, with real images for scale."""
+"""--mode=quality: samples against a reference, with real images for comparison."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""README.md: its quickstart runs as it stands, and it stays short. Its links: tests/test_docs.py."""
+"""README.md: its quickstart runs unchanged, and it stays short. Its links: tests/test_docs.py."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Sampling from a checkpoint: in shards that an interrupted call keeps, named by how they were drawn."""
+"""Sampling from a checkpoint: in shards that an interrupted call keeps, named by their settings."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Training end to end, on the bundled digits with a tiny network: what a run leaves, resuming, and refusals."""
+"""Training end to end, on the bundled digits with a tiny network: the files of a run, resuming, and errors."""
 
 import json
 import shutil

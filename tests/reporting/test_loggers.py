@@ -1,4 +1,4 @@
-"""Who gets the rows beside metrics.jsonl: each row once, and none of them can end the run."""
+"""Loggers: each gets every row of metrics.jsonl once, and none can end the run."""
 
 import functools
 import importlib.util

@@ -1,4 +1,4 @@
-"""The first line says where a program runs, and a GPU that is left unused is told."""
+"""The first line says where a program runs, and an unused GPU is reported."""
 
 import importlib.util
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Pictures show the pixels given."""
+"""Pictures show the given pixels."""
 
 import numpy as np
 from PIL import Image

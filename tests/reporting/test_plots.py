@@ -1,4 +1,4 @@
-"""Curves show the numbers given, and what they add up to."""
+"""Curves show the given numbers and their sums."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Summaries: finite numbers, complete files, and what the numbers depend on."""
+"""Summaries: finite numbers, complete files, and the versions behind the numbers."""
 
 import json
 import platform

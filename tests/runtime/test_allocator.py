@@ -1,4 +1,4 @@
-"""Freed memory stays with the process where that is safe, and malloc is left alone where it is not."""
+"""Freed memory stays with the process where that is safe. Elsewhere malloc is left alone."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""What is saved comes back bit by bit, and what cannot be read never stands in the way."""
+"""Saved states come back bit by bit, and unreadable checkpoints never stand in the way."""
 
 import resource
 import threading

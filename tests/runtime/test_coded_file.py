@@ -1,4 +1,4 @@
-"""The file of compressed images: what is written comes back, and no changed byte passes."""
+"""The file of compressed images: its contents come back, and every changed byte is noticed."""
 
 import zlib
 

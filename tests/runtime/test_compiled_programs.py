@@ -1,4 +1,4 @@
-"""What one process compiled the next one finds, on the same kind of CPU."""
+"""A process finds the programs that an earlier one compiled on the same kind of CPU."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What devices share: a tree comes back as it was, and every item of a batch is computed once."""
+"""Data on devices: a tree comes back unchanged, and every item of a batch is computed once."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine: complete, or not there."""
+"""Downloads from a server on this machine: complete or absent."""
 
 import hashlib
 import http.server

@@ -1,4 +1,4 @@
-"""Files are complete or stay what they were."""
+"""Files are complete or unchanged."""
 
 import resource
 

@@ -1,4 +1,4 @@
-"""A NaN or Inf stops training with its step, its numbers, the t it came from, and the norms around it."""
+"""A NaN or Inf stops training and is reported with its step, its numbers, its t, and the norms around it."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Other systems: what macOS and Windows lack is hidden, and file systems have no locks."""
+"""Other systems: features that macOS and Windows lack are hidden, and file systems have no locks."""
 
 import errno
 import os

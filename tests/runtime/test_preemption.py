@@ -1,4 +1,4 @@
-"""Signals: when they stop a run, alone and as one of several processes. What a run saves is in tests/faults."""
+"""Signals: when they stop a run, also a multi-process one. tests/faults tests what a run saves."""
 
 import os
 import signal

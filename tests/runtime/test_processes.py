@@ -1,4 +1,4 @@
-"""Which runs are multi-process: those that JAX would detect, and no others."""
+"""Multi-process runs: those that JAX would detect, and no others."""
 
 import jax
 import numpy as np

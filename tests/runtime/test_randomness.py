@@ -1,4 +1,4 @@
-"""Random numbers are functions of seed, stream and item, and no two uses share theirs."""
+"""Random numbers are functions of seed, stream and item, and no two uses share numbers."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, that nobody reads, or that lack letters stop no program."""
+"""Standard streams that are closed, that nobody reads, or that lack some letters stop no program."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Labels in training: each image's own reaches the network, on every path, and some are left out."""
+"""Labels in training: each image's own label reaches the network, on every path, and some are left out."""
 
 import dataclasses
 

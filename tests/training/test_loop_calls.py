@@ -1,4 +1,4 @@
-"""The loop's calls: which ones a run makes, how they are timed, and what they are given to show, rank and save."""
+"""The loop's calls: which ones a run makes, their timing, and what they show, rank and save."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The train step by its parts: moving average, warm-up, window, dropout and flips, on a network of one number."""
+"""The parts of the train step: moving average, warm-up, window, dropout and flips, with a network of one number."""
 
 import dataclasses
 from functools import partial

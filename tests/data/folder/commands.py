@@ -1,4 +1,4 @@
-"""The command of a folder as tests call it, and what it left."""
+"""The folder command as tests call it, and its results."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A folder of pictures as a data set: the command's result, and what it refuses."""
+"""A folder of pictures as a data set: the result of the command, and its errors."""
 
 import fcntl
 import io

@@ -1,4 +1,4 @@
-"""Picture files as pixel values: as Pillow decodes and resizes them, and as formulas say where Pillow does not."""
+"""Picture files as pixel values: equal to Pillow's decoding and resizing, or else to formulas."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""A preparation that is interrupted or has a failing disk ends as an undisturbed one."""
+"""A preparation that is interrupted, or whose disk fails, ends like an undisturbed one."""
 
 import json
 import os

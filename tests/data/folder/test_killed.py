@@ -1,4 +1,4 @@
-"""A preparation that is killed at every step, or whose processes are, ends as an undisturbed one."""
+"""A preparation that is killed at any step, or whose processes are, ends like an undisturbed one."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Which pictures a folder holds: every file in one list, digests that are kept, and splits."""
+"""The pictures in a folder: every file is in one list, digests are kept, and splits are assigned."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""PNG files written by hand: transparent colours as the specification says (tRNS), large texts and profiles."""
+"""PNG files written by hand: transparent colours as in the specification (tRNS), large texts and profiles."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""Crop and resize: as Pillow does, the mean of an area, and nothing where the size is right."""
+"""Crop and resize: equal to Pillow's, the mean of an area, and no change if the size is right."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Working directories that are whole and small, and a reader of pages that knows what a page may hold."""
+"""Small, complete working directories, and a reader of pages that checks their contents."""
 
 import dataclasses
 import json

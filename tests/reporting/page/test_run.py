@@ -1,4 +1,4 @@
-"""The page of a run: what its files say, and nothing that they could do."""
+"""The page of a run: it shows the contents of its files, and they cannot run code."""
 
 import base64
 import io

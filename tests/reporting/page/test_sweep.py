@@ -1,4 +1,4 @@
-"""The page of a sweep: its runs in a table with both numbers, and what its program left."""
+"""The page of a sweep: its runs in a table with both scores, and the files of its program."""
 
 import csv
 import json
