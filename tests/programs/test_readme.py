@@ -1,5 +1,6 @@
 """README.md: its quickstart runs unchanged, and it stays short. Its links: tests/test_docs.py."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -27,3 +28,16 @@ def test_the_quickstart_needs_no_training_and_scores_as_it_says(tiny_data_dir, t
 
 def test_it_is_at_most_8_kilobytes():
     assert len(README.encode()) <= 8192
+
+
+def test_the_tables_of_equations_name_what_exists():
+    """`module.function` of the package, or a file or folder in it."""
+    section = README.partition("## Where the equations are")[2].partition("\n## ")[0]
+    names = [name for line in section.splitlines() if line.startswith("| ") for name in re.findall(r"`(.+?)`", line)]
+    assert len(names) > 20
+    for name in names:
+        if name != "diffusion/" and not (ROOT / "diffusion" / name).exists():
+            module, _, attributes = name.partition(".")
+            found = importlib.import_module(f"diffusion.{module}")
+            for attribute in filter(None, attributes.split(".")):
+                found = getattr(found, attribute)
