@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key, Real
 
 from diffusion.networks.adm import time_embedding
-from diffusion.networks.layers import EXACT, Dense, LabelEmbedding, attend, needed_labels
+from diffusion.networks.layers import EXACT, Dense, LabelEmbedding, attend, image_of, needed_labels, patches
 from diffusion.networks.unet import MAX_BLOCKS, MAX_WIDTH
 
 NORM_EPS = 1e-6
@@ -43,19 +43,6 @@ def position_embedding(height: int, width: int, features: int) -> Float[np.ndarr
     angles = [place[:, None] * frequencies for place in (columns, rows)]
     waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
     return np.concatenate(waves, axis=1).astype(np.float32)
-
-
-def patches(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b n p"]:
-    """The squares of size × size pixels, row by row, each as one vector of its rows."""
-    batch, height, width, channels = x.shape
-    squares = x.reshape(batch, height // size, size, width // size, size, channels).transpose(0, 1, 3, 2, 4, 5)
-    return squares.reshape(batch, -1, size * size * channels)
-
-
-def image_of(tokens: Float[Array, "b n p"], size: int, height: int, width: int) -> Float[Array, "b {height} {width} c"]:
-    """The image that `patches` makes these of."""
-    squares = tokens.reshape(len(tokens), height // size, width // size, size, size, -1)
-    return squares.transpose(0, 1, 3, 2, 4, 5).reshape(len(tokens), height, width, -1)
 
 
 def modulated_norm(

@@ -53,6 +53,19 @@ def doubled(h: Float[Array, "b h w c"]) -> Float[Array, "b h_twice w_twice c"]:
     return h.repeat(2, axis=1).repeat(2, axis=2)
 
 
+def patches(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b n p"]:
+    """The squares of size × size pixels, row by row, each as one vector of its rows."""
+    batch, height, width, channels = x.shape
+    squares = x.reshape(batch, height // size, size, width // size, size, channels).transpose(0, 1, 3, 2, 4, 5)
+    return squares.reshape(batch, -1, size * size * channels)
+
+
+def image_of(tokens: Float[Array, "b n p"], size: int, height: int, width: int) -> Float[Array, "b {height} {width} c"]:
+    """The image that `patches` makes these of."""
+    squares = tokens.reshape(len(tokens), height // size, width // size, size, size, -1)
+    return squares.transpose(0, 1, 3, 2, 4, 5).reshape(len(tokens), height, width, -1)
+
+
 def needed_labels(network: nn.Module, labels: Int[Array, " b"] | None, batch_size: int) -> Int[Array, " b"]:
     """The labels that a network with classes was called with; only to be initialized it needs none."""
     if labels is not None:

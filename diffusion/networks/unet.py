@@ -26,7 +26,9 @@ from diffusion.networks.layers import (
     conditioning_vector,
     doubled,
     fourier_features,
+    image_of,
     near_zero,
+    patches,
     time_embedding,
 )
 
@@ -85,6 +87,8 @@ class UNet(nn.Module):
     unet.apply({"params": params}, x, network_t, dropout_keys=None, labels=None)
 
     Attributes:
+      patch_size: height and width of the squares of pixels that become one position of the first level's map. Their
+        pixels are its channels, in the input and in the output; 1 for a position for each pixel.
       channels: width of the first level; the time embedding is made of `channels` sines and cosines.
       channel_mult: the width of each level, in units of `channels`; the map is halved between levels.
       num_res_blocks: residual blocks per level on the way down; there is one more per level on the way up.
@@ -111,6 +115,7 @@ class UNet(nn.Module):
         for one more forward pass.
     """
 
+    patch_size: int = 1
     channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
@@ -133,6 +138,8 @@ class UNet(nn.Module):
         """Raises a ValueError that names the config key if these fields do not fit images of [H, W, C]."""
         height, width, _ = image_shape
         halvings = len(self.channel_mult) - 1
+        if not 1 <= self.patch_size <= MAX_WIDTH:
+            raise ValueError(f"unet.patch_size={self.patch_size} must be in 1…{MAX_WIDTH}")
         if not 4 <= self.channels <= MAX_WIDTH or self.channels % 2:
             raise ValueError(f"unet.channels={self.channels} must be even and in 4…{MAX_WIDTH}")
         if halvings < 0 or min(self.channel_mult) < 1 or self.channels * max(self.channel_mult) > MAX_WIDTH:
@@ -148,17 +155,19 @@ class UNet(nn.Module):
             raise ValueError(f"unet.norm_eps={self.norm_eps} must be in (0, 1)")
         if not all(0 <= exponent <= MAX_EXPONENT for exponent in self.fourier_features):
             raise ValueError(f"unet.fourier_features={self.fourier_features} must be in 0…{MAX_EXPONENT}, or ()")
-        if height % 2**halvings or width % 2**halvings:
+        multiple = self.patch_size * 2**halvings
+        if height % multiple or width % multiple:
             raise ValueError(
-                f"unet.channel_mult={self.channel_mult} halves images {halvings} times, so height and width "
-                f"must be multiples of {2**halvings}, not {height}×{width}"
+                f"unet.channel_mult={self.channel_mult} halves images {halvings} times and unet.patch_size="
+                f"{self.patch_size} divides them, so height and width must be multiples of {multiple}, not "
+                f"{height}×{width}"
             )
         # `channels` itself is the width of the first convolution, which the last block going up reads again.
         widths = sorted({self.channels, *(self.channels * factor for factor in self.channel_mult)})
         for name, count in {"num_groups": self.num_groups, "num_heads": self.num_heads}.items():
             if count < 1 or any(features % count for features in widths):
                 raise ValueError(f"unet.{name}={count} must divide the width of every map, {widths}")
-        heights = [height // 2**level for level in range(len(self.channel_mult))]
+        heights = [height // self.patch_size // 2**level for level in range(len(self.channel_mult))]
         if not set(self.attention_resolutions) <= set(heights):
             raise ValueError(
                 f"unet.attention_resolutions={self.attention_resolutions} may only name heights of the "
@@ -192,13 +201,15 @@ class UNet(nn.Module):
             return residual_block(*fields, name=name)(h, embedding, dropout_keys if self.dropout else None)
 
         # In float32, as the last convolution: bfloat16 would blur the pixel values of an almost clean image.
-        h = fourier_features(x, self.fourier_features)
+        tokens = patches(fourier_features(x, self.fourier_features), self.patch_size)
+        h = tokens.reshape(len(x), x.shape[1] // self.patch_size, x.shape[2] // self.patch_size, -1)
         h = self._conv(self.channels, **EXACT, name="conv_in")(h).astype(self.dtype)
         skips = self._down(h, block)
         h = self._middle(skips[-1], block)
         h = self._up(h, skips, block)
         h = nn.swish(GroupNorm(self.num_groups, self.norm_eps, name="norm_out")(h))
-        output = self._conv(self.out_channels, kernel_init=near_zero, **EXACT, name="conv_out")(h)
+        h = self._conv(self.patch_size**2 * self.out_channels, kernel_init=near_zero, **EXACT, name="conv_out")(h)
+        output = image_of(h.reshape(*tokens.shape[:2], -1), self.patch_size, *x.shape[1:3])
         return output.at[..., : x.shape[-1]].add(x) if self.add_input else output
 
     @nn.nowrap

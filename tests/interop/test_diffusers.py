@@ -247,6 +247,7 @@ def test_missing_files_and_broken_json_name_the_file(published):
     "changes, key",
     [
         ({"scale_shift_norm": True}, r"unet\.scale_shift_norm=True .*; --mode=export saves any model"),
+        ({"patch_size": 2}, r"unet\.patch_size=2 .*; --mode=export"),
         ({"fourier_features": (2,)}, r"unet\.fourier_features=\(2,\) .*; --mode=export"),
         ({"num_heads": 2}, r"unet\.num_heads=2 .*; --mode=export"),
         ({"channel_mult": (2, 2, 2, 2)}, r"unet\.channel_mult=\(2, 2, 2, 2\) .*; --mode=export"),

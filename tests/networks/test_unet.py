@@ -116,6 +116,17 @@ def test_fourier_features_change_only_the_first_convolution():
     assert featured["conv_in", "kernel"].shape == (3, 3, 7, 8)
 
 
+def test_patches_are_the_channels_of_a_smaller_map():
+    patched, (x, network_t) = ONE_LEVEL.copy(patch_size=2), inputs()
+    plain = ONE_LEVEL.copy(out_channels=4)
+    quarters = np.concatenate([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)  # rows first
+    params = random_params(patched, x, network_t)
+    expected = np.asarray(apply(plain, params, quarters, network_t))
+    found = np.asarray(apply(patched, params, x, network_t))
+    for k, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        np.testing.assert_allclose(found[:, i::2, j::2, 0], expected[..., k], rtol=1e-5, atol=1e-6)
+
+
 def test_downsampling_pads_at_the_bottom_and_right_only(tiny_params):
     """Output [i, j] of the strided convolution reads inputs [2i ... 2i+2, 2j ... 2j+2] and none before."""
     x, network_t = inputs(batch=1)
@@ -252,6 +263,9 @@ def test_output_has_the_shape_of_the_image(image_shape):
         ({"num_res_blocks": 10**9}, (8, 8, 1), r"unet\.num_res_blocks=1000000000 must be in 1…256"),
         ({"dropout": 1.0}, (8, 8, 1), r"unet\.dropout=1\.0 must be in \[0, 1\)"),
         ({"norm_eps": 0.0}, (8, 8, 1), r"unet\.norm_eps=0\.0 must be in \(0, 1\)"),
+        ({"patch_size": 0}, (8, 8, 1), "unet.patch_size=0 must be in 1…"),
+        ({"patch_size": 3}, (8, 8, 1), "unet.patch_size=3 divides them, so .* multiples of 6, not 8×8"),
+        ({"patch_size": 4}, (8, 8, 1), r"unet.attention_resolutions=\(4,\) .* 8×8 image's levels, \[2, 1\]"),
         ({"fourier_features": (2, -1)}, (8, 8, 1), r"unet\.fourier_features=\(2, -1\) must be in 0…24, or \(\)"),
         ({"fourier_features": (10**9,)}, (8, 8, 1), r"unet\.fourier_features=\(1000000000,\) must be in 0…24, or \(\)"),
         ({"num_groups": 3}, (8, 8, 1), r"unet\.num_groups=3 .*\[8, 16\]"),
