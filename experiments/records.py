@@ -4,7 +4,8 @@ r"""Bits/dim of photographs at equal compute: a table of records. Each record is
     python -m experiments.records --workdir=runs/records --data-dir=DIR --minutes=8 --records=vlb,all_four
     python -m experiments.records --workdir=runs/records --data-dir=DIR --minutes=8 --records=all_four --test
 
-A record is a file in configs/records/; its header names the config that it starts from. A budget is an amount of
+A record is a file in configs/records/; its header names the config that it starts from. If the header has a line
+"Weights", the record scores the weights of the record named there with a variance of its own. A budget is an amount of
 arithmetic, so the machine does not matter. It is the work that two quiet CPU cores do in 8, 33 or 120 minutes with the
 base's network. The budget and the network's cost per image determine the number of steps.
 
@@ -64,11 +65,18 @@ def starts_from(name: str) -> str:
     return _header(name, "From")
 
 
-def _header(name: str, label: str) -> str:
+def weights_of(name: str) -> str:
+    """The record whose weights are scored: the one that the header names after "Weights", or this one itself."""
+    return _header(name, "Weights", default=name)
+
+
+def _header(name: str, label: str, default: str = "") -> str:
     docstring = ast.get_docstring(ast.parse(Path(file(name)).read_text(encoding="utf-8"))) or ""
     for line in docstring.splitlines():
         if line.startswith(f"{label} "):
             return line.removeprefix(label).strip()
+    if default:
+        return default
     raise ValueError(f"{FOLDER / name}.py: its header must have a line that begins with {label!r}")
 
 
@@ -96,7 +104,7 @@ def cells(chosen: Sequence[str], minutes: int, seeds: Sequence[str], extra: dict
     """The runs of some records with each seed; the overrides in `extra` apply to all."""
     own = {"data.validation": str(NUM_VALIDATION), "eval.num_images": str(NONE)}
     made = []
-    for name in chosen:
+    for name in dict.fromkeys(map(weights_of, chosen)):
         steps = str(num_steps(name, minutes))
         keys = own | {"train.num_steps": steps, "train.checkpoint_every": steps}
         made += [Cell(folder(name, minutes, seed), file(name), keys | {"seed": seed} | extra) for seed in seeds]
@@ -107,17 +115,23 @@ def folder(name: str, minutes: int, seed: str) -> str:
     return f"{minutes}min-{name}-seed{seed}"
 
 
-def score(directory: Path, split: str) -> None:
-    """Estimates the bound of some images of a split, unless SPLIT.json has it for these weights."""
+def scores_file(name: str, split: str) -> str:
+    """The name of a record's scores in the folder of its weights."""
+    return f"{split}.json" if weights_of(name) == name else f"{split}-{name}.json"
+
+
+def score(directory: Path, name: str, split: str) -> None:
+    """Estimates the bound of some images of a split with the record's variance, unless it is known for these weights."""
     loaded = workdir.load(directory, claims=False)
-    path = directory / f"{split}.json"
+    path = directory / scores_file(name, split)
     if (summary.read_json(path) or {}).get("ema_sha256") == loaded.state.sha256:
         return
     config, source = scored(loaded.config), getattr(build.load_splits(loaded.config), split)
     numbers = subset(len(source), min(NUM_SCORED, len(source)))
-    unfinished = directory / f"unfinished_{split}-{loaded.state.sha256[:12]}.npy"
+    unfinished = directory / f"unfinished_{path.stem}-{loaded.state.sha256[:12]}.npy"
+    variance = "model" if weights_of(name) == name else from_file(file(name), {}).model.variance
     estimate = estimated_bound(build.bound_settings(config))
-    bound = estimate(devices.replicate(loaded.model), source, numbers, unfinished)
+    bound = estimate(devices.replicate(loaded.model_with(variance)), source, numbers, unfinished)
     about = {"ema_sha256": loaded.state.sha256, "terms_per_image": NUM_TERMS}
     summary.write_json(path, bound.summary(split) | about)
     for kept in directory.glob(f"{unfinished.stem}*"):
@@ -141,13 +155,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--test", action="store_true", help="score test images of these records' finished runs, too")
     arguments = parser.parse_args(argv)
     extra = sweep.overrides(arguments.set) | ({"data.data_dir": arguments.data_dir} if arguments.data_dir else {})
-    runs = cells(chosen(arguments), arguments.minutes, sweep.seeds(arguments, ["0", "1", "2"]), extra)
+    wanted = chosen(arguments)
+    runs = cells(wanted, arguments.minutes, sweep.seeds(arguments, ["0", "1", "2"]), extra)
     for cell in runs:
         rules.check(cell.config())
     if arguments.list:
         print("\n".join(f"{index} {cell.name}" for index, cell in enumerate(runs)))
         return 0
-    failures = {} if arguments.report else run(arguments, runs)
+    failures = {} if arguments.report else run(arguments, wanted, runs)
     if arguments.index is None:
         write(arguments.workdir)
     return 1 if failures else 0
@@ -169,13 +184,16 @@ def chosen(arguments: argparse.Namespace) -> list[str]:
     return wanted
 
 
-def run(arguments: argparse.Namespace, runs: list[Cell]) -> dict[str, str]:
+def run(arguments: argparse.Namespace, wanted: Sequence[str], runs: list[Cell]) -> dict[str, str]:
     """Trains and scores; returns the reasons of failures by the run's name."""
     failures = sweep.run_cells(sweep.indexed(arguments, runs), arguments.workdir, with_quality=False)
     for cell in sweep.indexed(arguments, runs):
-        if cell.name not in failures:
-            for split in ("validation", *(["test"] if arguments.test else [])):
-                score(arguments.workdir / cell.name, split)
+        if cell.name in failures:
+            continue
+        for name in wanted:
+            if weights_of(name) == Path(cell.base).stem:
+                for split in ("validation", *(["test"] if arguments.test else [])):
+                    score(arguments.workdir / cell.name, name, split)
     return failures
 
 
@@ -192,23 +210,23 @@ def write(directory: Path) -> None:
 def entry_of(directory: Path, name: str, minutes: int) -> Entry | None:
     """The results of one record in one budget, from its folders; None if no run was scored."""
     found: dict[str, dict[str, Any]] = {}
-    prefix = folder(name, minutes, "")
-    for path in sorted(directory.glob(f"{prefix}*/validation.json")):
+    prefix = folder(weights_of(name), minutes, "")
+    for path in sorted(directory.glob(f"{prefix}*/{scores_file(name, 'validation')}")):
         scores = summary.read_json(path)
         if scores:
-            found[path.parent.name.removeprefix(prefix)] = _facts(path.parent) | scores
+            on_test = summary.read_json(path.with_name(scores_file(name, "test"))) or {}
+            found[path.parent.name.removeprefix(prefix)] = _facts(path.parent) | scores | on_test
     if not found:
         return None
     return Entry(name, minutes, starts_from(name), _header(name, "Idea"), flops_per_image(name), found)
 
 
 def _facts(directory: Path) -> dict[str, Any]:
-    """Further facts of a run for the table: its test scores if there are any, its size, length and speed."""
+    """Further facts of a run for the table: its size, length and speed."""
     of_run = summary.read_json(directory / "summary.json")
     config = workdir.read_config(directory)
     speed = records_report.images_per_second(directory)
-    facts = {"num_params": of_run["num_params"], "steps": config.train.num_steps, "images_per_second": speed}
-    return facts | (summary.read_json(directory / "test.json") or {})
+    return {"num_params": of_run["num_params"], "steps": config.train.num_steps, "images_per_second": speed}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m experiments.records --records=simple_fixed_small --minutes=8 --workdir=runs/records
 
 From     simple_fixed_large
-Idea     the smaller of the two fixed variances; the same weights
+Idea     the smaller of the two fixed variances; L_simple trains no variance, so the weights are the same
+Weights  simple_fixed_large
 """
 
 from ml_collections import ConfigDict

@@ -24,6 +24,17 @@ def test_a_record_is_a_config_whose_header_says_its_idea(name):
     assert records._header(name, "Idea")
 
 
+def test_records_with_the_same_weights_differ_in_a_fixed_variance_alone(monkeypatch):
+    monkeypatch.setattr(records, "flops_per_image", lambda name: 2.4e9)
+    pair = ["simple_fixed_small", "simple_fixed_large"]
+    small, large = (config_lib.from_file(records.file(name), {}) for name in pair)
+    assert (small.model.variance, large.model.variance) == ("fixed_small", "fixed_large")
+    small.model.variance = "fixed_large"
+    assert small == large
+    (cell,) = records.cells(pair, 8, ["0"], {})
+    assert cell.name == records.folder("simple_fixed_large", 8, "0") and cell.base == records.file("simple_fixed_large")
+
+
 def test_a_budget_is_an_amount_of_arithmetic(monkeypatch):
     """Half the work per image, twice the steps; the budgets are in proportion to their minutes."""
     cost = {"hybrid": 2.4e9, "vlb": 1.2e9}
@@ -75,8 +86,11 @@ def test_a_record_from_training_to_the_table(tmp_path, capsys):
     small = ["unet.channels=8", "unet.num_groups=2", "unet.channel_mult=(1,)", "unet.attention_resolutions=()"]
     keys = [*small, "schedule.num_steps=50", "train.num_steps=1", "optim.warmup_steps=0"]
     keys += ["data.name=digits", "data.validation=-1", "data.flip=False", "sample.num_images=0"]
-    command = [f"--workdir={tmp_path}", "--records=hybrid,vlb", "--seeds=1", "--set", *keys]
+    names = "--records=hybrid,vlb,simple_fixed_small"
+    command = [f"--workdir={tmp_path}", names, "--seeds=1", "--set", *keys]
     assert records.main(command) == 0
+    simple = tmp_path / "8min-simple_fixed_large-seed0"
+    assert (simple / "validation-simple_fixed_small.json").exists() and not (simple / "validation.json").exists()
     run = tmp_path / "8min-vlb-seed0"
     assert not (run / "test.json").exists() and "test_bpd" not in summary.read_json(run / "summary.json")
     found = summary.read_json(run / "validation.json")
