@@ -7,7 +7,7 @@ r"""Bits/dim of photographs at equal compute: a table of records. Each record is
 A record is a file in configs/records/; its header names the config that it starts from. If the header has a line
 "Weights", the record scores the weights of the record named there with a variance of its own. A budget is an amount of
 arithmetic, so the machine does not matter. It is the work that two quiet CPU cores do in 8, 33 or 120 minutes with the
-base's network. The budget and the network's cost per image determine the number of steps.
+base's network. The budget, the network's and the optimizer's cost determine the number of steps.
 
 Training sees no test image. At its end validation images that no step saw are scored, and a recipe is chosen by them.
 `--test` scores test images of finished runs; use it once, for the chosen recipe. Writes records.md and records.png into
@@ -26,7 +26,7 @@ from diffusion.evaluation.bound import estimated_bound
 from diffusion.evaluation.images import NONE, subset
 from diffusion.experiment import build, rules, workdir
 from diffusion.experiment.config import from_file
-from diffusion.programs.describe import forward_flops
+from diffusion.programs.describe import forward_flops, optimizer_flops
 from diffusion.reporting import page, summary
 from diffusion.runtime import devices, files
 from experiments import records_report, sweep
@@ -42,7 +42,7 @@ BUDGETS = {8: 4.9e13, 33: 2.02e14, 120: 7.35e14}
 NUM_VALIDATION = 2000  # training images that are set aside
 NUM_SCORED, NUM_TERMS = 1000, 9  # scored images of a split, and terms per image
 CIFAR10 = (32, 32, 3)
-_forward_flops: dict[tuple[str, int], float] = {}
+_flops: dict[tuple[str, int, str], tuple[float, float]] = {}  # of a forward pass and of an update
 
 
 def names() -> list[str]:
@@ -86,12 +86,15 @@ def file(name: str) -> str:
 
 
 def flops_per_image(name: str) -> float:
-    """The FLOP of an image in a training step: three times a forward pass through the network."""
-    experiment = build.experiment(from_file(file(name), {}), CIFAR10, num_levels=256, num_classes=10)
-    network = str(experiment.training.network), experiment.p.output_channels(CIFAR10[-1])
-    if network not in _forward_flops:  # counting takes seconds, and many records have the same network
-        _forward_flops[network] = forward_flops(experiment)
-    return 3 * _forward_flops[network]
+    """The FLOP of an image in a training step: three forward passes through the network, and its part of the update."""
+    config = from_file(file(name), {})
+    experiment = build.experiment(config, CIFAR10, num_levels=256, num_classes=10)
+    key = str(experiment.training.network), experiment.p.output_channels(CIFAR10[-1]), config.optim.name
+    if key not in _flops:  # counting takes seconds, and many records have the same network
+        update = optimizer_flops(experiment.training.optimizer, experiment.abstract_state().params)
+        _flops[key] = forward_flops(experiment), update
+    of_network, of_update = _flops[key]
+    return 3 * of_network + of_update / config.train.batch_size
 
 
 def num_steps(name: str, minutes: int) -> int:

@@ -5,6 +5,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion import likelihood
@@ -79,6 +81,13 @@ def forward_flops(experiment: Experiment) -> float:
     given = {"labels": jax.ShapeDtypeStruct((1,), jnp.int32)} if experiment.training.conditional else {}
     with jax.default_device(jax.devices("cpu")[0]):  # accelerators do not count FLOPs before they compile
         return jax.jit(network).lower(params, image, number, **given).cost_analysis()["flops"]
+
+
+def optimizer_flops(optimizer: optax.GradientTransformation, params: PyTree) -> float:
+    """FLOPs of the optimizer in one step, as XLA counts them; `params` may be shapes."""
+    state = jax.eval_shape(optimizer.init, params)
+    with jax.default_device(jax.devices("cpu")[0]), jax.numpy_dtype_promotion("standard"):
+        return jax.jit(optimizer.update).lower(params, state, params).cost_analysis()["flops"]
 
 
 def schedule_figures(experiment: Experiment) -> dict[str, str]:

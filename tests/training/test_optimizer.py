@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from diffusion.programs import describe
 from diffusion.training import optimizer
 
 RNG = np.random.default_rng(0)
@@ -131,6 +132,15 @@ def test_muon_leaves_vectors_to_adam():
     steps = [first_step_of_muon(vector * scale) for scale in (1.0, 1e3)]
     np.testing.assert_allclose(*steps, rtol=1e-5)
     np.testing.assert_allclose(np.abs(steps[0]), np.abs(steps[0][0]), rtol=1e-5)
+
+
+def test_the_flops_of_muon_are_those_of_its_products_of_matrices():
+    """Five iterations of X Xᵀ, its square and a product with X, for a kernel that maps 36 inputs to 8 outputs."""
+    products = 5 * (2 * 2 * 8 * 8 * 36 + 2 * 8**3)
+    kernel, vector = jax.ShapeDtypeStruct((3, 3, 4, 8), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.float32)
+    of_muon = describe.optimizer_flops(make(optimizer.muon), {"kernel": kernel, "bias": vector})
+    assert products < of_muon < 1.2 * products
+    assert describe.optimizer_flops(make(optimizer.adam), {"kernel": kernel}) < 25 * 3 * 3 * 4 * 8
 
 
 def first_step_of_muon(gradient):
