@@ -150,7 +150,7 @@ def test_a_file_of_openai_s_programs_is_found_with_its_flags(monkeypatch, tmp_pa
 def test_a_vdm_is_refused_by_what_it_is(folder, tmp_path):
     (tmp_path / folder).mkdir(exist_ok=True)
     (tmp_path / folder / "ckpt-7.flax").touch()
-    words = r"is a checkpoint of VDM's program \(ckpt-7.flax\), .* interop.load_vdm reads it"
+    words = r"is a checkpoint of VDM's code \(ckpt-7.flax\), .* interop.load_vdm reads it"
     with pytest.raises(ValueError, match=words) as error:
         init_from._read(str(tmp_path))
     assert "\n" not in str(error.value)

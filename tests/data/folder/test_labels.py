@@ -83,7 +83,7 @@ def test_classes_that_differ_in_their_unicode_form_alone_are_one():
         (
             "labels.csv",
             "a/1.png,x\nb/c/2.png,x\n3.png,x\n4.png,x\n",
-            r"2 of 4 labels are for files.*no pictures.*for example 3\.png",
+            r"2 of 4 labels are for files.*not pictures.*for example 3\.png",
         ),
         ("labels.csv", "a/1.png,x\na/1.png,y\n", r"gives a/1\.png two labels, x and y"),
         ("labels.csv", "a/1.png,x\nb/c/2.png,x,7\n", r"cannot be read.*a row has 3 columns instead of 2"),
