@@ -20,15 +20,17 @@ def test_the_card_says_what_the_files_say(name):
     assert about.ema_sha256 in card and f"{sum(leaf.size for leaf in params.values()):,} parameters" in card
     scores = re.findall(r'"(test|train|validation)_bpd(_stderr)?": ([\d.]+)', said)
     bpd = {split + error: f"{float(value):.3f}" for split, error, value in scores}
-    for split in ("test", "train", "validation"):
+    assert "test" in bpd and "validation" in bpd
+    for split in {split for split, _, _ in scores}:
         assert f"{bpd[split]} ± {bpd[f'{split}_stderr']}" in card
     assert re.search(r'"command": "(.+)"', said)[1] in card and '"license": "Apache-2.0"' in said
 
 
 def test_another_name_is_refused_with_those_that_exist(monkeypatch, tmp_path):
     assert "digits" in pretrained.names()
+    known = ", ".join(pretrained.names())
     for name in ("digit", "", ".", "../weights/digits"):
-        with pytest.raises(ValueError, match=rf"^there are no weights named '{name}'; the package has: digits$"):
+        with pytest.raises(ValueError, match=rf"^there are no weights named '{name}'; the package has: {known}$"):
             pretrained.load(name)
     monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
     with pytest.raises(ValueError, match=f"'digits'.*: none: {tmp_path} is empty, so install the package again"):
