@@ -79,7 +79,7 @@ def markdown(rows: list[dict[str, Any]], real: dict[str, Any], study: Study) -> 
     head = [
         f"# Guidance: {study.trained.config.data.name}, step {study.trained.state.step} (EMA)",
         "",
-        "ε = (1 + w) ε_c − w ε_u: w = 0 is the conditional model, w = −1 has the mean of its unconditional half. "
+        "ε = (1 + w) ε_c − w ε_u: w = 0 is the conditional model, w = −1 has the mean of the unconditional model. "
         + drawn.protocol(study)
         + " Accuracy: the share of samples that the data's classifier assigns to the label they were drawn with.",
         "",
