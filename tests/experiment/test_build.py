@@ -83,7 +83,7 @@ def test_inception_takes_larger_batches_on_accelerators(on_cpu, given, monkeypat
 
 
 def test_what_a_network_refuses_is_refused_here():
-    with pytest.raises(ValueError, match="unet.channel_mult=.* halves images 4 times, so .* not 8×8"):
+    with pytest.raises(ValueError, match="unet.channel_mult=.* halves images 4 times and .*, so .* not 8×8"):
         made(unet__channel_mult=(1, 1, 1, 1, 1))
 
 
