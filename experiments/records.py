@@ -26,6 +26,7 @@ from diffusion.evaluation.bound import estimated_bound
 from diffusion.evaluation.images import NONE, subset
 from diffusion.experiment import build, rules, workdir
 from diffusion.experiment.config import from_file
+from diffusion.programs import sample
 from diffusion.programs.describe import forward_flops, optimizer_flops
 from diffusion.reporting import page, summary
 from diffusion.runtime import devices, files
@@ -124,7 +125,7 @@ def scores_file(name: str, split: str) -> str:
 
 
 def score(directory: Path, name: str, split: str) -> None:
-    """Estimates the bound of some images of a split with the record's variance, unless it is known for these weights."""
+    """Estimates the bound of images of a split with the record's variance, unless it is known for these weights."""
     loaded = workdir.load(directory, claims=False)
     path = directory / scores_file(name, split)
     if (summary.read_json(path) or {}).get("ema_sha256") == loaded.state.sha256:
@@ -221,7 +222,9 @@ def entry_of(directory: Path, name: str, minutes: int) -> Entry | None:
             found[path.parent.name.removeprefix(prefix)] = _facts(path.parent) | scores | on_test
     if not found:
         return None
-    return Entry(name, minutes, starts_from(name), _header(name, "Idea"), flops_per_image(name), found)
+    samples = next((path for seed in found if (path := directory / f"{prefix}{seed}" / sample.GRID).exists()), None)
+    shown = str(samples.relative_to(directory)) if samples else ""
+    return Entry(name, minutes, starts_from(name), _header(name, "Idea"), flops_per_image(name), found, shown)
 
 
 def _facts(directory: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from diffusion.reporting.metrics_log import read_metrics
 from experiments import intervals, tables
 
 SCORES = ("bits/dim, validation", "L_0", "KL", "less its start", "bits/dim, test")
-SIZES = ("parameters", "GFLOP", "steps", "images/s")
+SIZES = ("parameters", "GFLOP", "steps", "images/s", "samples")
 NOTES = """\
 Bits/dim: {over_seeds}. "less its start": the differences to the record that it
 starts from, paired by seed, on validation images. These choose a recipe; test images are scored at the end.
@@ -30,6 +30,7 @@ class Entry(NamedTuple):
         idea: the idea in its header.
         flops: the FLOP of an image in a training step.
         runs: seed -> the contents of validation.json and test.json, and further facts of the run.
+        samples: the path of the first run's samples from the working directory; "" for none.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Entry(NamedTuple):
     idea: str
     flops: float
     runs: dict[str, dict[str, Any]]
+    samples: str = ""
 
     def by_seed(self, number: str) -> dict[str, float]:
         """A number of each seed that has it."""
@@ -82,6 +84,7 @@ def _row(entry: Entry, others: Mapping[str, Entry]) -> list[str]:
         f"{entry.flops / 1e9:.2f}",
         f"{one['steps']:,}",
         f"{np.median(list(speed)):.0f}" if speed else "–",
+        f"[png]({entry.samples})" if entry.samples else "–",
     ]
 
 

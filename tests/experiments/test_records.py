@@ -85,7 +85,7 @@ def test_a_record_from_training_to_the_table(tmp_path, capsys):
     """A step of two small networks on digits: nothing is read of the test images before --test asks for it."""
     small = ["unet.channels=8", "unet.num_groups=2", "unet.channel_mult=(1,)", "unet.attention_resolutions=()"]
     keys = [*small, "schedule.num_steps=50", "train.num_steps=1", "optim.warmup_steps=0"]
-    keys += ["data.name=digits", "data.validation=-1", "data.flip=False", "sample.num_images=0"]
+    keys += ["data.name=digits", "data.validation=-1", "data.flip=False", "sample.num_images=1", "sample.num_steps=2"]
     names = "--records=hybrid,vlb,simple_fixed_small"
     command = [f"--workdir={tmp_path}", names, "--seeds=1", "--set", *keys]
     assert records.main(command) == 0
@@ -100,4 +100,5 @@ def test_a_record_from_training_to_the_table(tmp_path, capsys):
     assert records.main([*command[:1], "--records=vlb", "--seeds=1", "--test", "--set", *keys]) == 0
     assert summary.read_json(run / "test.json")["test_images"] == 299
     assert summary.read_json(run / "validation.json") == found
+    assert "[png](8min-vlb-seed0/samples.png)" in (tmp_path / "records.md").read_text()
     assert "less its start" in capsys.readouterr().out and (tmp_path / "records.png").exists()
