@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, Real
 
 from diffusion.schedules import Schedule
@@ -36,17 +37,34 @@ def uniform() -> TimestepSampler:
     return _without_memory(lambda key, batch_size, num_steps: jax.random.randint(key, (batch_size,), 1, num_steps + 1))
 
 
-def low_discrepancy() -> TimestepSampler:
+def low_discrepancy(at_1: float = 0.0) -> TimestepSampler:
     """Evenly spaced t with one random offset. Each t is uniform, and the batch's mean loss varies less.
 
     Source: Kingma et al. (2021, VDM), appendix I.1.
-    """
 
-    def draw(key, batch_size, num_steps):
-        u = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
+    Args:
+        at_1: if not 0, this share of a batch is at t = 1, and the rest at t = 2…T, if the batch has fewer examples than
+            steps. In the bound t = 1 is the decoder's term, which is as large as hundreds of KL terms; drawn with
+            probability 1/T it is absent from most batches and most of the gradient of the rest. The weights keep the
+            mean over a batch unbiased: t = 1 counts as one step of T.
+    """
+    if not 0 <= at_1 <= 0.9:
+        raise ValueError(f"objective.timesteps: low_discrepancy's at_1={at_1} must be in [0, 0.9]")
+
+    def evenly(key, count, num_steps):
+        u = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
         return jnp.minimum((u * num_steps).astype(jnp.int32) + 1, num_steps)
 
-    return _without_memory(draw)
+    def draw(memory, key, batch_size, num_steps):
+        first = int(at_1 * batch_size)
+        if not first or num_steps <= batch_size:
+            return evenly(key, batch_size, num_steps), jnp.ones(batch_size)
+        rest = batch_size - first
+        t = jnp.concatenate([jnp.ones(first, jnp.int32), 1 + evenly(key, rest, num_steps - 1)])
+        weights = np.repeat([1 / first, (num_steps - 1) / rest], [first, rest]) * batch_size / num_steps
+        return t, jnp.asarray(weights, jnp.float32)
+
+    return TimestepSampler(lambda num_steps: (), draw, lambda memory, t, losses: memory)
 
 
 def _without_memory(draw: Callable[[Key[Array, ""], int, int], Int[Array, " b"]]) -> TimestepSampler:

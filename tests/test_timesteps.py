@@ -199,6 +199,11 @@ def test_an_argument_out_of_its_range_is_refused_by_its_config_key(arguments, wo
         timesteps.loss_aware(**arguments)
 
 
+def test_a_share_at_1_of_almost_everything_is_refused():
+    with pytest.raises(ValueError, match=r"objective.timesteps: low_discrepancy's at_1=1.0 must be in \[0, 0.9\]"):
+        timesteps.low_discrepancy(at_1=1.0)
+
+
 class Scale(nn.Module):
     """A network with one parameter."""
 
@@ -313,3 +318,21 @@ def test_kl_terms_are_all_but_the_decoder_s(name):
     memory = sampler.update(memory, t, t.astype(jnp.float32))
     if name == "loss_aware":
         np.testing.assert_array_equal(memory.losses, np.tile(np.arange(2.0, 7.0)[:, None], 10))
+
+
+@pytest.mark.parametrize(("batch_size", "num_steps"), [(256, 1000), (8, 9), (64, 1000)])
+def test_a_share_at_1_is_in_every_batch_and_the_mean_is_that_over_t(batch_size, num_steps):
+    draw = timesteps.low_discrepancy(at_1=0.125).draw
+    for seed in range(3):
+        t, weight = map(np.asarray, draw((), jax.random.key(seed), batch_size, num_steps))
+        assert (t == 1).sum() == batch_size // 8 and t.min() == 1 and 1 < t.max() <= num_steps
+        assert (weight * (t == 1)).mean() == pytest.approx(1 / num_steps, rel=1e-6)
+        assert weight.mean() == pytest.approx(1, rel=1e-6)
+        # One t in each stratum: no mean of t is off by more than a stratum.
+        assert (weight * t).mean() == pytest.approx((num_steps + 1) / 2, abs=num_steps / (batch_size * 7 / 8))
+
+
+@pytest.mark.parametrize(("batch_size", "num_steps"), [(1000, 1000), (7, 1000)])
+def test_no_share_is_set_aside_of_few_steps_or_few_examples(batch_size, num_steps):
+    key, samplers = jax.random.key(0), [timesteps.low_discrepancy(at_1) for at_1 in (0.125, 0.0)]
+    jax.tree.map(np.testing.assert_array_equal, *(one.draw((), key, batch_size, num_steps) for one in samplers))

@@ -93,6 +93,10 @@ class Combination(NamedTuple):
         return names.parse(self.config.objective.timesteps).name
 
     @property
+    def has_share_at_1(self) -> bool:
+        return bool(names.parse(self.config.objective.timesteps).arguments.get("at_1", 0))
+
+    @property
     def is_loss_aware(self) -> bool:
         return timesteps.SAMPLERS[self.timesteps] is timesteps.loss_aware
 

@@ -72,6 +72,11 @@ RULES = (
         "objective.name={c.objective.name!r} draws real t; use uniform or low_discrepancy",
     ),
     Rule(
+        lambda it: it.is_vdm and it.has_share_at_1,
+        "objective.timesteps={c.objective.timesteps!r} draws the decoder's term, t = 1, which "
+        "objective.name={c.objective.name!r} computes for every example; use low_discrepancy without at_1",
+    ),
+    Rule(
         lambda it: it.is_vdm and it.config.model.decoder != "bayes",
         "objective.name={c.objective.name!r} computes the decoder's term in every training step. For it, "
         "model.decoder={c.model.decoder!r} would evaluate the network a second time; use bayes",

@@ -206,6 +206,9 @@ KEYS: dict[str, Key] = {
     ),
     "train.sample_every": Key(50_000, integer(0), "steps between pictures of samples; 0: only at the end", FREE),
     "train.monitor_images": Key(256, integer(1), "validation images, at most, whose loss ranks checkpoints"),
+    "train.monitor_decoder": Key(
+        True, FLAG, "whether t = 1 has its share of that loss even if the images are fewer than the steps", before=False
+    ),
     "train.skip_nonfinite": Key(
         0, integer(0), "updates with NaN or Inf that are left out before training stops", ABOVE_0
     ),

@@ -187,7 +187,8 @@ def train(
     scorer = processes.on_first(lambda: Scorer(config, seen)) if config.quality.every else None
     num_monitored = min(config.train.monitor_images, len(splits.validation))
     numbers = images.subset(len(splits.validation), num_monitored)
-    monitor = loop.monitor(experiment.training, config.seed, config.schedule.num_steps, splits.validation, numbers)
+    about = config.seed, config.schedule.num_steps, splits.validation, numbers, config.train.monitor_decoder
+    monitor = loop.monitor(experiment.training, *about)
     data_sha256, keep = processes.on_first(splits.sha256), config.train.keep_checkpoints
     settings = {"every": config.train.checkpoint_every, "keep": keep, "data_sha256": data_sha256}
     with kept_averages.AveragesKept(directory / "checkpoints", **settings) as checkpoints:

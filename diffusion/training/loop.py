@@ -30,6 +30,7 @@ from diffusion.training.plan import Plan
 from diffusion.training.step import Examples, Training, TrainState, mean_loss
 
 Monitor = Callable[[Replicated], dict[str, float]]  # of EMA parameters
+AT_1 = 0.125  # the share of the monitored images at t = 1, of which there would be none or too many by chance
 # (EMA parameters, whether to stop, asked between batches) -> metrics of samples; None if it was stopped
 Quality = Callable[[Replicated, Callable[[], bool]], dict[str, float] | None]
 # (step, EMA parameters, whether to stop, asked between batches; only if not shown before) -> whether it was not stopped
@@ -254,21 +255,30 @@ def _means(window: dict[str, np.ndarray]) -> dict[str, SupportsFloat]:
 
 
 def monitor(
-    training: Training, seed: int, num_steps: int, validation_set: Source, numbers: Int[np.ndarray, " n"]
+    training: Training,
+    seed: int,
+    num_steps: int,
+    validation_set: Source,
+    numbers: Int[np.ndarray, " n"],
+    with_decoder: bool = True,
 ) -> Monitor:
     """The training loss of replicated parameters on these validation images, always with the same t and ε.
 
     Args:
         num_steps: T.
         numbers: the numbers of the images. If no image is set aside there are none, and no loss.
+        with_decoder: whether t = 1 has its share of the loss even if there are fewer images than steps.
     """
     about = {"validation_images": float(len(validation_set))}
     if not len(numbers):
         return lambda params: about
     own = randomness.of_step(randomness.stream(seed, "monitor"))
-    sampler = timesteps.TIMES[training.schedule.times](timesteps.low_discrepancy())
-    t, _ = sampler.draw((), own.t, len(numbers), num_steps)
-    t = np.random.RandomState(0).permutation(np.asarray(t))  # images sorted by class must not meet t in order
+    times = training.schedule.times
+    at_1 = AT_1 if with_decoder and times == "every_term" else 0.0
+    sampler = timesteps.TIMES[times](timesteps.low_discrepancy(at_1))
+    t, weights = map(np.asarray, sampler.draw((), own.t, len(numbers), num_steps))
+    order = np.random.RandomState(0).permutation(len(t))  # images sorted by class must not meet t in order
+    t, weights = t[order], weights[order]
 
     def one_batch(params, items):
         images, labels, t, position = items
@@ -282,6 +292,6 @@ def monitor(
 
     def of_params(params: Replicated) -> dict[str, float]:
         values = [loss for _, loss in batches(params, items, training.batch_size)]
-        return {VAL_LOSS: float(np.concatenate(values).mean())} | about
+        return {VAL_LOSS: float((weights * np.concatenate(values)).mean())} | about
 
     return of_params

@@ -50,6 +50,7 @@ BREAKING = (
     },
     {"schedule__name": "learned(start='linear_gamma')", "objective__name": "vdm_continuous"} | VDM,
     {"objective__timesteps": "loss_aware(history_length=5)", "objective__name": "vdm_continuous"} | VDM,
+    {"objective__timesteps": "low_discrepancy(at_1=0.125)", "objective__name": "vdm"} | VDM,
     {"objective__name": "vdm", "model__variance": "fixed_small"},
     {"objective__name": "vdm", "model__decoder": "bayes"},
     {"objective__name": "vdm_continuous", "model__prediction": "mean"} | VDM,

@@ -262,7 +262,8 @@ def test_how_many_images_are_scored_does_not_change_which_are_followed(tiny, tmp
     class Seen(Exception):
         pass
 
-    def monitor(training, seed, num_steps, validation_set, numbers):
+    def monitor(training, seed, num_steps, validation_set, numbers, with_decoder):
+        assert with_decoder
         raise Seen(numbers)
 
     monkeypatch.setattr(loop, "monitor", monitor)

@@ -145,6 +145,17 @@ def test_dropout_is_not_active_in_the_monitored_loss():
     assert monitor(devices.replicate(params)) == {"val_loss": 0.75, "validation_images": len(IMAGES)}
 
 
+def test_the_monitored_loss_has_the_decoder_s_share_even_of_fewer_images_than_steps():
+    """A loss of T at t = 1 and of 0 elsewhere has the mean 1."""
+    images, params = Source("noise", "validation", IMAGES, LEVELS), {"number": np.float32(0)}
+    made = training(
+        objective=lambda row, x0, x_t, eps, output: (jnp.where(row.t == 1, 1000.0, 0.0), {}),
+        schedule=trained_schedule.make(lambda params: schedules.cosine(1000)),
+    )
+    found = [loop.monitor(made, 0, 1000, images, np.arange(BATCH), share) for share in (True, False)]
+    assert [one(devices.replicate(params))["val_loss"] for one in found] == [pytest.approx(1, rel=1e-6), 0]
+
+
 def test_half_of_the_images_are_mirrored_from_left_to_right_each_by_a_draw_of_its_own():
     _, metrics = take(training(objective=weighted_pixels, flip=True), 20)
     found = np.array([row["losses"] for row in metrics])
