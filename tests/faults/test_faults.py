@@ -157,7 +157,7 @@ def test_bad_updates_are_left_out_counted_and_resumed_over(tmp_path, monkeypatch
     other_t = timesteps.low_discrepancy()._replace(
         draw=lambda memory, key, n, num_steps: (jnp.full(n, 20), jnp.ones(n))
     )
-    monkeypatch.setattr(loop.timesteps, "low_discrepancy", lambda: other_t)
+    monkeypatch.setattr(loop.timesteps, "low_discrepancy", lambda at_1: other_t)
     state = toy.run(toy.experiment(**settings), tmp_path / "straight")
     assert int(state.step) == 30 and int(state.opt_state[-1][0].count) == 30 - len(bad)
     rows = rows_without_time(tmp_path / "straight")

@@ -23,7 +23,7 @@ from diffusion.training import loop, parallel
 LAST = 30  # train.num_steps
 # So high a learning rate that val_loss rises now and then.
 KEYS = {
-    "train__num_steps": LAST, "train__checkpoint_every": 6, "train__validate_every": 2, "train__log_every": 3,
+    "train__num_steps": LAST, "train__checkpoint_every": 4, "train__validate_every": 2, "train__log_every": 3,
     "optim__decay": "constant", "optim__learning_rate": 2.0, "data__validation": 8, "train__patience": 2,
 }  # fmt: skip
 

@@ -122,7 +122,7 @@ def test_a_bad_update_inside_a_call_is_left_out_alone(run, tmp_path, monkeypatch
     other_t = loop.timesteps.low_discrepancy()._replace(
         draw=lambda memory, key, n, num_steps: (jnp.full(n, 20), jnp.ones(n))
     )
-    monkeypatch.setattr(loop.timesteps, "low_discrepancy", lambda: other_t)
+    monkeypatch.setattr(loop.timesteps, "low_discrepancy", lambda at_1: other_t)
     keys = {"train__skip_nonfinite": 20, "model__network": "layer(poison=7.0)"}
     state = assert_calls_of_four_are_single_steps(run, tmp_path, **keys)
     assert 2 <= state.window["skipped"] <= 18
