@@ -44,9 +44,9 @@ def low_discrepancy(at_1: float = 0.0) -> TimestepSampler:
 
     Args:
         at_1: if not 0, this share of a batch is at t = 1, and the rest at t = 2…T, if the batch has fewer examples than
-            steps. In the bound t = 1 is the decoder's term, which is as large as hundreds of KL terms; drawn with
-            probability 1/T it is absent from most batches and most of the gradient of the rest. The weights keep the
-            mean over a batch unbiased: t = 1 counts as one step of T.
+            steps. In the bound t = 1 is the decoder's term, which can be as large as hundreds of KL terms. Without a
+            share it is absent from most batches and dominates the others. The weights keep the mean over a batch
+            unbiased: t = 1 counts as one step of T.
     """
     if not 0 <= at_1 <= 0.9:
         raise ValueError(f"objective.timesteps: low_discrepancy's at_1={at_1} must be in [0, 0.9]")
