@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     failures = {} if arguments.report else run(arguments, wanted, runs)
     if arguments.index is None:
         write(arguments.workdir)
-    return 1 if failures else 0
+    return sweep.exit_code(failures)
 
 
 def chosen(arguments: argparse.Namespace) -> list[str]:

@@ -213,6 +213,11 @@ def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetO
     if arguments.index is None:
         print(sweep_report.write(arguments.workdir, target_of, [cell.name for cell in cells]))
         page.refresh(arguments.workdir)
+    return exit_code(failures)
+
+
+def exit_code(failures: dict[str, str]) -> int:
+    """Prints why cells failed, after everything else; returns 1 if there are any."""
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0

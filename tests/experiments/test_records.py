@@ -61,6 +61,14 @@ def test_test_images_are_scored_of_named_records_alone():
         records.main(["--workdir=none", "--records=vbl"])
 
 
+def test_a_failed_run_is_named_with_its_reason(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(records, "flops_per_image", lambda name: 2.4e9)
+    failures = {"8min-vlb-seed0": "train.num_steps was 634"}
+    monkeypatch.setattr(records.sweep, "run_cells", lambda cells, directory, with_quality: failures)
+    assert records.main([f"--workdir={tmp_path}", "--records=vlb", "--seeds=1"]) == 1
+    assert capsys.readouterr().err.endswith("failed: 8min-vlb-seed0: train.num_steps was 634\n")
+
+
 def scores(bpd, **more):
     facts = {"num_params": 1234, "steps": 520, "images_per_second": 40.0}
     return facts | {"validation_bpd": bpd, "validation_decoder_bpd": 1.0, "validation_kl_bpd": bpd - 1} | more
