@@ -1,4 +1,4 @@
-"""The base of the studies: the demo with a fixed noise schedule and 1,000 steps.
+"""The base of the studies: the demo's earlier recipe with a fixed noise schedule and 1,000 steps.
 
     python main.py --config=configs/digits_fixed.py --workdir=runs/digits_fixed
 

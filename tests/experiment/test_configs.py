@@ -20,6 +20,7 @@ from experiments import ho2020, sweep
 SETS = {
     "cifar10": Description("cifar10", 50_000, 10_000, (32, 32, 3), 256, 10),
     "digits": Description("digits", 1498, 299, (8, 8, 1), 17, 10),
+    "digits_adam": Description("digits", 1498, 299, (8, 8, 1), 17, 10),
     "digits_fixed": Description("digits", 1498, 299, (8, 8, 1), 17, 10),
     "imagenet64": Description("downsampled_imagenet/64x64", 1_281_149, 49_999, (64, 64, 3), 256, 0),
     "celebahq256": Description("celeb_a_hq/256", 28_500, 1500, (256, 256, 3), 256, 0),

@@ -84,7 +84,7 @@ def test_describe_prints_its_figures(ends):
     assert "1,498 training and 299 test images" in output and "GFLOP per image" in output
     keys = {line.split()[0]: line for line in output.splitlines() if line}
     assert keys["eval.num_images"].split()[1:5] == ["9", "0", "yes", "of"]  # value, default, may change, help
-    assert keys["train.num_steps"].split()[1:5] == ["1600", "800000", "only", "up"]
+    assert keys["train.num_steps"].split()[1:5] == ["2400", "800000", "only", "up"]
 
 
 def test_the_directory_of_a_run_is_enough_and_keys_change_its_config(tmp_path, tiny_data_dir):
