@@ -1,13 +1,12 @@
 """Samples while a run trains: drawing and measuring them.
 
-A signal stops both after a batch. In a multi-process run it does not stop the features, which process 0 computes alone.
+A signal stops both after a batch, and the features of samples between two parts of them.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -79,23 +78,18 @@ def quality_of(experiment: Experiment, sampler: Sampler, scorer: Scorer | None) 
                 images.append(batch)
                 if stops():
                     return None
-        parts = _unless(lambda: jax.process_count() == 1 and stops(), np.concatenate(images))
         try:
-            numbers = processes.on_first(lambda: scorer.numbers(parts, num_images)) or {}
-        except _Stopped:
+            numbers = processes.on_first_in_parts(
+                lambda parts: scorer.numbers(parts, num_images), _parts(np.concatenate(images)), stops
+            )
+        except processes.Stopped:
             return None
-        return {name: value for name, value in numbers.items() if value is not None}
+        return {name: value for name, value in (numbers or {}).items() if value is not None}
 
     return of_params
 
 
-class _Stopped(Exception):
-    """A signal asks to stop."""
-
-
-def _unless(stops: Callable[[], bool], images: UInt8[np.ndarray, "n h w c"]) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-    """The images in parts, whose features are computed at a time; raises `_Stopped` between them."""
+def _parts(images: UInt8[np.ndarray, "n h w c"]) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+    """The images in parts, whose features are computed at a time."""
     for begin in range(0, len(images), BATCH_SIZE):
-        if stops():
-            raise _Stopped
         yield images[begin : begin + BATCH_SIZE]

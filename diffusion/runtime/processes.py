@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -172,3 +172,52 @@ def on_first(action: Callable[[], Any]) -> Any:
     if failure := from_first(np.frombuffer(message, np.uint8)).tobytes().decode(errors="replace").strip():
         raise bug or ValueError(failure)
     return result
+
+
+class Stopped(Exception):
+    """A stop was asked for between two parts."""
+
+
+def on_first_in_parts(action: Callable[[Iterator[Any]], Any], parts: Iterable[Any], stops: Callable[[], bool]) -> Any:
+    """`on_first` of an action that takes parts one after another. Before each part every process asks whether to stop.
+
+    Args:
+        action: takes an iterator over `parts`.
+        parts: what process 0 works on. Other processes do not look at it.
+        stops: whether to stop. Every process calls it equally often, and all must get the same answer.
+
+    Raises:
+        Stopped: `stops` said so, on every process.
+        ValueError, Exception: as `on_first` does.
+    """
+    stopped = False
+
+    def asked() -> Iterator[Any]:
+        nonlocal stopped
+        for part in parts:
+            _another_part(True)
+            if stopped := stops():
+                raise Stopped
+            yield part
+
+    def act() -> Any:
+        try:
+            return action(asked())
+        except Stopped:
+            return None
+        finally:
+            if not stopped:  # the others wait for another part, also after an error
+                _another_part(False)
+
+    while not is_first() and not stopped and _another_part():
+        stopped = stops()
+    result = on_first(act)
+    if stopped:
+        raise Stopped
+    return result
+
+
+def _another_part(follows: bool = False) -> bool:
+    """What process 0 says about whether another part follows. The part before may have taken long."""
+    wait_for_all("part")
+    return bool_from_first(follows)

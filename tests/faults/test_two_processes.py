@@ -37,11 +37,14 @@ def start(mode: str, workdir: Path, *flags: str) -> Run:
         return Run(subprocess.Popen(command, env=environment, stdout=file, stderr=file), Path(printed))
 
 
-def start_two(mode: str, workdir: Path, *flags: str) -> list[Run]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    of_both = (f"--coordinator=localhost:{port}", "--num_processes=2", *flags)
+        return free.getsockname()[1]
+
+
+def start_two(mode: str, workdir: Path, *flags: str) -> list[Run]:
+    of_both = (f"--coordinator=localhost:{free_port()}", "--num_processes=2", *flags)
     return [start(mode, workdir, *of_both, f"--process_id={i}") for i in range(2)]
 
 
@@ -97,3 +100,41 @@ def test_a_finished_run_is_finished_for_both_and_scoring_that_a_signal_stopped_g
     scored, summary = read(run / "eval.json"), read(run / "summary.json")
     assert abs(scored["test_bpd"] - summary["test_bpd"]) < 1e-5 * summary["test_bpd"]
     assert not list(run.glob("evaluations/*/unfinished_eval"))
+
+
+IN_PARTS = """
+import sys
+from diffusion.runtime import processes
+
+processes.join(sys.argv[1], 2, int(sys.argv[2]))
+begun = []
+
+def total(parts):
+    numbers = []
+    for part in parts:
+        begun.append(part)
+        numbers.append(12 // part)  # fails for 0
+    return sum(numbers)
+
+for parts, stop_at in [([1, 2, 3], 9), ([1, 2, 3], 2), ([4, 0, 5], 9), ([], 9), ([6], 9)]:
+    asked = iter(range(9))
+    try:
+        print(processes.on_first_in_parts(total, parts, lambda: next(asked) == stop_at))
+    except Exception as error:
+        print(type(error).__name__, error)
+print(begun)
+"""
+
+
+def test_work_of_process_0_stops_between_two_parts_for_both():
+    """In order: all parts, a stop before the third one, an error in the second one, no part, one part."""
+    at = f"localhost:{free_port()}"
+    command = [sys.executable, "-c", IN_PARTS, at]
+    environment = launch.environment(1) | {"PYTHONPATH": str(HERE.parents[1])}
+    pair = [subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, text=True) for i in range(2)]
+    printed = [process.communicate(timeout=120)[0].splitlines() for process in pair]
+    first, second = ([line for line in lines if not line.startswith("[Gloo]")] for lines in printed)
+    error = "integer division or modulo by zero"
+    assert first == ["22", "Stopped ", f"ZeroDivisionError {error}", "0", "2", "[1, 2, 3, 1, 2, 4, 0, 6]"]
+    failed = f"ValueError process 0 failed: ZeroDivisionError: {error}"
+    assert second == ["None", "Stopped ", failed, "None", "None", "[]"]

@@ -14,6 +14,7 @@ from diffusion.experiment import build
 from diffusion.programs import in_training, train
 from diffusion.reporting.metrics_log import MetricsLog, read_metrics
 from diffusion.reporting.progress import Progress
+from diffusion.runtime import processes
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.devices import Replicated
 from diffusion.runtime.digests import tree_sha256
@@ -213,9 +214,13 @@ def test_a_signal_stops_the_features_of_samples_between_two_parts(monkeypatch):
     """Of 5 images in parts of 2: after the first part, or not at all."""
     monkeypatch.setattr(in_training, "BATCH_SIZE", 2)
     images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
-    parts = in_training._unless(lambda: False, images)
+    parts = in_training._parts(images)
     assert [part.ravel().tolist() for part in parts] == [[0, 1], [2, 3], [4]]
     asked, seen = iter([False, True]), []
-    with pytest.raises(in_training._Stopped):
-        seen.extend(len(part) for part in in_training._unless(lambda: next(asked), images))
+
+    def measure(parts):
+        seen.extend(len(part) for part in parts)
+
+    with pytest.raises(processes.Stopped):
+        processes.on_first_in_parts(measure, in_training._parts(images), lambda: next(asked))
     assert seen == [2]
