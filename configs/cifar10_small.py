@@ -4,7 +4,8 @@
 
 Data     official CIFAR-10, or a directory prepared by TFDS: --config.data.data_dir=DIR
 Cost     143,267 parameters; 3,125 steps of 32 images; every test image scored by 9 of its 1,000 terms
-Expect   4.187 bits/dim on pictures recompressed as JPEG; experiments/results/records/ compares objectives
+Expect   4.187 bits/dim (one seed) on pictures recompressed as JPEG; experiments/results/records/ compares
+         objectives, with a larger network
 Equals   Ho et al. (configs/cifar10.py): schedule, prediction, variance, loss, levels and blocks of the network,
          flips
 Differs  1/16 of the width; settings for 800,000 steps are adapted to 3,125: learning rate, warm-up and decay, EMA,

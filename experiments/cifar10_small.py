@@ -21,7 +21,7 @@ from experiments.variance import target_by_config
 
 BASE = "configs/cifar10_small.py"
 PAPERS = [("simple", "fixed_small"), ("simple", "fixed_large"), ("hybrid", "learned_range"), ("vlb", "learned_range")]
-# The best recipe on the digits, plus features that distinguish neighbouring values among 256.
+# The recipe of configs/digits_adam.py, plus features that distinguish neighbouring values among 256.
 OWN = {
     "model.prediction": "v",
     "schedule.name": "learned(start='cosine', inner='second_moment')",

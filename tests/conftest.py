@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items):
     first = ["faults", "programs", "experiments", "training", "data"]  # folders of tests/
 
     def place(item) -> int:
-        folder = Path(item.path).relative_to(Path(__file__).parent).parts[0]
+        folder = os.path.relpath(item.path, Path(__file__).parent).split(os.sep)[0]
         return first.index(folder) if folder in first else len(first)
 
     items.sort(key=place)  # stable: in a folder the order stays
