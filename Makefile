@@ -15,9 +15,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-c
 export PYTHONDONTWRITEBYTECODE :=
 
 # A worker that crashes is not replaced: the new one may wait for ever (pytest-xdist issue 1327).
-# Files begin in the order of tests/conftest.py.
-PARALLEL := --numprocesses=auto --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
-PYTEST := $(VENV)/bin/python -m pytest $(PARALLEL)
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile --max-worker-restart=0
 
 .PHONY: demo check test faults newest lint docs
 
@@ -45,7 +43,7 @@ newest:
 	rm -rf $(VENV)-newest && $(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'
 	$(VENV)-newest/bin/python -m pip list | grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint|numpy|tensorflow-datasets|pillow) '
-	@$(VENV)-newest/bin/python -m pytest $(PARALLEL) && \
+	@$(VENV)-newest/bin/python -m pytest --numprocesses=auto --dist=loadfile --max-worker-restart=0 && \
 		echo "newest releases: the tests pass" || echo "newest releases: the tests FAIL (see above)"
 
 lint: $(VENV)/.installed-dev

@@ -49,17 +49,6 @@ MAPPINGS = Path("/proc/self/maps")  # a line for each piece of the process's mem
 TOO_MANY = 40_000  # Linux allows 65,530, and one file alone adds 17,000
 
 
-def pytest_collection_modifyitems(items):
-    """Files whose tests take seconds come first, so that no worker waits for one that began such a file last."""
-    first = ["faults", "programs", "experiments", "training", "data"]  # folders of tests/
-
-    def place(item) -> int:
-        folder = os.path.relpath(item.path, Path(__file__).parent).split(os.sep)[0]
-        return first.index(folder) if folder in first else len(first)
-
-    items.sort(key=place)  # stable: in a folder the order stays
-
-
 @pytest.fixture(scope="module", autouse=True)
 def no_more_programs_than_fit():
     """After each file JAX forgets its compiled programs if they are many.
