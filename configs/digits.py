@@ -34,4 +34,5 @@ def get_config() -> ConfigDict:
     config.optim.name = "muon"
     config.optim.learning_rate = 8e-3
     config.train.num_steps = 2400
+    config.train.checkpoint_every = config.train.sample_every = 1200
     return config
