@@ -3,8 +3,8 @@
     python main.py --config=configs/digits.py --workdir=runs/digits
 
 Data     scikit-learn's, prepared on first use
-Cost     703,463 parameters; 2,400 steps of 32 images: 3:25 with sampling and scoring, on 2 CPU cores;
-         make demo took 4:00 with its set-up (2026-11-30)
+Cost     703,463 parameters; 2,400 steps of 32 images: 3:25 and 3:44 with sampling and scoring, on 2 CPU
+         cores; make demo took 4:00 and 4:28 with its set-up (2026-11-30)
 Expect   1.741 ± 0.011 bits/dim on the 299 test images (mean and 95% interval over seeds 0 to 4, which lie in 1.727 to
          1.748; one CPU core, 2026-11-30), and digits that look like digits
 Paper    none: a recipe of this project
