@@ -218,6 +218,7 @@ def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetO
 
 def exit_code(failures: dict[str, str]) -> int:
     """Prints why cells failed, after everything else; returns 1 if there are any."""
+    sys.stdout.flush()  # or the table would come after the failures where both go into one file
     for name, reason in failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0

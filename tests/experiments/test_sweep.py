@@ -1,7 +1,9 @@
 """Sweeps: their cells, and the messages of the command line."""
 
+import io
 import json
 import signal
+import sys
 
 import pytest
 
@@ -201,3 +203,12 @@ def test_one_failure_leaves_the_others_alone(tmp_path, monkeypatch):
     assert "data.name='nowhere'" in (tmp_path / "nowhere" / "log.txt").read_text()
     assert "samples.png, which a run would overwrite" in failures["foreign"]
     assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["samples.png"]
+
+
+def test_failures_come_after_the_table_in_a_file_of_both(monkeypatch):
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(file)))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(file, write_through=True))
+    print("the table")
+    assert sweep.exit_code({"cell": "no room"}) == 1 and sweep.exit_code({}) == 0
+    assert file.getvalue() == b"the table\nfailed: cell: no room\n"
