@@ -1,6 +1,6 @@
 """Samples while a run trains: drawing and measuring them.
 
-A signal stops both after a batch, and the features of samples between two parts of them.
+A signal stops the drawing after a batch, and the features between two parts of the images.
 """
 
 import contextlib
