@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 AXIS = "devices"
+MANY = 20  # from so many batches on, the padding of the last one costs at most a MANYth of the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +132,14 @@ def over_batches(fn: Callable[[PyTree, PyTree], PyTree]) -> InBatches:
 def _padded_batches(num_items: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
     """All of 0…num_items−1 in batches [devices, b] of one shape, each with its number of real entries.
 
-    The batches are as equal as they can be; the last one is filled up with repetitions of its first item, and its
-    real entries come first in the flattened batch.
+    A few batches are as equal as they can be. Many batches are full ones, so that any so large numbers of items share
+    one compiled program. The last batch is filled up with repetitions of its first item, and its real entries come
+    first in the flattened batch.
     """
     devices = jax.device_count()
     num_batches = math.ceil(num_items / batch_size)
-    per_device = math.ceil(num_items / max(num_batches, 1) / devices)
+    largest = batch_size if num_batches >= MANY else num_items / max(num_batches, 1)
+    per_device = math.ceil(largest / devices)
     for start in range(0, num_items, devices * per_device or 1):
         batch = np.arange(start, min(start + devices * per_device, num_items))
         filled = np.full(devices * per_device, start)

@@ -40,6 +40,21 @@ def test_batches_hold_every_item_once_and_have_one_shape(num_items, batch_size):
     assert shapes[0] == (-(-num_items // len(results) // 8),)
 
 
+def test_many_batches_share_one_program_whatever_the_number_of_items():
+    shapes = []
+
+    def fn(shared, items):
+        shapes.append(items.shape)  # when it is traced: once for each shape
+        return shared + items
+
+    batches, shared = devices.over_batches(fn), devices.replicate(np.int32(100))
+    for num_items in (800 * 19 + 1, 800 * 25 + 1, 800 * 20):
+        numbers, results = zip(*batches(shared, np.arange(num_items), 800), strict=True)
+        assert np.concatenate(numbers).tolist() == list(range(num_items))
+        assert np.concatenate(results).tolist() == list(range(100, 100 + num_items))
+    assert shapes == [(100,)]
+
+
 def test_no_items_are_no_batches():
     batches = devices.over_batches(lambda shared, items: items)
     assert list(batches(devices.replicate(np.int32(0)), np.arange(0), 4)) == []
