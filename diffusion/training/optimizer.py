@@ -3,10 +3,15 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import muon as muon_of_optax
+
+# The polynomial a x + b x³ + c x⁵ and the number of its iterations; Jordan (2024).
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
+ITERATIONS = 5
 
 
 def adam(learning_rate: optax.Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
@@ -40,7 +45,49 @@ def muon(learning_rate: optax.Schedule, beta: float = 0.95):
 
         return jax.tree.map(as_matrix, params)
 
-    return muon_of_optax(learning_rate, beta=beta, consistent_rms=0.2, muon_weight_dimension_numbers=kernels)
+    # Without iterations, Optax's kernels have the direction of the momentum and the size of the step.
+    of_momentum = muon_of_optax(
+        learning_rate, beta=beta, ns_steps=0, consistent_rms=0.2, muon_weight_dimension_numbers=kernels
+    )
+
+    def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        steps, state = of_momentum.update(grads, state, params)
+        return jax.tree.map(lambda step: step if step.ndim < 2 else _orthogonalized(step), steps), state
+
+    return optax.GradientTransformation(of_momentum.init, update)
+
+
+def _orthogonalized(step: Float[Array, "*window in out"]) -> Float[Array, "*window in out"]:
+    """A kernel's step, as a matrix [*window · in, out], with singular values that are all about its norm."""
+    matrix, norm = step.reshape(-1, step.shape[-1]), jnp.linalg.norm(step)
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    matrix = orthogonal((matrix if is_wide else matrix.T) / (norm + 1e-12))
+    return norm * (matrix if is_wide else matrix.T).reshape(step.shape)
+
+
+def orthogonal(matrix: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """Moves all singular values to about 1 by Newton–Schulz iterations. Jordan (2024).
+
+    An iteration is X ← (a + b G + c G²) X with G = X Xᵀ. Here G and the product of the factors are iterated and X is
+    multiplied once at the end. For a kernel of 3 × 3 × m × m, where n = 9 m, these are 35 m³ multiplications instead
+    of 95 m³.
+
+    Args:
+        matrix: a matrix of norm 1, m ≤ n.
+    """
+    a, b, c = NEWTON_SCHULZ
+
+    def factor(gram: Array) -> Array:
+        return a * jnp.eye(len(gram)) + b * gram + c * gram @ gram
+
+    with jax.default_matmul_precision("highest"):  # G is not computed anew, so its rounding errors grow
+        gram = matrix @ matrix.T
+        product = last = factor(gram)
+        for _ in range(ITERATIONS - 1):
+            gram = last @ gram @ last
+            last = factor(gram)
+            product = last @ product
+        return product @ matrix
 
 
 OPTIMIZERS = {"adam": adam, "adamw": adamw, "muon": muon}
