@@ -5,7 +5,8 @@
 
 Data     scikit-learn's, prepared on first use
 Cost     278,634 parameters; 1,600 steps of 32 images
-Expect   1.88 bits/dim on the 299 held-out images, where configs/digits_adam.py reaches 1.83 (docs/vdm.md)
+Expect   1.88 bits/dim on the 299 held-out images, where configs/digits_adam.py reaches 1.83, both with
+         data.validation=0 (docs/vdm.md)
 Equals   configs/vdm_cifar10.py: the continuous-time loss, both ends of γ learned, γ as the network's input, no
          downsampling, attention only in the middle, AdamW's β and decay, low-discrepancy t
 Differs  v-prediction; γ starts at −7.5, because 17 pixel values lie 16 times farther apart than 256; the curve

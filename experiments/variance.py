@@ -2,7 +2,7 @@ r"""Fixed against learned variances: the grid prediction × objective × varianc
 
     python -m experiments.variance --base=configs/digits_fixed.py --workdir=runs/variance
     python -m experiments.variance --base=configs/cifar10.py --workdir=runs/v --objective=simple,vlb --seeds=5
-    python -m experiments.variance --workdir=runs/variance --report
+    python -m experiments.variance --base=configs/cifar10.py --workdir=runs/v --report
 
 Every axis takes a list of values with commas, such as --schedule="cosine,linear(beta_end=0.03)". Without a list, an
 axis has the values of DEFAULT_AXES or else the base config's value. --set sets further keys for all cells: --set
