@@ -228,8 +228,12 @@ def load(
             f"the pixel values of {name} {split} take {stored.num_bytes / 2**30:.0f} GiB, more than "
             f"{AHEAD_BYTES >> 30}, so its pictures are decoded on the fly; data.decode=ahead keeps decoded ones"
         )
-    on_the_fly = is_large or decode == "on_the_fly"
-    pixels, classes = index.load(stored) if on_the_fly else decoded.load(stored)
+    if not len(stored):  # TFDS opens no split without files
+        pixels, classes = np.empty(stored.shape, np.uint8), np.empty(0, np.int32) if stored.has_labels else None
+    elif is_large or decode == "on_the_fly":
+        pixels, classes = index.load(stored)
+    else:
+        pixels, classes = decoded.load(stored)
     file = getattr(pixels, "filename", None)  # None for a temporary file
     about = tfds.num_levels(builder), classes, tfds.num_classes(builder)
     return Source(name, split, pixels, *about, file and Path(file))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, Int32, UInt8
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from diffusion.data import decoders, records
@@ -37,11 +38,36 @@ def image_shape(name: str, builder: tfds.core.DatasetBuilder, resizing: Resizing
 
 
 def _first_size(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int, int]:
-    """(height, width) of the first training picture."""
+    """(height, width) of the first training picture.
+
+    Raises:
+        ValueError: there is none, or the records are damaged.
+    """
     stored, numbers = prepared.records(name, builder, "train")
-    [(encoded, _)] = next(_examples(builder, stored, numbers[:1]))
-    with opened(io.BytesIO(encoded), formats=None) as picture:
-        return picture.height, picture.width
+    if not len(numbers):
+        raise ValueError(f"data.name={name!r} has no training pictures in {builder.data_dir}")
+    with _damage_named(name, builder, "train"):
+        [(encoded, _)] = next(_examples(builder, stored, numbers[:1]))
+        with opened(io.BytesIO(encoded), formats=None) as picture:
+            return picture.height, picture.width
+
+
+@contextlib.contextmanager
+def _damage_named(name: str, builder: tfds.core.DatasetBuilder, split: str) -> Iterator[None]:
+    """Raises a ValueError that names the set for an error inside, unless the disk is at fault."""
+    try:
+        yield
+    except Exception as error:  # ArrayRecord, protobuf and Pillow raise different types for garbage
+        if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError):
+            raise
+        raise _damaged(name, builder, split, error) from error
+
+
+def _damaged(name: str, builder: tfds.core.DatasetBuilder, split: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"cannot decode the {split} pictures of data.name={name!r} ({error}): "
+        f"copy or prepare {builder.data_dir} again"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,29 +147,21 @@ class Stored:
                     yield self._pixels(pictures), np.array(classes, np.int32)
                     progress.update(len(pictures))
             except decoders.Undecodable as error:
-                raise self._damaged(error) from error
+                raise _damaged(self.name, self.builder, self.split, error) from error
 
     def _read(self, begin: int) -> Iterator[decoders.Part]:
-        try:
+        with _damage_named(self.name, self.builder, self.split):
             image_bytes = math.prod(self.shape[1:])
             yield from _examples(self.builder, self.stored_split, self.numbers[begin:], image_bytes)
-        except OSError:
-            raise
-        except Exception as error:  # ArrayRecord and protobuf raise different types for garbage
-            raise self._damaged(error) from error
 
     def reader(self) -> Callable[[int], UInt8[np.ndarray, "h w c"]]:
         """A thread-safe function from a record's number to its picture. Its errors are those of `decoded`."""
         source, parser = _data_source(self.builder, self.stored_split), _parser(self.builder, ["image"])
 
         def picture(number: int) -> UInt8[np.ndarray, "h w c"]:
-            try:
+            with _damage_named(self.name, self.builder, self.split):
                 encoded = _parse(parser, source[number])["image"]
                 pixels = decoders.decode(self.resizing, self.shape[-1], [encoded])
-            except OSError:
-                raise
-            except Exception as error:
-                raise self._damaged(error) from error
             return self._pixels(pixels)[0]
 
         return picture
@@ -161,12 +179,6 @@ class Stored:
         if pixels.max() >= num_levels:
             raise ValueError(f"data.name={self.name!r} has pixel value {pixels.max()}, but only {num_levels} levels")
         return pixels
-
-    def _damaged(self, error: Exception) -> ValueError:
-        return ValueError(
-            f"cannot decode the {self.split} pictures of data.name={self.name!r} ({error}): "
-            f"copy or prepare {self.builder.data_dir} again"
-        )
 
 
 def _examples(

@@ -63,11 +63,13 @@ def train(train_set: Source, test_set: Source, seed: int) -> Trained:
     """Trains for ten epochs, or for 600 steps if those are more. The result depends only on the data and the seed.
 
     Raises:
-        ValueError: the set has no labels, only one class, or an image with an unknown label.
+        ValueError: the set has no labels, only one class, no test images, or an image with an unknown label.
     """
     if train_set.num_classes < 2:
         has = "one class only" if train_set.num_classes else "no labels"
         raise ValueError(f"data.name={train_set.name!r} has {has}: there is nothing to classify")
+    if not len(test_set):
+        raise ValueError(f"data.name={train_set.name!r} has no test images to measure the accuracy with")
     train_labels, test_labels = train_set.labels(), test_set.labels()
     network, num_levels = Classifier(train_set.num_classes), train_set.num_levels
     num_steps = max(MIN_STEPS, EPOCHS * len(train_set) // BATCH_SIZE)

@@ -168,7 +168,11 @@ def _short_sha256(data: bytes | np.ndarray) -> bytes:
 def _source(config: ConfigDict, experiment: Experiment, input: str) -> Source:
     """The images as a data set: a split, or those of a file, which count as a test split."""
     if input in SPLITS:
-        return build.load_data(config, input)
+        source = build.load_data(config, input)
+        if not len(source):
+            of_key = f", because data.validation={config.data.validation}" if input == "validation" else ""
+            raise ValueError(f"--input={input}: the {input} split has no images{of_key}")
+        return source
     if not files.expanded(input).exists():
         raise FileNotFoundError(f"--input={input} is no file or folder, and none of {', '.join(SPLITS)}")
     num_levels = experiment.training.num_levels

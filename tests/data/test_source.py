@@ -217,3 +217,39 @@ def test_wrong_levels(digits_copy):
     (digits_copy / "digits" / "1.0.0" / "metadata.json").write_text('{"num_levels": 16}')
     with pytest.raises(ValueError, match="pixel value 16, but only 16 levels"):
         load("train", digits_copy)
+
+
+# --- splits without pictures
+
+
+def without_pictures(root, split):
+    """The set "foreign" again, but with nothing in this split."""
+    path = root / "foreign" / "2.1.0" / "dataset_info.json"
+    info = json.loads(path.read_text())
+    for about in info["splits"]:
+        if about["name"] == split:
+            about["shardLengths"] = []
+    path.write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize("stored", [("train",), ("train", "test")])  # of 4 examples none is the twentieth
+def test_a_split_without_pictures_is_read_in_every_way(tmp_path, write_foreign, stored):
+    write_foreign((6, 5, 3), splits=stored)
+    without_pictures(tmp_path, "test")
+    assert data.describe("foreign", str(tmp_path)).num_test == 0
+    sources = [data.load("foreign", "test", str(tmp_path), decode=decode) for decode in ("ahead", "on_the_fly")]
+    for source in sources:
+        assert source.images().shape == source.images(np.arange(0)).shape == (0, 6, 5, 3)
+        assert len(source) == len(source.image_digests()) == 0 and list(source.parts()) == []
+    assert sources[0].sha256() == sources[1].sha256()
+
+
+def test_a_set_of_no_fixed_size_whose_first_picture_cannot_be_read_is_named(tmp_path, write_foreign):
+    write_foreign((None, None, 3), sizes=4 * [(40, 40)])
+    (path,) = (tmp_path / "foreign" / "2.1.0").glob("*-train.array_record*")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"cannot decode the train pictures of data\.name='foreign'.*2\.1\.0 again"):
+        data.describe("foreign", str(tmp_path))
+    without_pictures(tmp_path, "train")
+    with pytest.raises(ValueError, match=r"data\.name='foreign' has no training pictures in .*2\.1\.0"):
+        data.describe("foreign", str(tmp_path))

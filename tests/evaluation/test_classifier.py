@@ -83,6 +83,12 @@ def test_without_two_classes_there_is_nothing_to_learn():
         classifier.train(bars("train", num_classes=1), bars("test"), 0)
 
 
+def test_without_test_images_nothing_is_trained(monkeypatch):
+    monkeypatch.setattr(classifier, "Progress", None)
+    with pytest.raises(ValueError, match="data.name='bars' has no test images"):
+        classifier.train(bars("train"), bars("test", num_images=0), 0)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_an_unknown_label_is_refused_and_is_not_the_last_class(split):
     sets = {name: bars(name) for name in ("train", "test")}

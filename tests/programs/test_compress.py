@@ -183,6 +183,12 @@ def test_what_is_missing_or_in_the_way_is_said_first(tiny, conditional, straight
     assert [path.name for path in tmp_path.iterdir()] == ["there.npz"]
 
 
+def test_a_split_without_images_is_refused_with_its_key(tiny):
+    config = tiny(data__validation=0)
+    with pytest.raises(ValueError, match="--input=validation: .* no images, because data.validation=0$"):
+        compress._source(config, build.experiment(config, (8, 8, 1), 17), "validation")
+
+
 def test_a_network_that_needs_labels_is_refused(labelled_run, conditional, tmp_path):
     config = conditional(model__label_dropout=0.0)
     run = shutil.copytree(labelled_run, tmp_path / "run")
