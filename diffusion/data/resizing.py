@@ -1,11 +1,13 @@
 """From an encoded picture of a prepared set to pixel values in the size that the config asks for."""
 
 import dataclasses
+import functools
 import io
 
 import numpy as np
 from jaxtyping import UInt8
 
+from diffusion.data.folder import metadata
 from diffusion.data.folder.decoding import MODES, Target, opened, to_pixels
 
 
@@ -40,8 +42,7 @@ class Resizing:
         if self.image_size:
             pixels = to_pixels(encoded, Target(self.image_size, self.image_size, channels))
         else:
-            with opened(io.BytesIO(encoded), formats=None) as picture:
-                pixels = np.atleast_3d(np.asarray(picture.convert(MODES[channels])))
+            pixels = metadata.tolerated(functools.partial(_as_stored, channels), encoded)
         if not self.pad_to:
             return pixels
         missing = [self.pad_to - length for length in pixels.shape[:2]]
@@ -51,3 +52,9 @@ class Resizing:
         """A text for file names: "" if nothing changes."""
         size, pad = (f"-{self.image_size}" if self.image_size else ""), (f"-pad{self.pad_to}" if self.pad_to else "")
         return size + pad
+
+
+def _as_stored(channels: int, encoded: bytes) -> UInt8[np.ndarray, "h w c"]:
+    """The pixel values of an encoded picture in its own size."""
+    with opened(io.BytesIO(encoded), formats=None) as picture:
+        return np.atleast_3d(np.asarray(picture.convert(MODES[channels])))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from diffusion.data import decoders, records
 from diffusion.data import tfds as prepared
+from diffusion.data.folder import metadata
 from diffusion.data.folder.decoding import opened
 from diffusion.data.resizing import Resizing
 from diffusion.runtime import files, preemption
@@ -48,8 +49,12 @@ def _first_size(name: str, builder: tfds.core.DatasetBuilder) -> tuple[int, int]
         raise ValueError(f"data.name={name!r} has no training pictures in {builder.data_dir}")
     with _damage_named(name, builder, "train"):
         [(encoded, _)] = next(_examples(builder, stored, numbers[:1]))
-        with opened(io.BytesIO(encoded), formats=None) as picture:
-            return picture.height, picture.width
+        return metadata.tolerated(_size, encoded)
+
+
+def _size(encoded: bytes) -> tuple[int, int]:
+    with opened(io.BytesIO(encoded), formats=None) as picture:
+        return picture.height, picture.width
 
 
 @contextlib.contextmanager
@@ -207,5 +212,8 @@ def _parser(builder: tfds.core.DatasetBuilder, wanted: list[str]) -> tfds.featur
 
 def _parse(parser: tfds.features.FeaturesDict, record: bytes) -> dict:
     """The features of a record, with the picture encoded. TFDS would decode it with OpenCV, if that is installed, whose
-    JPEG pixels may differ from Pillow's."""
-    return parser.deserialize_example_np(record, decoders={"image": tfds.decode.SkipDecoding()})
+    JPEG pixels may differ from Pillow's. Raises a ValueError if there is no picture."""
+    example = parser.deserialize_example_np(record, decoders={"image": tfds.decode.SkipDecoding()})
+    if example["image"] is None:  # ArrayRecord reads a record that is cut off as an empty one
+        raise ValueError("a record has no picture")
+    return example

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageColor, PngImagePlugin, UnidentifiedImageError
 
-from diffusion.data.folder import png
+from diffusion.data.folder import metadata, png
 
-VERSION = 2  # of the decoding: shards that an interrupted call of another version wrote are written again
+VERSION = 3  # of the decoding: shards that an interrupted call of another version wrote are written again
 # A file's content decides which of these it is. Pillow's other formats are not tried: some start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
@@ -86,7 +86,7 @@ def parse_colour(text: str) -> tuple[int, int, int]:
 def to_pixels(data: bytes, target: Target) -> UInt8[np.ndarray, "h w c"]:
     """The pixel values of a picture file, of its first frame if it has several.
 
-    A picture that has the target's size and mode already keeps its pixel values.
+    A picture that has the target's size and mode already keeps its pixel values. Damaged metadata does not matter.
 
     Args:
         data: the content of the file.
@@ -96,10 +96,7 @@ def to_pixels(data: bytes, target: Target) -> UInt8[np.ndarray, "h w c"]:
     """
     try:
         with _without_warnings():
-            with opened(io.BytesIO(data)) as picture:
-                if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-                    raise Image.DecompressionBombError
-                upright = _as_8_bits(picture, data)
+            upright = metadata.tolerated(_upright_8_bits, data)
             opaque = _without_transparency(upright, target)
             return np.asarray(_fitted(opaque, target)).reshape(target.shape)
     except MemoryError:
@@ -163,6 +160,14 @@ def _upright(picture: Image.Image) -> Image.Image:
     picture.load()  # this already turns a TIFF file's picture
     turn = _TURNS.get(orientation(picture))
     return picture.copy() if turn is None else picture.transpose(turn)
+
+
+def _upright_8_bits(data: bytes) -> Image.Image:
+    """A picture file's first frame the right way up, in a mode of 8 bits a channel."""
+    with opened(io.BytesIO(data)) as picture:
+        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
+        return _as_8_bits(picture, data)
 
 
 def _as_8_bits(picture: Image.Image, data: bytes) -> Image.Image:
