@@ -1,12 +1,14 @@
 """Images from files, with exactly their pixel values: .npy, .npz, or a folder of pictures."""
 
+import functools
+import io
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import ExifTags, Image
 
-from diffusion.data.folder import decoding, listing
+from diffusion.data.folder import decoding, listing, metadata, png
 from diffusion.runtime import files
 
 
@@ -65,21 +67,40 @@ def _pictures(folder: Path, image_shape: tuple[int, int, int]) -> UInt8[np.ndarr
 
 
 def _picture(path: Path, target: decoding.Target) -> UInt8[np.ndarray, "h w c"]:
+    data = path.read_bytes()
     try:
-        with decoding.opened(path) as picture:
-            size, mode = picture.size, picture.mode
-            is_changed_by_decoding = picture.has_transparency_data or decoding.orientation(picture) != 1
-        if is_changed_by_decoding:
-            raise ValueError(f"{path} is transparent or turned by its EXIF tag; save it as it should be seen")
-        wanted = decoding.MODES[target.channels]
-        modes = (wanted, "P") if wanted == "RGB" else (wanted,)
-        if size != (target.width, target.height) or mode not in modes:
-            raise ValueError(
-                f"{path} is a picture of {size[1]}×{size[0]} in mode {mode}, but the model's are {_size(target.shape)}"
-            )
-        return decoding.to_pixels(path.read_bytes(), target)
-    except (decoding.Unreadable, Image.UnidentifiedImageError, Image.DecompressionBombError) as error:
+        objection = metadata.tolerated(functools.partial(_objection, target), data)
+        if not objection:
+            return decoding.to_pixels(data, target)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises different types for garbage
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    raise ValueError(f"{path} {objection}")
+
+
+def _objection(target: decoding.Target, data: bytes) -> str:
+    """Why decoding would change or leave out something of a picture file; "" if it does not."""
+    with decoding.opened(io.BytesIO(data)) as picture:
+        if getattr(picture, "is_animated", False):
+            return "has more than one frame; save each one as a file of its own"
+        if (bits := _bits(picture, data)) > 8:
+            return f"has {bits} bits per channel, but the model's images have 8"
+        if picture.has_transparency_data or decoding.orientation(picture) != 1:
+            return "is transparent or turned by its EXIF tag; save it as it should be seen"
+        wanted, (width, height) = decoding.MODES[target.channels], picture.size
+        modes = (wanted, "P") if wanted == "RGB" else (wanted,)
+        if (width, height) != (target.width, target.height) or picture.mode not in modes:
+            wanted_size = _size(target.shape)
+            return f"is a picture of {height}×{width} in mode {picture.mode}, but the model's are {wanted_size}"
+    return ""
+
+
+def _bits(picture: Image.Image, data: bytes) -> int:
+    """The bits of a channel in a picture's file. Pillow drops those beyond 8 of an RGB picture."""
+    if picture.format == "PNG":
+        return png.bits(data)
+    return max(picture.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))) if picture.format == "TIFF" else 8
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -1,10 +1,12 @@
 """Images from files: the exact pixel values in the file's order, or a one-line error."""
 
+import struct
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_png import COLOUR, chunk, png
 
 from diffusion.data import pixel_files
 
@@ -69,6 +71,38 @@ def test_other_pictures_are_refused(tmp_path):
         pixel_files.read(tmp_path, (6, 5, 1), 256)
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="a.png cannot be read as a picture"):
+        pixel_files.read(tmp_path, SHAPE, 256)
+
+
+def deep_tiff(values):
+    """A TIFF file of 16 bits per channel, as Pillow does not write them. `values`: [H, W, 3]."""
+    height, width, _ = values.shape
+    strip = values.astype("<u2").tobytes()
+    bits_at = 8 + len(strip)
+    numbers = {256: width, 257: height, 258: bits_at, 259: 1, 262: 2, 273: 8, 277: 3, 278: height, 279: len(strip)}
+    kinds = {258: (3, 3), 273: (4, 1), 279: (4, 1)}
+    entries = [struct.pack("<HHII", tag, *kinds.get(tag, (3, 1)), number) for tag, number in numbers.items()]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return b"II*\0" + struct.pack("<I", bits_at + 6) + strip + struct.pack("<3H", 16, 16, 16) + directory
+
+
+def test_pictures_that_decoding_would_change_are_refused(tmp_path):
+    """Pillow drops the lower 8 of 16 bits, and all frames but the first."""
+    frames = {"save_all": True, "append_images": [Image.fromarray(IMAGES[1])]}
+    for name, options in {"a.gif": {}, "b.png": {}, "c.webp": {"lossless": True}, "d.tif": {}, "e.jpg": {}}.items():
+        Image.fromarray(IMAGES[0]).save(tmp_path / name, "MPO" if name == "e.jpg" else None, **options, **frames)
+        with pytest.raises(ValueError, match=f"{name} has more than one frame; save each"):
+            pixel_files.read(tmp_path, SHAPE, 256)
+        (tmp_path / name).unlink()
+    deep = IMAGES[0].astype(np.uint16) << 8 | 1
+    (tmp_path / "a.png").write_bytes(png(deep, 16, COLOUR, b""))
+    with pytest.raises(ValueError, match="a.png has 16 bits per channel, but the model's images have 8"):
+        pixel_files.read(tmp_path, SHAPE, 256)
+    (tmp_path / "a.png").write_bytes(png(IMAGES[0], 8, COLOUR, b"", chunks=chunk(b"gAMA", b"cut")))
+    np.testing.assert_array_equal(pixel_files.read(tmp_path, SHAPE, 256), IMAGES[:1])
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "b.tif").write_bytes(deep_tiff(deep))
+    with pytest.raises(ValueError, match="b.tif has 16 bits per channel"):
         pixel_files.read(tmp_path, SHAPE, 256)
 
 

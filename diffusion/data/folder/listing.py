@@ -19,7 +19,8 @@ MAX_FILE_BYTES = 2**30  # a file is read at once, and no picture that Pillow ope
 FILES_PER_BATCH = 1000
 
 # Errors that are one file's own fault. Any other, such as EIO, says that the disk or the network is at fault.
-_FILE_FAULTS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP)
+# A link may lead through a file (ENOTDIR) or name a path that is too long.
+_FILE_FAULTS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 class File(NamedTuple):
@@ -169,10 +170,10 @@ def _digest(path: Path) -> str | OSError:
 
 
 def _read_cache(path: Path) -> dict[File, str]:
-    """The kept digests. A line that was cut off by a kill is ignored."""
+    """The kept digests. Damaged lines, such as one that was cut off by a kill, are ignored."""
     known = {}
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 *file, digest = json.loads(line)
                 known[File(*file)] = digest

@@ -13,6 +13,11 @@ from PIL import Image
 SIGNATURE_BYTES = 8
 
 
+def bits(data: bytes) -> int:
+    """The bits of a channel in a PNG file, 1 to 16."""
+    return _chunk(data, b"IHDR")[8]
+
+
 def with_transparency(picture: Image.Image, data: bytes) -> Image.Image:
     """A PNG file's picture, loaded, with the transparency that the file gives it.
 
@@ -21,11 +26,10 @@ def with_transparency(picture: Image.Image, data: bytes) -> Image.Image:
         data: the content of the file.
     """
     picture.load()
-    header, transparent = _chunk(data, b"IHDR"), _chunk(data, b"tRNS")
-    if "transparency" not in picture.info or header is None or transparent is None:
+    transparent = _chunk(data, b"tRNS")
+    if "transparency" not in picture.info or transparent is None:
         return picture
-    bits = header[8]
-    top = 2**bits - 1
+    top = 2 ** bits(data) - 1
     # The chunk has 16 bits for each of one or three values. Only the lowest bits count.
     values = [int.from_bytes(transparent[begin : begin + 2]) & top for begin in (0, 2, 4)]
     if picture.mode == "P":
@@ -34,7 +38,7 @@ def with_transparency(picture: Image.Image, data: bytes) -> Image.Image:
         picture.info["transparency"] = values[0] * 255
     elif picture.mode == "L":
         picture.info["transparency"] = values[0] * 255 // top
-    elif picture.mode == "RGB" and bits == 8:
+    elif picture.mode == "RGB" and top == 255:
         picture.info["transparency"] = tuple(values)
     elif picture.mode == "RGB":
         del picture.info["transparency"]

@@ -128,7 +128,7 @@ def prepare(plan: Plan, directory: Path, skip_bad: bool = False, num_workers: in
     Raises:
         UnreadFiles: some files cannot be read, and `skip_bad` is false.
         ValueError: a split is empty, there is too little room, a picture changed meanwhile, or the existing set has
-            other settings.
+            other settings or is damaged.
         OSError: the disk failed, or a process was killed.
     """
     staging, recipe = _staging(directory), plan.recipe
@@ -139,7 +139,7 @@ def prepare(plan: Plan, directory: Path, skip_bad: bool = False, num_workers: in
         files_sha256 = listing.fingerprint(pictures)
         if directory.exists():
             shutil.rmtree(staging)
-            if _read_json(directory / "metadata.json")["files_sha256"] != files_sha256:
+            if _metadata(directory).get("files_sha256") != files_sha256:
                 raise ValueError(f"{directory} was made from other files; take another --name, or delete it")
             print(f"{directory} is prepared already")
             return []
@@ -182,19 +182,30 @@ def _refuse_other_settings(settings: dict[str, Any], directory: Path, staging: P
     """Raises a ValueError if the finished set, or what an interrupted call left, has other settings."""
     if directory.exists():
         where, advice = directory, "take another --name, or delete it"
-        there = _read_json(directory / "metadata.json").get("settings")
+        there = _metadata(directory).get("settings")
         if there is None:
             raise ValueError(f"{directory} was not made by this command; take another --name")
     else:
         where, advice = staging, "give those again, or delete it"
-        there = _read_json(staging / "settings.json") or settings
+        there = _read_json(staging / "settings.json", "delete this file and give the same command again") or settings
     differing = [f"{key}: {there.get(key)}, now {value}" for key, value in settings.items() if there.get(key) != value]
     if differing:
         raise ValueError(f"{where} was made with other settings ({'; '.join(differing)}); {advice}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+def _metadata(directory: Path) -> dict[str, Any]:
+    return _read_json(directory / "metadata.json", f"delete {directory} and give the same command again")
+
+
+def _read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file, {} without a file. Raises a ValueError that ends with `advice` if it is damaged."""
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {advice}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it has no object); {advice}")
+    return found
 
 
 def _split_counts(pictures: list[Picture]) -> Counter:

@@ -53,6 +53,23 @@ def test_a_record_file_that_is_gone_is_made_again(begun, tmp_path):
     assert undisturbed(pictures, root) == undisturbed(pictures, tmp_path / "straight")
 
 
+@pytest.mark.parametrize("damage", [b"", b'{"height": 8', b"\xff\xfe", b"[8]"])
+def test_damaged_files_are_named_with_what_to_do(begun, damage, capsys):
+    pictures, root = begun
+    settings = root / "pets" / "incomplete-1.0.0" / "settings.json"
+    settings.write_bytes(damage)
+    assert run(pictures, root, "--test-fraction=0.3") == 2
+    error = last_error(capsys)
+    assert error.startswith(f"error: {settings} is damaged (") and "; delete this file and give the same" in error
+    settings.unlink()
+    assert run(pictures, root, "--test-fraction=0.3") == 0
+    metadata = root / "pets" / "1.0.0" / "metadata.json"
+    metadata.write_bytes(damage)
+    assert run(pictures, root, "--test-fraction=0.3") == 2
+    error = last_error(capsys)
+    assert error.startswith(f"error: {metadata} is damaged (") and f"; delete {metadata.parent} and give" in error
+
+
 def test_a_class_that_comes_later_renumbers_the_others(tmp_path, monkeypatch):
     pictures, labels = plain_folder(tmp_path / "pictures"), tmp_path / "labels.json"
     of_picture = {f"{i:02d}.png": "cat" if i % 2 else "dog" for i in range(30)}

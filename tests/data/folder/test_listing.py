@@ -54,6 +54,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (folder / "gone.png").symlink_to(elsewhere / "gone.png")
     (folder / "itself.png").symlink_to("itself.png")
     (folder / "gone.txt").symlink_to(elsewhere / "gone.txt")
+    (folder / "through.png").symlink_to(elsewhere / "2.png" / "a file is no folder.png")
+    (folder / "long.png").symlink_to(elsewhere / (300 * "a"))
     os.mkfifo(folder / "pipe.png")  # to open it would wait for ever
     found = listing.scan(folder)
     assert paths_of(found) == ["3.png", "a/1.png", "b/2.png"]
@@ -61,6 +63,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert found.unread == [
         Unread("gone.png", os.strerror(errno.ENOENT)),
         Unread("itself.png", os.strerror(errno.ELOOP)),
+        Unread("long.png", os.strerror(errno.ENAMETOOLONG)),
+        Unread("through.png", os.strerror(errno.ENOTDIR)),
     ]
 
 
@@ -129,6 +133,9 @@ def test_digests_are_kept_until_a_file_changes(tmp_path, monkeypatch):
     changed = {"1.png": hashlib.sha256(b"another").hexdigest(), "6.png": hashlib.sha256(b"6.png").hexdigest()}
     assert digests(folder, cache) == (expected | changed, [])
     assert sorted(hashed) == ["1.png", "6.png"]
+    # A damaged line is ignored, even one that is no text.
+    cache.write_bytes(b"\xff\xfe\n" + cache.read_bytes() + b"\x80\n")
+    assert digests(folder, cache) == (expected | changed, []) and len(hashed) == 2
     # A kill may leave half a line, to which the next call appends.
     cache.write_bytes(cache.read_bytes()[:-20])
     for count in (3, 4, 4):
