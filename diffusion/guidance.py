@@ -143,9 +143,15 @@ def blind(network: Denoise) -> jax.tree_util.Partial:
 def _within(interval: tuple[float | int, ...], guided: Denoise, otherwise: Denoise) -> Denoise:
     if not interval:
         return guided
-    # t is an integer, so rounding the ends down changes nothing. In float32, 2.9999999999 would become 3.
-    low, high = (float(np.floor(end)) for end in interval)
+    low, high = map(_rounded_down, interval)
     return jax.tree_util.Partial(_guided_within, guided, otherwise, low, high)
+
+
+def _rounded_down(end: float | int) -> float:
+    """The largest float32 that is not above `end`: t is a float32, so comparing it gives the same result."""
+    with np.errstate(over="ignore"):  # infinity is above 1e299
+        nearest = np.float32(end)
+    return float(nearest if float(nearest) <= end else np.nextafter(nearest, np.float32(-np.inf)))
 
 
 def _conditional(

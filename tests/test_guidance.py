@@ -94,6 +94,14 @@ def test_the_ends_of_an_interval_are_any_real_numbers(batch, interval):
     assert guided == [t for t in range(1, 11) if low < t <= high]
 
 
+@pytest.mark.parametrize(("t", "is_guided"), [(2.3, False), (2.58, True), (4.02, True), (4.5, True), (4.51, False)])
+def test_between_the_steps_an_interval_means_its_ends_as_they_are(batch, t, is_guided):
+    """As on a grid with continuous=True."""
+    within, always = (guidance.classifier_free(network, LABELS, 2.0, ends) for ends in ((2.5, 4.5), ()))
+    times = jnp.full(3, t - 1)
+    assert np.allclose(within(batch[0], times), always(batch[0], times), rtol=1e-6) == is_guided
+
+
 def test_an_interval_means_the_steps_of_the_schedule_that_was_trained_with_also_after_respacing():
     """Respaced to t = 2, 5, 10: guided within (3, 7] is guided at the second of the three steps."""
     respaced = schedules.respace(SCHEDULE, np.array([2, 5, 10]))

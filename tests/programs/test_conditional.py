@@ -109,6 +109,9 @@ def test_intervals_that_guide_the_same_steps_are_the_same_samples(conditional):
 
     assert interval(2.5, 4.5) == interval(2, 4) == interval(2.9, 4.01) == [2, 4]
     assert repr(interval(2.0, 4)) == "[2.0, 4]" and interval() == "every t"
+    grid = {"sample__grid": "log_snr(continuous=True)", "sample__guidance": 1.0}
+    between = conditional(**grid, sample__guidance_interval=(2.5, 4.5))  # this grid visits t between the integers
+    assert sample.described(between, "learned_range")["guidance_interval"] == [2.5, 4.5]
 
 
 REFUSED = [
