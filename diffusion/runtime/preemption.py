@@ -30,7 +30,8 @@ class Preemption:
 
     A second SIGINT always interrupts at once, because a person at the keyboard means it. In a multi-process run JAX's
     coordination service receives SIGTERM and tells every process where to stop. SIGHUP is passed on to it as a SIGTERM,
-    and SIGINT keeps its usual meaning. A SIGHUP that is ignored (nohup) stays ignored.
+    and SIGINT keeps its usual meaning. A SIGHUP that is ignored (nohup) stays ignored, and so does a SIGINT (`&` in a
+    script).
     """
 
     def __init__(self):
@@ -42,9 +43,11 @@ class Preemption:
     def __enter__(self) -> "Preemption":
         alone = jax.process_count() == 1
         handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT) if alone else (), self._receive)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            handlers[signal.SIGHUP] = self._receive if alone else _pass_on
-        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        handlers[signal.SIGHUP] = self._receive if alone else _pass_on
+        self._before = {}  # it is complete only at the end, when a signal may already have come
+        for number, handler in handlers.items():
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, handler)
         _enter(self)
         return self
 
@@ -86,14 +89,16 @@ class Preemption:
     def check(self) -> None:
         """Raises `Preempted` if a signal asked to stop. Call it between parts of work that need no save of their own.
 
-        A single process stops as the signal comes. In a multi-process run every process must call it at the same point.
+        A single process stops as the signal comes, or here if the signal came where Python drops exceptions, such as a
+        callback of its garbage collector. In a multi-process run every process must call it at the same point.
         """
-        if jax.process_count() > 1 and self.is_due():
-            raise Preempted("stopped by a signal; the same command goes on")
+        if self.is_due():
+            raise self.stop()
 
     def _receive(self, number: int, _frame) -> None:
         is_first, self.signal_name = not self.signal_name, signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if is_first and not self._deferring:  # a later one must not break off the save that the first one asked for
             raise self.stop()
 

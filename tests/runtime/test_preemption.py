@@ -89,6 +89,35 @@ def test_under_nohup_a_hangup_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_in_the_background_of_a_script_an_interrupt_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption, preemption.at_points():
+            send(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            with pytest.raises(Preempted):
+                send(signal.SIGTERM)
+                point()
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            preemption.signal_name = ""
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_comes_where_python_drops_exceptions_stops_between_two_parts():
+    class Dying:
+        def __del__(self):
+            send(signal.SIGTERM)
+
+    with Preemption() as preemption:
+        preemption.check()
+        Dying()
+        with pytest.raises(Preempted, match="75") as stop:
+            preemption.check()
+    assert stop.value.reason == "stopped by SIGTERM; the same command goes on"
+
+
 def test_several_processes_leave_the_signals_to_jax(two_processes):
     before = handlers()
     with Preemption():
