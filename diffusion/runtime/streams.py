@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import io
 import os
+import select
 import stat
 import sys
 from collections.abc import Container
@@ -22,7 +23,9 @@ class _Lasting(io.FileIO):
 
     def write(self, data) -> int | None:
         try:
-            return super().write(data)
+            while (written := super().write(data)) is None:  # somebody made the pipe non-blocking, and it is full
+                select.select([], [self], [])
+            return written
         except OSError as error:
             if error.errno not in self._ignored:
                 raise

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,27 @@ def test_only_a_full_disk_is_told_and_of_stdout_alone(opened, ignored):
     finally:
         stream.close()
         os.close(descriptor)
+
+
+@pytest.mark.parametrize("ignored", [streams.GONE, streams.EVERY])
+def test_a_full_pipe_that_does_not_block_is_waited_for(ignored):
+    """As Node and some CI runners leave it."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    stream, found = streams._lasting(None, writing, ignored), []
+
+    def read_later():
+        time.sleep(0.1)
+        found.extend(iter(lambda: os.read(reading, 10_000), b""))
+
+    reader = threading.Thread(target=read_later, daemon=True)
+    reader.start()
+    print(1_000_000 * "x", file=stream)
+    stream.close()
+    os.close(writing)
+    reader.join()
+    os.close(reading)
+    assert b"".join(found) == 1_000_000 * b"x" + b"\n"
 
 
 def test_in_a_file_an_error_of_the_disk_is_told(tmp_path):
