@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import socket
+import stat
 import time
 import uuid
 import zipfile
@@ -110,17 +111,23 @@ def alone(path: Path, waiting: str) -> Iterator[BinaryIO]:
                 _wait_for(file, waiting)
             except OSError:
                 break
-            # The one that had it before may have renamed it, and another one made a new file.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    yield file
-                    return
+            if _is_at(file, path):
+                yield file
+                return
     own = unfinished(path, "tmp")
     try:
         with own.open("a+b") as file:
             yield file
     finally:
         own.unlink(missing_ok=True)
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether the file is still at its path. Another process may have renamed it, and a third one made a new file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _wait_for(file: BinaryIO, waiting: str) -> None:
@@ -180,9 +187,25 @@ def cache_directory() -> Path:
     """`$XDG_CACHE_HOME/diffusion`, or ~/.cache/diffusion; it need not exist.
 
     Raises:
-        FileNotFoundError: there is no home directory. A caller that can do without a cache catches it.
+        FileNotFoundError: there is no home directory, or one that cannot be entered. A caller that can do without a
+            cache catches it.
     """
     try:
-        return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "diffusion"
+        path = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "diffusion"
     except ValueError as error:
         raise FileNotFoundError(f"there is no place for a cache: {NO_HOME}; set XDG_CACHE_HOME") from error
+    if not _can_be_entered(path):
+        raise FileNotFoundError(f"there is no place for a cache: {path} cannot be reached; set XDG_CACHE_HOME")
+    return path
+
+
+def _can_be_entered(directory: Path) -> bool:
+    """Whether this user may enter a directory or, if it does not exist, the one in which it would be made."""
+    for path in (directory, *directory.parents):
+        try:
+            return stat.S_ISDIR(os.stat(path).st_mode) and os.access(path, os.X_OK)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return False
+    return False

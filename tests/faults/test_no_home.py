@@ -1,5 +1,6 @@
 """Without HOME and an entry in /etc/passwd, as in many containers: only what needs a home asks for one."""
 
+import os
 import pwd
 import re
 from pathlib import Path
@@ -49,6 +50,23 @@ def test_a_reference_is_computed_and_not_kept(caplog):
 def test_what_is_only_found_in_a_cache_is_one_line(where):
     with pytest.raises(FileNotFoundError, match=r"^there is no place for a cache: no home .* set XDG_CACHE_HOME$"):
         where()
+
+
+@pytest.mark.parametrize("home", [os.devnull, f"{os.devnull}/home"])
+def test_a_home_that_cannot_be_entered_is_none(monkeypatch, caplog, home):
+    monkeypatch.setenv("HOME", home)
+    made = Reference({}, {}, np.ones((1, 1), np.float32))
+    assert reference.cached({"data": "a"}, 1, lambda: made) is made
+    assert "cannot be reached; set XDG_CACHE_HOME; what is computed of the reference is not kept" in caplog.text
+
+
+def test_nor_is_the_home_of_another_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.cache_directory() == tmp_path / ".cache" / "diffusion"
+    (tmp_path / ".cache").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != (tmp_path / ".cache", os.X_OK))
+    with pytest.raises(FileNotFoundError, match=r"cannot be reached; set XDG_CACHE_HOME$"):
+        files.cache_directory()
 
 
 def test_data_lie_where_they_are_said_to_lie(tmp_path):

@@ -30,6 +30,12 @@ def test_what_breaks_off_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_an_error_of_the_work_is_not_one_of_the_file_that_one_process_holds(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a record"), files.alone(tmp_path / "taken", ""):
+        raise FileNotFoundError("a record")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
 @pytest.mark.parametrize("name", [255 * "a", 85 * "\u20ac", "b" + 127 * "\xe9", 250 * "a" + "\udcff.npz"])
 def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path, name):
     files.write_text(tmp_path / name, "whole")
