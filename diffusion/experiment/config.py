@@ -157,6 +157,8 @@ def fault_of_file(path: str, error: BaseException) -> str:
     Args:
         path: the value of --config, without the argument of `get_config`.
     """
+    if isinstance(error, SyntaxError) and not error.filename:  # Python could not begin to read it
+        return f"--config={path}: {error}; it must be Python in UTF-8"
     file = Path(path.partition(":")[0]).resolve()
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):  # the file is not run, so the traceback has no frame of it

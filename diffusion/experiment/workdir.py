@@ -42,11 +42,9 @@ WRITTEN = (
 
 
 def parse(text: str, flag: str = "--workdir") -> Path:
-    """The directory that a flag names.
-
-    Raises:
-        ValueError: it is a URL, which would become a local folder of that name.
-    """
+    """The directory that a flag names. Raises a ValueError for a URL or None, which would become a local folder."""
+    if text == "None":
+        raise ValueError(f"{flag}=None names no directory; ./None is a folder of that name")
     if "://" in text:
         raise ValueError(f"{flag}={text} is not a local directory; remote paths are not read")
     return files.expanded(text)

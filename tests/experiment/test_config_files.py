@@ -147,6 +147,17 @@ def test_a_config_file_that_fails_is_one_line_with_its_place(kind, tmp_path, cap
         assert ended.value.code == 2 and line.startswith(f"error: --config={path}, ") and line.count("\n") == 1
 
 
+@pytest.mark.parametrize("contents", ["x = 1\n".encode("utf-16"), b"x = 1\0\n"], ids=["utf-16", "nul"])
+def test_a_config_file_that_python_cannot_begin_to_read_is_one_line(contents, tmp_path, capsys, parsed):
+    path = tmp_path / "mine.py"
+    path.write_bytes(contents)
+    with pytest.raises(SystemExit):
+        parsed(f"--config={path}")
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: --config={path}: ") and line.endswith("it must be Python in UTF-8\n")
+    assert line.count("\n") == 1
+
+
 def test_there_must_be_a_get_config_that_returns_a_config(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # where ml_collections keeps the last one
     path = tmp_path / "mine.py"

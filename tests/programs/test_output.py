@@ -125,3 +125,5 @@ def test_an_output_that_is_another_run_or_no_place_is_one_line(tmp_path):
         results.place(theirs, f"{file}/a", "samples")
     with pytest.raises(ValueError, match="^--output=gs://a is not a local directory; remote paths"):
         results.place(theirs, "gs://a", "samples")
+    with pytest.raises(ValueError, match="^--output=None names no directory; ./None is a folder of that name$"):
+        results.place(theirs, "None", "samples")
