@@ -218,9 +218,13 @@ def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
     """
     like = experiment.abstract_state()
     resumed = processes.on_first(lambda: checkpoints.resume(like))
-    if resumed is None and experiment.start and processes.is_first():
-        print(f"init_from={experiment.config.init_from}: {experiment.start.described()}", file=sys.stderr)
-    return processes.from_first(jax.device_get(experiment.initial_state()) if resumed is None else resumed)
+    if processes.bool_from_first(resumed is None):
+        if experiment.start and processes.is_first():
+            print(f"init_from={experiment.config.init_from}: {experiment.start.described()}", file=sys.stderr)
+        return processes.from_first(jax.device_get(experiment.initial_state()))
+    # Other processes need only the shapes. What config.init_from names may be gone by now.
+    shaped = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+    return processes.from_first(shaped if resumed is None else resumed)
 
 
 def check_data(config: ConfigDict, directory: Path, now: dict[str, str]) -> None:

@@ -91,7 +91,7 @@ def train(
             logs, saves = plan.is_due(step, training.log_every), plan.is_due(step, plan.checkpoint_every)
             validates = saves or plan.is_due(step, plan.validate_every)
             stops = preemption.is_due() and step < plan.num_steps
-            if logs or validates or stops or plan.draws(step):
+            if logs or validates or stops or plan.draws(step) or plan.measures(step):
                 window = state.part(lambda state: state.window).host()
                 checks.finite(unchecked, group_names, window, plan.skip_nonfinite)
                 unchecked.clear()

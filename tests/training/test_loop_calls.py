@@ -19,7 +19,7 @@ from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.devices import Replicated
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preempted, Preemption
-from diffusion.training import clock, loop, parallel
+from diffusion.training import checks, clock, loop, parallel
 
 pytestmark = pytest.mark.usefixtures("steps_compiled_once")
 
@@ -154,8 +154,11 @@ def test_what_is_monitored_shown_and_ranked_is_the_ema_and_all_of_the_state_is_s
 
 
 def test_a_signal_that_stops_the_samples_metrics_saves_and_the_resumed_run_writes_the_same_row(tmp_path):
-    """Metrics of samples after steps 2 and 4, the last one; the row of the step has the loss, too."""
-    keys = {"train__num_steps": 4, "train__checkpoint_every": 4, "train__sample_every": 0, "train__log_every": 2}
+    """Metrics of samples after steps 2 and 4, the last one, whose row has the loss, too.
+
+    The losses are checked before, because a step that a signal stops is saved.
+    """
+    keys = {"train__num_steps": 4, "train__checkpoint_every": 4, "train__sample_every": 0, "train__log_every": 4}
     made = toy.experiment(**keys, quality__every=2, schedule__num_steps=2)
     start, plan = jax.device_get(made.initial_state()), build.plan(made.config)
     train_steps = parallel.train_steps(made.training, plan.seed)  # compiled once
@@ -167,10 +170,17 @@ def test_a_signal_that_stops_the_samples_metrics_saves_and_the_resumed_run_write
         return True
 
     def run(directory, state, at=None):
-        steps = iter(range(int(state.step) or 2, 5, 2))
+        steps, finite = iter(range(int(state.step) or 2, 5, 2)), checks.finite
+        checked = {int(state.step)}
+
+        def check(unchecked, *rest):
+            checked.update(step for steps, _ in unchecked for step in steps)
+            finite(unchecked, *rest)
 
         def quality(params, stops):
-            if next(steps) == at:
+            step = next(steps)
+            assert step in checked
+            if step == at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return None if stops() else {"fid": float(np.abs(jax.tree.leaves(params.host())[0]).sum())}
 
@@ -181,6 +191,7 @@ def test_a_signal_that_stops_the_samples_metrics_saves_and_the_resumed_run_write
             Preemption() as preemption,
         ):
             patch.setattr(parallel, "train_steps", lambda *_: train_steps)
+            patch.setattr(checks, "finite", check)
             given = made.training, plan, state, toy.source("train"), True, lambda params: {"val_loss": 1.0}
             return loop.train(*given, never, drawn, quality, checkpoints, log, preemption)
 
@@ -198,6 +209,20 @@ def test_a_signal_that_stops_the_samples_metrics_saves_and_the_resumed_run_write
             saved = checkpoints.restore(at, made.abstract_state())
         assert tree_sha256(run(directory, saved)) == tree_sha256(end)
         assert rows(directory.name) == wanted
+
+
+def test_a_process_that_resumes_with_others_does_not_begin_anew(tmp_path, monkeypatch):
+    """Only process 0 read the checkpoint; the weights from which the run began may be gone by now."""
+    monkeypatch.setattr(build.Experiment, "initial_state", lambda _: pytest.fail("it began anew"))
+    monkeypatch.setattr(processes, "on_first", lambda make: None)
+    monkeypatch.setattr(processes, "bool_from_first", lambda value: False)
+    monkeypatch.setattr(processes, "from_first", lambda tree: tree)
+    made = toy.experiment()
+    with Checkpoints(tmp_path) as checkpoints:
+        found, like = train.resume(made, checkpoints), made.abstract_state()
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), found) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), like
+    )
 
 
 def test_a_run_at_its_last_step_goes_on_only_if_what_was_measured_of_its_samples_has_no_row(tmp_path):
