@@ -194,7 +194,7 @@ def _refuse_other_settings(settings: dict[str, Any], directory: Path, staging: P
 
 
 def _metadata(directory: Path) -> dict[str, Any]:
-    return _read_json(directory / "metadata.json", f"delete {directory} and give the same command again")
+    return _read_json(directory / "metadata.json", f"take another --name, or delete {directory}")
 
 
 def _read_json(path: Path, advice: str) -> dict[str, Any]:

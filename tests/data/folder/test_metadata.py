@@ -48,6 +48,10 @@ def test_damage_of_the_pixels_stays_damage_and_is_named():
     damaged = whole[:33] + chunk(b"gAMA", b"1") + whole[33:-30]
     with pytest.raises(Unreadable, match="Truncated gAMA"):
         to_pixels(damaged, WIDE)
+    text = bytearray(chunk(b"tEXt", b"key\0value"))
+    text[-1] ^= 1
+    with pytest.raises(Unreadable):
+        to_pixels(whole[:33] + bytes(text) + whole[33:], WIDE)
     # A length that covers the palette: without the checksum, the picture would have other colours.
     palette = encoded(PICTURE.quantize(7), "PNG")
     end = palette.index(b"IDAT") - 4
