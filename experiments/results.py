@@ -188,7 +188,11 @@ def read(directory: Path) -> tuple[list[FinishedRun], dict[str, str]]:
         if "test_bpd" not in summary:
             unfinished[folder.name] = "trained, and not scored (eval.num_images=-1)"
             continue
-        config = _with_every_key(config_lib.flatten(workdir.read_config(folder)))
+        try:
+            config = _with_every_key(config_lib.flatten(workdir.read_config(folder)))
+        except (ValueError, OSError) as error:  # damaged, or with a key of another version
+            unfinished[folder.name] = str(error)
+            continue
         bounds = None, None
         if not config["eval.terms_per_image"]:
             bounds = _bounds(folder / "bpd.npz")

@@ -132,8 +132,12 @@ def run_cells(cells: list[Cell], directory: Path, with_quality: bool = True) -> 
 
 
 def _is_done(cell: Cell, directory: Path, with_quality: bool = True) -> bool:
-    config = workdir.continued(cell.config(), directory, cell.overrides)
-    return workdir.is_finished(directory, config) and (not with_quality or quality.is_measured(config, directory))
+    """Whether the cell is trained, scored and measured. A folder that cannot be read is not: `run_cell` says why."""
+    try:
+        config = workdir.continued(cell.config(), directory, cell.overrides)
+        return workdir.is_finished(directory, config) and (not with_quality or quality.is_measured(config, directory))
+    except (ValueError, OSError):
+        return False
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -256,8 +260,12 @@ def run_grid(
     arguments = parser.parse_args(argv)
     base = Cell("base", arguments.base, {}).config()
     axes = {axis: defaults.get(axis, [str(base[key])]) for axis, key in AXES.items()}
-    axes |= {axis: split_values(given) for axis in AXES if axis != "seed" and (given := getattr(arguments, axis))}
-    axes |= further_axes(arguments.axis)
+    flags = {axis: split_values(given) for axis in AXES if axis != "seed" and (given := getattr(arguments, axis))}
+    further = further_axes(arguments.axis)
+    if twice := flags.keys() & further.keys():
+        axis = min(twice)
+        raise ValueError(f"--{axis} and --axis {AXES[axis]} are the same axis; give all of its values in one of them")
+    axes |= flags | further
     axes["seed"] = seeds(arguments, axes["seed"])
     return execute(arguments, grid(arguments.base, axes, overrides(arguments.set)), target_of)
 

@@ -98,7 +98,7 @@ def further_axes(given: list[str]) -> dict[str, list[str]]:
     """["objective.weighting=none,min_snr", "schedule.name=cosine"] -> the values by the name of the axis.
 
     Raises:
-        ValueError: an axis has no value, or is the seed.
+        ValueError: an axis has no value, is given twice, or is the seed.
     """
     axes = {}
     for text in given:
@@ -106,5 +106,7 @@ def further_axes(given: list[str]) -> dict[str, list[str]]:
         if not values or key == "seed":
             raise ValueError(f"--axis {text} must be KEY=A,B,... with a config key other than seed: use --seeds")
         name = next((axis for axis, its_key in AXES.items() if its_key == key), key)
+        if name in axes:
+            raise ValueError(f"--axis {key} is given twice; give all of its values in one --axis {key}=A,B,...")
         axes[name] = split_values(values)
     return axes

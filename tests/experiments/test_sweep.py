@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from diffusion.experiment import config as config_lib
+from diffusion.experiment import workdir
 from experiments import cifar10_small, ho2020, sweep, variance
 from experiments.sweep import Cell
 
@@ -63,6 +64,18 @@ def test_any_config_key_can_be_an_axis_and_the_seed_stays_the_fastest():
             sweep.further_axes([text])
     with pytest.raises(ValueError, match="did you mean optim.grad_clip"):
         sweep.possible(sweep.grid(BASE, axes() | {"optim.grad_clop": ["1"]}, {}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--axis", "optim.grad_clip=0", "--axis", "optim.grad_clip=1"], "--axis optim.grad_clip is given twice"),
+        (["--variance=learned", "--axis", "model.variance=fixed_small"], "--variance and --axis model.variance are"),
+    ],
+)
+def test_an_axis_that_is_given_twice_is_refused(flags, words):
+    with pytest.raises(ValueError, match=words):
+        sweep.main(["--workdir=none", "--list", *flags])
 
 
 def test_signals_do_after_a_sweep_what_they_did_before(tmp_path, monkeypatch):
@@ -203,6 +216,21 @@ def test_one_failure_leaves_the_others_alone(tmp_path, monkeypatch):
     assert "data.name='nowhere'" in (tmp_path / "nowhere" / "log.txt").read_text()
     assert "samples.png, which a run would overwrite" in failures["foreign"]
     assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["samples.png"]
+
+
+@pytest.mark.parametrize("text", ["{", '{"objective": {"vlb_wait": 1}}'])
+def test_a_config_that_cannot_be_read_fails_its_own_cell_alone(tmp_path, monkeypatch, text):
+    """One is damaged; the other has a key that this version does not have."""
+    cells = [Cell("unreadable", BASE, {}), Cell("second", BASE, {})]
+    for cell in cells:
+        workdir.claim(cell.config(), tmp_path / cell.name)
+    (tmp_path / "unreadable" / "config.json").write_text(text)
+    (tmp_path / "unreadable" / "summary.json").write_text("{}")
+    monkeypatch.setattr(sweep, "_run", lambda cell, *_: ran.append(cell.name) or 0)
+    ran = []
+    failures = sweep.run_cells(cells, tmp_path, with_quality=False)
+    assert ran == ["second"] and list(failures) == ["unreadable"]
+    assert failures["unreadable"].startswith(f"{tmp_path / 'unreadable' / 'config.json'} ")
 
 
 def test_failures_come_after_the_table_in_a_file_of_both(monkeypatch):

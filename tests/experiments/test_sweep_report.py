@@ -256,6 +256,14 @@ def test_report_is_rebuilt_from_the_folders(finished, tmp_path, capsys):
     assert "eps-cut" in page and "runs: 5 finished, 1 begun" in page
 
 
+def test_a_finished_run_whose_config_cannot_be_read_is_named_beside_the_others(finished, tmp_path):
+    (tmp_path / FIRST / "config.json").write_text("{")
+    text = sweep_report.write(tmp_path, lambda run: None)
+    path = tmp_path / FIRST / "config.json"
+    assert f"- {FIRST} is not finished: {path} is damaged" in text
+    assert sorted(columns(tmp_path)["seeds"]) == ["1 of 2: not 0", "2"]
+
+
 def test_a_report_of_nothing_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run in .* is finished"):
         sweep_report.write(tmp_path, variance.target_by_config)
