@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
-from diffusion.evaluation import distances, frechet, quality
+from diffusion.evaluation import distances, features, frechet, quality
 from diffusion.evaluation.frechet import Moments
+from diffusion.networks import inception
 from diffusion.runtime import files
 
 Numbers = dict[str, float | int | None]
@@ -43,7 +44,8 @@ def cached(facts: dict[str, str], dimension: int, make: Callable[[], Reference])
         OSError: the kept reference cannot be read. (A damaged one is computed again, and one that cannot be written is
             not kept; a warning says so.)
     """
-    code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in (distances, frechet, quality)]
+    modules = distances, features, frechet, inception, quality
+    code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in modules]
     about = json.dumps([facts, sorted(quality.METRICS), code], sort_keys=True)
     try:
         folder = files.cache_directory() / "references"

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from diffusion import interop
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import export, named_run, names
+from diffusion.experiment.combination import start_schedule
 from diffusion.experiment.schema import network_keys
 from diffusion.interop import ho2020, openai_flags, vdm
 from diffusion.networks import NETWORKS
@@ -25,6 +26,7 @@ WEIGHTLESS = {"dropout", "convolution", "dtype", "remat", "parent", "name"}
 # Keys that determine the meaning of a network's input and output.
 MEANING = ("model.network", "model.prediction", "model.variance", "model.conditioning", "model.rescale_t")
 MEANING += ("schedule.num_steps",)
+ENDS = "γ_1, γ_T of the schedule before training"  # by which γ is rescaled, for a network that takes γ
 
 
 class Start(NamedTuple):
@@ -94,7 +96,15 @@ def _settings(network: nn.Module, config: ConfigDict) -> dict[str, Any]:
     group = names.parse(config.model.network).name
     fields = {field.name for field in dataclasses.fields(network)} - WEIGHTLESS
     flat, of_network = config_lib.flatten(config), {f"{group}.{field}": getattr(network, field) for field in fields}
-    return dict(sorted(of_network.items())) | {key: flat[key] for key in MEANING}
+    return dict(sorted(of_network.items())) | {key: flat[key] for key in MEANING} | _ends(config)
+
+
+def _ends(config: ConfigDict) -> dict[str, Any]:
+    """The ends of γ, if the network is conditioned on it; other ends give the same noise another number."""
+    if config.model.conditioning != "gamma":
+        return {}
+    log_snr = np.asarray(start_schedule(config)[0].log_snr, np.float64)
+    return {ENDS: tuple((-log_snr[[1, -1]]).round(3).tolist())}
 
 
 def _read(text: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -135,7 +145,7 @@ def _all_settings(config: ConfigDict) -> dict[str, Any]:
     flat = config_lib.flatten(config)
     group, arguments = names.parse(flat["model.network"])
     defaults = {name: key.when_absent for name, key in network_keys().items() if name.startswith(f"{group}.")}
-    return defaults | flat | {f"{group}.{name}": value for name, value in arguments.items()}
+    return defaults | flat | {f"{group}.{name}": value for name, value in arguments.items()} | _ends(config)
 
 
 def _published(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

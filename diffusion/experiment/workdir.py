@@ -190,6 +190,8 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest",
     def read() -> EmaState:
         with Checkpoints(directory / "checkpoints") as checkpoints:
             if experiment.config.init_from and checkpoints.latest_step() is None:
+                if experiment.config.ema.length:
+                    raise ValueError(f"ema.length={experiment.config.ema.length:g} needs a run; init_from is no run")
                 start = ema_of(experiment.initial_state())
                 if claims and not (directory / "config.json").exists():
                     claim(experiment.config, directory)

@@ -51,14 +51,24 @@ def read(experiment: Experiment, text: str, directory: Path) -> Fork | None:
     if has_begun(directory):
         return None
     source = named_run.parse(text, "--fork")
-    old, new = workdir.read_config(source.directory).data, experiment.config.data
-    named_run.warn_of_seen_images(f"--fork={text}", new.validation, old.validation)
+    old, new = workdir.read_config(source.directory), experiment.config
+    named_run.warn_of_seen_images(f"--fork={text}", new.data.validation, old.data.validation)
+    if old.ema.post_hoc and new.ema.post_hoc and new.ema.post_hoc != old.ema.post_hoc:
+        raise ValueError(
+            f"--fork={text} holds averages of the lengths ema.post_hoc={tuple(old.ema.post_hoc)}, "
+            f"which go on in a fork; the config has {tuple(new.ema.post_hoc)}"
+        )
     try:
         with Checkpoints(source.checkpoints) as checkpoints:
             state = checkpoints.restore(source.step(checkpoints), experiment.abstract_state())
     except OtherCheckpoint as error:
         instead = f"--config.init_from={text} --config.init_adapt=True begins a new run with the parameters that fit"
         raise ValueError(f"{error}; a fork keeps network and optimizer; without --fork, {instead}") from error
+    if state.step >= new.train.num_steps:
+        raise ValueError(
+            f"--fork={text} is at step {state.step}, so train.num_steps={new.train.num_steps} leaves nothing to train; "
+            "it counts from the beginning of the old run"
+        )
     origin = {"directory": str(source.directory.resolve()), "step": int(state.step)}
     origin |= {"ema_sha256": tree_sha256(state.ema_params)}
     return Fork(state, origin, [row for row in read_metrics(source.directory) if row["step"] <= state.step])

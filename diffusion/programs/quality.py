@@ -25,6 +25,7 @@ from diffusion.runtime import files, processes
 from diffusion.runtime.preemption import Preemption
 
 NAME = "quality.json"
+FEWEST_TRAINED = 4  # images of the training split: its two halves are compared, for scale
 UNFINISHED = "unfinished_quality"  # in the workdir: features of a call that was stopped
 USUAL_IMAGES = 50_000  # of published Fréchet distances
 # With Inception's features these numbers have a name of their own, under which papers state them.
@@ -105,24 +106,27 @@ class Scorer:
 
     Args:
         config: the config with the features and the reference.
-        sources: the splits that may be used, the training split among them. An empty split counts as missing.
+        sources: the splits that may be used, the training split among them. A split of fewer than two images, which
+            have no covariance, counts as missing.
         unfinished: a folder that keeps the features of a network, for a call that may be stopped.
 
     Raises:
         FileNotFoundError, ConnectionError: the features' weights or the reference's file are missing.
-        ValueError: they are damaged or do not fit, or the reference is an empty split.
+        ValueError: they are damaged or do not fit, or the reference or the training split has too few images.
     """
 
     def __init__(self, config: ConfigDict, sources: Iterable[Source], unfinished: Path | None = None):
         self._unfinished = unfinished
-        self._config, self._sets = config, {source.split: source for source in sources if len(source)}
+        self._config, self._sets = config, {source.split: source for source in sources if len(source) > 1}
+        if "train" not in self._sets or len(self._sets["train"]) < FEWEST_TRAINED:
+            raise ValueError(f"quality takes a training split of {FEWEST_TRAINED} images or more, two for each half")
         self._features = build.quality_features(config, self._sets["train"])
         self._dimension = self._features.extract(self._sets["train"].images(slice(1))).features.shape[1]
         self._published = None
         if self._config.quality.reference not in SPLITS:
             self._published = reference.published(self._path, self._dimension)
         elif self._config.quality.reference not in self._sets:
-            raise ValueError(f"quality.reference={self._config.quality.reference!r} has no images here")
+            raise ValueError(f"quality.reference={self._config.quality.reference!r} has fewer than two images here")
 
     @property
     def _path(self) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import toy
 
 from configs import cifar10
-from diffusion import data, interop
+from diffusion import data, interop, schedules
 from diffusion.experiment import build, init_from, workdir
 from diffusion.interop import diffusers
 from diffusion.networks.adm import ADM
@@ -203,8 +203,25 @@ def test_weights_are_scored_and_sampled_without_a_checkpoint(source, tmp_path, m
     assert list((tmp_path / "run" / "evaluations").glob("*/bpd.npz")) and not workdir.is_finished(tmp_path / "run")
     sample.run(config, tmp_path / "run")
     assert np.load(tmp_path / "run" / "samples.npz")["images"].shape == (8, *toy.SHAPE)
+    with pytest.raises(ValueError, match="^ema.length=0.1 needs a run; init_from is no run$"):
+        keys = {"ema__post_hoc": (0.05, 0.15), "ema__length": 0.1}
+        evaluate.run(made(init_from=str(directory), **keys), tmp_path / "other")
     with pytest.raises(ValueError, match=rf"another config \(init_from: {directory} → {directory}@best"):
         evaluate.run(made(init_from=f"{directory}@best"), tmp_path / "run")
+
+
+def test_for_a_network_that_takes_gamma_the_ends_of_gamma_are_part_of_its_meaning():
+    """They scale γ, so that with others the same noise reaches the network as another number."""
+
+    def settings(**keys):
+        config = toy.config(model__conditioning="gamma", **keys)
+        return init_from._all_settings(config)[init_from.ENDS]
+
+    linear = settings(schedule__name="linear", schedule__num_steps=1000)
+    schedule = schedules.linear(1000)
+    np.testing.assert_allclose(linear, (-schedule[1].log_snr, -schedule[1000].log_snr), atol=1e-3)
+    assert settings(schedule__name="linear", schedule__num_steps=100) != linear
+    assert init_from.ENDS not in init_from._all_settings(toy.config())
 
 
 def test_a_directory_without_weights_is_refused_before_anything_is_written(tmp_path, monkeypatch, layer):

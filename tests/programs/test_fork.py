@@ -103,11 +103,21 @@ def test_a_fork_that_was_killed_before_its_checkpoint_is_made_again(source, tmp_
         ("/none", {}, "holds no run"),
         ("", {"schedule__name": "learned(start='cosine')"}, "is not in the checkpoint|has no place in"),
         ("", {"model__variance": "fixed_small", "objective__name": "simple"}, "the config wants.*init_adapt=True"),
+        ("", {}, "is at step 12, so train.num_steps=12 leaves nothing to train"),
+        ("@8", {"train__num_steps": 6}, "is at step 8, so train.num_steps=6 leaves nothing to train"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(ending, keys, words, source, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         run(tmp_path / "new", f"{source}{ending}", **keys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_averages_go_on_with_the_lengths_that_they_have(tmp_path, unscored):
+    run(tmp_path / "source", ema__post_hoc=(0.05, 0.1), train__num_steps=4)
+    words = r"lengths ema.post_hoc=\(0.05, 0.1\), which go on in a fork; the config has \(0.1, 0.2\)"
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path / "new", tmp_path / "source", ema__post_hoc=(0.1, 0.2))
     assert not (tmp_path / "new").exists()
 
 

@@ -56,6 +56,19 @@ def saved(directory):
     return json.loads((directory / "quality.json").read_text())
 
 
+def test_a_split_of_one_image_has_no_covariance_and_counts_as_missing(tiny, small):
+    train, test = small
+    one, few = (Source("small", "test", test.images(slice(number)), 17) for number in (1, 2))
+    compared = tiny(quality__reference="train", quality__features="pixels")
+    images = test.images()
+    assert "frechet_distance_test_split" in score(compared, images, train, few)
+    assert "frechet_distance_test_split" not in score(compared, images, train, one)
+    with pytest.raises(ValueError, match="^quality.reference='test' has fewer than two images here$"):
+        program.Scorer(tiny(quality__reference="test", quality__features="pixels"), [train, one])
+    with pytest.raises(ValueError, match="^quality takes a training split of 4 images or more"):
+        program.Scorer(compared, [Source("small", "train", train.images(slice(3)), 17), test])
+
+
 PROMISED = {
     *("kid", "kid_std", "inception_score", "inception_score_std", "precision", "recall", "num_samples", "features"),
     *("reference", "sampler", "weights_sha256", "frechet_distance", "frechet_infinity", "frechet_infinity_stderr"),
