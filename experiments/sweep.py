@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from diffusion.evaluation import images
+from diffusion.experiment import config as config_lib
 from diffusion.experiment import rules, workdir
 from diffusion.programs import quality
 from diffusion.reporting import page
@@ -67,14 +69,17 @@ def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None], with_qua
     try:
         config = workdir.continued(cell.config(), directory, cell.overrides)
         workdir.check(config, directory)
+        _check_scored_alike(config, directory)
         if _is_done(cell, directory, with_quality):
             return ""
-        workdir.claim(config, directory)
+        directory.mkdir(parents=True, exist_ok=True)
         with (directory / LOG).open("a") as log:
             # The run holds this lock as its standard output. So a restarted sweep waits for a run that a killed sweep
             # left behind, and two sweeps can share a folder.
             watch("waits for another process")
             fcntl.flock(log, fcntl.LOCK_EX)
+            _check_scored_alike(config, directory)  # again: another sweep may have finished it meanwhile
+            workdir.claim(config, directory)
             code = 0
             if not workdir.is_finished(directory):
                 code = _run(cell, "train", directory, log, watch)
@@ -83,6 +88,20 @@ def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None], with_qua
     except (ValueError, OSError) as error:
         return str(error)
     return f"{last_line(directory)} (exit code {code}, see {directory / LOG})" if code else ""
+
+
+def _check_scored_alike(config: ConfigDict, directory: Path) -> None:
+    """Raises a ValueError if a finished run was scored with other values of eval.*: it is not scored again."""
+    if not workdir.is_finished(directory, config):
+        return
+    now, then = (config_lib.flatten(of) for of in (config, workdir.read_config(directory)))
+    keys = [key for key in now if key.startswith("eval.") and key != "eval.batch_size" and now[key] != then[key]]
+    if keys:
+        changes = "; ".join(f"{key}: {then[key]} → {now[key]}" for key in keys)
+        raise ValueError(
+            f"{directory} is finished and was scored with other values ({changes}); give those values again, take "
+            "another --workdir, or score this run with main.py --mode=eval"
+        )
 
 
 def _run(cell: Cell, mode: str, directory: Path, log: TextIO, watch: Callable[[str], None]) -> int:

@@ -133,6 +133,30 @@ def test_a_cell_that_was_finished_before_a_key_existed_is_not_refused(tmp_path, 
     assert "data.validation: 0 → 100" in sweep.run_cell(other, tmp_path, print)
 
 
+def test_a_finished_cell_keeps_the_settings_that_it_was_scored_with(tmp_path, monkeypatch):
+    """Its summary.json stays, so another eval.protocol in its config.json would describe scores that nobody made."""
+    monkeypatch.setattr(sweep, "_run", lambda *_: 0)
+    own = {"optim.decay": "constant"}
+
+    def run(watch=print, **keys):
+        cell = Cell("cell", BASE, own | {key.replace("__", "."): value for key, value in keys.items()})
+        return sweep.run_cell(cell, tmp_path, watch)
+
+    workdir.claim(Cell("cell", BASE, own).config(), tmp_path)
+    before = (tmp_path / "config.json").read_text()
+
+    def another_sweep_finishes_it(words):
+        (tmp_path / "summary.json").write_text("{}")
+
+    for watch, is_measured in ((another_sweep_finishes_it, False), (print, False), (print, True)):
+        monkeypatch.setattr(sweep.quality, "is_measured", lambda *_, answer=is_measured: answer)
+        failure = run(watch, eval__terms_per_image="9")
+        assert "was scored with other values (eval.terms_per_image: 0 → 9); give those values again" in failure
+        assert (tmp_path / "config.json").read_text() == before
+    assert run(eval__batch_size="7") == ""
+    assert run(eval__terms_per_image="9", train__num_steps="2000") == "", "it is scored again at its new end"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # five runs of main.py
 def test_a_sweep_end_to_end(tmp_path, monkeypatch):
