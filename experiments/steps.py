@@ -64,6 +64,9 @@ def main() -> None:
 def run(study: Study, steps: list[int], num_scored: int) -> None:
     """Draws and scores samples in every way; prints and saves the results."""
     config, directory = study.trained.config, study.directory
+    if config.model.variance == "learned":
+        needed = "take a run with model.variance=learned_range"
+        raise ValueError(f"model.variance='learned' is that of single steps, and here steps are left out; {needed}")
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     for num_steps in steps:
         schedules.evenly_spaced(study.trained.model.schedule, num_steps)  # raises before anything is sampled

@@ -66,6 +66,15 @@ class Combination(NamedTuple):
         return names.parse(self.config.sample.grid).arguments.get("continuous", False)
 
     @property
+    def leaves_out_steps(self) -> bool:
+        """Whether samples are drawn in fewer steps than the schedule has."""
+        return 0 < self.config.sample.num_steps < self.config.schedule.num_steps
+
+    @property
+    def is_ancestral(self) -> bool:
+        return names.parse(self.config.sample.method).name == "ancestral"
+
+    @property
     def learns_variance(self) -> bool:
         return VARIANCES[self.config.model.variance].is_learned
 

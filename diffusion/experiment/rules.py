@@ -192,11 +192,27 @@ RULES = (
         "is known only at the steps; leave out continuous",
     ),
     Rule(
-        lambda it: it.config.model.prediction == "mean"
-        and 0 < it.config.sample.num_steps < it.config.schedule.num_steps,
+        lambda it: it.leaves_out_steps and it.config.model.prediction == "mean",
         "sample.num_steps={c.sample.num_steps} leaves out steps of schedule.num_steps={c.schedule.num_steps}, but "
         "model.prediction={c.model.prediction!r} is the mean for the steps of that schedule only; use 0, or eps, x0 "
         "or v",
+    ),
+    Rule(
+        lambda it: it.leaves_out_steps
+        and it.is_ancestral
+        and it.config.model.variance == "learned"
+        and it.config.sample.variance == "model",
+        "sample.num_steps={c.sample.num_steps} leaves out steps of schedule.num_steps={c.schedule.num_steps}, but "
+        "model.variance={c.model.variance!r} is the variance of the steps of that schedule only; use 0, or "
+        "sample.variance=fixed_small, or train with model.variance=learned_range",
+    ),
+    Rule(
+        lambda it: it.leaves_out_steps
+        and it.is_ancestral
+        and it.config.sample.num_steps == 1
+        and it.config.model.decoder == "bayes",
+        "sample.num_steps={c.sample.num_steps} draws from p(x_0 | x_1) alone, and model.decoder={c.model.decoder!r} "
+        "does not ask the network for it; use 2 or more",
     ),
 )
 

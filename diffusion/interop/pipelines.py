@@ -40,12 +40,11 @@ OF_SAMPLING = {"timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk
 OF_SAMPLING |= {"dynamic_thresholding_ratio", "clip_predicted_image", "tensor_format", "timestep_values"}
 CLASSES = ("DDPMScheduler", "DDIMScheduler")
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-VARIANCES = {
+VARIANCES = {  # "learned" is left out: their network's output is σ², ours log σ²
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large",
     "fixed_large_log": "fixed_large",
-    "learned": "learned",
     "learned_range": "learned_range",
 }
 # beta_schedule -> β_1…β_T. The cosine is `schedules.cosine`.

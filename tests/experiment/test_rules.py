@@ -93,6 +93,8 @@ BREAKING = (
         "sample__variance": "optimal",
     },
     {"model__prediction": "mean", "sample__num_steps": 999},
+    {"model__variance": "learned", "objective__name": "vlb", "sample__num_steps": 999},
+    {"model__decoder": "bayes", "sample__num_steps": 1},
 )
 
 
@@ -188,6 +190,22 @@ def test_the_mean_of_a_step_is_the_mean_of_no_longer_step():
     assert error["eps"] < 1e-3 and error["mean"] > 0.3
     rules.check(changed(model__prediction="mean", sample__num_steps=1000))
     rules.check(changed(model__prediction="mean", sample__num_steps=0))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"sample__num_steps": 0},
+        {"sample__num_steps": 9, "sample__variance": "fixed_small"},
+        {"sample__num_steps": 9, "sample__method": "ddim"},
+    ],
+)
+def test_a_learned_variance_of_one_step_is_only_refused_where_a_sampler_takes_it_for_several(keys):
+    """On the schedule of training, with another variance, or where the method does not ask for the variance."""
+    learned = {"model__variance": "learned", "objective__name": "vlb"}
+    rules.check(changed(**learned, **keys))
+    words = "model.variance='learned' is the variance of the steps of that schedule only"
+    assert words in refusal(**learned, sample__num_steps=9)
 
 
 def test_a_grid_that_cannot_be_is_refused_by_key():

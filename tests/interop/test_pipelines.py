@@ -74,6 +74,7 @@ def test_what_has_no_effect_here_is_a_warning(caplog):
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True cannot be represented, only False"),
         ({"clip_sample_range": 2.0}, "clip_sample_range=2.0 cannot be represented, only 1.0"),
         ({"variance_type": "learned_range"}, "variance_type='learned_range' needs a network of 6 out_channels, not 3"),
+        ({"variance_type": "learned"}, "variance_type='learned' cannot be represented, only fixed_small, "),
         ({"beta_end": 2}, r"β must lie in \(0, 1\]"),
         ({"beta_start": "small"}, "beta_start='small' must be a number"),
         ({"prediction_type": ["epsilon"]}, r"prediction_type=\['epsilon'\] cannot be represented, only epsilon, "),
