@@ -12,6 +12,7 @@ from jaxtyping import Int32, UInt8
 
 from diffusion.data import places, records, unfinished
 from diffusion.data.stored_split import Stored
+from diffusion.runtime import files
 
 Decoded = tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, " n"] | None]
 
@@ -76,7 +77,7 @@ def _kept(stored: Stored, pixels_path: Path, classes_path: Path) -> Decoded | No
     try:
         pixels = np.load(pixels_path, mmap_mode="r")
         classes = np.load(classes_path) if stored.has_labels else None
-    except (FileNotFoundError, PermissionError, ValueError, EOFError):  # disk errors are raised
+    except (FileNotFoundError, PermissionError, *files.DAMAGE):  # disk errors are raised
         return None
     is_whole = pixels.shape == stored.shape and (classes is None or len(classes) == len(pixels))
     return (pixels, classes) if is_whole else None

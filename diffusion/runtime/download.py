@@ -1,6 +1,7 @@
 """Downloads of files: complete and correct, or not there."""
 
 import hashlib
+import http.client
 import os
 import time
 import urllib.error
@@ -74,7 +75,7 @@ def _append(url: str, file: BinaryIO, name: str, num_bytes: int | None, is_last:
             raise ValueError(f"{url} has {announced} bytes, not {num_bytes}: nothing was kept")
         with tqdm(total=announced, initial=begin, desc=f"downloading {name}", unit="B", unit_scale=True) as progress:
             since, bytes_since = time.monotonic(), 0
-            while block := response.read(BLOCK_BYTES):
+            while block := _read(response, url):
                 preemption.point()
                 file.write(block)
                 progress.update(len(block))
@@ -88,6 +89,13 @@ def _append(url: str, file: BinaryIO, name: str, num_bytes: int | None, is_last:
         size = os.fstat(file.fileno()).st_size
         if announced is not None and size != announced:
             raise ConnectionError(f"{url} broke off after {size} of {announced} bytes: try again")
+
+
+def _read(response: http.client.HTTPResponse, url: str) -> bytes:
+    try:
+        return response.read(BLOCK_BYTES)
+    except http.client.HTTPException as error:  # such as a part that breaks off, of a server that sends parts
+        raise ConnectionError(f"{url} broke off ({error}): try again") from error
 
 
 def _sha256(path: Path) -> str:

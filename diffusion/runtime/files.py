@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import time
+import tokenize
 import uuid
 import zipfile
 import zlib
@@ -24,7 +25,8 @@ except ImportError:  # Windows, where `streams.guard` ends every program
 
 NO_HOME = "no home directory is known (HOME is not set, and the user is not in /etc/passwd)"
 # What NumPy raises for an .npy or .npz file that is cut or damaged; an OSError is the disk's.
-DAMAGE = (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+OF_HEADER = SyntaxError, tokenize.TokenError  # the header is read as Python
+DAMAGE = (ValueError, KeyError, EOFError, RuntimeError, *OF_HEADER, zipfile.BadZipFile, zlib.error)
 MAX_BEGIN_BYTES = 128  # of a temporary file's name; file systems take 255 bytes
 SWITCH = "DIFFUSION_LOCK"  # 0 does without a lock where the file system has none
 LEFT_SECONDS = 3600.0  # a temporary file that nobody wrote to for so long is nobody's

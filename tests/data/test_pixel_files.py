@@ -93,6 +93,11 @@ def test_pictures_that_decoding_would_change_are_refused(tmp_path):
         Image.fromarray(IMAGES[0]).save(tmp_path / name, "MPO" if name == "e.jpg" else None, **options, **frames)
         with pytest.raises(ValueError, match=f"{name} has more than one frame; save each"):
             pixel_files.read(tmp_path, SHAPE, 256)
+        if name == "b.png":  # its pictures are all needed, also where Pillow cannot parse what is not
+            whole, after_header = (tmp_path / name).read_bytes(), 33
+            (tmp_path / name).write_bytes(whole[:after_header] + chunk(b"gAMA", b"cut") + whole[after_header:])
+            with pytest.raises(ValueError, match=f"{name} has more than one frame; save each"):
+                pixel_files.read(tmp_path, SHAPE, 256)
         (tmp_path / name).unlink()
     deep = IMAGES[0].astype(np.uint16) << 8 | 1
     (tmp_path / "a.png").write_bytes(png(deep, 16, COLOUR, b""))

@@ -70,6 +70,14 @@ def test_a_shard_that_holds_something_else_is_drawn_again(tmp_path, foreign):
     assert drawer.drawn == [[0, 1, 2, 3]] and sample.read(tmp_path, 4).max() == 3
 
 
+@pytest.mark.parametrize("wrong", [b"(", b"'", b"\n"])
+def test_a_header_that_is_no_python_is_damage(tmp_path, wrong):
+    path = tmp_path / "test.npy"
+    kept.on_disk(path, (2, 3))[:] = 1.0
+    path.write_bytes(path.read_bytes().replace(b"}", wrong, 1))
+    assert np.isnan(kept.on_disk(path, (2, 3))).all()
+
+
 def test_terms_of_an_unfinished_evaluation_are_computed_again(tmp_path, damage):
     path, shape = tmp_path / "unfinished" / "test.npy", (2, 3, 4)
     terms = kept.on_disk(path, shape)

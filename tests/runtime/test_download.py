@@ -17,6 +17,8 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 class Server(http.server.BaseHTTPRequestHandler):
     """/whole sends CONTENT, /cut a half of what it announces, /unannounced all of it without its length.
 
+    /chunks sends a chunk that ends before its announced length.
+
     /parts sends the part that it is asked for, and every request but the last ends after 300,000 bytes.
     """
 
@@ -28,6 +30,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         if self.path == "/parts":
             return self.send_part()
         self.send_response(200)
+        if self.path == "/chunks":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            return self.wfile.write(b"100000\r\n" + CONTENT[:1000])
         if self.path != "/unannounced":
             self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()
@@ -113,7 +119,7 @@ def test_what_is_kept_is_used_only_if_all_of_it_is_right(url, tmp_path, kept):
 
 def test_the_next_server_goes_on_where_one_failed_sent_something_else_or_was_slow(url, tmp_path, monkeypatch):
     path = tmp_path / "file"
-    for name in ("gone", "cut"):
+    for name in ("gone", "cut", "chunks"):
         download([f"{url}/{name}", f"{url}/whole"], SHA256, path)
         assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
         path.unlink()

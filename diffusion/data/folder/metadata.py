@@ -14,7 +14,8 @@ Result = TypeVar("Result")
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 # Optional chunks of PNG that are needed, and texts that may hold the orientation.
-PNG_NEEDED = b"tRNS", b"eXIf"
+PNG_NEEDED = b"tRNS", b"eXIf", b"fdAT"
+PNG_ANIMATION = {b"acTL": 8, b"fcTL": 26}  # needed, too, if they have this number of bytes
 PNG_TEXTS = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"
 # Markers of JPEG: of segments before the pixels, of segments of applications, and of a comment.
 SEGMENTS, APP, COM = {*range(0xC0, 0xD0), *range(0xDB, 0xFF)}, range(0xE0, 0xF0), 0xFE
@@ -69,7 +70,8 @@ def _png(data: bytes) -> bytes:
         content, checksum = data[begin + 8 : end - 4], data[end - 4 : end]
         if zlib.crc32(kind + content) != int.from_bytes(checksum):  # damage, perhaps of the length
             break
-        if kind[:1].isupper() or kind in PNG_NEEDED or content.startswith(PNG_TEXTS):
+        is_animation = PNG_ANIMATION.get(kind) == length
+        if kind[:1].isupper() or kind in PNG_NEEDED or is_animation or content.startswith(PNG_TEXTS):
             kept.append(data[begin:end])
         begin = end
     return b"".join(kept) + data[begin:]
