@@ -18,6 +18,7 @@ from diffusion.reporting.summary import read_json
 from diffusion.runtime import files
 from diffusion.runtime.digests import short_sha256
 from experiments import intervals, tables
+from experiments.distance_kind import DistanceKind, distance_kind
 
 # The axes of a grid, and the config keys behind them.
 AXES = {
@@ -78,19 +79,6 @@ class FinishedRun:
 TargetOf = Callable[[FinishedRun], Target | None]  # the published result that a run is compared with
 
 
-class DistanceKind(NamedTuple):
-    """The kind of a Fréchet distance. Only distances of the same kind are comparable."""
-
-    title: str  # names the features; only with Inception's is the distance called FID
-    features: str
-    num_samples: int
-    weights: str = ""  # a digest of the features' network
-
-    def __str__(self) -> str:
-        weights = f", network {self.weights}" if self.weights else ""
-        return f"{self.title}, {self.num_samples:,} samples{weights}"
-
-
 @dataclasses.dataclass(frozen=True)
 class Row:
     """The runs that differ only in their seed, in the order of the seeds."""
@@ -131,7 +119,7 @@ class Row:
     @property
     def distance_kind(self) -> DistanceKind | None:
         """The kind of Fréchet distance that every seed has; None if one has none or another kind."""
-        found = {distance_kind(run) for run in self.runs}
+        found = {distance_kind(run.config, run.quality) for run in self.runs}
         return found.pop() if len(found) == 1 else None
 
     @property
@@ -156,15 +144,6 @@ class Difference(NamedTuple):
     bpd: dict[int, float]
     stderr_bpd: float
     distances: dict[int, float]
-
-
-def distance_kind(run: FinishedRun) -> DistanceKind | None:
-    """The kind of Fréchet distance in a run's quality.json."""
-    found = numbers.distance(run.quality)
-    if not found:
-        return None
-    weights = (run.quality.get("weights_sha256") or "")[:8]
-    return DistanceKind(found.title, run.quality["features"], run.quality["num_samples"], weights)
 
 
 def last_line(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """The figures of a sweep's report: bits/dim of each row, the bound per t, and the Fréchet distance against bits/dim."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import intervals
-from experiments.results import Difference, DistanceKind, Row, TargetOf
+from experiments.distance_kind import DistanceKind
+from experiments.results import Difference, Row, TargetOf
 
 MARKERS = "osv^X*"
 OVER_SEEDS = {"fmt": "o", "color": "tab:blue", "capsize": 3}
@@ -109,7 +111,7 @@ def quality(path: Path, table: list[Row], target_of: TargetOf) -> None:
     figure = Figure(figsize=(9, max(4.5, 0.22 * len(table)) * len(kinds)), layout="constrained")
     panels = figure.subplots(len(kinds), squeeze=False)[:, 0]
     for axes, kind in zip(panels, kinds, strict=True):
-        axes.set(xlabel="bits/dim (test)", ylabel=str(kind))
+        axes.set(xlabel="bits/dim (test)", ylabel=textwrap.fill(str(kind), 50))
         of_this_kind = [row for row in table if row.distance_kind == kind]
         for number, row in enumerate(of_this_kind):
             style = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}

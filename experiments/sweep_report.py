@@ -15,9 +15,10 @@ NOTES = """\
 Bits/dim of the test images and Fréchet distances of samples: {over_seeds}. The standard error of the mean bits/dim is
 over images, for these trained networks. The parts are L_0 (decoder), the sum of L_{{t−1}} (KL) and L_T (prior). The
 column train has the bits/dim of as many training images. {order}
-Fréchet distances of different features or numbers of samples are not comparable. Published numbers are for fully
-trained networks on CIFAR-10. Those of Ho et al. (2020) are from its tables 1 and 2, with train bits/dim of 49,920
-images; those of Nichol & Dhariwal (2021) are from transcriptions of its table 2, not checked with the paper itself.
+Fréchet distances of different features, numbers of samples, samplers or references are not comparable: each kind has a
+column. Published numbers are for fully trained networks on CIFAR-10. Those of Ho et al. (2020) are from its tables 1
+and 2, with train bits/dim of 49,920 images; those of Nichol & Dhariwal (2021) are from transcriptions of its table 2,
+not checked with the paper itself.
 """
 BY_VALIDATION = "Rows are in order of the bits/dim of validation images: choose by these, and report the test images'."
 BY_TEST = "Rows are in order of the test images' bits/dim; a row that is chosen by them has no unbiased number here."
@@ -97,6 +98,8 @@ def _numbers(row: Row, target_of: TargetOf) -> dict[str, Any]:
         "frechet_distance_half_width": distance.half_width if distance else np.nan,
         "features": row.distance_kind.features if row.distance_kind else "",
         "num_samples": row.distance_kind.num_samples if row.distance_kind else "",
+        "sampler": row.distance_kind.sampler if row.distance_kind else "",
+        "reference": row.distance_kind.reference if row.distance_kind else "",
         "published": target_of(row.runs[0]) or "",
     }
 

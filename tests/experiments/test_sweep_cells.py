@@ -177,7 +177,7 @@ def test_a_sweep_end_to_end(tmp_path, monkeypatch):
     rows, _ = results.rows(results.read(tmp_path / "sweep")[0])
     assert sorted(row.setting["variance"] for row in rows) == ["fixed_small", "learned"]
     assert (first / "log.txt").read_text().count("$ ") == 3  # it was started, resumed and measured
-    assert all(row.distance_kind == ("Fréchet distance (pixels)", "pixels", 4, "") for row in rows)
+    assert all(row.distance_kind[:5] == ("Fréchet distance (pixels)", "pixels", 4, "", "") for row in rows)
     assert all(row.distances[0] > 0 for row in rows)
     assert (tmp_path / "sweep" / "quality.png").exists()
     page = (tmp_path / "sweep" / "report.html").read_text()

@@ -84,6 +84,50 @@ def test_distances_by_two_trainings_of_the_features_are_two_columns(measured, tm
     }
 
 
+OWN = {"method": "ancestral", "num_steps": 4, "labels": "all in turn", "guidance": 0.0, "guidance_interval": "every t"}
+SPLIT = "digits, train split, 1498 images"
+
+
+def write_drawn(directory, variance, seed, reference=SPLIT, **sampler):
+    used = OWN | {"variance": variance, "seed": seed} | sampler
+    name = f"eps-vlb-{variance}-cosine-T4-seed{seed}"
+    write_quality(directory, name, 8.0 + seed, sampler=used, reference=reference)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "ddim"}, "sampler method=ddim, against"),
+        ({"num_steps": 2}, "sampler num_steps=2, against"),
+        ({"grid": "karras"}, "sampler grid=karras, against"),
+        ({"guidance": 1.5}, "sampler guidance=1.5, against"),
+        ({"reference": "digits, test split, 299 images"}, "against digits, test split"),
+        ({"reference": f"/somewhere/stats.npz, SHA-256 {64 * 'a'}"}, "against stats.npz, SHA-256 aaaaaaaa"),
+    ],
+)
+def test_distances_of_another_sampler_or_reference_are_not_subtracted_or_averaged(finished, tmp_path, change, said):
+    """A model's own variance and T are no other sampler, and neither is a seed."""
+
+    def less():
+        table, base = table_and_base(tmp_path, FIRST)
+        (difference,) = (found for found in results.less_base(table, base) if found)
+        return table, difference
+
+    for seed in (0, 1):
+        write_drawn(tmp_path, "fixed_small", seed)
+        write_drawn(tmp_path, "fixed_large", seed)
+    table, difference = less()
+    assert len({row.distance_kind for row in table}) == 1 and difference.distances == {0: 0.0, 1: 0.0}
+    write_drawn(tmp_path, "fixed_large", 0, **change)
+    table, difference = less()
+    assert not difference.distances and [row.distances for row in table if not row.distance_kind] == [{}]
+    write_drawn(tmp_path, "fixed_large", 1, **change)
+    table, difference = less()
+    assert not difference.distances and difference.bpd
+    assert sorted(len(row.distances) for row in table) == [2, 2]
+    assert [said in str(row.distance_kind) for row in table].count(True) == 1
+
+
 @pytest.mark.parametrize("damage", ["absent", "of other weights", "cut"])
 def test_a_run_whose_samples_were_not_measured_keeps_its_bound(measured, tmp_path, damage):
     name = "eps-vlb-fixed_small-cosine-T4-seed0"
