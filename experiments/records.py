@@ -30,6 +30,7 @@ from diffusion.programs import sample
 from diffusion.programs.describe import forward_flops, optimizer_flops
 from diffusion.reporting import page, summary
 from diffusion.runtime import devices, files
+from diffusion.runtime.digests import short_sha256
 from experiments import records_report, sweep
 from experiments.commands import exit_with
 from experiments.records_report import Entry
@@ -125,21 +126,35 @@ def scores_file(name: str, split: str) -> str:
 
 
 def score(directory: Path, name: str, split: str) -> None:
-    """Estimates the bound of images of a split with the record's variance, unless it is known for these weights."""
+    """Estimates the bound of images of a split with the record's variance, unless it is known."""
     loaded = workdir.load(directory, claims=False)
-    path = directory / scores_file(name, split)
-    if (summary.read_json(path) or {}).get("ema_sha256") == loaded.state.sha256:
-        return
     config, source = scored(loaded.config), getattr(build.load_splits(loaded.config), split)
     numbers = subset(len(source), min(NUM_SCORED, len(source)))
-    unfinished = directory / f"unfinished_{path.stem}-{loaded.state.sha256[:12]}.npy"
-    variance = "model" if weights_of(name) == name else from_file(file(name), {}).model.variance
-    estimate = estimated_bound(build.bound_settings(config))
-    bound = estimate(devices.replicate(loaded.model_with(variance)), source, numbers, unfinished)
-    about = {"ema_sha256": loaded.state.sha256, "terms_per_image": NUM_TERMS}
+    model = loaded.model_with("model" if weights_of(name) == name else from_file(file(name), {}).model.variance)
+    about = {
+        "ema_sha256": loaded.state.sha256,
+        "data_sha256": source.sha256(),
+        "variance": model.p.variance,
+        "terms_per_image": NUM_TERMS,
+        f"{split}_images": len(numbers),
+    }
+    path = directory / scores_file(name, split)
+    if _are_of(summary.read_json(path), about):
+        return
+    unfinished = directory / f"unfinished_{path.stem}-{short_sha256(about)}.npy"
+    bound = estimated_bound(build.bound_settings(config))(devices.replicate(model), source, numbers, unfinished)
     summary.write_json(path, bound.summary(split) | about)
     for kept in directory.glob(f"{unfinished.stem}*"):
         kept.unlink()
+
+
+def _are_of(scores: dict[str, Any] | None, about: dict[str, Any]) -> bool:
+    """Whether a file's scores are of these weights, images and settings.
+
+    Files of earlier versions lack some settings. Their scores are kept.
+    """
+    has_weights = scores is not None and "ema_sha256" in scores
+    return has_weights and all(scores.get(key, value) == value for key, value in about.items())
 
 
 def scored(config: ConfigDict) -> ConfigDict:
@@ -219,6 +234,7 @@ def entry_of(directory: Path, name: str, minutes: int) -> Entry | None:
         scores = summary.read_json(path)
         if scores:
             on_test = summary.read_json(path.with_name(scores_file(name, "test"))) or {}
+            on_test = on_test if on_test.get("ema_sha256") == scores.get("ema_sha256") else {}  # of another training
             found[path.parent.name.removeprefix(prefix)] = _facts(path.parent) | scores | on_test
     if not found:
         return None

@@ -1,9 +1,12 @@
 """The records: one config file each, equal arithmetic, choices by validation images."""
 
 import itertools
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from diffusion.data.source import Source, Splits
 from diffusion.experiment import config as config_lib
 from diffusion.reporting import summary
 from experiments import records, records_report
@@ -86,6 +89,72 @@ def test_the_table_pairs_a_record_with_its_start_by_seed_and_lists_the_best_firs
     assert best["less its start"] == "-0.250 (all 2 equal)" and best["bits/dim, test"] == "4.300"
     assert other["less its start"] == other["bits/dim, test"] == "–"
     assert alone["bits/dim, validation"] == "3.500" and alone["less its start"] == "–"
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """The weights, the variance and the images that `records.score` finds; `scored` counts the estimates."""
+    images = np.zeros((6, 2, 2, 3), np.uint8)
+    given = SimpleNamespace(weights="a" * 64, variance="learned_range", images=images, scored=0)
+
+    def load(directory, claims):
+        model = SimpleNamespace(p=SimpleNamespace(variance=given.variance))
+        return SimpleNamespace(
+            config=None, state=SimpleNamespace(sha256=given.weights), model_with=lambda variance: model
+        )
+
+    def load_splits(config):
+        return Splits(*(Source("noise", split, given.images) for split in ("train", "validation", "test")))
+
+    def estimate(model, source, numbers, unfinished):
+        given.scored += 1
+        return SimpleNamespace(summary=lambda split: {f"{split}_bpd": 3.0 + given.scored})
+
+    monkeypatch.setattr(records.workdir, "load", load)
+    monkeypatch.setattr(records.build, "load_splits", load_splits)
+    monkeypatch.setattr(records.build, "bound_settings", lambda config: None)
+    monkeypatch.setattr(records, "scored", lambda config: config)
+    monkeypatch.setattr(records.devices, "replicate", lambda model: model)
+    monkeypatch.setattr(records, "estimated_bound", lambda settings: estimate)
+    return given
+
+
+@pytest.mark.parametrize("changed", ["weights", "variance", "images", "NUM_TERMS", "NUM_SCORED"])
+def test_a_record_is_scored_again_where_something_that_its_scores_depend_on_has_changed(
+    given, tmp_path, monkeypatch, changed
+):
+    records.score(tmp_path, "vlb", "validation")
+    records.score(tmp_path, "vlb", "validation")
+    assert given.scored == 1
+    if changed.isupper():
+        monkeypatch.setattr(records, changed, {"NUM_TERMS": 11, "NUM_SCORED": 5}[changed])
+    else:
+        others = {"weights": "b" * 64, "variance": "learned", "images": given.images + 1}
+        setattr(given, changed, others[changed])
+    records.score(tmp_path, "vlb", "validation")
+    assert given.scored == 2 and summary.read_json(tmp_path / "validation.json")["validation_bpd"] == 5.0
+
+
+def test_scores_of_earlier_versions_which_say_less_are_kept(given, tmp_path):
+    path = tmp_path / "validation.json"
+    known = {"validation_bpd": 3.5, "validation_images": 6, "terms_per_image": 9, "ema_sha256": given.weights}
+    summary.write_json(path, known)
+    records.score(tmp_path, "vlb", "validation")
+    assert given.scored == 0 and summary.read_json(path) == known
+    path.write_text("{}")
+    records.score(tmp_path, "vlb", "validation")
+    assert given.scored == 1
+
+
+def test_test_scores_of_another_training_are_not_beside_the_validation_scores(monkeypatch, tmp_path):
+    monkeypatch.setattr(records, "flops_per_image", lambda name: 2.4e9)
+    monkeypatch.setattr(records, "_facts", lambda directory: {})
+    for seed, of_test in (("0", "old"), ("1", "new")):
+        folder = tmp_path / records.folder("vlb", 8, seed)
+        folder.mkdir()
+        summary.write_json(folder / "validation.json", {"validation_bpd": 4.0, "ema_sha256": "new"})
+        summary.write_json(folder / "test.json", {"test_bpd": 4.5, "ema_sha256": of_test})
+    assert records.entry_of(tmp_path, "vlb", 8).by_seed("test_bpd") == {"1": 4.5}
 
 
 @pytest.mark.slow
