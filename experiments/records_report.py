@@ -13,8 +13,9 @@ from experiments import intervals, tables
 SCORES = ("bits/dim, validation", "L_0", "KL", "less its start", "bits/dim, test")
 SIZES = ("parameters", "GFLOP", "steps", "images/s", "samples")
 NOTES = """\
-Bits/dim: {over_seeds}. "less its start": the differences to the record that it
-starts from, paired by seed, on validation images. These choose a recipe; test images are scored at the end.
+Bits/dim: {over_seeds}; a cell of fewer seeds than its row's validation images
+states its own n. "less its start": the differences to the record that it starts from, paired by seed, on validation
+images. These choose a recipe; test images are scored at the end.
 GFLOP: for one image in a training step. images/s: the median over a run's rows and over runs. It is the only number
 here that depends on the machine.
 """
@@ -78,8 +79,8 @@ def _row(entry: Entry, others: Mapping[str, Entry]) -> list[str]:
         entry.name,
         entry.start,
         *(_text(entry.by_seed(f"validation_{part}")) for part in ("bpd", "decoder_bpd", "kl_bpd")),
-        _text(less, signed=True),
-        _text(entry.by_seed("test_bpd")),
+        _text(less, signed=True) + _fewer(less, own),
+        _text(entry.by_seed("test_bpd")) + _fewer(entry.by_seed("test_bpd"), own),
         f"{one['num_params']:,}",
         f"{entry.flops / 1e9:.2f}",
         f"{one['steps']:,}",
@@ -90,6 +91,11 @@ def _row(entry: Entry, others: Mapping[str, Entry]) -> list[str]:
 
 def _text(by_seed: Mapping[str, float], signed: bool = False) -> str:
     return intervals.text(intervals.of_mean(by_seed.values()), 3, signed) if by_seed else "–"
+
+
+def _fewer(by_seed: Mapping[str, float], of_row: Mapping[str, float]) -> str:
+    """The number of seeds of a cell that has fewer than its row."""
+    return f" (n = {len(by_seed)})" if 0 < len(by_seed) < len(of_row) else ""
 
 
 def plot(path: Path, entries: Sequence[Entry]) -> None:

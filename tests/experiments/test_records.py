@@ -86,9 +86,18 @@ def test_the_table_pairs_a_record_with_its_start_by_seed_and_lists_the_best_firs
     heads = next(line for line in lines if line.startswith("| record")).strip("| ").split(" | ")
     assert [row[0] for row in rows] == ["| v", "| vlb", "| v"]
     best, other, alone = (dict(zip(heads, row, strict=True)) for row in rows)
-    assert best["less its start"] == "-0.250 (all 2 equal)" and best["bits/dim, test"] == "4.300"
+    assert best["less its start"] == "-0.250 (all 2 equal)" and best["bits/dim, test"] == "4.300 (n = 1)"
     assert other["less its start"] == other["bits/dim, test"] == "–"
     assert alone["bits/dim, validation"] == "3.500" and alone["less its start"] == "–"
+
+
+def test_a_cell_of_fewer_seeds_than_its_row_states_its_n():
+    start = Entry("vlb", 8, "hybrid", "the bound", 2.4e9, {seed: scores(4.0, test_bpd=4.1) for seed in "01"})
+    better = Entry("v", 8, "vlb", "v", 2.4e9, {seed: scores(3.75) for seed in "012"})
+    rows = [line.split(" | ") for line in records_report.markdown([start, better]).splitlines() if line[:3] == "| v"]
+    assert [row[2] for row in rows] == ["3.750 (all 3 equal)", "4.000 (all 2 equal)"]
+    assert [row[5] for row in rows] == ["-0.250 (all 2 equal) (n = 2)", "–"]
+    assert [row[6] for row in rows] == ["–", "4.100 (all 2 equal)"]
 
 
 @pytest.fixture
