@@ -195,8 +195,8 @@ def score(model: Model, test_set: Source, settings: bound.Settings, num_images: 
     Args:
         kept: the directory of this model's finished terms, which are not computed again.
     """
-    num = images.num_scored(num_images, settings.protocol, len(test_set))
-    numbers, few = images.subset(len(test_set), num), settings.terms_per_image
+    numbers = images.of_test_split(num_images, settings.protocol, len(test_set))
+    few = settings.terms_per_image
     model, chosen = for_protocol(model, settings.protocol), likelihood.PROTOCOLS[settings.protocol]
     replicated = devices.replicate(model)
     terms_of = [test_set.sha256(), settings.seed, settings.protocol, numbers.tolist(), *([few] if few else [])]
@@ -209,7 +209,7 @@ def score(model: Model, test_set: Source, settings: bound.Settings, num_images: 
         "x0_clipped": chosen.clip_x0,
         "terms": f"{few} terms per image" if few else "every term",
         "num_steps": model.schedule.num_steps,
-        "images": f"{num} of {len(test_set)}",
+        "images": f"{len(numbers)} of {len(test_set)}",
         "seed": settings.seed,
     }
     scores = found.summary("test") | {"prior_bpd": found.prior_bpd.mean()}

@@ -35,6 +35,15 @@ def num_scored(wanted: int, protocol: str, num_test: int) -> int:
     return num_images // multiple * multiple
 
 
+def of_test_split(wanted: int, protocol: str, num_test: int) -> Int[np.ndarray, " n"]:
+    """The numbers of the test images that are scored: a fixed random choice, or all.
+
+    If all are wanted, the protocol drops the last ones. Raises the errors of `num_scored`.
+    """
+    num_images = num_scored(wanted, protocol, num_test)
+    return np.arange(num_images) if wanted == 0 else subset(num_test, num_images)
+
+
 def subset(num_existing: int, num_images: int) -> Int[np.ndarray, " {num_images}"]:
     """The numbers of a fixed random choice of images. (The first images of a set sorted by class are of one class.)
     """

@@ -37,13 +37,9 @@ def check(config: ConfigDict, num_test: int) -> int:
 def chosen_images(config: ConfigDict, splits: Splits) -> tuple[dict[str, Source], dict[str, np.ndarray]]:
     """The splits that are scored, and the numbers of their images: the test split, and as many of others.
     """
-    num_images = images.num_scored(config.eval.num_images, config.eval.protocol, len(splits.test))
-    # Where the whole split is scored, a protocol drops its last images.
-    is_whole = config.eval.num_images == 0
-    numbers = {
-        "test": np.arange(num_images) if is_whole else images.subset(len(splits.test), num_images),
-        "train": images.subset(len(splits.train), min(num_images, len(splits.train))),
-    }
+    test = images.of_test_split(config.eval.num_images, config.eval.protocol, len(splits.test))
+    num_images = len(test)
+    numbers = {"test": test, "train": images.subset(len(splits.train), min(num_images, len(splits.train)))}
     if len(splits.validation):
         numbers["validation"] = images.subset(len(splits.validation), min(num_images, len(splits.validation)))
     return {split: getattr(splits, split) for split in numbers}, numbers

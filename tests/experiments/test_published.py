@@ -167,21 +167,38 @@ def test_an_estimate_that_a_signal_stops_goes_on_where_it_was(toy, batches, tmp_
     assert batches.count == 4  # the one that was measured and not kept yet, and the others
 
 
-def test_each_estimate_has_finished_terms_of_its_own(toy, monkeypatch):
-    paths = []
+@pytest.fixture
+def estimates(monkeypatch):
+    """The images and the place of each estimate; nothing is computed."""
+    made = []
 
     def estimated_bound(settings):
         def estimate(model, source, numbers, kept):
-            paths.append(kept)
+            made.append((numbers.tolist(), kept))
             return bound.Bound(*np.ones((4, len(numbers))))
 
         return estimate
 
     monkeypatch.setattr(bound, "estimated_bound", estimated_bound)
+    return made
+
+
+def test_each_estimate_has_finished_terms_of_its_own(toy, estimates):
     for other in ("--seed=0", "--seed=1", "--terms=7", "--protocol=exact", "--num_images=4"):
         toy(other)
     toy("--seed=0")
+    paths = [kept for _, kept in estimates]
     assert len(set(paths)) == 5 and paths[-1] == paths[0]
+
+
+def test_of_the_whole_test_split_a_protocol_drops_the_last_images_as_in_a_run(toy, estimates, monkeypatch):
+    many = np.zeros((300, 4, 4, 3), np.uint8)
+    monkeypatch.setattr(data, "load", lambda name, split, data_dir: data.Source(name, split, many))
+    for flags in (["--protocol=ho2020"], ["--protocol=ho2020", "--num_images=256"], ["--protocol=exact"]):
+        toy(*flags)
+    whole, some, every = (numbers for numbers, _ in estimates)
+    assert whole == list(range(256)) and every == list(range(300))
+    assert len(some) == 256 and some != whole
 
 
 def test_what_does_not_fit_is_refused(toy, monkeypatch, tmp_path):
