@@ -5,8 +5,8 @@
 Data     scikit-learn's, prepared on first use
 Cost     703,463 parameters; 2,400 steps of 32 images: 3:25 and 3:44 with sampling and scoring, on 2 CPU
          cores; make demo took 4:00 and 4:28 with its set-up (2026-11-30)
-Expect   1.741 ± 0.011 bits/dim on the 299 test images (mean and 95% interval over seeds 0 to 4, which lie in 1.727 to
-         1.748; one CPU core, 2026-11-30), and digits that look like digits
+Expect   1.740 ± 0.009 bits/dim on the 299 test images (mean and 95% interval over seeds 0 to 4, which lie in 1.729 to
+         1.747; one CPU core, 2026-11-30), and digits that look like digits
 Paper    none: a recipe of this project
 
 The noise schedule is learned with the network. The recipe was chosen by the bits/dim of the 130 validation images (seed
@@ -18,7 +18,7 @@ The noise schedule is learned with the network. The recipe was chosen by the bit
     and 2,400 steps                                                 1.754    with dropout 0.1: 1.771
     and T = 100: this config                                        1.737    with T = 200: 1.776
 
-Seeds 0 to 4 of this config have 1.744 ± 0.007 on validation images and 1.699 ± 0.009 on training images.
+Seeds 0 to 4 of this config have 1.742 ± 0.006 on validation images and 1.698 ± 0.007 on training images.
 configs/digits_adam.py explains the schedule, configs/digits_fixed.py the other settings.
 """
 
