@@ -61,7 +61,7 @@ class FinishedRun:
 
     Attributes:
         name: the name of its folder.
-        config: config key -> value, as config.json holds it.
+        config: config key -> value, as config.json holds it, with the protocol of summary.json.
         summary: the contents of summary.json.
         quality: the contents of quality.json; {} if there is none for these weights.
         image_bpd: the bound of each test image; None if it was estimated from a few terms (eval.terms_per_image).
@@ -168,7 +168,7 @@ def read(directory: Path) -> tuple[list[FinishedRun], dict[str, str]]:
             unfinished[folder.name] = "trained, and not scored (eval.num_images=-1)"
             continue
         try:
-            config = _with_every_key(config_lib.flatten(workdir.read_config(folder)))
+            config = _as_scored(_with_every_key(config_lib.flatten(workdir.read_config(folder))), summary)
         except (ValueError, OSError) as error:  # damaged, or with a key of another version
             unfinished[folder.name] = str(error)
             continue
@@ -194,6 +194,15 @@ def _with_every_key(config: dict[str, Any]) -> dict[str, Any]:
     own = f"{config['model.network']}."
     absent = {name: key.when_absent for name, key in schema.all_keys().items() if name.startswith(own)}
     return absent | config
+
+
+def _as_scored(config: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    """A config with the protocol that was scored. A sweep of an earlier version may have written another one later."""
+    said = summary.get("protocol")
+    if not isinstance(said, dict) or not {"name", "estimator"} <= said.keys():
+        return config
+    few = said["estimator"].partition(" ")[0]  # "9 terms per image: …", or "every term"
+    return config | {"eval.protocol": said["name"], "eval.terms_per_image": int(few) if few.isdecimal() else 0}
 
 
 def rows(runs: list[FinishedRun]) -> tuple[list[Row], dict[str, str]]:

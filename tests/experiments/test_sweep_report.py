@@ -177,6 +177,19 @@ def test_runs_scored_by_an_estimate_have_a_table_with_the_errors_that_they_state
     assert (tmp_path / "bpd.png").exists() and not (tmp_path / "terms.png").exists()
 
 
+@pytest.mark.parametrize("few", [0, 9])
+def test_the_protocol_is_that_of_the_scores_whatever_was_written_into_the_config_later(tmp_path, few):
+    """Of an estimate there is no bpd.npz, which a config without eval.terms_per_image would ask for."""
+    later = {"eval.protocol": "ho2020", "eval.terms_per_image": "0" if few else "9"}
+    said = {"name": "nichol2021", "estimator": f"{few} terms per image: t = 1 and more" if few else "every term"}
+    write_run(tmp_path, "run", np.arange(4.0), Cell("", BASE, later).config(), protocol=said)
+    if few:
+        (tmp_path / "run" / "bpd.npz").unlink()
+    ((run,), _) = results.read(tmp_path)
+    assert (run.config["eval.protocol"], run.config["eval.terms_per_image"]) == ("nichol2021", few)
+    assert (run.image_bpd is None) == bool(few)
+
+
 def test_runs_of_another_recipe_are_another_row(finished, tmp_path):
     longer = Cell("longer", BASE, {"train.num_steps": "9", "model.variance": "fixed_small", "schedule.num_steps": "4"})
     write_run(tmp_path, "longer", np.full(40, 2.0) + np.arange(40), longer.config())
