@@ -6,6 +6,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+import urllib.response
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -91,7 +92,7 @@ def _append(url: str, file: BinaryIO, name: str, num_bytes: int | None, is_last:
             raise ConnectionError(f"{url} broke off after {size} of {announced} bytes: try again")
 
 
-def _read(response: http.client.HTTPResponse, url: str) -> bytes:
+def _read(response: http.client.HTTPResponse | urllib.response.addinfourl, url: str) -> bytes:
     try:
         return response.read(BLOCK_BYTES)
     except http.client.HTTPException as error:  # such as a part that breaks off, of a server that sends parts

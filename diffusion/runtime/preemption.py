@@ -30,8 +30,8 @@ class Preemption:
 
     A second SIGINT always interrupts at once, because a person at the keyboard means it. In a multi-process run JAX's
     coordination service receives SIGTERM and tells every process where to stop. SIGHUP is passed on to it as a SIGTERM,
-    and SIGINT keeps its usual meaning. A SIGHUP that is ignored (nohup) stays ignored, and so does a SIGINT (`&` in a
-    script).
+    and SIGINT keeps its usual meaning. A SIGHUP that is ignored (nohup) stays ignored. A SIGINT does not, or
+    the background job of a script (`&`) could not be asked to save.
     """
 
     def __init__(self):
@@ -43,11 +43,9 @@ class Preemption:
     def __enter__(self) -> "Preemption":
         alone = jax.process_count() == 1
         handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT) if alone else (), self._receive)
-        handlers[signal.SIGHUP] = self._receive if alone else _pass_on
-        self._before = {}  # it is complete only at the end, when a signal may already have come
-        for number, handler in handlers.items():
-            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
-                self._before[number] = signal.signal(number, handler)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            handlers[signal.SIGHUP] = self._receive if alone else _pass_on
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         _enter(self)
         return self
 
@@ -97,8 +95,7 @@ class Preemption:
 
     def _receive(self, number: int, _frame) -> None:
         is_first, self.signal_name = not self.signal_name, signal.Signals(number).name
-        if signal.SIGINT in self._before:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if is_first and not self._deferring:  # a later one must not break off the save that the first one asked for
             raise self.stop()
 
