@@ -61,7 +61,7 @@ def _orthogonalized(step: Float[Array, "*window in out"]) -> Float[Array, "*wind
     """A kernel's step, as a matrix [*window · in, out], with singular values that are all about its norm."""
     matrix, norm = step.reshape(-1, step.shape[-1]), jnp.linalg.norm(step)
     is_wide = matrix.shape[0] <= matrix.shape[1]
-    matrix = orthogonal((matrix if is_wide else matrix.T) / (norm + 1e-12))
+    matrix = orthogonal((matrix if is_wide else matrix.T) / (norm + 1e-12))  # a step may be zero
     return norm * (matrix if is_wide else matrix.T).reshape(step.shape)
 
 
