@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion import conditioning, learned_schedule, objectives, reverse, timesteps
-from diffusion.experiment import names
+from diffusion.experiment import names, sampling
 from diffusion.experiment.schema import ALL_SCHEDULES, FIXED_SCHEDULES, PREDICTIONS
 from diffusion.learned_schedule import Learned
 from diffusion.likelihood import PROTOCOLS, Protocol
@@ -63,7 +63,7 @@ class Combination(NamedTuple):
 
     @property
     def grid_is_continuous(self) -> bool:
-        return names.parse(self.config.sample.grid).arguments.get("continuous", False)
+        return sampling.is_continuous(self.config)
 
     @property
     def leaves_out_steps(self) -> bool:

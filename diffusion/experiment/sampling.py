@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from diffusion.experiment import names
 from diffusion.experiment.schema import GRIDS, METHODS
 from diffusion.grids import Grid
 from diffusion.samplers import Step
@@ -20,6 +21,11 @@ def step(config: ConfigDict) -> Step:
 def grid(config: ConfigDict) -> Grid:
     """The grid of steps to take."""
     return GRIDS.bind(config.sample.grid)
+
+
+def is_continuous(config: ConfigDict) -> bool:
+    """Whether the grid may visit noise levels between the schedule's steps, so that t is no integer."""
+    return names.parse(config.sample.grid).arguments.get("continuous", False)
 
 
 def check_grid(config: ConfigDict, schedule: Schedule) -> None:

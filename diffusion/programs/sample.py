@@ -14,7 +14,7 @@ from jaxtyping import Int, Int32, UInt8
 from ml_collections import ConfigDict
 
 from diffusion.evaluation.sampling import Sampler
-from diffusion.experiment import guide, memory, names, results, sampling, workdir
+from diffusion.experiment import guide, memory, results, sampling, workdir
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.workdir import EmaState
 from diffusion.model import Model
@@ -159,7 +159,7 @@ def described(config: ConfigDict, variance: str) -> dict[str, Any]:
         about["labels"] = list(config.sample.labels) or "all in turn"
     if config.model.conditional or config.sample.guide:
         ends = list(config.sample.guidance_interval)
-        if not names.parse(config.sample.grid).arguments.get("continuous", False):
+        if not sampling.is_continuous(config):
             # t is an integer: (2.5, 4.5) guides as (2, 4) does. An integral end stays as it is written, 2 or 2.0.
             ends = [math.floor(end) if end % 1 else end for end in ends]
         about |= {"guidance": config.sample.guidance, "guidance_interval": ends or "every t"}
