@@ -53,14 +53,16 @@ def discretized_log_prob(
     inv_sigma = jnp.exp(-0.5 * g.log_var)
     low = (x - g.mean - half_bin) * inv_sigma
     high = (x - g.mean + half_bin) * inv_sigma
+    lowest, highest = x < -1 + half_bin, x > 1 - half_bin
     # By symmetry Φ(high) − Φ(low) = Φ(−low) − Φ(−high). In the lower tail log Φ keeps its relative accuracy,
     # in the upper one Φ rounds to 1 and the difference to 0, so work on the side where both are negative.
-    upper_tail = x > g.mean
+    # An outermost bin is all of the tail on its own side.
+    upper_tail = jnp.where(lowest, False, jnp.where(highest, True, x > g.mean))
     near, far = jnp.where(upper_tail, -low, high), jnp.where(upper_tail, -high, low)
-    log_near = log_ndtr(near)
-    inside = log_near + log1mexp(log_near - log_ndtr(far))
-    lowest, highest = x < -1 + half_bin, x > 1 - half_bin
-    return jnp.where(lowest, log_ndtr(high), jnp.where(highest, log_ndtr(-low), inside))
+    log_near, log_far = log_ndtr(near), log_ndtr(far)
+    is_open = lowest | highest
+    # Where the bin is open its gradient must not be NaN.
+    return log_near + jnp.where(is_open, 0.0, log1mexp(jnp.where(is_open, 1.0, log_near - log_far)))
 
 
 def levels_log_prob(
