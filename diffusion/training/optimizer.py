@@ -1,13 +1,13 @@
 """The optimizer, from Optax: gradient clipping, then Adam or another rule, with warm-up and learning rate decay."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
-from optax.contrib import MuonDimensionNumbers
-from optax.contrib import muon as muon_of_optax
+from optax.contrib import MuonState
 
 # The polynomial a x + b x³ + c x⁵ and the number of its iterations; Jordan (2024).
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
@@ -32,62 +32,72 @@ def muon(learning_rate: optax.Schedule, beta: float = 0.95):
     """Muon (Jordan 2024): makes the singular values of every kernel's momentum about equal; NAdam for vectors.
 
     A kernel of [..., in, out] is the matrix that maps the inputs in its window to its outputs. The elements of its step
-    have a size of 0.2 of the learning rate, like Adam's in the long run (Liu et al. 2025, arXiv 2502.16982).
+    have a size of 0.2 of the learning rate, like Adam's in the long run (Liu et al. 2025, arXiv 2502.16982). The state
+    is that of `optax.contrib.muon`.
     """
     _check_betas(beta=beta)
 
-    def kernels(params: PyTree) -> PyTree:
-        def as_matrix(leaf: jax.Array) -> MuonDimensionNumbers | None:
-            if leaf.ndim < 2:
-                return None
-            *window_and_in, out = range(leaf.ndim)
-            return MuonDimensionNumbers(tuple(window_and_in), (out,))
+    def kinds(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: "muon" if leaf.ndim >= 2 else "adam", params)
 
-        return jax.tree.map(as_matrix, params)
-
-    # Without iterations, Optax's kernels have the direction of the momentum and the size of the step.
-    of_momentum = muon_of_optax(
-        learning_rate, beta=beta, ns_steps=0, consistent_rms=0.2, muon_weight_dimension_numbers=kernels
+    of_kernels = optax.chain(
+        _nesterov_momentum(beta),
+        optax.stateless(lambda steps, _: jax.tree.map(orthogonal, steps)),
+        optax.stateless(lambda steps, _: jax.tree.map(lambda step: 0.2 * max(_matrix_shape(step)) ** 0.5 * step, steps)),
+        optax.scale_by_learning_rate(learning_rate),
     )
-
-    def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
-        steps, state = of_momentum.update(grads, state, params)
-        return jax.tree.map(lambda step: step if step.ndim < 2 else _orthogonalized(step), steps), state
-
-    return optax.GradientTransformation(of_momentum.init, update)
+    of_vectors = optax.adamw(learning_rate, weight_decay=0.0, nesterov=True)
+    return optax.partition({"muon": of_kernels, "adam": of_vectors}, kinds)
 
 
-def _orthogonalized(step: Float[Array, "*window in out"]) -> Float[Array, "*window in out"]:
-    """A kernel's step, as a matrix [*window · in, out], with singular values that are all about its norm."""
-    matrix, norm = step.reshape(-1, step.shape[-1]), jnp.linalg.norm(step)
-    is_wide = matrix.shape[0] <= matrix.shape[1]
-    matrix = orthogonal((matrix if is_wide else matrix.T) / (norm + 1e-12))  # a step may be zero
-    return norm * (matrix if is_wide else matrix.T).reshape(step.shape)
+def _nesterov_momentum(beta: float) -> optax.GradientTransformation:
+    """The momentum as it will be after one more step with this gradient, without the bias towards 0."""
+
+    def init(params: PyTree) -> MuonState:
+        return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params), jnp.asarray(NEWTON_SCHULZ))
+
+    def update(grads: PyTree, state: MuonState, params: PyTree = None) -> tuple[PyTree, MuonState]:
+        count = optax.safe_increment(state.count)
+        momentum = optax.tree.update_moment(grads, state.mu, beta, 1)
+        next_momentum = optax.tree.bias_correction(momentum, beta, optax.safe_increment(count))
+        own = optax.tree.bias_correction(grads, beta, count)
+        steps = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, next_momentum, own)
+        return steps, state._replace(count=count, mu=momentum)
+
+    return optax.GradientTransformation(init, update)
 
 
-def orthogonal(matrix: Float[Array, "m n"]) -> Float[Array, "m n"]:
-    """Moves all singular values to about 1 by Newton–Schulz iterations. Jordan (2024).
+def _matrix_shape(kernel: Float[Array, "*window in out"]) -> tuple[int, int]:
+    """(inputs in its window, outputs)."""
+    return kernel.size // kernel.shape[-1], kernel.shape[-1]
 
-    An iteration is X ← (a + b G + c G²) X with G = X Xᵀ. Here G and the product of the factors are iterated and X is
-    multiplied once at the end. For a kernel of 3 × 3 × m × m, where n = 9 m, these are 35 m³ multiplications instead
+
+def orthogonal(kernel: Float[Array, "*window in out"]) -> Float[Array, "*window in out"]:
+    """Moves all singular values of a kernel to about 1 by Newton–Schulz iterations. Jordan (2024).
+
+    An iteration is X ← X (a + b G + c G²) with G = Xᵀ X, or the same from the left for a wide matrix. It begins with
+    the kernel divided by its norm, which is the root of G's trace. Here G and the product of the factors are iterated,
+    and the kernel is multiplied once at the end. For a kernel of 3 × 3 × m × m these are 35 m³ multiplications instead
     of 95 m³.
-
-    Args:
-        matrix: a matrix of norm 1, m ≤ n.
     """
     a, b, c = NEWTON_SCHULZ
+    matrix = kernel.reshape(_matrix_shape(kernel))
+    is_wide = matrix.shape[0] < matrix.shape[1]
 
     def factor(gram: Array) -> Array:
         return a * jnp.eye(len(gram)) + b * gram + c * gram @ gram
 
     with jax.default_matmul_precision("highest"):  # G is not computed anew, so its rounding errors grow
-        gram = matrix @ matrix.T
+        gram = jnp.einsum("mi,ni->mn", matrix, matrix) if is_wide else jnp.einsum("im,in->mn", matrix, matrix)
+        scale = 1 / (jnp.sqrt(jnp.trace(gram)) + 1e-8)  # a kernel may be zero
+        gram = scale**2 * gram
         product = last = factor(gram)
         for _ in range(ITERATIONS - 1):
             gram = last @ gram @ last
             last = factor(gram)
             product = last @ product
-        return product @ matrix
+        product = scale * product
+        return (product @ matrix if is_wide else matrix @ product).reshape(kernel.shape)
 
 
 OPTIMIZERS = {"adam": adam, "adamw": adamw, "muon": muon}
@@ -128,8 +138,17 @@ def make(
     if warmup_steps:
         ramp = optax.linear_schedule(0.0, learning_rate, warmup_steps)
         schedule = optax.join_schedules([ramp, schedule], [warmup_steps])
-    clip = [optax.clip_by_global_norm(grad_clip)] if grad_clip else []
+    clip = [optax.stateless(partial(_clipped, grad_clip))] if grad_clip else []
     return optax.chain(*clip, optimizer(schedule))
+
+
+def _clipped(max_norm: float, grads: PyTree, _: PyTree) -> PyTree:
+    """The gradient, made shorter if its norm is above the largest one.
+
+    Optax divides each leaf by the norm. XLA computes a quotient only once, so each leaf would be written and read again.
+    """
+    factor = jnp.minimum(1.0, max_norm / optax.global_norm(grads))
+    return jax.tree.map(lambda leaf: factor * leaf, grads)
 
 
 def _check_betas(**betas: float) -> None:

@@ -128,11 +128,14 @@ def test_muon_makes_the_singular_values_of_a_kernels_step_about_equal(scale):
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 16, 16), (16, 16), (16, 64), (3, 3, 4, 2)])
-@pytest.mark.parametrize("smallest", [1.0, 1e-6])
-def test_muon_is_optaxs(shape, smallest):
-    """Optax multiplies X in each iteration. Its state is the same, too, so either continues a run of the other."""
+@pytest.mark.parametrize(("largest", "smallest"), [(1.0, 1.0), (1.0, 1e-6), (1e-9, 1e-9)])
+def test_muon_is_optaxs(shape, largest, smallest):
+    """Optax multiplies X in each iteration. Its state is the same, too, so either continues a run of the other.
+
+    Both shorten the step of a momentum below 1e-8, and the singular values of its matrix with it.
+    """
     u, _, v = np.linalg.svd(RNG.normal(size=(np.prod(shape[:-1]), shape[-1])), full_matrices=False)
-    values = np.geomspace(1, smallest, len(v))
+    values = np.geomspace(largest, smallest, len(v))
     gradients = {"kernel": jnp.asarray((u * values @ v).reshape(shape), jnp.float32), "bias": jnp.ones(3)}
     dims = MuonDimensionNumbers(tuple(range(len(shape) - 1)), (len(shape) - 1,))
     rate, steps, states = optax.constant_schedule(RATE), {}, {}
