@@ -43,7 +43,7 @@ def muon(learning_rate: optax.Schedule, beta: float = 0.95):
     of_kernels = optax.chain(
         _nesterov_momentum(beta),
         optax.stateless(lambda steps, _: jax.tree.map(orthogonal, steps)),
-        optax.stateless(lambda steps, _: jax.tree.map(lambda step: 0.2 * max(_matrix_shape(step)) ** 0.5 * step, steps)),
+        optax.stateless(lambda steps, _: jax.tree.map(_as_large_as_adams, steps)),
         optax.scale_by_learning_rate(learning_rate),
     )
     of_vectors = optax.adamw(learning_rate, weight_decay=0.0, nesterov=True)
@@ -70,6 +70,11 @@ def _nesterov_momentum(beta: float) -> optax.GradientTransformation:
 def _matrix_shape(kernel: Float[Array, "*window in out"]) -> tuple[int, int]:
     """(inputs in its window, outputs)."""
     return kernel.size // kernel.shape[-1], kernel.shape[-1]
+
+
+def _as_large_as_adams(step: Float[Array, "*window in out"]) -> Float[Array, "*window in out"]:
+    """A step whose elements have a root mean square of 0.2, from one whose singular values are 1."""
+    return 0.2 * max(_matrix_shape(step)) ** 0.5 * step
 
 
 def orthogonal(kernel: Float[Array, "*window in out"]) -> Float[Array, "*window in out"]:
