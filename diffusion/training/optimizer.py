@@ -150,7 +150,7 @@ def make(
 def _clipped(max_norm: float, grads: PyTree, _: PyTree) -> PyTree:
     """The gradient, made shorter if its norm is above the largest one.
 
-    Optax divides each leaf by the norm. XLA computes a quotient only once, so each leaf would be written and read again.
+    Optax divides each leaf by the norm. XLA does not repeat a division, so every leaf would be written and read again.
     """
     factor = jnp.minimum(1.0, max_norm / optax.global_norm(grads))
     return jax.tree.map(lambda leaf: factor * leaf, grads)
