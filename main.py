@@ -88,12 +88,16 @@ def main(argv: list[str]) -> None:
         from diffusion.runtime import compiled_programs, orbax_noise, preemption, processes
 
         orbax_noise.silence()
+        base = config_flags.get_config_filename(flags.FLAGS["config"])
+        if fault := config.missing(base):
+            raise ValueError(fault)
         resolved = config.completed(_CONFIG.value)
         config.check(resolved)
+        chosen = config_flags.get_override_values(flags.FLAGS["config"])
+        config.check_chosen(resolved, chosen, forks=bool(_FORK.value))
         _keep_freed_memory(resolved)
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         compiled_programs.keep(on_cpu=build.runs_on_cpu())
-        base = config_flags.get_config_filename(flags.FLAGS["config"])
         base = "" if base.startswith(str(_OF_RUN)) else base
         if not base and _WORKDIR.value is None:
             raise ValueError("without --config a start from a run or an export needs --workdir, a new run's directory")
@@ -116,7 +120,9 @@ def main(argv: list[str]) -> None:
         try:
             directory = workdir.parse(_WORKDIR.value or f"runs/{Path(base).stem}")
             _open(directory)
-            chosen = config_flags.get_override_values(flags.FLAGS["config"])
+            if (idle := config.idle_fields(resolved, chosen)) and processes.is_first():
+                unused = f"{', '.join(idle)}: no effect with model.network={resolved.model.network!r}"
+                print(f"warning: {unused}", file=sys.stderr)
             mode.run(workdir.continued(resolved, directory, chosen), directory, **which)
         except preemption.Preempted as stop:
             _stop(stop.reason, stop.code)

@@ -1,6 +1,8 @@
 """Checks, completes, compares, reads and writes configs. `schema` lists their keys."""
 
+import difflib
 import json
+import os
 import re
 import traceback
 from collections.abc import Collection
@@ -12,9 +14,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from diffusion import __version__
+from diffusion.experiment import names
 from diffusion.experiment.schema import KEYS, Partly, all_keys, unknown
+from diffusion.networks import NETWORKS
 
 VERSION = "version"  # of the program that wrote config.json; not a config key
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -48,6 +53,29 @@ def completed(config: Any) -> ConfigDict:
         raise ValueError(unknown(name))
     defaults = {name: key.default for name, key in KEYS.items()}
     return ConfigDict(unflatten_dict(defaults | flat, sep=".")).lock()
+
+
+def check_chosen(config: ConfigDict, chosen: Collection[str], forks: bool) -> None:
+    """Raises a ValueError if a key about the start of a run has no effect.
+
+    Args:
+        chosen: the keys that the user set.
+        forks: whether the run continues from a checkpoint of another run.
+    """
+    if forks and "init_from" in chosen:
+        raise ValueError("--fork continues a run and --config.init_from begins a new one; give one of the two")
+    if "init_adapt" in chosen and config.init_adapt and not config.init_from:
+        raise ValueError("init_adapt=True has no effect without init_from, the run or the weights to start from")
+
+
+def idle_fields(config: ConfigDict, chosen: Collection[str]) -> list[str]:
+    """The chosen keys that are fields of another network than the config's, or that model.network sets itself."""
+    network, found = names.parse(config.model.network), []
+    for name in chosen:
+        group, _, field = name.partition(".")
+        if group in NETWORKS and (group != network.name or field in network.arguments):
+            found.append(name)
+    return found
 
 
 def to_json(config: ConfigDict, lacking: Collection[str] = ()) -> str:
@@ -141,6 +169,8 @@ def fault_of_key(given: Collection[str], error: BaseException) -> str:
         error: the error raised when the keys were set.
     """
     known = all_keys()
+    if (flag := getattr(error, "flagname", "")) in known:  # of an unknown flag
+        return f"config key {flag} is set by --config.{flag}=VALUE"
     for name in given:
         group, _, field = name.rpartition(".")
         if name not in known:
@@ -151,12 +181,26 @@ def fault_of_key(given: Collection[str], error: BaseException) -> str:
     return ""
 
 
+def missing(path: str) -> str:
+    """That --config names no file, and the config of the nearest name; "" if it does, or if it is not given."""
+    file = Path(path.partition(":")[0])
+    if not path or file.is_file():
+        return ""
+    ours = {found.stem: found for found in CONFIGS.rglob("*.py")}
+    near = [os.path.relpath(ours[stem]) for stem in difflib.get_close_matches(file.stem, ours, n=1)]
+    return f"--config={path} is no file" + (f"; did you mean {near[0]}?" if near else "")
+
+
 def fault_of_file(path: str, error: BaseException) -> str:
     """The place where a config file fails, and Python's message; "" if the error comes from elsewhere.
+
+    If there is no such file, the result of `missing`.
 
     Args:
         path: the value of --config, without the argument of `get_config`.
     """
+    if fault := missing(path):
+        return fault
     if isinstance(error, SyntaxError) and not error.filename:  # Python could not begin to read it
         return f"--config={path}: {error}; it must be Python in UTF-8"
     file = Path(path.partition(":")[0]).resolve()

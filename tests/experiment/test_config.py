@@ -201,3 +201,12 @@ def test_none_is_no_folder(key):
     with pytest.raises(ValueError, match=rf"^config key {key} must be a path, or \"\" .*, not 'None'$"):
         config_lib.check(config)
     config_lib.check(changed(**{key.replace(".", "__"): "./None"}))
+
+
+@pytest.mark.parametrize(
+    ("network", "idle"),
+    [("unet", []), ("dit", ["unet.channels"]), ("unet(channels=64)", ["unet.channels"]), ("unet(num_heads=2)", [])],
+)
+def test_fields_of_another_network_are_idle(network, idle):
+    config = changed(model__network=network)
+    assert config_lib.idle_fields(config, ["seed", "train.num_steps", "unet.channels"]) == idle

@@ -42,7 +42,11 @@ MISTAKES = [
     (("--workdir=none", "--config.seed=3"), "no --config is given, and --workdir=none holds no run"),
     (("--fork=none@5", "--workdir=new", "--config.seed=3"), "no --config is given, and --fork=none@5 holds no run"),
     (("--config.init_from=none", "--workdir=new"), "no --config is given, and --config.init_from=none holds no run"),
-    (("--config=configs/none.py",), "configs/none.py"),
+    (("--config=configs/none.py",), "error: --config=configs/none.py is no file"),
+    (("--config=configs/digit.py", "--config.seed=3"), "configs/digits.py?"),
+    ((DIGITS, "--train.num_steps=3"), "config key train.num_steps is set by --config.train.num_steps=VALUE"),
+    ((DIGITS, "--config.init_adapt=True"), "init_adapt=True has no effect without init_from"),
+    ((DIGITS, "--fork=a", "--workdir=new", "--config.init_from=b"), "give one of the two"),
     ((DIGITS, "--mode=trian"), "trian"),
     ((DIGITS, "--config.unet.chanels=3"), "did you mean unet.channels?"),
     ((DIGITS, "--config.unet.channels=many"), "unet.channels"),
@@ -58,7 +62,7 @@ MISTAKES = [
     ((DIGITS, "--config.data.data_dir=gs://a/b"), "error: data.data_dir=gs://a/b is not a local directory; remote"),
 ]
 LAYER = f"--config={ROOT / 'tests' / 'faults' / 'digits_layer.py'}"
-DESCRIBE = (LAYER, "--mode=describe", "--workdir=described", "--config.eval.num_images=9")
+DESCRIBE = (LAYER, "--mode=describe", "--workdir=described", "--config.eval.num_images=9", "--config.unet.channels=64")
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,7 @@ def test_a_mistake_is_a_one_line_error_and_exit_code_2(arguments, words, ends):
 def test_describe_prints_its_figures(ends):
     code, output = ends[0][DESCRIBE]
     assert code == 0, output
+    assert "warning: unet.channels: no effect with model.network='layer'" in output
     assert "1,498 training and 299 test images" in output and "GFLOP per image" in output
     keys = {line.split()[0]: line for line in output.splitlines() if line}
     assert keys["eval.num_images"].split()[1:5] == ["9", "0", "yes", "of"]  # value, default, may change, help
