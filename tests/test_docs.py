@@ -1,10 +1,15 @@
 """docs/: links and anchors exist, the site's contents name every page, and formulas are typeset."""
 
 import importlib.util
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+
+from diffusion.experiment import config as config_lib
+from diffusion.experiment import other_likelihood, rules
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,6 +41,20 @@ def broken_links(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", REACHED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     assert not broken_links(page)
+
+
+@pytest.mark.parametrize("page", REACHED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_name_configs_and_keys_that_the_program_accepts(page):
+    """Those of main.py that name a config. tests/test_extending.py runs the command of extending.md."""
+    text = page.read_text().replace("\\\n", " ") * (page.name != "extending.md")
+    for command in re.findall(r"python main\.py (--config=configs/[^`\n]*)", text):
+        flags = dict(flag.partition("=")[::2] for flag in shlex.split(command, comments=True) if "$" not in flag)
+        overrides = {name[9:]: value for name, value in flags.items() if name.startswith("--config.")}
+        config = config_lib.from_file(str(ROOT / flags["--config"]), overrides)
+        config_lib.check(config)
+        rules.check(config)
+        if flags.get("--mode") == "eval":
+            other_likelihood.alone(config)
 
 
 def test_a_broken_link_is_found(tmp_path):
