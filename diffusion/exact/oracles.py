@@ -21,6 +21,8 @@ from diffusion.gaussian import Gaussian
 from diffusion.reverse import VARIANCES, Reverse
 from diffusion.schedules import Schedule
 
+PRECISION = "highest"  # accelerators would round the factors of a float32 product to TensorFloat-32 or bfloat16
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Mixture:
     def score(self, x: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
         """∇ log p(x)."""
         responsibility = jax.nn.softmax(self._joint(x))
-        return jnp.tensordot(responsibility, (self.mean - x[None]) / self.var, 1)
+        return jnp.tensordot(responsibility, (self.mean - x[None]) / self.var, 1, precision=PRECISION)
 
     def diffused(self, log_snr: Float[ArrayLike, ""]) -> "Mixture":
         """The law of x_t = √ᾱ x_0 + √(1 − ᾱ) ε, where log ᾱ/(1 − ᾱ) is `log_snr`."""
@@ -60,9 +62,10 @@ class Mixture:
         responsibility = jax.nn.softmax(diffused._joint(x_t))
         gain = jnp.sqrt(jax.nn.sigmoid(log_snr)) * self.var / diffused.var
         means = self.mean + gain * (x_t[None] - diffused.mean)
-        mean = jnp.tensordot(responsibility, means, 1)
+        mean = jnp.tensordot(responsibility, means, 1, precision=PRECISION)
         within = self.var * jax.nn.sigmoid(-log_snr) / diffused.var
-        return mean, jnp.tensordot(responsibility, within + (means - mean[None]) ** 2, 1)
+        total = within + (means - mean[None]) ** 2
+        return mean, jnp.tensordot(responsibility, total, 1, precision=PRECISION)
 
     def eps(self, x_t: Float[ArrayLike, "*shape"], log_snr: Float[ArrayLike, ""]) -> Float[Array, "*shape"]:
         """E[ε | x_t] = −√(1 − ᾱ) ∇ log p(x_t), the optimal output of an ε-prediction network."""
@@ -126,16 +129,18 @@ class GaussianGap(NamedTuple):
 
 
 def gaussian_gap_nats(data: Mixture, variance: str, schedule: Schedule) -> GaussianGap:
-    """The gap of the bound of x_0 ~ N(m, diag s²) under one of `reverse.VARIANCES`, in closed form, for every T.
+    """The gap of the bound of x_0 ~ N(m, diag s²) under a fixed variance or "learned", in closed form, for every T.
 
     By the chain rule KL(q(x_{0:T}) ‖ p(x_{0:T})) is the sum of these T + 1 terms. With v* the exact and v the model's
     variance, the term of a step is Σ ½(log(v/v*) + v*/v − 1) over the dimensions. It is 0 with "learned", where v = v*.
 
     Raises:
-        ValueError: a mixture of more than one Gaussian, whose terms have no closed form.
+        ValueError: a mixture of more than one Gaussian, whose terms have no closed form, or another learned variance.
     """
     if len(data.weight) != 1:
         raise ValueError(f"the gap has a closed form for 1 Gaussian, not for a mixture of {len(data.weight)}")
+    if VARIANCES[variance].is_learned and variance != "learned":
+        raise ValueError(f"the gap is known for a fixed variance and for 'learned', not for {variance!r}")
 
     def mismatch(row: Schedule) -> Array:
         _, x0_var = data.posterior(row.log_snr, data.mean[0])  # for one Gaussian it is the same at every x_t

@@ -40,6 +40,14 @@ def test_moments_and_score_equal_quadrature():
             np.testing.assert_allclose(eps, -np.sqrt(1 - alpha_bar) * score, rtol=1e-4, atol=1e-5)
 
 
+def test_no_product_is_rounded_on_accelerators():
+    """By default they would keep 8 or 11 bits of every mean of a component, so nothing here would be exact."""
+    scalar = jnp.float32(0.5)
+    for of in (LINE.score, lambda x: LINE.posterior(scalar, x), lambda x: LINE.eps(x, scalar)):
+        text = str(jax.make_jaxpr(of)(scalar))
+        assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
+
+
 def test_score_is_the_gradient_in_any_dimension():
     data = oracles.Mixture(
         jnp.asarray([0.25, 0.75]), jax.random.normal(jax.random.key(0), (2, *SHAPE)), jnp.full((2, *SHAPE), 0.5)
@@ -163,3 +171,10 @@ def test_a_mixture_has_no_closed_form():
         oracles.gaussian_gap_nats(LINE, "fixed_small", schedules.cosine(3))
     with pytest.raises(ValueError, match="variance='learned', not for 'learned_range'"):
         LINE.denoiser(reverse.make("eps", "learned_range"), schedules.cosine(3))
+
+
+@pytest.mark.parametrize("variance", ["learned_range", "npr"])
+def test_a_network_s_own_variance_has_no_closed_form(variance):
+    """Its raw output is no logarithm of a variance."""
+    with pytest.raises(ValueError, match=f"fixed variance and for 'learned', not for '{variance}'"):
+        oracles.gaussian_gap_nats(GAUSSIAN, variance, schedules.cosine(3))
