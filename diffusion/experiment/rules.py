@@ -198,13 +198,14 @@ RULES = (
         "or v",
     ),
     Rule(
-        lambda it: it.leaves_out_steps
+        lambda it: (it.leaves_out_steps or it.grid_is_continuous)
         and it.is_ancestral
         and it.config.model.variance == "learned"
         and it.config.sample.variance == "model",
-        "sample.num_steps={c.sample.num_steps} leaves out steps of schedule.num_steps={c.schedule.num_steps}, but "
-        "model.variance={c.model.variance!r} is the variance of the steps of that schedule only; use 0, or "
-        "sample.variance=fixed_small, or train with model.variance=learned_range",
+        "sample.num_steps={c.sample.num_steps} with sample.grid={c.sample.grid!r} takes other steps than those of "
+        "schedule.num_steps={c.schedule.num_steps}, but model.variance={c.model.variance!r} is the variance of the "
+        "steps of that schedule only; use 0, or sample.variance=fixed_small, or train with "
+        "model.variance=learned_range",
     ),
     Rule(
         lambda it: it.leaves_out_steps

@@ -208,6 +208,16 @@ def test_a_learned_variance_of_one_step_is_only_refused_where_a_sampler_takes_it
     assert words in refusal(**learned, sample__num_steps=9)
 
 
+def test_a_learned_variance_is_refused_between_the_steps_too_even_with_as_many_steps():
+    """At equal numbers of steps a continuous grid still has other noise levels, so each step has another length."""
+    between = {"sample__grid": "karras(continuous=True)", "sample__num_steps": 1000, "model__conditioning": "gamma"}
+    learned = {"model__variance": "learned", "objective__name": "vlb"}
+    assert "is the variance of the steps of that schedule only" in refusal(**learned, **between)
+    rules.check(changed(**learned, **between, sample__variance="fixed_small"))
+    rules.check(changed(**learned, **between, sample__method="ddim"))
+    rules.check(changed(**learned | {"model__variance": "learned_range"}, **between))
+
+
 def test_a_grid_that_cannot_be_is_refused_by_key():
     message = refusal(sample__grid="karras(rho=0.5)", sample__num_steps=9)
     assert message == "sample.grid='karras(rho=0.5)': rho must be at least 1, not 0.5"
