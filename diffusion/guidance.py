@@ -81,7 +81,8 @@ def autoguided(
         guide: the worse network, a function of the same arguments.
         scale: w.
         interval: the t that are guided, as in `classifier_free`.
-        clock: from `clock`, for a guide with another noise schedule; None if equal network_t means equal noise.
+        clock: from `clock`, for a guide with another noise schedule; None if equal network_t means equal noise. With
+            the prediction "mean" the guide needs the same steps, because μ̃_t also depends on the noise at t − 1.
 
     Returns:
         A function of the same arguments.

@@ -5,11 +5,13 @@ It may have another noise schedule; any two learned schedules differ. It is eval
 """
 
 import jax
+import numpy as np
 
 from diffusion import guidance
 from diffusion.experiment import workdir
 from diffusion.experiment.build import Experiment
 from diffusion.experiment.workdir import LoadedRun
+from diffusion.guidance import TOLERANCE
 
 
 def load(experiment: Experiment) -> LoadedRun | None:
@@ -41,8 +43,17 @@ def _problem(experiment: Experiment, found: LoadedRun) -> str:
         return f"is of images {found.image_shape}, but this run is of {experiment.image_shape}"
     if own.prediction != its.prediction:
         return f"predicts {its.prediction}, but this run has model.prediction={own.prediction!r}"
+    if own.prediction == "mean" and not _has_same_steps(experiment, found):
+        return "predicts the means of other steps than this run's; model.prediction='mean' needs an equal fixed schedule"
     if its.conditional and not own.conditional:
         return "takes labels, but this run has none (model.conditional)"
     if its.conditional and found.experiment.training.network.num_classes != experiment.training.network.num_classes:
         return "takes labels of another number of classes"
     return ""
+
+
+def _has_same_steps(experiment: Experiment, found: LoadedRun) -> bool:
+    """Whether both have the same steps, not only the same noise: μ̃_t also depends on x_{t−1}'s noise."""
+    own, its = (np.asarray(schedule.log_snr)[1:] for schedule in (experiment.start_schedule, found.model.schedule))
+    is_fixed = not (experiment.learns_schedule or found.experiment.learns_schedule)
+    return is_fixed and own.shape == its.shape and np.allclose(own, its, rtol=TOLERANCE, atol=TOLERANCE)

@@ -59,6 +59,24 @@ def test_a_learned_schedule_s_guide_is_given_to_the_sampler_with_its_own(toy_run
     np.testing.assert_array_equal(given.log_snr, toy_run.model(6).schedule.log_snr)
 
 
+def test_the_mean_of_a_step_is_guided_only_by_the_mean_of_the_same_step(toy_run):
+    """μ̃_t also depends on the noise at t − 1, so equal log SNR is not enough."""
+
+    def problem(its, own):
+        def experiment(keys):
+            config = toy_run.config(**{"model__prediction": "mean"} | keys)
+            return build.experiment(config, toy.SHAPE, toy.LEVELS)
+
+        loaded = workdir.load(toy_run.directory)._replace(experiment=experiment(its))
+        return guide._problem(experiment(own), loaded)
+
+    other = {"schedule__name": "cosine(offset=0.1)"}
+    assert problem({}, {}) == problem(other, other) == ""
+    assert problem(other | {"model__prediction": "v"}, {"model__prediction": "v"}) == ""
+    for its, own in ((other, {}), ({"schedule__num_steps": 7}, {})):
+        assert "predicts the means of other steps than this run's" in problem(its, own)
+
+
 def test_an_export_has_no_place_of_a_guide(toy_run, tmp_path_factory):
     """And its config is still one that can be."""
     loaded = workdir.load(toy_run.directory)
