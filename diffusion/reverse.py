@@ -133,7 +133,9 @@ def _npr(row: Schedule, raw: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*s
     [0, 1] as in the authors' code. With `sn` and `ocm`, `raw` is Var(ε | x_t), which is equal if ε̂ is exact. Bao et
     al. (2022, "Estimating the optimal covariance with imperfect mean"), Ou et al. (2024, arXiv 2406.10808).
     """
-    return _with_x0_variance(row, jnp.clip(raw * jnp.exp(-row.log_snr), 0.0, 1.0))
+    # If ᾱ_T = 0, 1/SNR is ∞, and a network that starts with zeros would give 0 · ∞.
+    x0_variance = jnp.where(raw == 0, 0.0, raw * jnp.exp(-row.log_snr))
+    return _with_x0_variance(row, jnp.clip(x0_variance, 0.0, 1.0))
 
 
 def _with_x0_variance(row: Schedule, x0_variance: Float[ArrayLike, "*shape"]) -> Float[ArrayLike, "*shape"]:

@@ -193,6 +193,14 @@ def test_npr_is_the_variance_that_costs_least_for_a_wrong_mean(t):
     assert costs[1] < min(costs[0], costs[2]) - 1e-6
 
 
+def test_npr_of_a_network_of_zeros_is_a_variance_where_nothing_of_x0_is_left():
+    """ᾱ_T = 0: 1/SNR is ∞."""
+    row, p, x = schedules.rectified_flow(10)[10], reverse.make("v", "npr"), jnp.zeros((1, 1, 1))
+    log_var = p(row, x, jnp.zeros((1, 1, 2))).p_prev.log_var
+    np.testing.assert_array_equal(log_var, jnp.full_like(x, row.log_beta_tilde))
+    assert np.isnan(p(row, x, jnp.full((1, 1, 2), jnp.nan)).p_prev.log_var).all()  # an output of NaN stays visible
+
+
 def test_npr_with_the_exact_error_is_the_exact_variance_and_keeps_the_decoder_s_width():
     p, x = reverse.make("eps", "npr"), jnp.zeros((1, 1, 1))
     exact = x0_variance(SHORT)
