@@ -15,7 +15,8 @@ and the numbers that lead to them:
       importance  split, image, then the trajectory, then t = 0…T for the ε of x_t, with 0 for none (x_0 is given)
       noises    split, image, then the draw 1, 2, …, then t = 1…T for ε; draw 0 is that of eval
       ode       split, image, then 0: dequantization, 1: probes
-      sample    image       0: x_T; 1…T − 1: the noise of x_t; T: of `after_step`, into which t is folded
+      sample    image       0: x_T; 1…T − 1: the noise of x_t; T: of `after_step`, into which t is folded;
+                            T + t: of churn at x_t (here T is the number of steps taken)
 
 Two kinds of keys are both drawn from and folded into. This cannot change, because a run must resume bit by bit. No
 number comes twice: the draw at place i is the exclusive or of the two words of the key that folding i would give.
