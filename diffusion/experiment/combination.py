@@ -59,7 +59,7 @@ class Combination(NamedTuple):
     def knows_between(self) -> bool:
         """Whether the network can be evaluated at noise levels between the schedule's steps."""
         is_trained = self.is_continuous or self.config.model.conditioning == "gamma"
-        return is_trained and self.config.model.prediction != "mean"
+        return is_trained and self.p.prediction != "mean"
 
     @property
     def grid_is_continuous(self) -> bool:

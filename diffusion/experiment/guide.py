@@ -43,8 +43,8 @@ def _problem(experiment: Experiment, found: LoadedRun) -> str:
         return f"is of images {found.image_shape}, but this run is of {experiment.image_shape}"
     if own.prediction != its.prediction:
         return f"predicts {its.prediction}, but this run has model.prediction={own.prediction!r}"
-    if own.prediction == "mean" and not _has_same_steps(experiment, found):
-        return "predicts the means of other steps than this run's; model.prediction='mean' needs an equal fixed schedule"
+    if experiment.p.prediction == "mean" and not _has_same_steps(experiment, found):
+        return "predicts the means of other steps; model.prediction='mean' needs a guide with an equal fixed schedule"
     if its.conditional and not own.conditional:
         return "takes labels, but this run has none (model.conditional)"
     if its.conditional and found.experiment.training.network.num_classes != experiment.training.network.num_classes:

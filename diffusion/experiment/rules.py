@@ -111,7 +111,7 @@ RULES = (
         "with model.conditioning={c.model.conditioning!r} is not trained; use exact, or model.conditioning='gamma'",
     ),
     Rule(
-        lambda it: it.protocol.kl_terms and not (it.scores_beta_tilde and it.config.model.prediction != "mean"),
+        lambda it: it.protocol.kl_terms and not (it.scores_beta_tilde and it.p.prediction != "mean"),
         "eval.protocol={c.eval.protocol!r} scores the bound for T → ∞, which model.variance={c.model.variance!r} with "
         "eval.variance={c.eval.variance!r} and model.prediction={c.model.prediction!r} does not have; use fixed_small "
         "with eps, x0 or v",
@@ -192,7 +192,7 @@ RULES = (
         "is known only at the steps; leave out continuous",
     ),
     Rule(
-        lambda it: it.leaves_out_steps and it.config.model.prediction == "mean",
+        lambda it: it.leaves_out_steps and it.p.prediction == "mean",
         "sample.num_steps={c.sample.num_steps} leaves out steps of schedule.num_steps={c.schedule.num_steps}, but "
         "model.prediction={c.model.prediction!r} is the mean for the steps of that schedule only; use 0, or eps, x0 "
         "or v",

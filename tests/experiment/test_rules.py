@@ -188,6 +188,9 @@ def test_the_mean_of_a_step_is_the_mean_of_no_longer_step():
         output = p.target(row, x0, x_t, eps)
         error[prediction] = float(jnp.abs(p(respaced, x_t, output, clip_x0=False).x0_hat - x0).max())
     assert error["eps"] < 1e-3 and error["mean"] > 0.3
+    assert "is the mean for the steps of that schedule only" in refusal(
+        model__prediction="mean()", sample__num_steps=999
+    )
     rules.check(changed(model__prediction="mean", sample__num_steps=1000))
     rules.check(changed(model__prediction="mean", sample__num_steps=0))
 
