@@ -109,9 +109,12 @@ def _package(flags: Mapping[str, Any]) -> str:
         if package not in DEFAULTS:
             raise ValueError(f"package={flags['package']!r} must be {IMPROVED} or {GUIDED}")
         return package
-    if flags.keys() & (DEFAULTS[GUIDED].keys() - DEFAULTS[IMPROVED].keys()):
+    of_guided = flags.keys() & (DEFAULTS[GUIDED].keys() - DEFAULTS[IMPROVED].keys())
+    decided = "rescale_timesteps" in flags  # the only default that differs and matters after training
+    # improved-diffusion's training has a flag use_fp16, too, so that one alone does not name the package.
+    if of_guided - {"use_fp16"} or (of_guided and decided):
         return GUIDED
-    if "rescale_timesteps" in flags:  # the only default that differs and matters after training
+    if decided:
         return IMPROVED
     raise ValueError(
         f"the flags fit two packages with other defaults of rescale_timesteps: add package={IMPROVED!r} or {GUIDED!r}"

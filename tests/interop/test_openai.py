@@ -218,6 +218,11 @@ def test_the_program_is_recognized_where_the_flags_allow_it():
     assert openai_flags.read({"rescale_timesteps": True})["package"] == "improved_diffusion"
     with pytest.raises(ValueError, match="the flags fit two packages .*: add package='improved_diffusion' or "):
         openai_flags.read({"image_size": 64})
+    # Both trainings have this flag, and their defaults of rescale_timesteps differ.
+    with pytest.raises(ValueError, match="the flags fit two packages"):
+        openai_flags.read({"image_size": 64, "diffusion_steps": 4000, "use_fp16": True})
+    decided = openai_flags.read({"use_fp16": True, "rescale_timesteps": False})
+    assert decided["package"] == "guided_diffusion" and not decided["rescale_timesteps"]
 
 
 def test_rescaled_and_respaced_the_network_is_told_the_t_of_1000_steps():
