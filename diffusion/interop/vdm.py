@@ -5,7 +5,8 @@ that says whether an image was augmented. That is 0 in evaluation, so its row of
 
 A checkpoint is a folder of clu, whose files ckpt-N.flax are msgpack; clu itself needs TensorFlow and is not used.
 Nothing is unpickled. The config is not in the checkpoint. Shapes determine the network, and other settings have the
-values of all published configs unless the caller, or config.json beside the files, says otherwise.
+values of all published configs unless the caller says otherwise, or config.json beside the files or in the folder of
+checkpoints-0.
 """
 
 import dataclasses
@@ -95,8 +96,9 @@ def load_vdm(directory: str | Path, config: Mapping[str, Any] | None = None) -> 
 
 def loaded(path: Path, config: Mapping[str, Any] | None = None) -> tuple[Model, dict[str, Any]]:
     """The model of a checkpoint file, and the part of `config.model` that it determines. Errors as for `load_vdm`."""
+    folders = [path.parent, *([path.parent.parent] if path.parent.name in FOLDERS else [])]
     try:
-        settings = vdm_config.read(path.parent, config)
+        settings = vdm_config.read(folders, config)
         tensors = _tensors(path)
         told = described(tensors)
         vdm_config.refuse_contradictions(settings, told)

@@ -1,6 +1,6 @@
 """Reads `config.model` of google-research/vdm: the settings of γ and of the pixel values."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,14 @@ def from_file(path: Path) -> dict[str, Any]:
     return model
 
 
-def read(folder: Path, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings from the caller, else from config.json in the folder, else the defaults.
+def read(folders: Sequence[Path], config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings from the caller, else from config.json in the first folder that has one, else the defaults.
 
     Raises:
         ValueError: an unknown key, or an invalid value.
     """
-    beside = folder / CONFIG_FILE
-    given = from_file(beside) if beside.is_file() else {}
+    found = next((path for folder in folders if (path := folder / CONFIG_FILE).is_file()), None)
+    given = from_file(found) if found else {}
     settings = DEFAULTS | given | dict(config or {})
     if unknown := sorted(settings.keys() - DEFAULTS.keys() - set(TOLD) - set(NO_MATTER)):
         raise ValueError(f"{first_few(unknown)} is not a key of VDM's config.model")

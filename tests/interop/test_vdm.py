@@ -183,6 +183,17 @@ def test_the_newest_file_is_read_also_inside_the_folder_that_clu_makes(tmp_path)
     assert vdm.find(older) == older and vdm.newest(older.with_name("ckpt-10.index")) is None
 
 
+def test_config_json_is_read_beside_the_files_or_where_their_folder_lies(written, tmp_path):
+    folder = written("scalar") / "checkpoints-0"
+    folder.mkdir()
+    (tmp_path / "ckpt-1.flax").rename(folder / "ckpt-1.flax")
+    (tmp_path / "config.json").write_text('{"model": {"sm_n_timesteps": 4}}')
+    for given in (tmp_path, folder, folder / "ckpt-1.flax"):
+        assert interop.load_vdm(given).schedule.num_steps == 5
+    (folder / "config.json").write_text('{"model": {"sm_n_timesteps": 6}}')
+    assert interop.load_vdm(tmp_path).schedule.num_steps == 7
+
+
 def test_a_fixed_curve_is_the_config_s_and_config_json_is_read(written):
     directory = written("scalar", **{"gamma/w": None, "gamma/b": None})
     (directory / "config.json").write_text('{"model": {"gamma_min": -9.0, "sm_n_timesteps": 4, "vocab_size": 16}}')
