@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from diffusion.data.source import SPLITS
 from diffusion.evaluation.bound import full_bound
+from diffusion.evaluation.limit import for_protocol
 from diffusion.experiment import build, workdir
 from diffusion.reporting import summary
 from diffusion.runtime import devices, files
@@ -54,14 +55,17 @@ def run(directory: Path, runs: Sequence[Path], lengths: Sequence[float], splits:
 
 
 def scores(directory: Path, lengths: Sequence[float], splits: Sequence[str]) -> list[dict[str, Any]]:
-    """The bits/dim of each length of one run."""
+    """The bits/dim of each length of one run. Raises a ValueError if a split has no images."""
     config = workdir.read_config(directory)
     sources = build.load_splits(config)
+    if empty := [split for split in splits if not len(getattr(sources, split))]:
+        raise ValueError(f"--splits: {directory} has no {empty[0]} images (data.validation={config.data.validation})")
     score, rows = full_bound(build.bound_settings(config)), []
     for length in lengths:
         loaded = workdir.load(directory, config=with_length(config, length), claims=False)
-        model = devices.replicate(loaded.model_with(config.eval.variance))
-        row = {"run": directory.name, "length": length, "step": int(loaded.state.step)}
+        model = devices.replicate(for_protocol(loaded.model_with(config.eval.variance), config.eval.protocol))
+        # The whole path: runs of a sweep in several folders may have one name.
+        row = {"run": str(directory), "length": length, "step": int(loaded.state.step)}
         for split in splits:
             source = getattr(sources, split)
             row[f"{split}_bpd"] = float(score(model, source, np.arange(len(source))).image_bpd.mean())
@@ -98,7 +102,9 @@ def markdown(rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> str:
         cells.append(cell)
     head = ["length", *(name for split in splits for name in (f"{split} bits/dim", f"less {cells[0][0]}, by run"))]
     count = len(of_length(rows, first, f"{splits[0]}_bpd"))
-    return f"{tables.markdown(head, cells)}\n{intervals.caption([count], 'run')}; {summary.device_name()}\n"
+    steps = ", ".join(f"{step:,}" for step in sorted({row["step"] for row in rows}))
+    about = f"{intervals.caption([count], 'run')}; step {steps}; {summary.device_name()}"
+    return f"{tables.markdown(head, cells)}\n{about}\n"
 
 
 def plot(path: Path, rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> None:

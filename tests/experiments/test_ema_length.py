@@ -1,18 +1,65 @@
 """The table of the study of lengths: paired by run, and the keys of each length."""
 
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
+from diffusion.evaluation.bound import Bound
 from experiments import ema_length
 
 
 def test_the_table_pairs_the_runs():
     bpd = {("a", 0.0): 2.0, ("b", 0.0): 3.0, ("a", 0.07): 1.9, ("b", 0.07): 2.9}
-    rows = [{"run": run, "length": length, "test_bpd": value} for (run, length), value in bpd.items()]
+    steps = {"a": 1000, "b": 2000}
+    rows = [{"run": run, "length": n, "step": steps[run], "test_bpd": value} for (run, n), value in bpd.items()]
     lines = ema_length.markdown(rows, ["test"]).splitlines()
     assert lines[0] == "| length | test bits/dim | less ema.decay, by run |"
     assert lines[2].startswith("| ema.decay | 2.5000 ± ") and lines[2].endswith(" | – |")
     assert lines[3].startswith("| 0.07 | 2.4000 ± ") and "| -0.1000" in lines[3]
-    assert "n = 2 runs" in lines[-1]
+    assert "n = 2 runs" in lines[-1] and "; step 1,000, 2,000; " in lines[-1]
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """Two runs of the same name whose bits/dim are 1 and 3; only their test splits have images."""
+    bpd = {tmp_path / "seed0" / "run": 1.0, tmp_path / "seed1" / "run": 3.0}
+
+    class Run:
+        state = SimpleNamespace(step=7)
+
+        def __init__(self, directory):
+            self.directory = directory
+
+        def model_with(self, variance):
+            return bpd[self.directory]
+
+    def score(bpd, source, numbers):
+        return Bound(np.full(2, bpd), *np.zeros((3, 2)))
+
+    config = ConfigDict({"ema": {"length": 0.0}, "eval": {"variance": "model", "protocol": "exact"}})
+    config.data = {"validation": 0}
+    splits = SimpleNamespace(test=[0, 0], validation=[])
+    monkeypatch.setattr(ema_length.workdir, "read_config", lambda directory: config)
+    monkeypatch.setattr(ema_length.workdir, "load", lambda directory, **_: Run(directory))
+    monkeypatch.setattr(ema_length.build, "load_splits", lambda config: splits)
+    monkeypatch.setattr(ema_length.build, "bound_settings", lambda config: None)
+    monkeypatch.setattr(ema_length.devices, "replicate", lambda model: model)
+    monkeypatch.setattr(ema_length, "for_protocol", lambda model, protocol: {"exact": model}[protocol])
+    monkeypatch.setattr(ema_length, "full_bound", lambda settings: score)
+    return list(bpd)
+
+
+def test_runs_of_one_name_in_several_folders_are_all_counted(stored, tmp_path):
+    ema_length.run(tmp_path, stored, [0.0, 0.1], ["test"])
+    text = (tmp_path / "ema_length.md").read_text()
+    assert "| ema.decay | 2.0000 ± " in text and "n = 2 runs" in text
+
+
+def test_a_split_without_images_is_one_line(stored, tmp_path):
+    with pytest.raises(ValueError, match=r"^--splits: .*run has no validation images \(data.validation=0\)$"):
+        ema_length.run(tmp_path, stored, [0.0], ["validation", "test"])
 
 
 def test_a_length_changes_nothing_else_of_a_config():
