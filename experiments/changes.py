@@ -12,6 +12,7 @@ Everything else is as in `experiments.sweep`. Writes a sweep's report and change
 import argparse
 from collections.abc import Mapping, Sequence
 
+from diffusion.experiment import config as config_lib
 from diffusion.runtime import files
 from experiments import intervals, results, sweep, tables
 from experiments.commands import exit_with
@@ -70,11 +71,14 @@ def report(runs: Sequence[FinishedRun], changes: Mapping[str, str], seeds: Seque
         found = {seed: by_name.get(_folder(name, seed)) for seed in seeds}
         return {seed: run.summary[f"{split}_{part}"] for seed, run in found.items() if run}
 
+    counts = []  # of the seeds in each row: a study may be half finished
+
     def row(words: str, name: str, less: str = "") -> list[str]:
         of_parts = [values(name, part) for part in PARTS.values()]
         if less:
             pairs = zip(of_parts, PARTS.values(), strict=True)
             of_parts = [intervals.paired(of_part, values(less, part)) for of_part, part in pairs]
+        counts.append(len(of_parts[0]))
         return [words, *(_text(list(of_part.values()), signed=bool(less)) for of_part in of_parts)]
 
     absolute = [row("none of them", NONE), *([row("all of them", ALL)] if len(changes) > 1 else [])]
@@ -86,8 +90,20 @@ def report(runs: Sequence[FinishedRun], changes: Mapping[str, str], seeds: Seque
         "all changes, less all but this one": beside,
     }
     written = [tables.markdown([words, *PARTS], lines) for words, lines in heads.items() if lines]
-    caption = f"Bits/dim of the {split} images: {intervals.caption([len(seeds)])}."
+    found = [count for count in counts if count]
+    caption = f"Bits/dim of the {split} images: {intervals.caption(found) if found else 'no run is finished'}."
     return "\n".join([f"# {len(changes)} changes", "", caption, "", *written])
+
+
+def check_values(cells: Sequence[Cell], finished: Sequence[FinishedRun], changes: Mapping[str, str]) -> None:
+    """Raises a ValueError if a run has another value of a change than the one that the report would name."""
+    by_name = {run.name: run.config for run in finished}
+    for cell in cells:
+        wanted, known = config_lib.flatten(cell.config()), by_name.get(cell.name, {})
+        for key in sorted(changes.keys() & known.keys()):
+            if config_lib.first_spelling(known[key]) != config_lib.first_spelling(wanted[key]):
+                other = f"{key}={known[key]}, not {wanted[key]}"
+                raise ValueError(f"{cell.name} was run with {other}; give that value or take another --workdir")
 
 
 def _text(values: Sequence[float], signed: bool) -> str:
@@ -106,7 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     code = sweep.execute(arguments, runs, lambda run: None)
     if code or arguments.list or arguments.index is not None:
         return code
-    text = report(results.read(arguments.workdir)[0], changes, seeds)
+    finished = results.read(arguments.workdir)[0]
+    check_values(runs, finished, changes)
+    text = report(finished, changes, seeds)
     files.write_text(arguments.workdir / FILE, text)
     print(text)
     return 0

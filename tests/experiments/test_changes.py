@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusion.experiment import config as config_lib
 from experiments import changes
 from experiments.results import FinishedRun
 
@@ -64,3 +65,20 @@ def sections(lines):
             section = line[0].strip("| ")
         else:
             yield section, line
+
+
+def test_the_caption_counts_the_seeds_that_are_finished():
+    runs = [run("none-seed0", 4.0, "test"), run("none-seed1", 4.1, "test"), run("only-a-seed0", 3.0, "test")]
+    text = changes.report(runs, {"a": "1"}, ["0", "1", "2"])
+    assert "n = 1 to 2 seeds; one seed has no interval" in text and "n = 3" not in text
+
+
+def test_a_report_names_only_the_values_that_were_run():
+    cells = changes.cells(BASE, {"optim.grad_clip": "0.5"}, ["0"], {})
+    ran = [run(cell.name, 4.0, "test") for cell in cells]
+    for one, cell in zip(ran, cells, strict=True):
+        one.config.update(config_lib.flatten(cell.config()))
+    changes.check_values(cells, ran, {"optim.grad_clip": "0.5"})
+    others = changes.cells(BASE, {"optim.grad_clip": "2.0"}, ["0"], {})
+    with pytest.raises(ValueError, match="only-optim.grad_clip-seed0 was run with optim.grad_clip=0.5, not 2.0"):
+        changes.check_values(others, ran, {"optim.grad_clip": "2.0"})
