@@ -59,13 +59,17 @@ def account(directory: Path) -> None:
 
 
 def _is_accounted(directory: Path) -> bool:
-    """Whether the table belongs to the run's last weights. Tables of earlier versions do not say; they count, too."""
+    """Whether the table is of the run's last weights and of as many images as the study's.
+
+    Tables of earlier versions do not say; they count, too.
+    """
     path = directory / f"{variance_accounting.FILE}.csv"
     if not path.exists():
         return False
+    weights = (read_json(directory / "summary.json") or {}).get("ema_sha256")
+    wanted = {"ema_sha256": weights, "images": str(NUM_FULL), "train_images": str(NUM_FOR_OPTIMAL)}
     with path.open() as file:
-        known = {row.get("ema_sha256") for row in csv.DictReader(file)} - {None}
-    return known <= {(read_json(directory / "summary.json") or {}).get("ema_sha256")}
+        return all(row.get(name, value) == value for row in csv.DictReader(file) for name, value in wanted.items())
 
 
 def accounting(directories: list[Path]) -> str:

@@ -104,7 +104,8 @@ def run(directory: Path, num_images: int, checkpoint: str = "latest", num_train:
     )
     text = markdown(rows, own, title, len(terms.error), prior.mean())
     files.write_text(directory / f"{FILE}.md", text)
-    tables.save_csv(directory / f"{FILE}.csv", [row._asdict() | {"ema_sha256": trained.state.sha256} for row in rows])
+    about = {"ema_sha256": trained.state.sha256, "images": num_images, "train_images": len(train_numbers)}
+    tables.save_csv(directory / f"{FILE}.csv", [row._asdict() | about for row in rows])
     plot(directory / f"{FILE}.png", splits, optimal, own, model.schedule, title)
     print(text)
 

@@ -107,3 +107,16 @@ def test_a_run_that_went_on_is_accounted_for_again(weights, tmp_path, monkeypatc
     (run / "summary.json").write_text(json.dumps({"ema_sha256": weights}))
     cifar10_small.account(run)
     assert asked == ([] if weights == "aa" else ["run"])
+
+
+@pytest.mark.parametrize("images", [300, 256])
+def test_a_table_of_other_images_is_made_again(images, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(variance_accounting, "run", lambda directory, *_, **__: asked.append(directory.name))
+    run = tmp_path / "run"
+    run.mkdir()
+    head = "variance,bpd,ema_sha256,images,train_images"
+    (run / f"{variance_accounting.FILE}.csv").write_text(f"{head}\noptimal,4.0,aa,{images},64\n")
+    (run / "summary.json").write_text(json.dumps({"ema_sha256": "aa"}))
+    cifar10_small.account(run)
+    assert asked == ([] if images == 300 else ["run"])

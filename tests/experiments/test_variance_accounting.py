@@ -37,6 +37,7 @@ def rows(directory):
     with (directory / "variance_accounting.csv").open() as file:
         read = list(csv.DictReader(file))
     assert {row.pop("ema_sha256") for row in read} == {workdir.load(directory).state.sha256}
+    assert {(row["images"], row["train_images"]) for row in read} == {(str(NUM_IMAGES),) * 2}
     return {row.pop("variance"): {k: float(v) for k, v in row.items()} for row in read}
 
 
