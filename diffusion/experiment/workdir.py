@@ -173,7 +173,7 @@ def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:
 
 
 def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest", claims: bool = True) -> EmaState:
-    """The EMA in a checkpoint, for evaluation or sampling. Without checkpoints, the weights of config.init_from.
+    """The EMA in a checkpoint, for evaluation or sampling. Without any, "latest" is the weights of config.init_from.
 
     Args:
         checkpoint: "latest"; "best", the kept one with the lowest val_loss; or a step.
@@ -189,7 +189,8 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest",
 
     def read() -> EmaState:
         with Checkpoints(directory / "checkpoints") as checkpoints:
-            if experiment.config.init_from and checkpoints.latest_step() is None:
+            of_start = checkpoint in ("latest", "0")  # another checkpoint is one of a run
+            if experiment.config.init_from and of_start and checkpoints.latest_step() is None:
                 if experiment.config.ema.length:
                     raise ValueError(f"ema.length={experiment.config.ema.length:g} needs a run; init_from is no run")
                 start = ema_of(experiment.initial_state())

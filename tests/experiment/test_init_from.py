@@ -309,6 +309,13 @@ def test_labels_are_added_and_dropped_and_the_rest_is_taken(source, tmp_path):
     assert dropped.unused == ["label/embedding"] and not dropped.anew
 
 
+@pytest.mark.parametrize("checkpoint", ["best", "500"])
+def test_the_start_is_not_scored_as_another_checkpoint(checkpoint, source, tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoint"):
+        workdir.restore(from_run(source[0]), tmp_path / "mistyped", checkpoint)
+    assert not (tmp_path / "mistyped" / "config.json").exists()
+
+
 def test_a_run_that_has_a_checkpoint_does_not_need_what_it_started_from(source, tmp_path):
     shutil.copytree(source[0], tmp_path / "old")
     save(from_run(tmp_path / "old"), tmp_path / "new", step=2)
