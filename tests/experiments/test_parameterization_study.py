@@ -119,5 +119,7 @@ def test_every_cell_can_be_trained(capsys):
     assert study.main(["--workdir=none", "--list", "--schedule=linear", "--prediction=eps,v"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[-1].endswith(" v-simple-fixed_small-linear-T50-seed0")
+    with pytest.raises(ValueError, match="^--set eval.terms_per_image=9: an estimate has no term of each t"):
+        study.main(["--workdir=none", "--list", "--set", "eval.terms_per_image=9"])
     with pytest.raises(ValueError, match="is an axis of the grid"):
         sweep.grid(study.BASE, study.AXES | {"seed": ["0"]}, {"model.prediction": "v"})
