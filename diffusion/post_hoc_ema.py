@@ -57,6 +57,24 @@ def coefficients(
     return found / found.sum()
 
 
+def misfit(
+    factors: Float[ArrayLike, " kept"],
+    steps: Real[ArrayLike, " kept"],
+    lengths: Float[ArrayLike, " kept"],
+    step: int,
+    length: float,
+) -> float:
+    """How far the weights of the combined averages are from the wanted ones: ‖difference‖/‖wanted‖.
+
+    Args:
+        factors: from `coefficients`, of the other arguments.
+    """
+    gammas = np.array([exponent(one) for one in (*np.asarray(lengths), length)])
+    ends, of_each = np.append(steps, step).astype(np.float64), np.append(factors, -1.0)
+    products = _inner(ends[:, None], gammas[:, None], ends[None], gammas[None])
+    return float(np.sqrt(max(0.0, of_each @ products @ of_each / products[-1, -1])))
+
+
 def _inner(n_a: ArrayLike, gamma_a: ArrayLike, n_b: ArrayLike, gamma_b: ArrayLike) -> np.ndarray:
     """∫ of the product of two averages' weights: EDM2, eq. 151."""
     last = np.maximum(n_a, n_b)

@@ -71,3 +71,13 @@ def test_a_tracked_length_is_itself_however_few_were_kept(length):
 def test_more_that_was_kept_is_nearer():
     errors = [np.linalg.norm(composed(0.15, every=every) - weights(0.15, NUM_STEPS)) for every in (100, 50, 20, 10)]
     assert (np.diff(errors) < 0).all() and errors[-1] < 0.05 * errors[0]
+
+
+@pytest.mark.parametrize(("length", "every"), [(0.03, 500), (0.07, 500), (0.2, 500), (0.2, 50), (0.1, 500)])
+def test_the_misfit_is_the_distance_of_the_weights(length, every):
+    steps = np.repeat(np.arange(every, NUM_STEPS + 1, every), 2)
+    kept = steps, np.tile(TRACKED, len(steps) // 2), NUM_STEPS, length
+    found = post_hoc_ema.misfit(post_hoc_ema.coefficients(*kept), *kept)
+    wanted = weights(length, NUM_STEPS)
+    by_step = np.linalg.norm(composed(length, every=every) - wanted) / np.linalg.norm(wanted)
+    np.testing.assert_allclose(found, by_step, rtol=0.03, atol=1e-6)  # integrals against sums of 1,000 steps

@@ -4,6 +4,7 @@ ema_averages/STEP.safetensors holds the two averages of a regular checkpoint, wi
 `post_hoc_ema` explains their use.
 """
 
+import logging
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from diffusion.runtime.digests import named_leaves, tree_sha256
 
 FOLDER = "ema_averages"  # in the run's directory
 ENTRY = "power_ema"  # of a checkpoint
+LARGEST_MISFIT = 0.1  # of the weights per step; what is above it is said
 ADVICE = "without the file the average is composed of the others"
 
 
@@ -74,7 +76,17 @@ def read(checkpoints: Checkpoints, step: int | None, like: EmaState, ema: Config
         return found
     step, folder = int(found.step), checkpoints.directory.parent / FOLDER
     steps = [*(one for one in kept_steps(folder) if one < step), step]
-    factors = post_hoc_ema.coefficients(np.repeat(steps, 2), np.tile(ema.post_hoc, len(steps)), step, ema.length)
+    kept = np.repeat(steps, 2), np.tile(ema.post_hoc, len(steps))
+    factors = post_hoc_ema.coefficients(*kept, step, ema.length)
+    error = post_hoc_ema.misfit(factors, *kept, step, ema.length)
+    if error > LARGEST_MISFIT:
+        logging.warning(
+            "ema.length=%s: the weights composed of %d kept steps are %.0f%% away from that length's; more steps "
+            "are kept with a smaller train.checkpoint_every",
+            ema.length,
+            len(steps),
+            100 * error,
+        )
     names = [name for name, _ in named_leaves(like.ema_params)]
     total = {name: np.zeros((), np.float64) for name in names}
     for one, of_step in zip(steps, factors.reshape(-1, 2), strict=True):

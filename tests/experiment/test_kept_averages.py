@@ -1,5 +1,7 @@
 """The averages that a run saves, and averages of any length that are composed of them."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,16 @@ def test_another_length_is_composed_at_every_checkpoint(run, step):
     assert int(found.step) == step and found.ema_params["w"].dtype == np.float32
     np.testing.assert_allclose(found.ema_params["w"], direct[step - 1], atol=1e-6)
     assert np.abs(read(directory, step, 0.0).ema_params["w"] - direct[step - 1]).max() > 0.01
+
+
+def test_too_few_kept_steps_for_a_length_are_said(run, tmp_path, caplog):
+    directory, _ = run
+    read(directory, NUM_STEPS, 0.2)
+    assert not caplog.messages
+    shutil.copytree(directory / "checkpoints", tmp_path / "checkpoints")
+    read(tmp_path, NUM_STEPS, 0.2)
+    (message,) = caplog.messages
+    assert "ema.length=0.2: the weights composed of 1 kept steps are 60% away" in message
 
 
 def test_the_keys_reach_training_and_the_protocol(layer):
