@@ -245,7 +245,11 @@ def output_of_zero() -> dict[str, float]:
 
 def training(runs: list[results.FinishedRun]) -> list[dict[str, Any]]:
     """A row per schedule, prediction and objective: bits/dim by seed, its parts, and its differences to v by seed."""
-    by_names = {tuple(row.setting[axis] for axis in NAMES): row for row in results.rows(runs)[0]}
+    rows = results.rows(runs)[0]
+    by_names = {tuple(row.setting[axis] for axis in NAMES): row for row in rows}
+    if len(by_names) < len(rows):
+        settings = "; ".join(", ".join(f"{key}={value}" for key, value in row.setting.items()) for row in rows)
+        raise ValueError(f"runs that differ in more than {', '.join(NAMES)} and seed share no table: {settings}")
     table = []
     for (schedule, objective, prediction), row in by_names.items():
         v = by_names.get((schedule, objective, "v"))

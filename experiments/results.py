@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from diffusion.experiment import config as config_lib
 from diffusion.experiment import schema, workdir
+from diffusion.likelihood import PROTOCOLS
 from diffusion.programs import quality
 from diffusion.reporting.page import numbers
 from diffusion.reporting.summary import read_json
@@ -30,6 +31,7 @@ AXES = {
     "seed": "seed",
 }
 MAX_KEY_COLUMNS = 3  # besides the axes
+ALL = "all"
 LOG = "log.txt"  # in a run's folder: its output
 # Keys that may differ between the runs of one row: the seed, and keys that affect neither training nor scores.
 WITHIN_A_ROW = {"seed"} | {
@@ -272,7 +274,16 @@ def _of_the_same_images(one: FinishedRun, other: FinishedRun) -> bool:
     """Whether both were scored on the same test images. Runs of earlier versions have no digest of their data."""
     digests = {(run.summary.get("data_sha256") or {}).get("test") for run in (one, other)} - {None}
     same_name = one.config["data.name"] == other.config["data.name"]
-    return same_name and one.summary["test_images"] == other.summary["test_images"] and len(digests) < 2
+    is_equal = same_name and one.summary["test_images"] == other.summary["test_images"] and len(digests) < 2
+    choices = {_choice(run.config) for run in (one, other)}
+    return is_equal and (len(choices) == 1 or ALL in choices)
+
+
+def _choice(config: dict[str, Any]) -> str:
+    """Which of the test images were scored. As many as all images are all, whatever the other run's choice was."""
+    if config["eval.num_images"]:
+        return "at random"
+    return ALL if PROTOCOLS[config["eval.protocol"]].images_multiple == 1 else "the first"
 
 
 def _difference(setting: dict[str, str], one: Row, other: Row) -> Difference:

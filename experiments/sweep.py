@@ -184,7 +184,7 @@ def seeds(arguments: argparse.Namespace, default: list[str]) -> list[str]:
     if seed := overrides(arguments.set).get("seed"):
         raise ValueError(f"--set seed={seed} would set the seed of every run; use --seed={seed}")
     if arguments.seeds is None:
-        return split_values(arguments.seed) if arguments.seed else default
+        return list(dict.fromkeys(split_values(arguments.seed))) if arguments.seed else default
     if arguments.seeds < 1:
         raise ValueError(f"--seeds={arguments.seeds} must be at least 1")
     return [str(seed) for seed in range(arguments.seeds)]

@@ -11,7 +11,7 @@ from diffusion import schedules
 from diffusion.experiment import build, config, workdir
 from diffusion.runtime.checkpoint import Checkpoints
 from experiments import parameterizations as study
-from experiments import sweep
+from experiments import results, sweep
 
 NUM_STEPS = 6
 
@@ -123,3 +123,15 @@ def test_every_cell_can_be_trained(capsys):
         study.main(["--workdir=none", "--list", "--set", "eval.terms_per_image=9"])
     with pytest.raises(ValueError, match="is an axis of the grid"):
         sweep.grid(study.BASE, study.AXES | {"seed": ["0"]}, {"model.prediction": "v"})
+
+
+def test_trainings_of_two_lengths_share_no_row(tmp_path):
+    """One of them would be left out without a word."""
+    for steps, seed in ((10, 0), (20, 1)):
+        (tmp_path / str(seed)).mkdir()
+        write_run(tmp_path / str(seed), "v", "vlb", np.arange(4.0))
+        path = tmp_path / str(seed) / "v-vlb" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"train.num_steps": steps, "seed": seed}))
+        path.parent.rename(tmp_path / f"v-vlb-{seed}")
+    with pytest.raises(ValueError, match="differ in more than schedule, objective, prediction and seed"):
+        study.training(results.read(tmp_path)[0])

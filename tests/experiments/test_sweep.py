@@ -174,7 +174,7 @@ def test_every_sweep_takes_seeds(program, capsys):
         assert program.main(["--workdir=none", "--list", *flags]) == 0
         return len(capsys.readouterr().out.splitlines())
 
-    assert count("--seeds=3") == count("--seed=4,5,6") == 3 * count()
+    assert count("--seeds=3") == count("--seed=4,5,6") == count("--seed=4,4,5,6") == 3 * count()
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from sweep_runs import FIRST, columns, table_and_base
+from sweep_runs import BASE, FIRST, columns, table_and_base, write_run
 
 from experiments import results, sweep_plots, sweep_report, variance
+from experiments.sweep_grid import Cell
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,6 +158,23 @@ def test_runs_on_other_data_share_no_row(finished, tmp_path):
 
     assert [len(row.runs) for row in rows_where("aa", "aa", "aa", "")] == [2, 2]
     assert [len(row.runs) for row in rows_where("aa", "bb", "aa", "aa")] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_comparable"),
+    [
+        (("ho2020", 0), ("exact", 256), False),  # the first 256, and 256 at random
+        (("ho2020", 0), ("exact", 0), True),  # there are no others
+        (("exact", 0), ("exact", 256), True),
+        (("ho2020", 256), ("exact", 256), True),
+    ],
+)
+def test_runs_are_compared_only_on_the_same_choice_of_images(tmp_path, one, other, is_comparable):
+    for name, (protocol, num_images) in {"one": one, "other": other}.items():
+        keys = {"eval.protocol": protocol, "eval.num_images": str(num_images)}
+        write_run(tmp_path, name, np.arange(256.0), Cell("", BASE, keys).config())
+    table, base = table_and_base(tmp_path, "one")
+    assert [bool(found) for found in results.less_base(table, base)] == [False, is_comparable]
 
 
 def test_a_sweep_without_samples_has_no_such_column(finished, tmp_path):
