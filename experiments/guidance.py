@@ -46,8 +46,9 @@ def run(study: Study, weights: list[float]) -> None:
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     judge, test_labels = features.classifier(train_set), test_set.labels()
     rows, shown = [], {}
+    of_labels = {"sample.guide": "", "sample.labels": (), "sample.guidance_interval": ()}
     for weight in [UNCONDITIONAL, *weights]:
-        images = study.images({"sample.guidance": weight, "sample.labels": (), "sample.guidance_interval": ()})
+        images = study.images({"sample.guidance": weight} | of_labels)
         row = {"w": weight} | study.scores(images)
         if weight != UNCONDITIONAL:
             labels = np.arange(images[..., 0, 0, 0].size) % train_set.num_classes

@@ -3,10 +3,12 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from configs import digits_conditional
 from diffusion import data
 from diffusion.evaluation import features, quality
 from diffusion.evaluation.features import Batch, Features
@@ -26,6 +28,20 @@ def cache(tmp_path, monkeypatch):
 def rows_of(path):
     with path.open() as file:
         return list(csv.DictReader(file))
+
+
+def test_guidance_is_that_of_labels_whatever_the_run_samples_with(tmp_path, monkeypatch):
+    asked = {}
+
+    def images(changes):
+        asked.update(changes)
+        raise InterruptedError
+
+    monkeypatch.setattr(features, "classifier", lambda train_set: None)
+    trained = SimpleNamespace(config=digits_conditional.get_config())
+    with pytest.raises(InterruptedError):
+        guidance.run(SimpleNamespace(trained=trained, directory=tmp_path, images=images), [0.0])
+    assert asked["sample.guide"] == "" and asked["sample.guidance_interval"] == ()
 
 
 @pytest.mark.slow
