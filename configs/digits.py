@@ -4,7 +4,7 @@
 
 Data     scikit-learn's, prepared on first use
 Cost     703,463 parameters; 2,400 steps of 32 images: 2:50 with sampling and scoring, on 2 CPU cores; make demo took
-         3:26 with its set-up (one fresh clone, 2026-11-30)
+         3:26 and 3:48 with its set-up (fresh clones on two machines, 2026-11-30)
 Expect   1.740 ± 0.009 bits/dim on the 299 test images (mean and 95% interval over seeds 0 to 4, which lie in 1.729 to
          1.747; one CPU core, 2026-11-30), and digits that look like digits
 Paper    none: a recipe of this project
