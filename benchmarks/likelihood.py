@@ -56,6 +56,7 @@ def our_arm(args, batch_size: int, params) -> Arm:
     """The bound of `batch_size` images on a schedule of `args.batches` steps, which makes `args.batches` batches."""
     config = networks.config_of(args.size, dtype=args.dtype)
     config.schedule.name, config.schedule.num_steps, config.eval.batch_size = "cosine", args.batches, batch_size
+    config.eval.terms_per_image = 0  # every term
     experiment = build.experiment(config, networks.IMAGE_SHAPE, 256)
     params = experiment.initial_state().params if params is None else params
     model, score = devices.replicate(experiment.model(params)), bound.full_bound(build.bound_settings(config))

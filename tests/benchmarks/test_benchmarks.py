@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import spawned
 
-from benchmarks import compiled, sampling, scaling, sides, timing, training
+from benchmarks import compiled, likelihood, sampling, scaling, sides, timing, training
 from benchmarks.timing import Arm, Cost
 from diffusion.experiment import build, memory
 from diffusion.runtime import allocator
@@ -109,6 +109,12 @@ def test_with_remat_and_two_devices_each_does_four_thirds_of_half_and_keeps_less
     np.testing.assert_allclose(remat["TFLOP per step and device"], one["TFLOP per step and device"] * 4 / 3 / 2)
     state = one["checkpoint, GiB"] * 5 / 4  # and the gradient
     assert 0 < remat["memory, GiB, at most"] - state < 0.5 * (one["memory, GiB, at most"] - state) / 2
+
+
+def test_the_bound_that_is_timed_has_every_term():
+    """Whatever configs/cifar10.py estimates it from: its 9 terms are more than a timed call has."""
+    args = argparse.Namespace(size="tiny", dtype="float32", batches=2)
+    assert likelihood.our_arm(args, 3, None).columns == {"pairs": 6}
 
 
 def test_the_work_of_a_compiled_loop_is_that_of_its_kernels_times_its_trips():
