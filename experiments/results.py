@@ -31,7 +31,7 @@ AXES = {
     "seed": "seed",
 }
 MAX_KEY_COLUMNS = 3  # besides the axes
-ALL = "all"
+ALL = "all"  # test images were scored
 LOG = "log.txt"  # in a run's folder: its output
 # Keys that may differ between the runs of one row: the seed, and keys that affect neither training nor scores.
 WITHIN_A_ROW = {"seed"} | {
