@@ -44,6 +44,7 @@ def at(schedule: Schedule, t: Real[Array, "*b"]) -> Instant:
         sqrt_one_minus_alpha_bar=jnp.exp(-0.5 * jax.nn.softplus(-gamma - shift)),
         log_snr=-gamma,
         gamma_slope=slope,
+        x0_scale=row.x0_scale,
     )
 
 

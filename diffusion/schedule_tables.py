@@ -71,6 +71,7 @@ class Instant:
     sqrt_one_minus_alpha_bar: Table
     log_snr: Table
     gamma_slope: Table  # dγ/dt, with γ = −log SNR
+    x0_scale: Table | None = None
 
 
 def from_gamma(gamma: np.ndarray, network_t: np.ndarray, x0_scale: float | None = None) -> Schedule:

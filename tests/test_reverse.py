@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import process, reverse, schedules
+from diffusion import continuous_time, process, reverse, schedules
 
 SHAPE = (2, 3, 3)
 X0, EPS = (jax.random.uniform(jax.random.key(i), SHAPE, minval=-1.0) for i in range(2))
@@ -24,6 +24,15 @@ def test_a_perfect_prediction_gives_the_posterior(prediction, t):
     np.testing.assert_allclose(x0_hat, X0, atol=3e-4 if prediction == "mean" else 2e-5)
     np.testing.assert_allclose(p_prev.mean, posterior.mean, atol=1e-6)
     np.testing.assert_array_equal(p_prev.log_var, posterior.log_var)
+
+
+@pytest.mark.parametrize("prediction", list(reverse.PREDICTIONS))
+def test_a_perfect_prediction_gives_x0_where_the_first_step_shrinks_the_image(prediction):
+    s = schedules.from_gamma(np.linspace(-5, 3, 30), np.arange(30), x0_scale=0.5)
+    p = reverse.make(prediction, "fixed_small")
+    for row in (s[1], s[20], *([] if prediction == "mean" else [continuous_time.at(s, jnp.float32(20.3))])):
+        x_t = process.q_sample(row, X0, EPS)
+        np.testing.assert_allclose(p.meaning.to_x0(row, x_t, p.target(row, X0, x_t, EPS)), X0, atol=2e-5)
 
 
 @pytest.mark.parametrize("t", [2, 300, 1000])

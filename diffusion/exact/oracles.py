@@ -81,8 +81,11 @@ class Mixture:
         Var(x_{t−1} | x_t) = β̃_t + (coefficient of x_0 in μ̃_t)² Var(x_0 | x_t).
 
         Raises:
-            ValueError: another learned variance. (learned_range, for example, cannot express every variance.)
+            ValueError: another learned variance (learned_range, for example, cannot express every variance), or a
+                schedule with an x0_scale, whose log SNR does not determine √ᾱ_t.
         """
+        if schedule.x0_scale is not None:
+            raise ValueError("a schedule with an x0_scale does not preserve the variance, as a mixture's formulas do")
         if p.learns_variance and p.variance != "learned":
             raise ValueError(f"an exact denoiser outputs a variance for variance='learned', not for {p.variance!r}")
         rows = schedule[1:]
@@ -135,8 +138,11 @@ def gaussian_gap_nats(data: Mixture, variance: str, schedule: Schedule) -> Gauss
     variance, the term of a step is Σ ½(log(v/v*) + v*/v − 1) over the dimensions. It is 0 with "learned", where v = v*.
 
     Raises:
-        ValueError: a mixture of more than one Gaussian, whose terms have no closed form, or another learned variance.
+        ValueError: a mixture of more than one Gaussian, whose terms have no closed form, another learned variance, or a
+            schedule with an x0_scale.
     """
+    if schedule.x0_scale is not None:
+        raise ValueError("a schedule with an x0_scale does not preserve the variance, as a mixture's formulas do")
     if len(data.weight) != 1:
         raise ValueError(f"the gap has a closed form for 1 Gaussian, not for a mixture of {len(data.weight)}")
     if VARIANCES[variance].is_learned and variance != "learned":

@@ -173,6 +173,14 @@ def test_a_mixture_has_no_closed_form():
         LINE.denoiser(reverse.make("eps", "learned_range"), schedules.cosine(3))
 
 
+def test_a_schedule_that_shrinks_the_image_is_refused():
+    shrinking = schedules.from_gamma(np.linspace(-5, 3, 9), np.arange(9), x0_scale=0.5)
+    with pytest.raises(ValueError, match="x0_scale does not preserve the variance"):
+        LINE.denoiser(reverse.make("eps", "fixed_small"), shrinking)
+    with pytest.raises(ValueError, match="x0_scale does not preserve the variance"):
+        oracles.gaussian_gap_nats(GAUSSIAN, "fixed_small", shrinking)
+
+
 @pytest.mark.parametrize("variance", ["learned_range", "npr"])
 def test_a_network_s_own_variance_has_no_closed_form(variance):
     """Its raw output is no logarithm of a variance."""
