@@ -42,7 +42,10 @@ def run(config: ConfigDict, directory: Path, input: str, output: str, checkpoint
     path = compress.new_file(output)
     if path.suffix != ".npz":
         raise ValueError(f"--output={output} must end in .npz")
-    header, words = coded_file.read(files.expanded(input))
+    coded = files.expanded(input)
+    if not coded.exists() or coded.is_dir():
+        raise FileNotFoundError(f"--input={input} is no file; it must be one that --mode=compress wrote")
+    header, words = coded_file.read(coded)
     experiment, model = compress.coding_model(config, directory, checkpoint)
     _check(input, header, compress.identity(experiment, model))
     codec = Codec(model, experiment.image_shape, header.batch_size, header.precision)

@@ -178,8 +178,9 @@ def test_what_is_missing_or_in_the_way_is_said_first(tiny, conditional, straight
         compress.run(tiny(), straight, "tset", str(tmp_path / "a.ddc"))
     with pytest.raises(ValueError, match="must end in .npz"):
         decompress.run(tiny(), straight, str(coded), str(tmp_path / "a.npy"))
-    with pytest.raises(FileNotFoundError):
-        decompress.run(tiny(), straight, str(tmp_path / "none"), str(tmp_path / "a.npz"))
+    for no_file in (tmp_path / "none", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"^--input={no_file} is no file; it must be one that --mode=comp"):
+            decompress.run(tiny(), straight, str(no_file), str(tmp_path / "a.npz"))
     assert [path.name for path in tmp_path.iterdir()] == ["there.npz"]
 
 
