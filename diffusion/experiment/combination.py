@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion import conditioning, learned_schedule, objectives, reverse, timesteps
+from diffusion import conditioning, learned_schedule, objectives, reverse, schedules, timesteps
 from diffusion.experiment import names, sampling
 from diffusion.experiment.schema import ALL_SCHEDULES, FIXED_SCHEDULES, PREDICTIONS
 from diffusion.learned_schedule import Learned
@@ -69,6 +69,19 @@ class Combination(NamedTuple):
     def leaves_out_steps(self) -> bool:
         """Whether samples are drawn in fewer steps than the schedule has."""
         return 0 < self.config.sample.num_steps < self.config.schedule.num_steps
+
+    @property
+    def guides_no_step(self) -> bool:
+        """Whether sample.guidance_interval contains no t that the sampler visits. Churn visits any t."""
+        sample, visited = self.config.sample, self.schedule
+        if not sample.guidance_interval:
+            return False
+        if self.leaves_out_steps and sample.grid == "even" and self.step.churn is None:
+            visited = schedules.evenly_spaced(self.schedule, sample.num_steps)
+        (low, high), t = sample.guidance_interval, np.asarray(visited.network_t)[1:] + 1
+        if self.grid_is_continuous:
+            return not (low < t[-1] and t[0] <= high)
+        return not np.any((low < t) & (t <= high))
 
     @property
     def is_ancestral(self) -> bool:

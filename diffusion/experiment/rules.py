@@ -163,6 +163,12 @@ RULES = (
         "sample.guidance_interval={c.sample.guidance_interval} has no effect with sample.guidance=0",
     ),
     Rule(
+        lambda it: it.guides_no_step,
+        "sample.guidance_interval={c.sample.guidance_interval} contains no t of the sampler's steps, with "
+        "sample.num_steps={c.sample.num_steps} (0: all) of schedule.num_steps={c.schedule.num_steps}; nothing would be "
+        "guided",
+    ),
+    Rule(
         lambda it: it.config.ema.length > 0 and not it.config.ema.post_hoc,
         "ema.length={c.ema.length} is composed of averages that a run with ema.post_hoc={c.ema.post_hoc} does not keep",
     ),

@@ -34,6 +34,7 @@ def refusal(**keys):
 
 
 VDM = {"model__decoder": "bayes", "model__variance": "fixed_small"}
+GUIDED = {"sample__guidance": 1.5, "model__conditional": True, "model__label_dropout": 0.1}
 # For each rule a config that breaks it and no other.
 BREAKING = (
     {"model__variance": "learned"},
@@ -81,6 +82,7 @@ BREAKING = (
     {"sample__guidance": 1.5, "model__conditional": True},
     {"sample__guide": "runs/worse"},
     {"sample__guidance_interval": (10, 500)},
+    {"sample__guidance_interval": (1000, 2000)} | GUIDED,
     {"ema__length": 0.07},
     {"quality__reference": "validation"},
     {"train__patience": 2},
@@ -118,6 +120,15 @@ def test_the_configs_break_no_rule(get_config):
     config = get_config()
     rules.check(config)
     assert not [rule for rule in rules.RULES if rule.is_broken(combination(config))]
+
+
+def test_an_interval_of_guidance_contains_a_step_that_the_sampler_visits():
+    for interval in ((-5, 0), (2.2, 2.8), (1000, 1e6)):
+        assert "contains no t of the sampler's" in refusal(**GUIDED, sample__guidance_interval=interval)
+    keys = GUIDED | {"sample__guidance_interval": (300, 330)}
+    assert "contains no t of the sampler's" in refusal(**keys, sample__num_steps=10)  # 1, 112, 223, 334, …
+    for more in ({}, {"num_steps": 11}, {"method": "heun(s_churn=40)", "num_steps": 10}):
+        rules.check(changed(**keys, **{f"sample__{name}": value for name, value in more.items()}))
 
 
 # --- what counts is ᾱ_T, not the schedule's name
