@@ -85,7 +85,8 @@ PREDICTIONS: dict[str, Prediction | Callable[..., Prediction]] = {
         target=lambda row, x0, x_t, eps: x0,
         to_x0=lambda row, x_t, x0: x0,
     ),
-    # v = √ᾱ_t ε − √(1−ᾱ_t) x_0: Salimans & Ho (2022), section 4. With an `x0_scale` the squares of these roots do not add up to 1.
+    # v = √ᾱ_t ε − √(1−ᾱ_t) x_0: Salimans & Ho (2022), section 4.
+    # With an `x0_scale` the squares of these roots do not add up to 1.
     "v": Prediction(
         target=lambda row, x0, x_t, eps: row.sqrt_alpha_bar * eps - row.sqrt_one_minus_alpha_bar * x0,
         to_x0=lambda row, x_t, v: (row.sqrt_alpha_bar * x_t - row.sqrt_one_minus_alpha_bar * v)
