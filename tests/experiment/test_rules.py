@@ -123,12 +123,11 @@ def test_the_configs_break_no_rule(get_config):
 
 
 def test_an_interval_of_guidance_contains_a_step_that_the_sampler_visits():
-    for interval in ((-5, 0), (2.2, 2.8), (1000, 1e6)):
-        assert "contains no t of the sampler's" in refusal(**GUIDED, sample__guidance_interval=interval)
+    assert "contains no t of the sampler's" in refusal(**GUIDED, sample__guidance_interval=(2.2, 2.8))
     keys = GUIDED | {"sample__guidance_interval": (300, 330)}
     assert "contains no t of the sampler's" in refusal(**keys, sample__num_steps=10)  # 1, 112, 223, 334, …
-    for more in ({}, {"num_steps": 11}, {"method": "heun(s_churn=40)", "num_steps": 10}):
-        rules.check(changed(**keys, **{f"sample__{name}": value for name, value in more.items()}))
+    for more in ({}, {"sample__num_steps": 11}, {"sample__num_steps": 10, "sample__method": "heun(s_churn=40)"}):
+        rules.check(changed(**keys, **more))
 
 
 # --- what counts is ᾱ_T, not the schedule's name
