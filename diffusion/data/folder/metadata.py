@@ -22,9 +22,11 @@ SEGMENTS, APP, COM = {*range(0xC0, 0xD0), *range(0xDB, 0xFF)}, range(0xE0, 0xF0)
 # Segments of applications that are needed. JFIF and Adobe decide how colours are stored; libjpeg ignores shorter ones.
 JFIF, ADOBE, XMP, EXIF = b"JFIF\0", b"Adobe", b"http://ns.adobe.com/xap/1.0/\0", b"Exif\0\0"
 JPEG_NEEDED = {JFIF: 14, ADOBE: 12, XMP: len(XMP)}  # the least number of bytes
-TIFF = {b"II*\0": "<", b"MM\0*": ">"}  # the order of bytes
+# The order of bytes, and the types of a number of entries and of a place in the file. The last is BigTIFF, which Pillow
+# reads in this order only.
+TIFF = {b"II*\0": "<HI", b"MM\0*": ">HI", b"II+\0": "<QQ"}
 TIFF_DIRECTORIES = ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop
-TIFF_XMP, TIFF_TYPES_OF_XMP, TIFF_ENTRY_BYTES = 0x02BC, (1, 7), 12
+TIFF_XMP, TIFF_TYPES_OF_XMP = 0x02BC, (1, 7)
 
 
 def tolerated(decode: Callable[[bytes], Result], data: bytes) -> Result:
@@ -111,14 +113,19 @@ def _orientation_segment(exif: bytes) -> bytes:
 
 def _tiff(data: bytes) -> bytes:
     """The file without the entries of its first directory that Pillow follows to EXIF and GPS, and damaged XMP."""
-    order = TIFF[data[:4]]
-    (begin,) = struct.unpack_from(f"{order}I", data, 4)
-    (number,) = struct.unpack_from(f"{order}H", data, begin)
-    end = begin + 2 + TIFF_ENTRY_BYTES * number
-    entries = [data[place : place + TIFF_ENTRY_BYTES] for place in range(begin + 2, end, TIFF_ENTRY_BYTES)]
-    kept = [entry for entry in entries if _is_kept(*struct.unpack_from(f"{order}HH", entry))]
-    shorter = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + data[end : end + 4]  # the next directory's place
-    return data[:begin] + shorter.ljust(end + 4 - begin, b"\0") + data[end + 4 :]
+    order, number_type, place_type = TIFF[data[:4]]
+    number_bytes, place_bytes = struct.calcsize(order + number_type), struct.calcsize(order + place_type)
+    (begin,) = struct.unpack_from(order + place_type, data, place_bytes)
+    (number,) = struct.unpack_from(order + number_type, data, begin)
+    length = 4 + 2 * place_bytes  # of an entry: its tag, its type, a count, and a value or its place
+    end = begin + number_bytes + length * number
+    places = range(begin + number_bytes, end, length)
+    kept = [
+        data[place : place + length] for place in places if _is_kept(*struct.unpack_from(f"{order}HH", data, place))
+    ]
+    end += place_bytes  # of the next directory's place
+    shorter = struct.pack(order + number_type, len(kept)) + b"".join(kept) + data[end - place_bytes : end]
+    return data[:begin] + shorter.ljust(end - begin, b"\0") + data[end:]
 
 
 def _is_kept(tag: int, kind: int) -> bool:

@@ -111,22 +111,30 @@ def test_the_colours_of_a_jpeg_are_those_that_it_names(jfif, adobe):
 # --- TIFF
 
 
-def tiff(order, *entries):
-    """A grey TIFF file with an orientation of 6 and more entries (tag, type, count, four bytes)."""
-    numbers = {256: 8, 257: 5, 258: 8, 259: 1, 262: 1, 273: 8, 274: 6, 277: 1, 278: 5, 279: 40}
-    own = [(tag, 4, 1, struct.pack(f"{order}I", number)) for tag, number in numbers.items()]
-    directory = b"".join(struct.pack(f"{order}HHI4s", *entry) for entry in sorted([*own, *entries]))
-    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 48)
-    count = struct.pack(f"{order}H", len(own) + len(entries))
-    return head + GREYS[:5].tobytes() + count + directory + b"\0\0\0\0"
+def tiff(order, *entries, big=False):
+    """A grey TIFF or BigTIFF file with an orientation of 6 and more entries (tag, type, count, bytes of the value)."""
+    number, place, width = ("Q", "Q", 8) if big else ("H", "I", 4)
+    tags = {256: 8, 257: 5, 258: 8, 259: 1, 262: 1, 273: 16, 274: 6, 277: 1, 278: 5, 279: 40}
+    own = [(tag, 4, 1, struct.pack(f"{order}I", value)) for tag, value in tags.items()]
+    directory = b"".join(struct.pack(f"{order}HH{place}{width}s", *entry) for entry in sorted([*own, *entries]))
+    words = (43, 8, 0, 56) if big else (42, 56)
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HHHQ" if big else f"{order}HI", *words)
+    count = struct.pack(f"{order}{number}", len(own) + len(entries))
+    return head.ljust(16, b"\0") + GREYS[:5].tobytes() + count + directory + bytes(width)
 
 
-@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])
 @pytest.mark.parametrize("entry", [(0x02BC, 3, 1), (0x8769, 9, 1), (0x8825, 9, 1)])
-def test_a_tiff_with_damaged_xmp_exif_or_gps(entry, order):
-    data = tiff(order, (*entry, b"\xff\xff\xff\xff"))
-    assert pillow_refuses(data) and not pillow_refuses(tiff(order))
+def test_a_tiff_with_damaged_xmp_exif_or_gps(entry, order, big):
+    data = tiff(order, (*entry, b"\xff\xff\xff\xff"), big=big)
+    assert pillow_refuses(data) and not pillow_refuses(tiff(order, big=big))
     np.testing.assert_array_equal(to_pixels(data, Target(8, 5, channels=1))[..., 0], np.rot90(GREYS[:5], -1))
+
+
+def test_a_damaged_number_of_entries_costs_no_memory():
+    whole = tiff("<", big=True)
+    with pytest.raises(struct.error):
+        metadata.without_metadata(whole[:56] + b"\xff" * 8 + whole[64:])
 
 
 # --- good pictures
