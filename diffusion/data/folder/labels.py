@@ -123,10 +123,10 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def _json_pairs(text: str) -> list[tuple[str, str]]:
-    content = json.loads(text)
-    if not isinstance(content, dict) or not all(isinstance(label, str | int) for label in content.values()):
+    content = json.loads(text, object_pairs_hook=tuple)  # a dict would hide the first of two labels
+    if not isinstance(content, tuple) or not all(isinstance(label, str | int) for _, label in content):
         raise ValueError("it must be {path: label}, each label a text or an integer")
-    return [(file, str(label)) for file, label in content.items()]
+    return [(file, str(label)) for file, label in content]
 
 
 def _csv_pairs(text: str) -> list[tuple[str, str]]:

@@ -87,6 +87,7 @@ def test_classes_that_differ_in_their_unicode_form_alone_are_one():
         ),
         ("labels.csv", "a/1.png,x\na/1.png,y\n", r"gives a/1\.png two labels, x and y"),
         ("labels.csv", "a/1.png,x\nb/c/2.png,x,7\n", r"cannot be read.*a row has 3 columns instead of 2"),
+        ("labels.json", '{"a/1.png": "x", "b/c/2.png": "x", "a/1.png": "y"}', r"gives a/1\.png two labels, x and y"),
         ("labels.json", '{"a/1.png": "x"', "cannot be read as labels"),
         ("labels.json", '["a/1.png"]', r"must be \{path: label\}"),
         ("labels.json", '{"a/1.png": 1.5}', r"must be \{path: label\}"),
