@@ -15,6 +15,8 @@ from diffusion.data.encoded import Encoded, image_digests
 from diffusion.data.stored_split import Stored
 from diffusion.runtime import files
 
+CHECKED = 8  # pictures that are decoded again for a kept index
+
 EncodedSplit = tuple[Encoded, Int32[np.ndarray, " n"] | None]
 
 
@@ -59,13 +61,21 @@ def _content(stored: Stored) -> Content:
 
 
 def _kept(stored: Stored, path: Path) -> Index | None:
-    """The index in a file; None if it is absent, damaged, or not for this user."""
+    """The index in a file; None if it is absent, damaged, not for this user, or of other pixel values."""
     try:
         with np.load(path) as arrays:
             index = Index(arrays["digests"], arrays["classes"], str(arrays["sha256"]))
     except (FileNotFoundError, PermissionError, *files.DAMAGE):  # disk errors are raised
         return None
-    return index if len(index.digests) == len(index.classes) == len(stored) else None
+    is_whole = len(index.digests) == len(index.classes) == len(stored)
+    return index if is_whole and _has_the_pixels(index, stored) else None
+
+
+def _has_the_pixels(index: Index, stored: Stored) -> bool:
+    """Whether some pictures have the digests of the index. Another version of Pillow may decode other pixel values."""
+    few, picture = np.unique(np.linspace(0, len(stored) - 1, CHECKED).astype(int)), stored.reader()
+    now = image_digests(picture(number) for number in stored.numbers[few].tolist())
+    return np.array_equal(now, index.digests[few])
 
 
 def _made(stored: Stored, lock: BinaryIO, directory: Path) -> Index:

@@ -9,7 +9,7 @@ import pytest
 from PIL import PngImagePlugin
 
 from diffusion import data
-from diffusion.data import encoded, index, stored_split, validation
+from diffusion.data import encoded, index, resizing, stored_split, validation
 from diffusion.data import source as source_lib
 from diffusion.data.folder import decoding
 from diffusion.experiment import build
@@ -110,6 +110,16 @@ def test_a_damaged_index_is_made_again(digits_copy, damage):
     (path,) = digits_copy.rglob("index-test-*.npz")
     path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
     assert load(digits_copy).sha256() == expected
+
+
+def test_an_index_of_another_decoder_is_made_again(digits_copy, monkeypatch):
+    """Its digests would not be those of the pixel values that are trained on."""
+    before = load(digits_copy).sha256()
+    pixels = resizing.Resizing.pixels
+    monkeypatch.setattr(resizing.Resizing, "pixels", lambda *given: np.minimum(pixels(*given), 15))
+    other = load(digits_copy)
+    other = dataclasses.replace(other, pixels=other.images())
+    assert load(digits_copy).sha256() == other.sha256() != before
 
 
 def test_of_two_at_once_one_makes_the_index(digits_copy, monkeypatch, caplog):
