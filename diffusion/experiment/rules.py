@@ -245,6 +245,11 @@ def hints(config: ConfigDict) -> list[str]:
             f"ema.decay={config.ema.decay} over train.num_steps={num_steps}: the average that is scored and sampled "
             f"will still weight its start by {still:.0%}; ema.decay={shorter:.6g} forgets it"
         )
+    if config.train.validate_every and not config.data.validation:
+        found.append(
+            f"train.validate_every={config.train.validate_every} has no effect: data.validation=0 sets no training "
+            "images aside for val_loss; a new run with data.validation=-1 sets aside a tenth"
+        )
     return found
 
 

@@ -298,3 +298,10 @@ def test_every_prediction_has_every_weighting():
 def test_an_average_that_is_mostly_what_it_starts_from_is_told(decay, num_steps, words):
     found = rules.hints(changed(ema__decay=decay, train__num_steps=num_steps))
     assert [hint.partition("sampled ")[2] for hint in found] == ([words] if words else [])
+
+
+@pytest.mark.parametrize(("every", "validation", "is_told"), [(200, 0, True), (200, -1, False), (0, 0, False)])
+def test_validations_without_validation_images_are_told(every, validation, is_told):
+    config = changed(train__validate_every=every, data__validation=validation, ema__decay=0.0)
+    words = f"train.validate_every={every} has no effect: data.validation=0"
+    assert [hint.partition(" sets no")[0] for hint in rules.hints(config)] == ([words] if is_told else [])
