@@ -16,6 +16,7 @@ the working directory. Finished runs are skipped and interrupted ones resume, as
 
 import argparse
 import ast
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def flops_per_image(name: str) -> float:
     experiment = build.experiment(config, CIFAR10, num_levels=256, num_classes=10)
     key = str(experiment.training.network), experiment.p.output_channels(CIFAR10[-1]), config.optim.name
     if key not in _flops:  # counting takes seconds, and many records have the same network
+        if not _flops:
+            print("counting the arithmetic of each network, some seconds for each", file=sys.stderr, flush=True)
         update = optimizer_flops(experiment.training.optimizer, experiment.abstract_state().params)
         _flops[key] = forward_flops(experiment), update
     of_network, of_update = _flops[key]
@@ -105,13 +108,20 @@ def num_steps(name: str, minutes: int) -> int:
     return max(1, int(BUDGETS[minutes] / (flops_per_image(name) * batch_size)))
 
 
-def cells(chosen: Sequence[str], minutes: int, seeds: Sequence[str], extra: dict[str, str]) -> list[Cell]:
-    """The runs of some records with each seed; the overrides in `extra` apply to all."""
+def cells(
+    chosen: Sequence[str], minutes: int, seeds: Sequence[str], extra: dict[str, str], counts: bool = True
+) -> list[Cell]:
+    """The runs of some records with each seed; the overrides in `extra` apply to all.
+
+    Args:
+        counts: whether to set train.num_steps, which takes seconds for each network.
+    """
     own = {"data.validation": str(NUM_VALIDATION), "eval.num_images": str(NONE)}
     made = []
     for name in dict.fromkeys(map(weights_of, chosen)):
-        steps = str(num_steps(name, minutes))
-        keys = own | {"train.num_steps": steps, "train.checkpoint_every": steps}
+        keys = own
+        if counts:
+            keys = own | dict.fromkeys(("train.num_steps", "train.checkpoint_every"), str(num_steps(name, minutes)))
         made += [Cell(folder(name, minutes, seed), file(name), keys | {"seed": seed} | extra) for seed in seeds]
     return made
 
@@ -175,7 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     extra = sweep.overrides(arguments.set) | ({"data.data_dir": arguments.data_dir} if arguments.data_dir else {})
     wanted = chosen(arguments)
-    runs = cells(wanted, arguments.minutes, sweep.seeds(arguments, ["0", "1", "2"]), extra)
+    seeds = sweep.seeds(arguments, ["0", "1", "2"])
+    runs = cells(wanted, arguments.minutes, seeds, extra, counts=not arguments.list)
     for cell in runs:
         rules.check(cell.config())
     if arguments.list:

@@ -57,6 +57,23 @@ def test_training_scores_no_test_image_and_sets_validation_images_aside(monkeypa
         assert config.data.data_dir == "somewhere"
 
 
+def test_a_list_counts_no_arithmetic_and_names_the_runs_in_their_order(monkeypatch, capsys):
+    monkeypatch.setattr(records, "flops_per_image", None)
+    assert records.main(["--workdir=none", "--records=vlb,simple_fixed_small", "--seeds=2", "--list"]) == 0
+    listed = capsys.readouterr().out.split()[1::2]
+    monkeypatch.setattr(records, "flops_per_image", lambda name: 2.4e9)
+    assert listed == [cell.name for cell in records.cells(["vlb", "simple_fixed_small"], 8, ["0", "1"], {})]
+
+
+def test_one_line_says_that_arithmetic_is_counted(monkeypatch, capsys):
+    monkeypatch.setattr(records, "_flops", {})
+    for count in ("forward_flops", "optimizer_flops"):
+        monkeypatch.setattr(records, count, lambda *given: 1.0)
+    records.flops_per_image("vlb")
+    records.flops_per_image("vlb")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_test_images_are_scored_of_named_records_alone():
     with pytest.raises(ValueError, match="name them with --records"):
         records.main(["--workdir=none", "--test"])
