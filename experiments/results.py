@@ -271,16 +271,19 @@ def between_variances(table: list[Row], base: Row) -> list[Difference]:
 
 
 def _of_the_same_images(one: FinishedRun, other: FinishedRun) -> bool:
-    """Whether both were scored on the same test images. Runs of earlier versions have no digest of their data."""
+    """Whether both were scored on the same test images. Runs of earlier versions lack digests of data or numbers."""
     digests = {(run.summary.get("data_sha256") or {}).get("test") for run in (one, other)} - {None}
     same_name = one.config["data.name"] == other.config["data.name"]
     is_equal = same_name and one.summary["test_images"] == other.summary["test_images"] and len(digests) < 2
+    numbers = {run.summary.get("test_numbers_sha256") for run in (one, other)}
+    if None not in numbers:
+        return is_equal and len(numbers) == 1
     choices = {_choice(run.config) for run in (one, other)}
     return is_equal and (len(choices) == 1 or ALL in choices)
 
 
 def _choice(config: dict[str, Any]) -> str:
-    """Which of the test images were scored. As many as all images are all, whatever the other run's choice was."""
+    """Which images a run scored that does not say their numbers. As many as all are all, whatever the other chose."""
     if config["eval.num_images"]:
         return "at random"
     return ALL if PROTOCOLS[config["eval.protocol"]].images_multiple == 1 else "the first"

@@ -156,6 +156,7 @@ def score(
         "num_params": about["num_params"],
         "protocol": protocol,
         **{name: value for split in numbers for name, value in bounds[split].summary(split).items()},
+        "test_numbers_sha256": short_sha256(numbers["test"].tolist()),
         **_of_limit(bounds),
         **_by_label(bounds, splits.test, numbers["test"], config.model.conditional),
         "prior_bpd": bounds["test"].prior_bpd.mean(),

@@ -177,6 +177,21 @@ def test_runs_are_compared_only_on_the_same_choice_of_images(tmp_path, one, othe
     assert [bool(found) for found in results.less_base(table, base)] == [False, is_comparable]
 
 
+@pytest.mark.parametrize(
+    ("numbers", "is_comparable"),
+    [(("a", "b"), False), (("a", "a"), True), (("a", None), False)],  # the last as the config says it
+)
+def test_runs_that_say_the_numbers_of_their_images_are_compared_where_these_are_equal(tmp_path, numbers, is_comparable):
+    """As where the protocol's first images are all images, of which the other run scored as many at random."""
+    settings = ("one", "ho2020", "0"), ("other", "exact", "256")
+    for (name, protocol, num_images), digest in zip(settings, numbers, strict=True):
+        config = Cell("", BASE, {"eval.protocol": protocol, "eval.num_images": num_images}).config()
+        said = {"test_numbers_sha256": digest} if digest else {}
+        write_run(tmp_path, name, np.arange(256.0), config, **said)
+    table, base = table_and_base(tmp_path, "one")
+    assert [bool(found) for found in results.less_base(table, base)] == [False, is_comparable]
+
+
 def test_a_sweep_without_samples_has_no_such_column(finished, tmp_path):
     assert "has no Fréchet distance" not in sweep_report.write(tmp_path, variance.target_by_config)
     assert not [head for head in columns(tmp_path) if "Fréchet" in head]
