@@ -30,6 +30,7 @@ from diffusion.runtime import processes
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
+from diffusion.runtime.verification import check_writable
 from diffusion.training import loop, parallel
 from diffusion.training.step import TrainState
 
@@ -62,6 +63,7 @@ def run(
             how = ending(summary.read_json(directory / workdir.SUMMARY))
             print(f"{directory} holds this run, {how}: see {directory / workdir.SUMMARY}")
         return
+    check_writable(directory)
     for hint in rules.hints(config) if processes.is_first() else ():
         logging.warning(hint)
     with Preemption() as preemption:

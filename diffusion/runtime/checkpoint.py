@@ -69,8 +69,9 @@ class Checkpoints:
         """Starts writing a checkpoint and returns once the state is copied.
 
         The checkpoint appears under its final name when it is complete. A step that is already saved does not change.
-        Errors of the previous save (a full disk) are raised here or by `wait`.
+        Errors of the previous save (a full disk) are raised here or by `wait`, those of `check_writable` at once.
         """
+        verification.check_writable(self.directory)
         if step in self._manager.all_steps():
             return
         if (self.directory / str(step)).exists():

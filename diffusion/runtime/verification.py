@@ -20,6 +20,16 @@ class OtherCheckpoint(ValueError):
     """The stored checkpoint belongs to another model or optimizer than the config's."""
 
 
+def check_writable(directory: Path) -> None:
+    """Raises a ValueError about a directory to which Orbax cannot write checkpoints that can be read again.
+
+    It looks for its own files with the whole path as a pattern, where [ begins a set of characters, and takes a
+    backslash for a separator.
+    """
+    if any(character in str(directory.absolute()) for character in "[\\"):
+        raise ValueError(f"checkpoints cannot be kept in {directory.absolute()}: its path may have no [ and no \\")
+
+
 def is_complete(path: Path) -> bool:
     """Whether every part of a checkpoint is there. Only reading it shows whether it is unchanged.
 

@@ -57,6 +57,22 @@ def test_orbax_s_next_api_reads_it(tmp_path):
         assert saved[path].dtype == leaf.dtype and np.asarray(saved[path]).tobytes() == np.asarray(leaf).tobytes(), path
 
 
+@pytest.mark.parametrize("name", ["lr[0.1]", "back\\slash"])
+def test_a_path_in_which_orbax_would_lose_the_arrays_is_refused(name, tmp_path):
+    with Checkpoints(tmp_path / name) as checkpoints:
+        with pytest.raises(ValueError, match=r"its path may have no \[ and no"):
+            checkpoints.save(7, make_state(7), {"val_loss": 1.0})
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["a b", "ü日本", "per%20cent#?*]", "12:30", "at@5", "new\nline", "{x}$HOME~"])
+def test_any_other_path_will_do(name, tmp_path):
+    with Checkpoints(tmp_path / name) as checkpoints:
+        checkpoints.save(7, state := make_state(7), {"val_loss": 1.0})
+    with Checkpoints(tmp_path / name) as checkpoints:
+        assert_identical(checkpoints.restore(7, state), state)
+
+
 def test_round_trip_is_bit_identical(tmp_path):
     state = make_state(7)
     with Checkpoints(tmp_path) as checkpoints:
