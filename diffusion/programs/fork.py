@@ -3,9 +3,13 @@
 A fork may change keys that a run may not, because it is another run. fork.json records its origin.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 from diffusion.experiment import named_run, workdir
 from diffusion.experiment.build import Experiment
@@ -60,7 +64,7 @@ def read(experiment: Experiment, text: str, directory: Path) -> Fork | None:
         )
     try:
         with Checkpoints(source.checkpoints) as checkpoints:
-            state = checkpoints.restore(source.step(checkpoints), experiment.abstract_state())
+            state = _restored(checkpoints, source.step(checkpoints), experiment)
     except OtherCheckpoint as error:
         instead = f"--config.init_from={text} --config.init_adapt=True begins a new run with the parameters that fit"
         raise ValueError(f"{error}; a fork keeps network and optimizer; without --fork, {instead}") from error
@@ -74,11 +78,28 @@ def read(experiment: Experiment, text: str, directory: Path) -> Fork | None:
     return Fork(state, origin, [row for row in read_metrics(source.directory) if row["step"] <= state.step])
 
 
+def _restored(checkpoints: Checkpoints, step: int | None, experiment: Experiment) -> TrainState:
+    """The state of a checkpoint. What belongs to another objective or another draw of t begins anew in it.
+
+    Those are the sums of the metrics since the last row, the count of skipped updates, and what the draw remembers.
+    """
+    like = experiment.abstract_state()
+    with contextlib.suppress(OtherCheckpoint):
+        return checkpoints.restore(step, like)
+    state = checkpoints.restore(step, like.replace(window={}, timesteps=()))
+    window = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in like.window.items()}
+    memory = experiment.training.timesteps.init(experiment.config.schedule.num_steps)
+    return state.replace(window=window, timesteps=jax.device_get(memory))
+
+
 def write(fork: Fork, directory: Path, data_sha256: dict[str, str]) -> None:
     """Writes the state into `directory`, the new run's. Its training resumes from there.
 
-    The checkpoint is written last, so a call that is killed earlier is repeated.
+    The checkpoint is written last, so a call that is killed earlier is repeated. Nothing is written if another process
+    has made this fork since `read`.
     """
+    if has_begun(directory):
+        return
     files.write_text(directory / NAME, json.dumps(fork.origin, indent=2) + "\n")
     files.write_text(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in fork.rows))
     with Checkpoints(directory / "checkpoints", data_sha256=data_sha256) as checkpoints:

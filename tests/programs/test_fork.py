@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import toy
@@ -71,6 +72,47 @@ def test_other_keys_change_what_comes_after_the_fork_alone(source, tmp_path):
     assert tree_sha256(old.params) != tree_sha256(new.params)
     assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     assert workdir.read_config(tmp_path / "new").optim.learning_rate == 0.5
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run whose only checkpoint, of step 8, holds numbers from a generator."""
+    experiment, rng = toy.experiment(), np.random.default_rng(0)
+    workdir.claim(experiment.config, tmp_path / "saved")
+    like = experiment.abstract_state()
+    state = jax.tree.map(lambda leaf: np.asarray(rng.uniform(1, 9, leaf.shape), leaf.dtype), like)
+    with Checkpoints(tmp_path / "saved" / "checkpoints") as checkpoints:
+        checkpoints.save(8, state.replace(step=np.int32(8)), {})
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    ("keys", "entry"),
+    [
+        ({}, ""),
+        ({"objective__name": "hybrid"}, "mse"),
+        ({"train__skip_nonfinite": 3}, "skipped"),
+        ({"objective__timesteps": "loss_aware(history_length=2)"}, "loss"),
+    ],
+)
+def test_what_another_objective_logs_and_its_draw_of_t_remembers_begins_anew(keys, entry, saved, tmp_path):
+    experiment, old = toy.experiment(**keys), state_of(saved, 8)
+    state, like = fork.read(experiment, str(saved), tmp_path / "new").state, experiment.abstract_state()
+    assert jax.tree.structure(state) == jax.tree.structure(like)
+    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [leaf.shape for leaf in jax.tree.leaves(like)]
+    assert (not entry) == (state.window == old.window) and (not entry or entry in state.window)
+    assert not entry or not any(np.any(leaf) for leaf in jax.tree.leaves((state.window, state.timesteps)))
+    for part in ("step", "params", "ema_params", "opt_state"):
+        assert tree_sha256(getattr(state, part)) == tree_sha256(getattr(old, part)), part
+
+
+def test_a_fork_that_another_process_has_made_meanwhile_is_left_alone(saved, tmp_path):
+    made, new = fork.read(toy.experiment(), str(saved), tmp_path / "new"), tmp_path / "new"
+    new.mkdir()
+    fork.write(made, new, {})
+    (new / "metrics.jsonl").write_text('{"step": 9}\n')
+    fork.write(made, new, {})
+    assert rows_of(new) == [{"step": 9}]
 
 
 def test_the_same_command_again_resumes_the_fork(source, tmp_path, monkeypatch):
