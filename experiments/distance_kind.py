@@ -35,7 +35,10 @@ def distance_kind(config: Mapping[str, Any], quality: Mapping[str, Any]) -> Dist
     if not found:
         return None
     weights = (quality.get("weights_sha256") or "")[:8]
-    about = weights, _sampler(config, quality.get("sampler") or {}), _reference(quality.get("reference") or "")
+    used = dict(quality.get("sampler") or {})
+    if guide := quality.get("guide_sha256"):  # a run that guides may have trained further between two measurements
+        used["guide_sha256"] = guide[:8]
+    about = weights, _sampler(config, used), _reference(quality.get("reference") or "")
     return DistanceKind(found.title, quality["features"], quality["num_samples"], *about)
 
 

@@ -243,11 +243,13 @@ def _told_apart_by(runs: list[FinishedRun], settings: list[dict[str, Any]], know
 
 
 def _settings(runs: list[FinishedRun]) -> list[dict[str, Any]]:
-    """Each run's config keys, and a digest of its data if the runs' digests differ. Older runs have no digest."""
-    known = [run.summary.get("data_sha256") for run in runs]
-    if len({str(digests) for digests in known if digests}) < 2:
-        return [run.config for run in runs]
-    return [run.config | {"data": short_sha256(digests)} for run, digests in zip(runs, known, strict=True)]
+    """Each run's config keys, and digests of its data and of the weights it started from, where the runs' differ."""
+    settings = [run.config for run in runs]
+    starts = [(run.summary.get("started_from") or {}).get("sha256") for run in runs]
+    for name, known in (("data", [run.summary.get("data_sha256") for run in runs]), ("start", starts)):
+        if len({str(digests) for digests in known if digests}) > 1:  # older runs have none
+            settings = [of | {name: short_sha256(digests)} for of, digests in zip(settings, known, strict=True)]
+    return settings
 
 
 def less_base(table: list[Row], base: Row) -> list[Difference | None]:

@@ -31,7 +31,7 @@ PLACES = {"data.data_dir": "", "init_from": "", "init_adapt": False}
 NO_GUIDE = {"sample.guide": "", "sample.guidance": 0.0, "sample.guidance_interval": ()}
 # The entries of summary.json and eval.json that are neither scores nor their protocol.
 NO_SCORES = {"step", "num_params", "params_sha256", "ema_sha256", "data_sha256", "seconds", "forked_from"}
-NO_SCORES |= {"stopped_early"}
+NO_SCORES |= {"stopped_early", "started_from"}
 
 
 def _is_shape(value: Any) -> bool:

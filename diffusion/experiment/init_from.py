@@ -20,6 +20,7 @@ from diffusion.networks.named_tensors import first_few
 from diffusion.reverse import VARIANCES
 from diffusion.runtime import files
 from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.digests import tree_sha256
 
 # Fields of a network that do not affect the meaning of its weights.
 WEIGHTLESS = {"dropout", "convolution", "dtype", "remat", "parent", "name"}
@@ -38,6 +39,7 @@ class Start(NamedTuple):
         anew: parameters of the network that the source lacks; they start as in a new run.
         unused: parameters of the source that the network does not have.
         differing: settings of the network that differ in the source.
+        sha256: the digest of all parameters of the source. A run that is named without a step may train further.
     """
 
     leaves: dict[str, np.ndarray]
@@ -45,6 +47,7 @@ class Start(NamedTuple):
     anew: list[str]
     unused: list[str]
     differing: list[str]
+    sha256: str
 
     def over(self, params: PyTree) -> PyTree:
         """`params` with its leaves replaced by these."""
@@ -88,7 +91,8 @@ def load(config: ConfigDict, network: nn.Module, like: PyTree) -> Start:
     rest = sorted(wanted.keys() & found.keys() - leaves.keys())
     resized = [name for name in rest if wanted[name] == (*found[name].shape[:-1], network.out_channels)]
     leaves |= {name: _resized(found[name], network.out_channels) for name in resized}
-    return Start(leaves, resized, sorted(wanted.keys() - leaves), sorted(found.keys() - leaves), differing)
+    anew, unused = sorted(wanted.keys() - leaves), sorted(found.keys() - leaves)
+    return Start(leaves, resized, anew, unused, differing, tree_sha256(found))
 
 
 def _settings(network: nn.Module, config: ConfigDict) -> dict[str, Any]:

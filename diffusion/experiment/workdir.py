@@ -26,7 +26,7 @@ from diffusion.runtime import files, processes
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import named_leaves
 
-SUMMARY, SECONDS = "summary.json", "seconds.json"
+SUMMARY, SECONDS, START = "summary.json", "seconds.json", "start.json"
 STOPPED_EARLY = "stopped_early"  # in summary.json: why training stopped before its last step
 BASE = "base.json"  # the name and the values of the config file that the run started from
 ADVICE = "wait for it, stop it or take another --workdir"  # if another process runs there
@@ -37,7 +37,7 @@ WRITTEN = (
     *("samples", "samples*.png", "samples.npz", "progressive.png"),
     *("quality.json", "unfinished_quality", "importance.json", "importance.npz", "ode.json", "ode.npz"),
     *("evaluations", "unfinished_eval", "eval.json", "bpd.npz", "bpd.png", "rate_distortion.png"),
-    *(BASE, "fork.json", "report.html", kept_averages.FOLDER),
+    *(BASE, START, "fork.json", "report.html", kept_averages.FOLDER),
 )
 
 

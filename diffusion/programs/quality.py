@@ -25,6 +25,7 @@ from diffusion.runtime import files, processes
 from diffusion.runtime.preemption import Preemption
 
 NAME = "quality.json"
+GUIDE = sample.GUIDE_SHA256  # an entry of it
 FEWEST_TRAINED = 4  # images of the training split: its two halves are compared, for scale
 UNFINISHED = "unfinished_quality"  # in the workdir: features of a call that was stopped
 USUAL_IMAGES = 50_000  # of published Fréchet distances
@@ -57,6 +58,7 @@ def run(config: ConfigDict, directory: Path, checkpoint: str = "latest", output:
                 "sampler": sample.described(config, model.p.variance),
                 "step": int(loaded.state.step),
                 "ema_sha256": loaded.state.sha256,
+                **_guide_of(folder),
                 "data_sha256": splits.sha256(),
                 "device": summary.device_name(),
                 "versions": summary.versions(),
@@ -91,8 +93,29 @@ def is_measured(config: ConfigDict, directory: Path) -> bool:
         "sampler": sample.described(config, variance),
     }
     is_split = wanted.reference in SPLITS
+    if _has_another_guide(config, scores):
+        return False
     reference_name = f", {wanted.reference} split, " if is_split else _file_name(files.expanded(wanted.reference))
     return all(scores.get(key) == value for key, value in asked.items()) and reference_name in scores["reference"]
+
+
+def _guide_of(folder: Path) -> dict[str, str]:
+    """The digest of the guide's weights that the samples in a folder were drawn with, if they had a guide."""
+    about = summary.read_json(folder / sample.ABOUT) or {}
+    return {GUIDE: about[GUIDE]} if GUIDE in about else {}
+
+
+def _has_another_guide(config: ConfigDict, scores: dict[str, Any]) -> bool:
+    """Whether sample.guide has other weights than when these scores were made. One that is gone has no others.
+
+    Files of earlier versions do not say which weights it had.
+    """
+    if GUIDE not in scores or not config.sample.guide:
+        return False
+    try:
+        return workdir.load(config.sample.guide, claims=False).state.sha256 != scores[GUIDE]
+    except (ValueError, OSError):
+        return False
 
 
 def _file_name(path: Path) -> str:

@@ -29,6 +29,7 @@ SAVE_SECONDS = 60.0  # what a kill costs at most, besides a batch
 TRAJECTORY_IMAGES = 8
 MAX_ARCHIVE_BYTES = 2**30  # more images than that stay in their shards
 ABOUT = "about.json"  # in such a folder: whose samples these are, and how they were drawn
+GUIDE_SHA256 = "guide_sha256"  # in it: the digest of the guide's weights, which may be those of a run that goes on
 MAX_NAME = 80  # letters of a folder's name, without its digest
 ARCHIVE, GRID, TRAJECTORY = "samples.npz", "samples.png", "progressive.png"
 
@@ -128,7 +129,7 @@ def _folder(experiment: Experiment, directory: Path, model: Model, state: EmaSta
     if model.p.variance == "optimal":
         about["x0_variance_sha256"] = tree_sha256(model.schedule.x0_variance)
     if guiding := guide.load(experiment):
-        about["guide_sha256"] = guiding.state.sha256
+        about[GUIDE_SHA256] = guiding.state.sha256
     folder = directory / SAMPLES / name(about)
     with workdir.locked(folder):
         if processes.is_first():

@@ -133,12 +133,13 @@ def _last_words(scores: dict[str, Any]) -> str:
 
 def _about(directory: Path, stopwatch: Stopwatch) -> dict[str, Any]:
     """The entries of summary.json besides the scores."""
-    origin = fork.origin_of(directory)
+    origin, start = fork.origin_of(directory), summary.read_json(directory / workdir.START)
     return {
         "seconds": stopwatch.seconds(),
         "device": summary.device_name(),
         "versions": summary.versions(),
         **({"forked_from": origin} if origin else {}),
+        **({"started_from": start} if start else {}),
     }
 
 
@@ -221,12 +222,19 @@ def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
     like = experiment.abstract_state()
     resumed = processes.on_first(lambda: checkpoints.resume(like))
     if processes.bool_from_first(resumed is None):
-        if experiment.start and processes.is_first():
-            print(f"init_from={experiment.config.init_from}: {experiment.start.described()}", file=sys.stderr)
+        if experiment.start:
+            processes.on_first(lambda: _tell_start(experiment, checkpoints.directory.parent))
         return processes.from_first(jax.device_get(experiment.initial_state()))
     # Other processes need only the shapes. What config.init_from names may be gone by now.
     shaped = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     return processes.from_first(shaped if resumed is None else resumed)
+
+
+def _tell_start(experiment: Experiment, directory: Path) -> None:
+    """Prints what the run takes from config.init_from, and writes start.json."""
+    named, start = experiment.config.init_from, experiment.start
+    print(f"init_from={named}: {start.described()}", file=sys.stderr)
+    summary.write_json(directory / workdir.START, {"init_from": named, "sha256": start.sha256})
 
 
 def check_data(config: ConfigDict, directory: Path, now: dict[str, str]) -> None:

@@ -16,7 +16,8 @@ from diffusion.experiment import build, init_from, workdir
 from diffusion.interop import diffusers
 from diffusion.networks.adm import ADM
 from diffusion.networks.unet import UNet
-from diffusion.programs import evaluate, sample
+from diffusion.programs import evaluate, sample, train
+from diffusion.reporting.summary import Stopwatch
 from diffusion.runtime.checkpoint import Checkpoints
 from diffusion.runtime.digests import tree_sha256
 
@@ -314,6 +315,18 @@ def test_the_start_is_not_scored_as_another_checkpoint(checkpoint, source, tmp_p
     with pytest.raises(FileNotFoundError, match="checkpoint"):
         workdir.restore(from_run(source[0]), tmp_path / "mistyped", checkpoint)
     assert not (tmp_path / "mistyped" / "config.json").exists()
+
+
+def test_a_run_says_which_weights_it_started_from(source, tmp_path, capsys):
+    """The run that it names may train further."""
+    (tmp_path / "new").mkdir()
+    with Checkpoints(tmp_path / "new" / "checkpoints") as checkpoints:
+        train.resume(from_run(source[0]), checkpoints)
+    started = {"init_from": str(source[0]), "sha256": tree_sha256(source[1][6])}
+    assert json.loads((tmp_path / "new" / "start.json").read_text()) == started
+    assert "parameters are taken" in capsys.readouterr().err
+    (tmp_path / "new" / "seconds.json").write_text('{"seconds": 1.0}')
+    assert train._about(tmp_path / "new", Stopwatch(tmp_path / "new" / "seconds.json"))["started_from"] == started
 
 
 def test_a_run_that_has_a_checkpoint_does_not_need_what_it_started_from(source, tmp_path):

@@ -85,6 +85,31 @@ def test_distances_by_two_trainings_of_the_features_are_two_columns(measured, tm
     }
 
 
+def test_distances_by_two_checkpoints_of_one_guide_have_no_mean(measured, tmp_path):
+    used = {"method": "ancestral", "num_steps": 4, "variance": "fixed_small", "guide": "runs/worse"}
+    for seed, sha256 in enumerate(["a" * 64, "b" * 64]):
+        name = f"eps-vlb-fixed_small-cosine-T4-seed{seed}"
+        write_quality(tmp_path, name, 8.0 + seed, sampler=used, guide_sha256=sha256)
+    table, _ = table_and_base(tmp_path, FIRST)
+    row = next(row for row in table if row.setting["variance"] == "fixed_small")
+    assert row.distance_kind is None and row.distances == {}
+
+
+def test_runs_from_two_states_of_the_run_that_init_from_names_are_two_rows(finished, tmp_path):
+    """It has trained further between them. A run of an earlier version does not say where it started."""
+
+    def rows_of(*digests):
+        for seed, sha256 in enumerate(digests):
+            path = tmp_path / f"eps-vlb-fixed_small-cosine-T4-seed{seed}" / "summary.json"
+            numbers = {k: v for k, v in json.loads(path.read_text()).items() if k != "started_from"}
+            started = {"started_from": {"init_from": "runs/old", "sha256": sha256}} if sha256 else {}
+            path.write_text(json.dumps(numbers | started))
+        return len(table_and_base(tmp_path, FIRST)[0])
+
+    assert rows_of("aa", "aa") == rows_of("", "aa") == rows_of("", "") == 2
+    assert rows_of("aa", "bb") > 2
+
+
 OWN = {"method": "ancestral", "num_steps": 4, "labels": "all in turn", "guidance": 0.0, "guidance_interval": "every t"}
 SPLIT = "digits, train split, 1498 images"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ import toy
 
 from diffusion import samplers
 from diffusion.experiment import build, guide, workdir
-from diffusion.programs import sample
+from diffusion.programs import quality, sample
 from diffusion.runtime import randomness
+from diffusion.runtime.checkpoint import Checkpoints
 
 
 def test_samples_are_drawn_away_from_an_earlier_checkpoint(toy_run):
@@ -36,6 +38,35 @@ def test_samples_are_drawn_away_from_an_earlier_checkpoint(toy_run):
     (about,) = (json.loads(path.read_text()) for path in toy_run.directory.glob("samples/*/about.json"))
     assert about["guide"] == config.sample.guide and about["guidance"] == 0.5
     assert about["guide_sha256"] not in (None, about["ema_sha256"])
+
+
+def test_samples_of_a_guide_that_has_trained_further_are_not_those_that_were_asked_for(toy_run, tmp_path_factory):
+    worse = tmp_path_factory.mktemp("worse") / "run"
+    shutil.copytree(toy_run.directory, worse)
+    config = toy_run.config(sample__guide=str(worse), sample__guidance=0.5)
+    its = workdir.load(worse).state
+    folder = tmp_path_factory.mktemp("drawn")
+    (folder / sample.ABOUT).write_text(json.dumps({"guide_sha256": its.sha256}))
+    data = {"train": "aa", "test": "bb"}
+    (toy_run.directory / "summary.json").write_text(json.dumps({"ema_sha256": "cc", "data_sha256": data}))
+    scores = {"num_samples": config.quality.num_images, "features": config.quality.features}
+    scores |= {"reference": "toy, train split, 64 images"}
+    scores |= {"sampler": sample.described(config, config.model.variance), "ema_sha256": "cc", "data_sha256": data}
+
+    def is_measured(**guide):
+        (toy_run.directory / "quality.json").write_text(json.dumps(scores | guide))
+        return quality.is_measured(config, toy_run.directory)
+
+    drawn_with = quality._guide_of(folder)
+    assert is_measured(**drawn_with)
+    assert not is_measured(guide_sha256="of an earlier checkpoint")
+    assert is_measured()  # of an earlier version
+    state = jax.device_get(build.experiment(config, toy.SHAPE, toy.LEVELS).initial_state())
+    with Checkpoints(worse / "checkpoints") as checkpoints:
+        checkpoints.save(9, state.replace(step=np.int32(9)), {})
+    assert not is_measured(**drawn_with)
+    shutil.rmtree(worse)
+    assert is_measured(**drawn_with)
 
 
 def test_what_cannot_guide_is_refused_in_one_line(toy_run):
