@@ -18,11 +18,12 @@ from ml_collections import ConfigDict
 from diffusion.data.source import SPLITS
 from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.limit import for_protocol
-from diffusion.experiment import build, workdir
+from diffusion.experiment import build, rules, workdir
+from diffusion.experiment import config as config_lib
 from diffusion.reporting import summary
 from diffusion.runtime import devices, files
 from experiments import intervals, tables
-from experiments.commands import argument_parser, exit_with
+from experiments.commands import argument_parser, exit_with, numbers
 
 FILE = "ema_length"
 LENGTHS = "0,0.02,0.03,0.05,0.07,0.1,0.14,0.2,0.25"
@@ -39,27 +40,41 @@ def main() -> None:
     splits = arguments.splits.split(",")
     if unknown := set(splits) - set(SPLITS):
         raise ValueError(f"--splits={arguments.splits}: {', '.join(unknown)} is not one of {', '.join(SPLITS)}")
-    runs, lengths = arguments.runs.split(","), [float(length) for length in arguments.lengths.split(",")]
+    runs, lengths = arguments.runs.split(","), numbers(arguments.lengths, "--lengths", float)
     run(arguments.workdir, [Path(directory) for directory in runs], lengths, splits)
 
 
 def run(directory: Path, runs: Sequence[Path], lengths: Sequence[float], splits: Sequence[str]) -> None:
-    """Scores every length of every run; prints and saves the results."""
+    """Scores every length of every run; prints and saves the results. Raises the errors of `check` before that."""
+    for of_run in runs:
+        check(of_run, lengths, splits)
+    directory.mkdir(parents=True, exist_ok=True)
     rows = [row for of_run in runs for row in scores(of_run, lengths, splits)]
     text = markdown(rows, splits)
-    directory.mkdir(parents=True, exist_ok=True)
     files.write_text(directory / f"{FILE}.md", text)
     tables.save_csv(directory / f"{FILE}.csv", rows)
     plot(directory / f"{FILE}.png", rows, splits)
     print(text)
 
 
-def scores(directory: Path, lengths: Sequence[float], splits: Sequence[str]) -> list[dict[str, Any]]:
-    """The bits/dim of each length of one run. Raises a ValueError if a split has no images."""
+def check(directory: Path, lengths: Sequence[float], splits: Sequence[str]) -> None:
+    """Raises a ValueError if a run cannot be scored with one of the lengths, or has no images of a split."""
     config = workdir.read_config(directory)
     sources = build.load_splits(config)
     if empty := [split for split in splits if not len(getattr(sources, split))]:
         raise ValueError(f"--splits: {directory} has no {empty[0]} images (data.validation={config.data.validation})")
+    for length in lengths:
+        try:
+            config_lib.check(with_length(config, length))
+            rules.check(with_length(config, length))
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
+
+
+def scores(directory: Path, lengths: Sequence[float], splits: Sequence[str]) -> list[dict[str, Any]]:
+    """The bits/dim of each length of one run."""
+    config = workdir.read_config(directory)
+    sources = build.load_splits(config)
     score, rows = full_bound(build.bound_settings(config)), []
     for length in lengths:
         loaded = workdir.load(directory, config=with_length(config, length), claims=False)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import digits_fixed
 from diffusion.evaluation.bound import Bound
 from experiments import ema_length
 
@@ -38,8 +39,8 @@ def stored(tmp_path, monkeypatch):
     def score(bpd, source, numbers):
         return Bound(np.full(2, bpd), *np.zeros((3, 2)))
 
-    config = ConfigDict({"ema": {"length": 0.0}, "eval": {"variance": "model", "protocol": "exact"}})
-    config.data = {"validation": 0}
+    config = digits_fixed.get_config()
+    config.data.validation, config.ema.post_hoc, config.ema.length = 0, (0.05, 0.1), 0.0
     splits = SimpleNamespace(test=[0, 0], validation=[])
     monkeypatch.setattr(ema_length.workdir, "read_config", lambda directory: config)
     monkeypatch.setattr(ema_length.workdir, "load", lambda directory, **_: Run(directory))
@@ -60,6 +61,22 @@ def test_runs_of_one_name_in_several_folders_are_all_counted(stored, tmp_path):
 def test_a_split_without_images_is_one_line(stored, tmp_path):
     with pytest.raises(ValueError, match=r"^--splits: .*run has no validation images \(data.validation=0\)$"):
         ema_length.run(tmp_path, stored, [0.0], ["validation", "test"])
+
+
+@pytest.mark.parametrize("length", [0.5, 0.289, -0.1])
+def test_a_length_that_no_average_has_is_refused_before_anything_is_scored(length, stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(ema_length, "scores", None)
+    with pytest.raises(ValueError, match=rf"run: config key ema.length must be 0 or .*, not {length}$"):
+        ema_length.run(tmp_path / "new", stored, [0.0, length], ["test"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_without_kept_averages_is_refused_before_anything_is_scored(stored, tmp_path, monkeypatch):
+    config = ema_length.workdir.read_config(stored[0])
+    config.ema.post_hoc = ()
+    monkeypatch.setattr(ema_length, "scores", None)
+    with pytest.raises(ValueError, match=r"run: ema.length=0.1 is composed of averages .* does not keep$"):
+        ema_length.run(tmp_path / "new", stored, [0.0, 0.1], ["test"])
 
 
 def test_a_length_changes_nothing_else_of_a_config():
