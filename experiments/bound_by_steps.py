@@ -28,7 +28,7 @@ from diffusion.reporting import summary
 from diffusion.runtime import devices, files
 from diffusion.schedules import Row
 from experiments import tables
-from experiments.commands import argument_parser, exit_with
+from experiments.commands import argument_parser, exit_with, number
 
 FILE = "bound_by_steps"
 
@@ -53,13 +53,13 @@ def run(
     """Scores every T; prints and saves the results.
 
     Raises:
-        ValueError: `points` or `num_images` is too small, or the model does not have a bound for every T.
+        ValueError: `points`, `num_images` or a T is too small, or the model does not have a bound for every T.
     """
     if points < 1:
         raise ValueError(f"--points={points} must be at least 1")
     if num_images < 0 or num_images == 1:
         raise ValueError(f"--num_images={num_images} must be 0 or at least 2, for a standard error")
-    steps = {name: None if name == "inf" else int(name) for name in names}
+    steps = {name: None if name == "inf" else number(name, "--T", int, least=2) for name in names}
     loaded = workdir.load(directory, checkpoint)
     model, config = loaded.model, loaded.experiment.config
     check(model, config.model.conditioning)

@@ -109,8 +109,8 @@ def run_cost(base: str, directory: Path) -> None:
     experiment = build.experiment(config, train_set.image_shape, train_set.num_levels)
     untrained = experiment.model(experiment.initial_state().ema_params)
     sizes = [size for size in SIZES_OF_BASE if size < len(train_set)]
-    costs = cost(untrained, train_set, (*sizes, len(train_set)))
     directory.mkdir(parents=True, exist_ok=True)
+    costs = cost(untrained, train_set, (*sizes, len(train_set)))
     plots.plot_cost(directory / f"{NAME}_cost.png", costs, len(train_set), _title(config, len(train_set)))
     _write(directory, {"cost": costs})
     print(json.dumps(costs, indent=2))

@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from diffusion.evaluation import features
 from diffusion.evaluation.features import Features
 from diffusion.experiment import build
+from diffusion.experiment.schema import KEYS
 from diffusion.reporting import page, pictures
 from diffusion.runtime import files
-from experiments import drawn, tables
-from experiments.commands import exit_with
+from experiments import commands, drawn, tables
 from experiments.drawn import METRICS, REAL, Study
 
 FILE = "guidance"
@@ -32,10 +32,21 @@ SHOWN = 8  # images of each class
 def main() -> None:
     """Runs the command line."""
     parser = drawn.argument_parser(__doc__)
-    parser.add_argument("--weights", default="0,0.25,0.5,1,2,4", help="comma-separated values of w")
+    parser.add_argument("--weights", default="0,0.25,0.5,1,2,4", help="comma-separated values of w; −1 is always drawn")
     arguments = vars(parser.parse_args())
     weights = arguments.pop("weights")
-    run(drawn.study(FILE, **arguments), [float(weight) for weight in weights.split(",")])
+    weights = checked(commands.numbers(weights, "--weights", float))
+    run(drawn.study(FILE, **arguments), weights)
+
+
+def checked(weights: list[float]) -> list[float]:
+    """The weights. Raises a ValueError if sample.guidance cannot be one of them, or if one is always drawn."""
+    for weight in weights:
+        if problem := KEYS["sample.guidance"].allowed.problem(weight):
+            raise ValueError(f"--weights: sample.guidance {problem}")
+    if UNCONDITIONAL in weights:
+        raise ValueError(f"--weights: {UNCONDITIONAL:g} is always drawn; name the others")
+    return weights
 
 
 def run(study: Study, weights: list[float]) -> None:
@@ -132,4 +143,4 @@ def save_samples(path: Path, shown: dict[float, UInt8[np.ndarray, "n h w c"]], s
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    commands.exit_with(main)

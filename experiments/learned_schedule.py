@@ -32,7 +32,7 @@ from diffusion.reporting.progress import Progress
 from diffusion.runtime import devices, files
 from diffusion.training import parallel
 from experiments import intervals, tables
-from experiments.commands import argument_parser, exit_with
+from experiments.commands import argument_parser, exit_with, numbers
 
 FILE = "learned_schedule"
 START = "cosine"
@@ -53,18 +53,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="training steps of 32 images each")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated seeds")
     arguments = parser.parse_args()
-    run(arguments.workdir, arguments.T, arguments.steps, [int(seed) for seed in arguments.seeds.split(",")])
+    run(arguments.workdir, arguments.T, arguments.steps, numbers(arguments.seeds, "--seeds", int, least=0))
 
 
 def run(directory: Path, num_steps: int, train_steps: int, seeds: list[int]) -> None:
     """Trains and scores every arm and seed; prints and saves the results."""
-    splits = build.load_splits(arm_config(FIXED, num_steps, train_steps))
+    configs = {arm: arm_config(arm, num_steps, train_steps) for arm in ARMS}
+    splits = build.load_splits(configs[FIXED])
+    shape, num_levels = splits.test.image_shape, splits.test.num_levels
+    # All of them first, so that an arm that cannot be trained is an error before another one is.
+    experiments = {arm: build.experiment(config, shape, num_levels) for arm, config in configs.items()}
     directory.mkdir(parents=True, exist_ok=True)
     rows = []
-    for arm in ARMS:
-        config = arm_config(arm, num_steps, train_steps)
-        experiment = build.experiment(config, splits.test.image_shape, splits.test.num_levels)
-        score = scorer(config, splits)
+    for arm, experiment in experiments.items():
+        score = scorer(configs[arm], splits)
         for seed in seeds:
             rows.append({"arm": arm, "seed": seed, **score(train(experiment, splits.train, seed))})
             print(f"{arm}, seed {seed}: {rows[-1]['validation_bpd']:.4f} bits/dim of validation images", flush=True)

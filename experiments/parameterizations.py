@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     cells = sweep.grid(BASE, axes, SMALL | sweep.overrides(arguments.set))
     if few := cells[0].config().eval.terms_per_image:
         raise ValueError(f"--set eval.terms_per_image={few}: an estimate has no term of each t, which this study shows")
+    if arguments.network and not arguments.list and arguments.index is None:
+        workdir.load(arguments.network, arguments.checkpoint)  # its errors, before the runs are made
     code = sweep.execute(arguments, cells, lambda run: None)
     if not arguments.list and arguments.index is None:
         write(arguments.workdir, arguments.network or arguments.workdir / cells[0].name, arguments.checkpoint)

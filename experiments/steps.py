@@ -24,8 +24,7 @@ from diffusion.experiment import build
 from diffusion.reporting import page
 from diffusion.runtime import devices, files
 from diffusion.variances import X0Variance
-from experiments import drawn, tables
-from experiments.commands import exit_with
+from experiments import commands, drawn, tables
 from experiments.drawn import METRICS, REAL, Study
 from experiments.variance_accounting import estimate_x0_terms
 
@@ -58,7 +57,10 @@ def main() -> None:
     parser.add_argument("--num_scored", type=int, default=299, help="test images whose bits/dim are computed")
     arguments = vars(parser.parse_args())
     steps, num_scored = arguments.pop("steps"), arguments.pop("num_scored")
-    run(drawn.study(FILE, **arguments), [int(number) for number in steps.split(",")], num_scored)
+    steps = commands.numbers(steps, "--steps", int, least=1)
+    if num_scored < 2:
+        raise ValueError(f"--num_scored={num_scored} must be at least 2, for a standard error")
+    run(drawn.study(FILE, **arguments), steps, num_scored)
 
 
 def run(study: Study, steps: list[int], num_scored: int) -> None:
@@ -189,4 +191,4 @@ def _values(rows: list[dict[str, Any]], key: str) -> tuple[list[float], list[flo
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    commands.exit_with(main)
