@@ -121,7 +121,8 @@ def programs_compiled_once(layer):
     from diffusion.training import parallel
 
     make, made = build.experiment, {}
-    of_plan = {f"train.{field.name}" for field in dataclasses.fields(build.loop.Plan)} - {"train.num_steps"}
+    of_plan = {f"train.{field.name}" for field in dataclasses.fields(build.loop.Plan)}
+    of_plan -= {"train.num_steps", "train.skip_nonfinite"}  # the train step depends on these
 
     def of_training(key):
         return key not in of_plan and not key.startswith(("eval.", "sample.", "quality.", "compress."))
