@@ -55,7 +55,7 @@ class ADM(nn.Module):
       norm_eps: what every group normalization adds to the variance.
       num_heads: heads of every attention; they share the channels out between them.
       num_heads_up: the same on the way up; 0 for as many as on the way down.
-      head_channels: channels of every head, whatever `num_heads` and `num_heads_up` say; 0 to heed those.
+      head_channels: channels of every head, whatever `num_heads` and `num_heads_up` say; 0 to follow those.
       dropout: probability with which an activation is dropped where dropout_keys are given.
       scale_shift_norm: the time embedding scales and shifts a block's second norm instead of being added before.
       block_resampling: residual blocks halve and double the map, not convolutions.

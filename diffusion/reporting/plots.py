@@ -41,7 +41,8 @@ def _points(metrics: list[dict[str, Any]], name: str) -> Float[np.ndarray, "2 n"
 
 def _draw_loss(axes: Axes, metrics: list[dict[str, Any]]) -> None:
     steps, loss = _points(metrics, "loss")
-    axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
+    marker = "." if len(steps) < FEW else ""
+    axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8, marker=marker, label="train")
     window = np.ones(len(loss) // 20 | 1)
     if len(window) > 1:
         # The divisor is the number of rows under the window, which is smaller at both ends.
