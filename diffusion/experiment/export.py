@@ -86,6 +86,8 @@ def write(directory: Path, about: Export, params: dict[str, np.ndarray], facts: 
         OSError: a file could not be written.
     """
     _check_numbers(directory / WEIGHTS, params)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory; export to another one")
     if (directory / "config.json").exists():
         raise ValueError(f"{directory} holds a run or published weights (config.json); export to another directory")
     config = json.loads(config_lib.to_json(_without_places(about.config)))

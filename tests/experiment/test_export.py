@@ -124,6 +124,8 @@ def test_the_same_export_gives_the_same_bytes_and_another_one_is_refused(source,
     other.export(exported)
     with pytest.raises(ValueError, match="holds a run or published weights"):
         run.export(run_directory)
+    with pytest.raises(ValueError, match="config.json is not a directory; export to another one"):
+        run.export(run_directory / "config.json")
     with pytest.raises(ValueError, match="is an export already; copy its files"):
         workdir.load(exported).export(tmp_path / "again")
 
