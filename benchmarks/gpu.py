@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import timing
+from diffusion.data import tfds
 from diffusion.reporting import summary
 from diffusion.runtime import files
 
@@ -101,6 +102,8 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="directory of CIFAR-10: see configs/cifar10.py")
     parser.add_argument("--rehearse", action="store_true", help="at a small size, on a CPU")
     args = parser.parse_args()
+    if args.data_dir and tfds.find("cifar10", args.data_dir) is None:
+        parser.error(f"--data-dir={args.data_dir} holds no prepared CIFAR-10 (cifar10/VERSION/dataset_info.json)")
     out = args.out or Path("runs/gpu_rehearsal" if args.rehearse else "runs/gpu")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part is stopped, too
     states = run_all([part for part in PARTS if part.name in args.only], out, args)

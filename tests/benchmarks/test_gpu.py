@@ -33,6 +33,15 @@ def statuses(states) -> dict[str, str]:
     return {name: state["status"] for name, state in states.items()}
 
 
+def test_a_directory_without_the_data_is_an_error_before_any_part_is_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", f"--out={tmp_path / 'out'}", f"--data-dir={tmp_path}"])
+    monkeypatch.setattr(gpu, "run_all", None)
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "holds no prepared CIFAR-10" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_rehearsal_measures_and_is_not_repeated(tmp_path, monkeypatch):
     chosen = [ALL["sampling"], ALL["cudnn_attention"]]
