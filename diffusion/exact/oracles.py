@@ -84,8 +84,7 @@ class Mixture:
             ValueError: another learned variance (learned_range, for example, cannot express every variance), or a
                 schedule with an x0_scale, whose log SNR does not determine √ᾱ_t.
         """
-        if schedule.x0_scale is not None:
-            raise ValueError("a schedule with an x0_scale does not preserve the variance, as a mixture's formulas do")
+        _check_no_scale(schedule)
         if p.learns_variance and p.variance != "learned":
             raise ValueError(f"an exact denoiser outputs a variance for variance='learned', not for {p.variance!r}")
         rows = schedule[1:]
@@ -131,6 +130,11 @@ class GaussianGap(NamedTuple):
     mismatch: Float[Array, " t"]
 
 
+def _check_no_scale(schedule: Schedule) -> None:
+    if schedule.x0_scale is not None:
+        raise ValueError("a schedule with an x0_scale does not preserve the variance, as a mixture's formulas do")
+
+
 def gaussian_gap_nats(data: Mixture, variance: str, schedule: Schedule) -> GaussianGap:
     """The gap of the bound of x_0 ~ N(m, diag s²) under a fixed variance or "learned", in closed form, for every T.
 
@@ -141,8 +145,7 @@ def gaussian_gap_nats(data: Mixture, variance: str, schedule: Schedule) -> Gauss
         ValueError: a mixture of more than one Gaussian, whose terms have no closed form, another learned variance, or a
             schedule with an x0_scale.
     """
-    if schedule.x0_scale is not None:
-        raise ValueError("a schedule with an x0_scale does not preserve the variance, as a mixture's formulas do")
+    _check_no_scale(schedule)
     if len(data.weight) != 1:
         raise ValueError(f"the gap has a closed form for 1 Gaussian, not for a mixture of {len(data.weight)}")
     if VARIANCES[variance].is_learned and variance != "learned":
