@@ -25,6 +25,7 @@ from diffusion.experiment.build import Experiment
 from diffusion.networks import layers
 from diffusion.runtime import devices
 from diffusion.training import parallel, step
+from experiments.commands import exit_with
 
 NOT_MEASURED = "not measured here"
 QUANTITIES = ("output", "loss", "gradient norm", "gradient")
@@ -33,8 +34,8 @@ QUANTITIES = ("output", "loss", "gradient norm", "gradient")
 def main() -> None:
     parser = timing.arguments(__doc__, "agreement")
     parser.add_argument("--size", choices=networks.SIZES, default="full")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=10, help="in one call, against as many calls of one step")
+    parser.add_argument("--batch-size", type=timing.count, default=16)
+    parser.add_argument("--steps", type=timing.count, default=10, help="in one call, against as many calls of one step")
     args = parser.parse_args()
     rows = network_rows(args) + call_rows(args) + layer_rows(args)
     timing.finish(args.out, vars(args), rows)
@@ -188,4 +189,4 @@ def value_and_vjp(fn, *inputs) -> dict[str, PyTree]:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -28,6 +28,7 @@ from diffusion.experiment.build import Experiment
 from diffusion.programs import describe
 from diffusion.runtime import devices
 from diffusion.training import parallel
+from experiments.commands import exit_with
 
 # A card in the compiler's format: the data sheet's figures, and the versions of jax[cuda12]'s libraries. Both cards
 # have the same chip; only the bandwidth and size of the memory and the name differ.
@@ -290,4 +291,4 @@ def num_bytes(shape: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -25,6 +25,7 @@ from benchmarks import timing
 from diffusion.data import tfds
 from diffusion.reporting import summary
 from diffusion.runtime import files
+from experiments import commands
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # JAX takes its share of the card's memory at once; the rest is for PyTorch.
@@ -94,7 +95,7 @@ PARTS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.argument_parser(__doc__)
     names = [part.name for part in PARTS]
     parser.add_argument("--out", type=Path, help="directory for all results; default: runs/gpu")
     parser.add_argument("--minutes", type=float, default=25, help="time limit: parts that may exceed it do not start")
@@ -230,4 +231,4 @@ def in_words(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    commands.exit_with(main)

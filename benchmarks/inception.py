@@ -21,6 +21,7 @@ from benchmarks import networks, sides, timing
 from benchmarks.timing import Arm, Arms
 from diffusion.networks import inception
 from diffusion.networks.inception_weights import layout
+from experiments.commands import exit_with
 
 try:
     import torch
@@ -33,9 +34,9 @@ MANY = 10_000
 
 def main() -> None:
     parser = sides.arguments(__doc__, "inception")
-    parser.add_argument("--num-images", type=int, default=64, help="images in a timed call")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=64, help="for PyTorch, and for ours on an accelerator")
+    parser.add_argument("--num-images", type=timing.count, default=64, help="images in a timed call")
+    parser.add_argument("--image-size", type=timing.count, default=32)
+    parser.add_argument("--batch-size", type=timing.count, default=64, help="PyTorch's, and ours on an accelerator")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
     args = parser.parse_args()
 
@@ -138,4 +139,4 @@ def peer_arms(args) -> Arms:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -22,6 +22,7 @@ from benchmarks.timing import Arm, Arms
 from diffusion import data
 from diffusion.data import Source
 from diffusion.data.levels import to_unit
+from experiments.commands import exit_with
 
 BATCHES = 100
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser = sides.arguments(__doc__, "input")
     parser.add_argument("--data", default="digits", help="data.name")
     parser.add_argument("--data-dir", default="")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=timing.count, default=128)
     args = parser.parse_args()
     costs, _ = sides.measured(args, our_arms, peer_arms if torch is not None else None)
 
@@ -95,4 +96,4 @@ def peer_batches(args, source: Source, workers: int) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

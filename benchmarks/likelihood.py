@@ -20,6 +20,7 @@ from diffusion.data import Source
 from diffusion.evaluation import bound
 from diffusion.experiment import build
 from diffusion.runtime import devices
+from experiments.commands import exit_with
 
 PAIRS = 10_000 * 1_000
 
@@ -28,8 +29,8 @@ def main() -> None:
     parser = sides.arguments(__doc__, "likelihood")
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--size", choices=networks.SIZES, default="full")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8] if on_cpu else [256, 1024, 4096])
-    parser.add_argument("--batches", type=int, default=2 if on_cpu else 10, help="batches in a timed call")
+    parser.add_argument("--batch-sizes", type=timing.count, nargs="+", default=[8] if on_cpu else [256, 1024, 4096])
+    parser.add_argument("--batches", type=timing.count, default=2 if on_cpu else 10, help="batches in a timed call")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     costs, known = sides.measured(args, our_arms, peer_arms if networks.has_peer(networks.diffusers) else None)
@@ -79,4 +80,4 @@ def peer_arm(args, batch_size: int, module) -> Arm:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -27,6 +27,7 @@ from diffusion.experiment.build import Experiment
 from diffusion.model import Model
 from diffusion.runtime import devices, randomness
 from diffusion.runtime.devices import Replicated
+from experiments.commands import exit_with
 
 ODE_SAMPLERS = ("ddim", "dpm_solver_pp", "heun")
 PIPELINE = "diffusers DDPMPipeline"
@@ -37,8 +38,8 @@ def main() -> None:
     parser.set_defaults(rounds=3)
     parser.add_argument("--quality", type=Path, help="directory of a trained run, which is only read")
     parser.add_argument("--size", choices=networks.SIZES, default="full")
-    parser.add_argument("--num-images", type=int, default=256)
-    parser.add_argument("--num-steps", type=int, default=1000, help="number of steps, out of the schedule's 1,000")
+    parser.add_argument("--num-images", type=timing.count, default=256)
+    parser.add_argument("--num-steps", type=timing.count, default=1000, help="steps, out of the schedule's 1,000")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     rows, ratios = (quality(args), {}) if args.quality else speed(args)
@@ -136,4 +137,4 @@ def chain(experiment: Experiment, method: str) -> Callable[[Model, jax.Array], j
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -17,6 +17,7 @@ import numpy as np
 from benchmarks import networks, timing
 from diffusion.experiment import build, memory
 from diffusion.programs import describe
+from experiments.commands import exit_with
 
 
 class Device(NamedTuple):
@@ -74,4 +75,4 @@ def row(axis: str, size: int, channels: int, batch: int, devices: int, remat: bo
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -47,13 +48,13 @@ def measured(args: argparse.Namespace, ours: Make, peers: Make | None) -> tuple[
     with contextlib.ExitStack() as stack:
         for make, environment in sides:
             pipe = stack.enter_context(_process(make, args, environment))
-            known = pipe.recv()
+            known = _answer(pipe)
             columns |= known
             pipe_of |= dict.fromkeys(known, pipe)
 
         def measure(name: str) -> Cost:
             pipe_of[name].send(name)
-            return pipe_of[name].recv()
+            return _answer(pipe_of[name])
 
         return timing.alternate(measure, list(columns), args.rounds), columns
 
@@ -82,8 +83,23 @@ def _process(make: Make, args: argparse.Namespace, environment: dict[str, str]) 
         process.join()
 
 
+def _answer(pipe: Connection) -> Any:
+    """The next answer of a side's process. Raises its error if that is one of input, such as a wrong size."""
+    try:
+        answer = pipe.recv()
+    except EOFError:
+        raise RuntimeError("a side's process ended; its error is above") from None
+    if isinstance(answer, ValueError):
+        raise answer
+    return answer
+
+
 def _serve(make: Make, args: argparse.Namespace, pipe: Connection) -> None:
-    arms = timing.warm(make(args))
+    try:
+        arms = timing.warm(make(args))
+    except ValueError as error:
+        pipe.send(error)
+        return
     with contextlib.suppress(EOFError, BrokenPipeError):  # the other side has closed the pipe
         pipe.send({name: arm.columns for name, arm in arms.items()})
         while True:

@@ -37,16 +37,17 @@ from diffusion.data import Source
 from diffusion.runtime import prefetch
 from diffusion.training import parallel
 from diffusion.training.parallel import Batch
+from experiments.commands import exit_with
 
 CHUNK = 10_000  # images per write
 
 
 def main() -> None:
     parser = timing.arguments(__doc__, "streaming")
-    parser.add_argument("--images", type=int, default=1_281_149)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=100, help="steps per arm")
+    parser.add_argument("--images", type=timing.count, default=1_281_149)
+    parser.add_argument("--size", type=timing.count, default=64)
+    parser.add_argument("--batch-size", type=timing.count, default=128)
+    parser.add_argument("--steps", type=timing.count, default=100, help="steps per arm")
     parser.add_argument("--pause", type=float, default=0.02, help="seconds per step")
     parser.add_argument("--scratch", type=Path, default=Path("runs/benchmarks"), help="where the file goes")
     parser.add_argument("--cold", action="store_true", help="read every batch from the disk itself")
@@ -153,4 +154,4 @@ def arms(source: Source, batch_size: int, num_steps: int, pause: float, forgotte
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -14,16 +14,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion.reporting import summary
+from experiments import commands
 
 PAUSE_SECONDS = 0.05  # between two arms: OpenMP's and XLA's threads spin for a while before they sleep
 
 
 def arguments(doc: str, name: str) -> argparse.ArgumentParser:
     """A parser with the flags that every benchmark has."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.argument_parser(doc)
     parser.add_argument("--out", type=Path, default=Path(f"runs/benchmarks/{name}.json"), help="where the JSON goes")
-    parser.add_argument("--rounds", type=int, default=7, help="how many times each arm is timed")
+    parser.add_argument("--rounds", type=count, default=7, help="how many times each arm is timed")
     return parser
+
+
+def count(text: str) -> int:
+    """A flag's value, as argparse's `type`: an integer ≥ 1."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer ≥ 1")
+    return int(text)
 
 
 class Cost(NamedTuple):

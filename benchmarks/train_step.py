@@ -32,17 +32,18 @@ from diffusion.model import Model
 from diffusion.runtime import devices
 from diffusion.training import parallel
 from diffusion.training.step import TrainState
+from experiments.commands import exit_with
 
 
 def main() -> None:
     parser = sides.arguments(__doc__, "train_step")
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--size", choices=networks.SIZES, default="full")
-    parser.add_argument("--batch-size", type=int, default=8 if on_cpu else 128, help="on one device")
+    parser.add_argument("--batch-size", type=timing.count, default=8 if on_cpu else 128, help="on one device")
     parser.add_argument("--dropout", type=float, default=0.1)
     dtypes = ["float32"] if on_cpu else ["float32", "bfloat16"]
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=dtypes)
-    parser.add_argument("--steps-per-call", type=int, default=1 if on_cpu else 10, help="for our arms")
+    parser.add_argument("--steps-per-call", type=timing.count, default=1 if on_cpu else 10, help="for our arms")
     parser.add_argument("--arms", nargs="+", choices=CANDIDATES, default=["plain", "remat"], help="our arms")
     parser.add_argument("--no-peer", action="store_true", help="time only ours")
     args = parser.parse_args()
@@ -216,4 +217,4 @@ def peer_step(args, dtype: str, network) -> Callable[[], Any]:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -19,6 +19,7 @@ from benchmarks import timing
 from diffusion.experiment import workdir
 from diffusion.programs import train
 from diffusion.reporting.metrics_log import read_metrics
+from experiments.commands import exit_with
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--config", choices=["cifar10", "digits_fixed"], default="cifar10")
     parser.add_argument("--data-dir", default="", help="directory of CIFAR-10")
     parser.add_argument("--workdir", type=Path, default=Path("runs/benchmarks/training"))
-    parser.add_argument("--num-steps", type=int, default=8000)
+    parser.add_argument("--num-steps", type=timing.count, default=8000)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     if args.config == "cifar10" and not args.data_dir:
@@ -65,4 +66,4 @@ def curve(directory: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -12,3 +12,11 @@ def our_arms(args: argparse.Namespace) -> Arms:
 
 def peer_arms(args: argparse.Namespace) -> Arms:
     return {name: Arm(lambda: b"x" * 2**26, {"process": os.getpid()}) for name in ("theirs", "theirs, too")}
+
+
+def refused_arms(args: argparse.Namespace) -> Arms:
+    raise ValueError("cannot keep 2000 of 1000 steps")
+
+
+def broken_arms(args: argparse.Namespace) -> Arms:
+    raise KeyError("of the program")

@@ -75,6 +75,26 @@ def test_each_side_has_a_process_and_an_allocator(monkeypatch, tmp_path):
     assert allocator.SWITCH not in os.environ
 
 
+def test_an_error_of_a_side_s_input_is_raised_here_as_it_was_there():
+    args = argparse.Namespace(rounds=1, peer_allocator="default")
+    with pytest.raises(ValueError, match="^cannot keep 2000 of 1000 steps$"):
+        sides.measured(args, spawned.refused_arms, None)
+
+
+def test_a_side_whose_process_ends_stops_the_benchmark_in_one_line(capfd):
+    args = argparse.Namespace(rounds=1, peer_allocator="default")
+    with pytest.raises(RuntimeError, match="a side's process ended; its error is above"):
+        sides.measured(args, spawned.broken_arms, None)
+    assert "KeyError: 'of the program'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "1.5", "x", ""])
+def test_a_size_is_an_integer_of_at_least_one(value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        timing.arguments("A benchmark.", "name").parse_args([f"--rounds={value}"])
+    assert capsys.readouterr().err == f"error: argument --rounds: {value!r} is not an integer ≥ 1; --help says more\n"
+
+
 def test_the_peers_allocator_is_kept_or_a_library_that_exists(tmp_path):
     assert sides.peer_environment("kept") == {allocator.SWITCH: "1"}
     library = tmp_path / "libtcmalloc.so"
