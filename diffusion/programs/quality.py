@@ -106,15 +106,19 @@ def _guide_of(folder: Path) -> dict[str, str]:
 
 
 def _has_another_guide(config: ConfigDict, scores: dict[str, Any]) -> bool:
-    """Whether sample.guide has other weights than when these scores were made. One that is gone has no others.
+    """Whether sample.guide has other weights than when these scores were made.
 
-    Files of earlier versions do not say which weights it had.
+    One that is gone or damaged counts as unchanged, so what was measured with it stays. Files of earlier versions do
+    not say which weights it had.
+
+    Raises:
+        OSError: the disk cannot be read.
     """
     if GUIDE not in scores or not config.sample.guide:
         return False
     try:
         return workdir.load(config.sample.guide, claims=False).state.sha256 != scores[GUIDE]
-    except (ValueError, OSError):
+    except (ValueError, FileNotFoundError):
         return False
 
 

@@ -1,8 +1,10 @@
 """sample.guide: samples are guided away from another checkpoint's, their folder names it, and misfits are refused."""
 
 import dataclasses
+import errno
 import json
 import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +42,7 @@ def test_samples_are_drawn_away_from_an_earlier_checkpoint(toy_run):
     assert about["guide_sha256"] not in (None, about["ema_sha256"])
 
 
-def test_samples_of_a_guide_that_has_trained_further_are_not_those_that_were_asked_for(toy_run, tmp_path_factory):
+def test_samples_of_a_guide_that_trained_further_are_not_those_asked_for(toy_run, tmp_path_factory, monkeypatch):
     worse = tmp_path_factory.mktemp("worse") / "run"
     shutil.copytree(toy_run.directory, worse)
     config = toy_run.config(sample__guide=str(worse), sample__guidance=0.5)
@@ -65,6 +67,10 @@ def test_samples_of_a_guide_that_has_trained_further_are_not_those_that_were_ask
     with Checkpoints(worse / "checkpoints") as checkpoints:
         checkpoints.save(9, state.replace(step=np.int32(9)), {})
     assert not is_measured(**drawn_with)
+    with monkeypatch.context() as patched:
+        patched.setattr(workdir, "load", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(OSError, match="Input/output error"):
+            is_measured(**drawn_with)
     shutil.rmtree(worse)
     assert is_measured(**drawn_with)
 
