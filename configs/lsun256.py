@@ -11,8 +11,8 @@ Memory   as celebahq256.py
 Expect   the paper: FID 6.36 for bedrooms, 7.89 for churches, 19.75 for cats; not run here
 Equals   as celebahq256.py; flips as in the paper
 Differs  from the code (run_lsun.py): its comments mirror bedrooms but not cats; the paper mirrors all but bedrooms.
-         Its pictures are made by StyleGAN2's dataset_tool; ours are centre squares, resized by area averages. TFDS'
-         validation split, 300 bedrooms, is scored
+         Its pictures are made by StyleGAN2's dataset_tool; ours are centre squares, resized by area averages. 256 of
+         the 300 bedrooms of TFDS' validation split are scored (eval.num_images=0: all)
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""This project's recipe: v, a learned schedule, low-discrepancy t and Fourier features.
+"""Four changes at once: v, a learned schedule, low-discrepancy t and Fourier features.
 
     python -m experiments.records --records=all_four --minutes=8 --workdir=runs/records
 

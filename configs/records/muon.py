@@ -1,4 +1,4 @@
-"""This project's recipe with Muon instead of Adam.
+"""The four changes of `all_four` with Muon instead of Adam.
 
     python -m experiments.records --records=muon --minutes=8 --workdir=runs/records
 
