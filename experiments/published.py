@@ -192,6 +192,9 @@ def check(given: Checkpoint, test_set: Source) -> None:
 def score(model: Model, test_set: Source, settings: bound.Settings, num_images: int, kept: Path) -> dict[str, Any]:
     """Bits/dim with their standard errors, their parts, and the protocol.
 
+    A model that takes labels is given each image's own, so its bits/dim are of the image with a known label. The entry
+    test_with_label_bpd adds the bits of a label.
+
     Args:
         kept: the directory of this model's finished terms, which are not computed again.
     """
@@ -217,6 +220,10 @@ def score(model: Model, test_set: Source, settings: bound.Settings, num_images: 
         at_limit = limit(settings)(replicated, test_set, numbers, found, path.with_stem(f"{path.stem}_limit"))
         of_limit = at_limit.summary("test_limit")
         scores |= {name: of_limit[name] for name in ("test_limit_bpd", *ERRORS)}
+    if model.takes_labels:
+        protocol["labels"] = "given"
+        scores["label_bpd"] = likelihood.label_bpd(test_set.num_classes, test_set.image_shape)
+        scores["test_with_label_bpd"] = scores["test_bpd"] + scores["label_bpd"]
     return protocol | scores
 
 
@@ -225,6 +232,8 @@ def markdown(found: dict[str, Any]) -> str:
     paper = "–" if found["paper_bpd"] is None else f"{found['paper_bpd']:.2f}"
     rows = [["the paper", paper, "–", found["source"] or "it has no bits/dim for these weights and images"]]
     measured = f"{found['data']}, {found['images']} test images, protocol {found['protocol']}"
+    if "label_bpd" in found:
+        measured += f", labels given (a label costs {found['label_bpd']:.4f})"
     if "test_limit_bpd" in found:
         rows.append(["here, T = ∞", *_cells(found, "test_limit_bpd", True), f"{measured}, a few instants per image"])
     here = f"here, T = {found['num_steps'] - 1}" if "test_limit_bpd" in found else "here"

@@ -44,9 +44,17 @@ UNCLIPPED = "_unclipped"
 
 
 def measure(directory: Path, checkpoint: str = "latest") -> dict[str, Any]:
-    """Every likelihood of a checkpoint (EMA) in `directory`, in bits/dim, per image and as means."""
+    """Every likelihood of a checkpoint (EMA) in `directory`, in bits/dim, per image and as means.
+
+    Raises:
+        ValueError: the network needs labels, which these likelihoods do not have.
+    """
     run = workdir.load(directory, checkpoint)
     config, model = run.config, run.model
+    if model.takes_labels:
+        if not config.model.label_dropout:
+            raise ValueError(f"{directory}: model.conditional is on, and this study has no labels for the network")
+        model = model.without_labels()
     test_set = build.load_data(config, "test")
     numbers = subset(len(test_set), NUM_IMAGES)
     x0 = to_unit(jnp.asarray(test_set.images(numbers)), test_set.num_levels)
@@ -72,7 +80,7 @@ def compare(model: Model, x0: Float[Array, "b h w c"], keys: Array) -> dict[str,
         behind = partial(ode_behind_decoder_bpd, model, clip_x0=clip_x0)
         of_density = partial(ode_dequantized_bpd, model, clip_x0=clip_x0)
         per_image |= {
-            f"bound{ending}": bound_bpd(model, x0, keys, gaussian.discretized_log_prob, clip_x0),
+            f"bound{ending}": bound_bpd(model, x0, keys, None, clip_x0),
             f"ode_behind_decoder{ending}": jax.jit(behind)(x0, keys),
             f"bound_dequantized{ending}": bound_bpd(model, y, keys, _binned_density, clip_x0),
             f"ode_dequantized{ending}": jax.jit(of_density)(x0, keys),
@@ -97,7 +105,7 @@ def dequantized(model: Model, x0: Float[Array, "b h w c"], keys: Array) -> Float
 
 
 def bound_bpd(model: Model, x0, keys, decoder, clip_x0: bool = True) -> Float[Array, " b"]:
-    """The variational bound of each image, one ε per t."""
+    """The variational bound of each image, one ε per t; with None the decoder is the model's own."""
 
     @jax.jit
     def bound(model, x0, keys):
@@ -114,7 +122,7 @@ def ode_behind_decoder_bpd(model: Model, x0, keys, clip_x0: bool = True) -> Floa
     By Jensen's inequality it is a bound on −log P(x_0) = −log ∫ p(x_1) P(x_0 | x_1) dx_1, as the variational bound is.
     """
     schedule = model.schedule
-    row, start, end = schedule[1], schedule.log_snr[1], schedule.log_snr[-1]
+    row, start, end = schedule[1], schedule.log_snr[1], ode.lowest(schedule)
     predict = ode.eps_predictor(model.denoise, model.p, schedule, clip_x0)
 
     def one(x0, key):
@@ -154,8 +162,8 @@ def importance_weighted(model: Model, x0, keys) -> dict[str, Any]:
         groups = -np.asarray(likelihood.importance_weighted_nats(log_weights, k), np.float64) / nats_per_bpd
         result["bpd"].append(groups.mean(axis=1).tolist())
         num_groups = groups.shape[1]
-        spread = groups.std(axis=1, ddof=1) / num_groups**0.5 if num_groups > 1 else np.full(len(groups), np.nan)
-        result["stderr"].append(spread.tolist())
+        spread = (groups.std(axis=1, ddof=1) / num_groups**0.5).tolist() if num_groups > 1 else [None] * len(groups)
+        result["stderr"].append(spread)
     # 1/Σ share²: the effective number of trajectories.
     share = np.asarray(jax.nn.softmax(log_weights), np.float64)
     result["effective_trajectories"] = (1 / (share**2).sum(axis=1)).tolist()
@@ -208,7 +216,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     over_k, side_by_side = figure.subplots(1, 2)
     weighted = result["importance_weighted"]
     for image in range(NUM_FEW):
-        bpd, stderr = (np.asarray(weighted[name])[:, image] for name in ("bpd", "stderr"))
+        bpd, stderr = (np.asarray(weighted[name], np.float64)[:, image] for name in ("bpd", "stderr"))
         label = f"test image {result['image_numbers'][image]}"
         over_k.errorbar(weighted["k"], bpd, 2 * np.nan_to_num(stderr), fmt="o-", markersize=3, label=label)
     over_k.set(xlabel="trajectories K", ylabel="importance-weighted bound (bits/dim)", xscale="log")

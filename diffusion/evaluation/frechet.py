@@ -120,11 +120,12 @@ def frechet_at_infinity(
 ) -> Estimate | None:
     """FID∞: the distance between infinitely many samples and a known Gaussian, in float64.
 
-    The distance of n samples is biased by about c/n. The samples are split into 1, 2, … and up to 5 disjoint
-    subsets, as long as each has 1.5 samples per dimension. This gives 15 distances at 5 sizes, or fewer. A line in 1/n
-    is fitted to them, weighted by n, because the variance falls as 1/n. The result is its value at 1/n = 0, which may be slightly below 0 if the truth is near 0. The standard error is that
-    of the fit. On Gaussians this error is right to 10% or too large. With one subset of each size, as in the paper, it
-    would be less than half of the truth, because those subsets share their samples.
+    The distance of n samples is biased by about c/n. The samples are split into 1, 2, … and up to 5 disjoint subsets,
+    as long as each has 1.5 samples per dimension. This gives 15 distances at 5 sizes, or fewer. A line in 1/n is fitted
+    to them, weighted by n, because the variance falls as 1/n. The result is its value at 1/n = 0, which may be slightly
+    below 0 if the truth is near 0. The standard error is that of the fit. On Gaussians this error is right to 10% or
+    too large. With one subset of each size, as in the paper, it would be less than half of the truth, because those
+    subsets share their samples.
 
     Args:
         samples: features.

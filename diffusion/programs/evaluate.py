@@ -102,7 +102,10 @@ def score_run(experiment: Experiment, *given: Any) -> dict[str, Any]:
     Args:
         given: the arguments of `score` after the experiment.
     """
-    return score(experiment, *given) | likelihoods.after_bound(experiment, *given)
+    scores, kept = _scored(experiment, *given)
+    scores |= likelihoods.after_bound(experiment, *given)  # it takes hours: meanwhile the bound's terms stay on disk
+    scored.forget(kept)
+    return scores
 
 
 def score(
@@ -134,24 +137,37 @@ def score(
     Returns:
         The entries of summary.json about the images, the protocol and the scores, on process 0 alone; {} elsewhere.
     """
+    scores, kept = _scored(experiment, directory, model, state, splits, stop)
+    scored.forget(kept)
+    return scores
+
+
+def _scored(
+    experiment: Experiment,
+    directory: Path,
+    model: Model,
+    state: EmaState,
+    splits: Splits,
+    stop: Callable[[], None] | None = None,
+) -> tuple[dict[str, Any], Path | None]:
+    """The result of `score`, and the directory of the finished terms, None where this process has none to delete."""
     config, about = experiment.config, scored.about(state, splits)
     if config.eval.num_images == images.NONE:
-        return about if processes.is_first() else {}
+        return (about if processes.is_first() else {}), None
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, len(splits.test))
     model = for_protocol(model, config.eval.protocol)
     sources, numbers = scored.chosen_images(config, splits)
     kept = directory / scored.UNFINISHED / scored.key(config, model, [state.sha256, about["data_sha256"]], numbers)
     bounds = _bounds(config, model, sources, numbers, kept, stop)
     if not processes.is_first():
-        return {}
+        return {}, None
     protocol = scored.protocol_of(experiment, model.p.variance) | {
         f"{split}_images": f"{len(numbers[split])} of {len(source)}" for split, source in sources.items()
     }
     if not config.eval.terms_per_image:
         title = f"{splits.test.name}, {num_images} test images, protocol {config.eval.protocol}"
         scored.save_curves(directory, bounds, protocol, title, splits.test.num_levels)
-    scored.forget(kept)
-    return {
+    scores = {
         "step": about["step"],
         "num_params": about["num_params"],
         "protocol": protocol,
@@ -162,6 +178,7 @@ def score(
         "prior_bpd": bounds["test"].prior_bpd.mean(),
         **about,
     }
+    return scores, kept
 
 
 def _bounds(

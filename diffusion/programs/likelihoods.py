@@ -48,7 +48,8 @@ def score(
     }
     if not processes.is_first():
         return {}
-    protocol = likelihood.about(scored.protocol_of(experiment, model.p.variance))
+    of_bound = scored.protocol_of(experiment, model.p.variance) | {"num_steps": model.schedule.num_steps}
+    protocol = likelihood.about(of_bound)
     protocol |= {f"{split}_images": f"{len(numbers[split])} of {len(source)}" for split, source in sources.items()}
     arrays = {name: array for split in numbers for name, array in found[split].arrays(split).items()}
     arrays |= {f"{split}_numbers": of_split for split, of_split in numbers.items()}

@@ -1,16 +1,20 @@
 """The study's own quadratures against closed forms, and its commands on small inputs."""
 
-import json
+import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from ml_collections import config_dict
 
-from diffusion import reverse, schedules
-from diffusion.exact import oracles
+from diffusion import likelihood, reverse, schedules
+from diffusion.exact import ode, oracles
+from diffusion.experiment import workdir
 from diffusion.model import Model
+from diffusion.reporting import summary
 from experiments import bound_tightness, tightness_capacity, tightness_known
 from experiments.commands import exit_with
 
@@ -135,13 +139,66 @@ def test_every_likelihood_of_one_network(tmp_path, monkeypatch):
     for name in ("bound", "bound_dequantized", "ode_dequantized", "ode_behind_decoder"):  # no x̂_0 leaves [−1, 1] here
         np.testing.assert_allclose(bpd[f"{name}_unclipped"], bpd[name], atol=1e-3, err_msg=name)
     weighted = np.asarray(found["importance_weighted"]["bpd"])
+    assert found["importance_weighted"]["stderr"][-1] == [None, None]  # of one group of 200
     assert found["importance_weighted"]["k"][-1] == 200 and np.all(np.diff(weighted, axis=0) < 0)
     between = found["fraction_eps_mse"]
     np.testing.assert_allclose(between["middle"], between["neighbours"], rtol=0.2, atol=1e-3)
 
-    result = {"run": "a run", "step": 7, "image_numbers": list(range(64)), **json.loads(json.dumps(found))}
+    summary.write_json(tmp_path / "found.json", found)  # which takes no NaN
+    result = {"run": "a run", "step": 7, "image_numbers": list(range(64)), **summary.read_json(tmp_path / "found.json")}
     tightness_trained.plot(tmp_path / "trained.png", result)
     assert "| bound_dequantized | uniformly dequantized" in bound_tightness.trained_table(result)
+
+
+def exact_model(schedule, std=0.3, **kwargs):
+    """The model that is exact for N(0, std²) on 2×2 pixels of 17 levels."""
+    data = oracles.normal(jnp.zeros((2, 2, 1)), jnp.full((2, 2, 1), std))
+    noisiest = ode.lowest(schedule)
+
+    def denoise(x_t, network_t):
+        log_snr = jnp.maximum(schedule.log_snr, noisiest)
+        return jax.vmap(data.eps)(x_t, jnp.interp(network_t, schedule.network_t[1:], log_snr[1:]))
+
+    return Model(denoise, reverse.make("eps", "fixed_large", **kwargs), schedule, 17)
+
+
+def three_images():
+    """Keys and images."""
+    return jax.random.split(jax.random.key(1), 3), jnp.asarray([-1.0, 0.25, 0.5]).repeat(4).reshape(3, 2, 2, 1)
+
+
+def test_the_ode_behind_the_decoder_is_finite_where_x_t_is_only_noise():
+    """ᾱ_T = 0, log SNR −∞."""
+    from experiments import tightness_trained
+
+    keys, x0 = three_images()
+    assert np.isneginf(schedules.harmonic(10).log_snr[-1])
+    assert np.isfinite(tightness_trained.ode_behind_decoder_bpd(exact_model(schedules.harmonic(10)), x0, keys)).all()
+
+
+def test_the_bound_has_the_decoder_of_the_model(monkeypatch):
+    from experiments import tightness_trained
+
+    keys, x0 = three_images()
+    for name in ("ode_behind_decoder_bpd", "ode_dequantized_bpd"):
+        monkeypatch.setattr(tightness_trained, name, lambda model, x0, keys, **settings: jnp.zeros(len(x0)))
+    for name in ("importance_weighted", "between_steps"):
+        monkeypatch.setattr(tightness_trained, name, lambda *given: {})
+    monkeypatch.setattr(tightness_trained, "NUM_WEIGHTED", 2)
+    model = exact_model(schedules.cosine(10), decoder="bayes")
+    bound = likelihood.bound_bpd(model.denoise, model.p, model.schedule, x0, keys, 17)
+    found = tightness_trained.compare(model, x0, keys)["per_image_bpd"]
+    np.testing.assert_allclose(found["bound"], bound, rtol=1e-5)
+
+
+def test_a_network_that_needs_labels_is_refused(monkeypatch):
+    from experiments import tightness_trained
+
+    model = dataclasses.replace(exact_model(schedules.cosine(10)), takes_labels=True)
+    run = SimpleNamespace(model=model, config=config_dict.ConfigDict({"model": {"label_dropout": 0.0}}))
+    monkeypatch.setattr(workdir, "load", lambda directory, checkpoint: run)
+    with pytest.raises(ValueError, match="model.conditional is on, and this study has no labels"):
+        tightness_trained.measure("runs/a")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -230,6 +231,21 @@ def test_labels_that_the_model_does_not_know_are_refused():
         published.check(given, data.Source("noise", "test", images))
     with pytest.raises(ValueError, match="data.name='noise' has 8 classes; the model has 1000"):
         published.check(given, data.Source("noise", "test", images, classes=labels, num_classes=8))
+
+
+def test_the_bits_of_an_image_whose_label_is_given_say_so(tmp_path):
+    images, labels = np.zeros((3, 4, 4, 3), np.uint8), np.arange(3, dtype=np.int32)
+    test_set = data.Source("noise", "test", images, classes=labels, num_classes=3)
+
+    def denoise(x_t, network_t, labels):
+        return jnp.concatenate([0.1 * x_t, x_t], axis=-1) + labels.astype(jnp.float32)[:, None, None, None]
+
+    model = Model(denoise, reverse.make("eps", "learned_range"), schedules.cosine(5), takes_labels=True)
+    found = published.score(model, test_set, bound.Settings(0, 8, "exact", 0), 0, tmp_path)
+    assert found["labels"] == "given" and found["label_bpd"] == pytest.approx(np.log2(3) / 48)
+    assert found["test_with_label_bpd"] == pytest.approx(found["test_bpd"] + np.log2(3) / 48)
+    table = published.markdown(found | {"weights": "a", "data": "noise", "paper_bpd": None, "source": ""})
+    assert "labels given (a label costs 0.0330)" in table
 
 
 def test_ho_et_al_s_network_is_recognized_whatever_its_weights():

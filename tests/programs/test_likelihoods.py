@@ -1,5 +1,6 @@
 """eval.likelihood: other likelihoods have their own files and entries, and continue after a signal."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -11,7 +12,7 @@ import toy
 
 from diffusion import likelihood
 from diffusion.evaluation import images
-from diffusion.experiment import other_likelihood, rules
+from diffusion.experiment import build, other_likelihood, rules, workdir
 from diffusion.programs import evaluate, likelihoods
 from diffusion.runtime import preemption, randomness
 from diffusion.runtime.preemption import Preempted
@@ -83,6 +84,36 @@ def test_a_summary_says_them_beside_the_bound(monkeypatch, layer):
     }  # fmt: skip
     for keys in ({"eval__likelihood": "bound"}, {"eval__likelihood": "ode", "eval__num_images": -1}):
         assert likelihoods.after_bound(toy.experiment(**keys)) == {}
+
+
+def test_the_bound_s_terms_stay_until_the_other_likelihood_is_measured(toy_run, monkeypatch):
+    """A stop in its hours does not cost the bound; at the end nothing is left."""
+    config = toy_run.config(eval__likelihood="importance(samples=2)", eval__num_images=5)
+    loaded, splits = workdir.load(toy_run.directory, config=config), build.load_splits(config)
+    given = loaded.experiment, toy_run.directory / "scores", loaded.model, loaded.state, splits
+
+    def stopped(*given):
+        raise Preempted("stopped by a signal")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(likelihoods, "score", stopped)
+        with pytest.raises(Preempted):
+            evaluate.score_run(*given)
+    (kept,) = toy_run.directory.glob("scores/unfinished_eval/*/test.npy")
+    assert np.isfinite(np.load(kept)).all()
+    scores = evaluate.score_run(*given)
+    assert {"test_bpd", "test_importance_bpd"} < scores.keys() and not list(toy_run.directory.rglob("unfinished_eval"))
+
+
+def test_the_ode_s_protocol_has_the_steps_of_its_own_model(toy_run):
+    """And not those of the bound of eval.protocol=vdm2021."""
+    config = toy_run.config(eval__likelihood="ode(tolerance=1e-2, probes=1)", eval__num_images=2)
+    config.eval.protocol = "vdm2021"
+    loaded, splits = workdir.load(toy_run.directory), build.load_splits(config)
+    experiment = dataclasses.replace(loaded.experiment, config=config)
+    given = experiment, toy_run.directory / "scores", loaded.model, loaded.state, splits
+    protocol = likelihoods.score(other_likelihood.chosen(config), *given)["protocol"]
+    assert protocol["num_steps"] == loaded.model.schedule.num_steps
 
 
 @pytest.mark.parametrize(

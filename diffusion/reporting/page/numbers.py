@@ -42,6 +42,7 @@ COMPARED = {
     "": "samples",
     "_test_split": "test split",
     "_train_split": "training split",
+    "_validation_split": "validation split",
     "_train_halves": "training split, one half with the other",
 }
 NOT_METRICS = ("step", "num_samples", "kid_subset_size", "frechet_equal_n_images", "classifier_test_accuracy")
