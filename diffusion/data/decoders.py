@@ -44,6 +44,8 @@ def decode(resizing: Resizing, channels: int, encoded: list[bytes]) -> Pictures:
     """
     try:
         return [resizing.pixels(one, channels) for one in encoded]
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises different types for garbage
         raise Undecodable(str(error)) from error
 

@@ -1,7 +1,6 @@
 """The place of files that are made from a prepared set: beside it, or in the cache if it is read-only or full."""
 
 import errno
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +40,7 @@ def made(
             with files.alone(directory / lock_name, waiting) as file:
                 if (found := make(file, directory)) is not None:
                     return found
-                os.unlink(file.name)
+                Path(file.name).unlink(missing_ok=True)
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise

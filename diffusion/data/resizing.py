@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from diffusion.data.folder import metadata
-from diffusion.data.folder.decoding import MODES, Target, opened, to_pixels
+from diffusion.data.folder.decoding import MODES, Target, as_8_bits, opened, to_pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,4 +57,6 @@ class Resizing:
 def _as_stored(channels: int, encoded: bytes) -> UInt8[np.ndarray, "h w c"]:
     """The pixel values of an encoded picture in its own size."""
     with opened(io.BytesIO(encoded), formats=None) as picture:
+        if picture.mode.startswith(("I", "F")):  # 16 bits and more, which `convert` would clip at 255
+            picture = as_8_bits(picture, encoded)
         return np.atleast_3d(np.asarray(picture.convert(MODES[channels])))

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import io
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from diffusion.runtime import files, preemption
 
 RECORDS_PER_READ = 1000
 BYTES_PER_READ = 2**25  # of decoded pictures: 32 MiB
+# What the system says of a read that failed and may succeed later.
+OF_THE_DISK = tuple(map(os.strerror, (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN)))
 PROCESSES_FROM_BYTES = 2**26  # of decoded pictures: smaller jobs end before another process has started
 
 
@@ -59,12 +63,19 @@ def _size(encoded: bytes) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _damage_named(name: str, builder: tfds.core.DatasetBuilder, split: str) -> Iterator[None]:
-    """Raises a ValueError that names the set for an error inside, unless the disk is at fault."""
+    """Raises a ValueError that names the set for an error inside, unless the disk or the memory is at fault.
+
+    ArrayRecord reads in C++. Its error is a RuntimeError with the system's words, also if a read fails.
+    """
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # ArrayRecord, protobuf and Pillow raise different types for garbage
         if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError):
             raise
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in OF_THE_DISK):
+            raise OSError(f"cannot read the {split} pictures of data.name={name!r} ({error})") from error
         raise _damaged(name, builder, split, error) from error
 
 

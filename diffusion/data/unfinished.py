@@ -37,7 +37,9 @@ class Unfinished:
     def __init__(self, file: BinaryIO, pixels_path: Path, classes_path: Path, shape: tuple[int, ...]):
         self._file, self._shape, self._paths = file, shape, (pixels_path, classes_path)
         self.path = Path(file.name)
-        self._classes_path, self._count_path = of(classes_path), self.path.with_name(f"{self.path.name}.count")
+        # Without file locks each process has a file of its own, and so it needs its own classes.
+        self._classes_path = self.path.with_name(self.path.name.replace(pixels_path.name, classes_path.name, 1))
+        self._count_path = self.path.with_name(f"{self.path.name}.count")
         self._saved = time.monotonic()
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})

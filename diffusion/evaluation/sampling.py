@@ -48,6 +48,7 @@ class Sampler:
         grid: Grid = schedules.evenly_spaced,
         guide: Callable[..., Array] | None = None,
         guide_schedule: Schedule | None = None,
+        guide_sha256: str = "",
     ):
         """Nothing is compiled before the first image.
 
@@ -63,8 +64,9 @@ class Sampler:
             grid: one of `grids.GRIDS`.
             guide: a worse network than the models', a pytree with the same arguments.
             guide_schedule: the schedule with which the guide was trained; None for that of the models.
+            guide_sha256: the digest of the guide's weights, under which its images are kept.
         """
-        self._step, self.image_shape = step, image_shape
+        self._step, self.image_shape, self.guide_sha256 = step, image_shape, guide_sha256
         self._seed_key, self._batch_size, self._num_steps = randomness.stream(seed, "sample"), batch_size, num_steps
         self._grid, self._guide, self._guide_schedule = grid, guide, guide_schedule
         self._labels, self._guidance = jnp.array(labels), (guidance_scale, guidance_interval)

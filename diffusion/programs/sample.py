@@ -71,6 +71,7 @@ def make_sampler(experiment: Experiment) -> Sampler:
         sampling.grid(experiment.config),
         guide.network(experiment, guiding) if guiding else None,
         guiding.model.schedule if guiding else None,
+        guiding.state.sha256 if guiding else "",
     )
 
 
@@ -95,7 +96,7 @@ def save(
         sampler: a sampler that is already compiled.
     """
     config, sampler = experiment.config.sample, sampler or make_sampler(experiment)
-    with _folder(experiment, directory, model, state) as folder:
+    with _folder(experiment, directory, model, state, sampler) as folder:
         _fill(sampler, model, folder, config.num_images, stop)
         trajectories = sampler.trajectories(model, min(TRAJECTORY_IMAGES, config.num_images))
         if processes.is_first():
@@ -116,20 +117,23 @@ def fill(
     stop: Callable[[], None] | None = None,
 ) -> Path:
     """Fills the folder of `save` up to `num_images` images and returns the folder."""
-    with _folder(experiment, directory, model, state) as folder:
-        _fill(make_sampler(experiment), model, folder, num_images, stop)
+    sampler = make_sampler(experiment)
+    with _folder(experiment, directory, model, state, sampler) as folder:
+        _fill(sampler, model, folder, num_images, stop)
     return folder
 
 
 @contextlib.contextmanager
-def _folder(experiment: Experiment, directory: Path, model: Model, state: EmaState) -> Iterator[Path]:
+def _folder(
+    experiment: Experiment, directory: Path, model: Model, state: EmaState, sampler: Sampler
+) -> Iterator[Path]:
     """The folder of the samples that these weights give, locked; what tells it from others is in its about.json."""
     about = described(experiment.config, model.p.variance)
     about |= {"step": int(state.step), "ema_sha256": state.sha256}
     if model.p.variance == "optimal":
         about["x0_variance_sha256"] = tree_sha256(model.schedule.x0_variance)
-    if guiding := guide.load(experiment):
-        about[GUIDE_SHA256] = guiding.state.sha256
+    if sampler.guide_sha256:  # the guide may be a run that has trained further since the sampler was made
+        about[GUIDE_SHA256] = sampler.guide_sha256
     folder = directory / SAMPLES / name(about)
     with workdir.locked(folder):
         if processes.is_first():

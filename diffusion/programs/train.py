@@ -167,7 +167,7 @@ def prepare(config: ConfigDict, directory: Path, forked: str = "") -> Experiment
     workdir.check(config, directory)
     if not forked:
         fork.check_made(directory)
-    if not forked and not fork.has_begun(directory):
+    if not forked and not workdir.has_begun(directory):
         _ = experiment.start  # or its refusal would come after the data
     return experiment
 
@@ -209,9 +209,13 @@ def train(
 
 
 def _is_trained(plan: loop.Plan, step: int, directory: Path) -> bool:
-    """Whether a state of `step` is the last one, and no signal stopped what was measured of its samples."""
-    has_row = any(row["step"] == step for row in read_metrics(directory))
-    return step == plan.num_steps and (not plan.measures(step) or processes.bool_from_first(has_row))
+    """Whether a state of `step` is the last one, and no signal stopped what was measured of its samples.
+
+    That also leaves the rest of its row to the resumed run, whose plan may measure no samples.
+    """
+    steps = [row["step"] for row in read_metrics(directory)]
+    has_row = step in steps or not (steps or plan.measures(step))
+    return step == plan.num_steps and processes.bool_from_first(has_row)
 
 
 def resume(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:

@@ -236,15 +236,18 @@ def _catch_up(
     is_due: Callable[[], bool],
 ) -> bool:
     """Does what a signal stopped at the resumed step. Returns whether a row with a validation was missing."""
-    validates = False
-    if begin and plan.measures(begin) and not processes.bool_from_first(log.last_step == begin):
-        row = _means(state.part(lambda state: state.window).host()) if plan.is_due(begin, training.log_every) else {}
-        validates = plan.is_due(begin, plan.checkpoint_every) or plan.is_due(begin, plan.validate_every)
+    logs = plan.is_due(begin, training.log_every)
+    validates = plan.is_due(begin, plan.checkpoint_every) or plan.is_due(begin, plan.validate_every)
+    # The stopped part may be one that the plan no longer has. A fork begins without a row.
+    has_row = plan.measures(begin) or ((logs or validates) and log.last_step > 0)
+    is_missing = bool(begin) and processes.bool_from_first(has_row and log.last_step != begin)
+    if is_missing:
+        row = _means(state.part(lambda state: state.window).host()) if logs else {}
         if not _measure(plan, begin, validates, row, state, monitor, quality, log, progress, is_due):
             _stop(checkpoints, begin)
     if begin and plan.draws(begin) and not draw(begin, state.part(lambda state: state.ema_params), is_due, True):
         _stop(checkpoints, begin)
-    return validates
+    return is_missing and validates
 
 
 def _means(window: dict[str, np.ndarray]) -> dict[str, SupportsFloat]:

@@ -17,6 +17,7 @@ ITERATIONS = 5
 def adam(learning_rate: optax.Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
     """Adam (Kingma & Ba 2015) with the settings of Ho et al. (2020), appendix B."""
     _check_betas(b1=b1, b2=b2)
+    _check_eps(eps)
     return optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
 
 
@@ -25,6 +26,9 @@ def adamw(
 ):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019): weight_decay × learning rate × parameter."""
     _check_betas(b1=b1, b2=b2)
+    _check_eps(eps)
+    if weight_decay < 0:
+        raise ValueError(f"optim.name: weight_decay={weight_decay} must be ≥ 0")
     return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
@@ -114,7 +118,9 @@ def constant(peak: float, num_steps: int) -> optax.Schedule:
 
 
 def cosine(peak: float, num_steps: int, end: float = 0.0) -> optax.Schedule:
-    """From the peak to `end` × peak along half a cosine, in `num_steps` steps."""
+    """From the peak to `end` × peak along half a cosine, in `num_steps` steps; `end` is in [0, 1]."""
+    if not 0 <= end <= 1:
+        raise ValueError(f"optim.decay: end={end} must be in [0, 1]")
     return optax.cosine_decay_schedule(peak, max(1, num_steps), alpha=end)
 
 
@@ -154,6 +160,11 @@ def _clipped(max_norm: float, grads: PyTree, _: PyTree) -> PyTree:
     """
     factor = jnp.minimum(1.0, max_norm / optax.global_norm(grads))
     return jax.tree.map(lambda leaf: factor * leaf, grads)
+
+
+def _check_eps(eps: float) -> None:
+    if not eps > 0:  # or a gradient of 0 would be divided by 0
+        raise ValueError(f"optim.name: eps={eps} must be > 0")
 
 
 def _check_betas(**betas: float) -> None:

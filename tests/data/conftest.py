@@ -38,9 +38,10 @@ def write_foreign(tmp_path):
     """A function that prepares a set "foreign" in tmp_path as another TFDS builder would, and returns its pixels.
 
     The sizes of its pictures, (height, width), may differ where `shape` leaves them open; every split has them all.
+    With `bits=16` the pictures have 16 bits, and what is returned is their upper 8.
     """
 
-    def write(shape, key="image", sizes=4 * [(None, None)], splits=("train", "test")):
+    def write(shape, key="image", sizes=4 * [(None, None)], splits=("train", "test"), bits=8):
         rng, channels = np.random.default_rng(1), shape[2]
         sizes = [(height or shape[0] or 5, width or shape[1] or 5) for height, width in sizes]
         pixels = [rng.integers(0, 256, (*size, channels), np.uint8) for size in sizes]
@@ -58,7 +59,8 @@ def write_foreign(tmp_path):
             def _generate_examples(self):
                 for index, picture in enumerate(pixels):
                     png = io.BytesIO()
-                    Image.fromarray(picture.squeeze()).save(png, "png")
+                    values = picture.squeeze().astype(np.uint16) * 257 if bits == 16 else picture.squeeze()
+                    Image.fromarray(values).save(png, "png")
                     yield index, {key: png.getvalue()}
 
         Foreign(data_dir=tmp_path, file_format="array_record").download_and_prepare()

@@ -27,6 +27,13 @@ def test_a_set_that_promises_no_size_has_that_of_its_first_picture(tmp_path, wri
     np.testing.assert_array_equal(load(tmp_path).images(), pixels)
 
 
+@pytest.mark.parametrize("image_size", [0, 5])
+def test_grey_pictures_of_16_bits_are_scaled_to_8(image_size, tmp_path, write_foreign):
+    """Pillow alone would clip them, so that almost all become white."""
+    pixels = write_foreign((5, 5, 1), bits=16)
+    np.testing.assert_array_equal(load(tmp_path, image_size=image_size).images(), pixels)
+
+
 def test_pictures_of_several_sizes_need_one_given(tmp_path, write_foreign):
     pixels = write_foreign((None, None, 3), sizes=[(8, 8), (12, 9), (20, 33)])
     with pytest.raises(ValueError, match=r"pictures of 8×8 and of 12×9 pixels.*: set data\.image_size"):

@@ -193,6 +193,57 @@ def test_without_locks_a_process_decodes_for_itself(place, load, straight, monke
     assert not [name for name in left(place) if name.endswith((".tmp", ".count"))]
 
 
+def test_without_locks_two_at_once_do_not_share_the_classes(place, load, straight, small_parts, monkeypatch):
+    """The second begins when the first has half of the pictures, and ends first."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    examples, begun, found = stored_split._examples, [], []
+
+    def halfway(*args):
+        first = not begun
+        begun.append(args)
+        for number, part in enumerate(examples(*args)):
+            if first and number == 8:
+                found.append(load())
+            yield part
+
+    monkeypatch.setattr(stored_split, "_examples", halfway)
+    found.append(load())
+    assert len(begun) == 2
+    for one in found:
+        assert_same(one, straight)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("pread() failed: Input/output error; reading a"), MemoryError()])
+def test_what_is_no_damage_keeps_what_is_decoded(error, place, load, straight, small_parts, monkeypatch):
+    """ArrayRecord reports a failed read as a RuntimeError."""
+    examples = stored_split._examples
+
+    def some(*args):
+        for number, part in enumerate(examples(*args)):
+            if number == 5:
+                raise error
+            yield part
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stored_split, "_examples", some)
+        with pytest.raises((OSError, MemoryError)) as raised:
+            load()
+    of_the_disk = "cannot read the test pictures of data.name='digits' (pread() failed: Input/output error; reading a)"
+    assert str(raised.value) == (of_the_disk if isinstance(error, RuntimeError) else "")
+    assert any(name.endswith(".count") for name in left(place))
+    assert_same(load(), straight)
+
+
+def test_a_picture_for_which_memory_is_missing_is_not_damaged(monkeypatch):
+    monkeypatch.setattr(Resizing, "pixels", lambda *given: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        decoders.decode(Resizing(), 1, [b""])
+
+
 @pytest.mark.slow
 def test_several_processes_decode_the_same_in_the_same_order(place, straight):
     """A damaged picture is named; a process that is killed is one line."""

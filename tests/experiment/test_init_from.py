@@ -211,6 +211,18 @@ def test_weights_are_scored_and_sampled_without_a_checkpoint(source, tmp_path, m
         evaluate.run(made(init_from=f"{directory}@best"), tmp_path / "run")
 
 
+def test_a_run_whose_checkpoints_cannot_be_used_is_not_scored_with_its_start(source, tmp_path, monkeypatch):
+    directory, _ = source
+    monkeypatch.setattr(data, "load", toy.load)
+    monkeypatch.setattr(data, "describe", toy.describe)
+    run = save(from_run(directory), tmp_path / "run")
+    assert int(workdir.load(run).state.step) == 1
+    (run / "checkpoints" / "1" / "state" / "_METADATA").unlink()
+    with pytest.raises((FileNotFoundError, ValueError), match="checkpoint"):
+        workdir.load(run)
+    assert not workdir.has_begun(tmp_path) and workdir.has_begun(run)
+
+
 def test_for_a_network_that_takes_gamma_the_ends_of_gamma_are_part_of_its_meaning():
     """They scale γ, so that with others the same noise reaches the network as another number."""
 

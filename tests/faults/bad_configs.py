@@ -41,9 +41,10 @@ BAD_CALLS = {
                       "unet(dropout=1.0)", "unet(channels=True)"),
     "objective.timesteps": ("loss_aware(history_length=0)", "loss_aware(uniform_share=2)", "uniform(share=1)"),
     "optim.name": (
-        "adam(b2=1.0)", "adam(learning_rate=1.0)", "adam(weight_decay=0.1)", "adamw(b1='0.9')", "muon(beta=1.0)"
+        "adam(b2=1.0)", "adam(learning_rate=1.0)", "adam(weight_decay=0.1)", "adamw(b1='0.9')", "muon(beta=1.0)",
+        "adam(eps=0.0)", "adamw(eps=-1.0)", "adamw(weight_decay=-1.0)",
     ),
-    "optim.decay": ("cosine(end='zero')", "constant(end=0.0)", "cosine(**{})"),
+    "optim.decay": ("cosine(end='zero')", "cosine(end=-1.0)", "cosine(end=1.5)", "constant(end=0.0)", "cosine(**{})"),
     "sample.method": ("ddim(eta=2)", "ddim(eta=None)", "ancestral(eta=0.5)", "ddim(clip_x0=2)"),
 }  # fmt: skip
 CONTRADICTIONS = [

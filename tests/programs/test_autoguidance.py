@@ -42,6 +42,20 @@ def test_samples_are_drawn_away_from_an_earlier_checkpoint(toy_run):
     assert about["guide_sha256"] not in (None, about["ema_sha256"])
 
 
+def test_samples_are_filed_under_the_guide_that_drew_them(toy_run, tmp_path_factory):
+    """It trains further between the making of the sampler, before a training, and the samples at its end."""
+    worse = tmp_path_factory.mktemp("worse") / "run"
+    shutil.copytree(toy_run.directory, worse)
+    loaded = workdir.load(toy_run.directory, config=toy_run.config(sample__guide=str(worse), sample__guidance=0.5))
+    sampler, its = sample.make_sampler(loaded.experiment), workdir.load(worse).state
+    with Checkpoints(worse / "checkpoints") as checkpoints:
+        state = jax.device_get(loaded.experiment.initial_state())
+        checkpoints.save(9, state.replace(step=np.int32(9)), {})
+    assert workdir.load(worse).state.sha256 != its.sha256
+    folder = sample.save(loaded.experiment, toy_run.directory, loaded.model, loaded.state, sampler=sampler)
+    assert json.loads((folder / sample.ABOUT).read_text())["guide_sha256"] == its.sha256
+
+
 def test_samples_of_a_guide_that_trained_further_are_not_those_asked_for(toy_run, tmp_path_factory, monkeypatch):
     worse = tmp_path_factory.mktemp("worse") / "run"
     shutil.copytree(toy_run.directory, worse)

@@ -1,6 +1,8 @@
 """The loop's calls: which ones a run makes, their timing, and what they show, rank and save."""
 
+import dataclasses
 import os
+import shutil
 import signal
 
 import jax
@@ -169,7 +171,7 @@ def test_a_signal_that_stops_the_samples_metrics_saves_and_the_resumed_run_write
     def drawn(*_):
         return True
 
-    def run(directory, state, at=None):
+    def run(directory, state, at=None, plan=plan):
         steps, finite = iter(range(int(state.step) or 2, 5, 2)), checks.finite
         checked = {int(state.step)}
 
@@ -207,8 +209,14 @@ def test_a_signal_that_stops_the_samples_metrics_saves_and_the_resumed_run_write
         assert rows(directory.name) == wanted[: at // 2 - 1]
         with Checkpoints(directory) as checkpoints:
             saved = checkpoints.restore(at, made.abstract_state())
+        with Checkpoints(tmp_path / f"again{at}") as checkpoints:
+            checkpoints.save(at, saved, {})
+        shutil.copy(directory / "metrics.jsonl", tmp_path / f"again{at}")
         assert tree_sha256(run(directory, saved)) == tree_sha256(end)
         assert rows(directory.name) == wanted
+        run(tmp_path / f"again{at}", saved, plan=dataclasses.replace(plan, quality_every=0))  # without what was stopped
+        unmeasured = [{name: value for name, value in row.items() if name != "fid"} for row in wanted]
+        assert rows(f"again{at}")[-1] == unmeasured[-1]
 
 
 def test_a_process_that_resumes_with_others_does_not_begin_anew(tmp_path, monkeypatch):
@@ -232,7 +240,11 @@ def test_a_run_at_its_last_step_goes_on_only_if_what_was_measured_of_its_samples
         for step, is_trained in ((2, False), (4, True)):
             log.write(step, loss=1.0)
             assert train._is_trained(plan, 4, tmp_path) == is_trained
-    assert train._is_trained(build.plan(toy.config(train__num_steps=4)), 4, tmp_path / "elsewhere")
+    unmeasured = build.plan(toy.config(train__num_steps=4))
+    assert train._is_trained(unmeasured, 4, tmp_path / "elsewhere")
+    with MetricsLog(tmp_path / "another") as log:
+        log.write(2, loss=1.0)
+    assert not train._is_trained(unmeasured, 4, tmp_path / "another")  # stopped while it measured samples
 
 
 def test_a_signal_stops_the_features_of_samples_between_two_parts(monkeypatch):

@@ -190,3 +190,22 @@ def test_a_beta_out_of_its_range_is_refused_by_its_config_key(rule, arguments):
     ((name, value),) = arguments.items()
     with pytest.raises(ValueError, match=rf"optim.name: {name}={value} must be in \[0, 1\)"):
         rule(optax.constant_schedule(RATE), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("rule", "arguments", "words"),
+    [
+        (optimizer.adam, {"eps": 0.0}, "eps=0.0 must be > 0"),
+        (optimizer.adamw, {"eps": -1.0}, "eps=-1.0 must be > 0"),
+        (optimizer.adamw, {"weight_decay": -0.1}, "weight_decay=-0.1 must be ≥ 0"),
+    ],
+)
+def test_an_update_that_divides_by_zero_or_grows_the_weights_is_refused(rule, arguments, words):
+    with pytest.raises(ValueError, match=f"optim.name: {words}"):
+        rule(optax.constant_schedule(RATE), **arguments)
+
+
+@pytest.mark.parametrize("end", [-1.0, 1.5])
+def test_a_learning_rate_that_ends_below_zero_or_above_its_peak_is_refused(end):
+    with pytest.raises(ValueError, match=rf"optim.decay: end={end} must be in \[0, 1\]"):
+        optimizer.cosine(RATE, 10, end=end)

@@ -167,10 +167,10 @@ def _upright_8_bits(data: bytes) -> Image.Image:
     with opened(io.BytesIO(data)) as picture:
         if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
-        return _as_8_bits(picture, data)
+        return as_8_bits(picture, data)
 
 
-def _as_8_bits(picture: Image.Image, data: bytes) -> Image.Image:
+def as_8_bits(picture: Image.Image, data: bytes) -> Image.Image:
     """The picture the right way up, in a mode of 8 bits a channel."""
     if picture.mode in ("I", "F"):
         raise Unreadable("its pixel values are signed, 32-bit or real numbers")
