@@ -54,7 +54,7 @@ def runs(steps_compiled_once):
         patch.setattr(data, "describe", toy.describe)
         for module, name in ((sample, "save"), (plots, "plot_loss"), (page, "refresh")):
             patch.setattr(module, name, lambda *_: None)
-        patch.setattr(evaluate, "score", score)
+        patch.setattr(evaluate, "score_run", score)
         yield run
 
 

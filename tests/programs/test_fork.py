@@ -26,7 +26,7 @@ def toy_data(monkeypatch, programs_compiled_once):
 def unscored(monkeypatch):
     """What comes after training is left out."""
     monkeypatch.setattr(sample, "save", lambda *args: None)
-    monkeypatch.setattr(evaluate, "score", lambda *args: {"protocol": {}, "test_bpd": 1.0})
+    monkeypatch.setattr(evaluate, "score_run", lambda *args: {"protocol": {}, "test_bpd": 1.0})
 
 
 def run(directory, forked="", **keys):

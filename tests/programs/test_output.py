@@ -34,7 +34,7 @@ def run(toy_run):
 class Drawn(sampling.Sampler):
     """A sampler whose images are its calls' numbers."""
 
-    image_shape, calls = toy.SHAPE, 0
+    image_shape, guide_sha256, calls = toy.SHAPE, "", 0
 
     def __init__(self):
         """It needs nothing."""

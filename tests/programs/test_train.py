@@ -62,7 +62,7 @@ def test_a_run_leaves_everything_it_promises(straight):
 
 
 def test_no_test_image_is_looked_at_before_the_run_is_scored(tiny, tmp_path, monkeypatch):
-    events, images, labels, score = [], Source.images, Source.labels, evaluate.score
+    events, images, labels, score = [], Source.images, Source.labels, evaluate.score_run
 
     def noted(read):
         def reading(source, *which, **how):
@@ -77,7 +77,7 @@ def test_no_test_image_is_looked_at_before_the_run_is_scored(tiny, tmp_path, mon
 
     monkeypatch.setattr(Source, "images", noted(images))
     monkeypatch.setattr(Source, "labels", noted(labels))
-    monkeypatch.setattr(evaluate, "score", scoring)
+    monkeypatch.setattr(evaluate, "score_run", scoring)
     train.run(tiny(quality__every=3, quality__num_images=20, quality__reference="validation"), tmp_path / "run")
     begin = events.index("scoring")
     assert set(events[:begin]) == {"train", "validation"}
