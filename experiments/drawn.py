@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,12 +121,22 @@ def real_images(study: Study, test_set: Source) -> dict[str, list[float]]:
     return study.scores(images.reshape(num_sets, study.num_images, *images.shape[1:]))
 
 
-def protocol(study: Study) -> str:
-    """How samples were drawn and compared, so that readers can compare the numbers with others."""
+def protocol(study: Study, changes: dict[str, Any], columns: Collection[str]) -> str:
+    """How samples were drawn and compared, so that readers can compare the numbers with others.
+
+    Args:
+        study: the study.
+        changes: the config keys that every row changes.
+        columns: the entries of `sample.described` that differ between rows, so that the table shows them.
+    """
+    config = changed(study.trained.config, changes)
+    variance = config.model.variance if config.sample.variance == "model" else config.sample.variance
+    about = sample.described(config, variance) | {"grid": config.sample.grid, "guidance": config.sample.guidance}
+    sampler = ", ".join(f"{name} {value}" for name, value in about.items() if name not in columns)
     seen = " The classifier was trained on these training images." if study.features.startswith("classifier") else ""
     return (
         f"{study.num_sets} sets of {study.num_images} samples of one trained network: "
-        f"{intervals.caption([study.num_sets], 'set')}. Differences are paired by set. "
+        f"{intervals.caption([study.num_sets], 'set')}. Differences are paired by set. Sampler: {sampler}. "
         "Fréchet distance, precision and recall are against all training images, by the features "
         f"`{study.features}`.{seen} The Fréchet distance of few images is biased upwards, so the test images are "
         f"compared in sets of {study.num_images}, too."

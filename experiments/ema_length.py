@@ -129,10 +129,12 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> N
         for number, name in enumerate(dict.fromkeys(row["run"] for row in rows)):
             own = [row for row in rows if row["run"] == name]
             points = sorted((row["length"], row[f"{split}_bpd"]) for row in own if row["length"])
-            axes.plot(*zip(*points, strict=True), "o-", ms=3, color=f"C{number}", label=name)
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", ms=3, color=f"C{number}", label=name)
             for row in own:
                 if not row["length"]:
-                    axes.axhline(row[f"{split}_bpd"], color=f"C{number}", ls="--", lw=0.8)
+                    label = None if points else name
+                    axes.axhline(row[f"{split}_bpd"], color=f"C{number}", ls="--", lw=0.8, label=label)
         axes.set(xlabel="length of the average (σ_rel)", ylabel=f"{split} bits/dim", xscale="log")
     axes.legend()
     figure.savefig(path, dpi=120)

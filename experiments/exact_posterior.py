@@ -71,6 +71,7 @@ def main() -> None:
 def run(directory: Path, num_images: int, num_samples: int, checkpoint: str = "latest") -> None:
     """Compares the exact posterior with the network in `directory`, and saves the results."""
     config = workdir.read_config(directory)
+    refuse_labels(config, directory)
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     if not 2 <= num_images <= min(len(test_set), len(train_set)):
         raise ValueError(f"--num_images={num_images} must be in 2…{len(test_set)}, the size of the test split")
@@ -105,6 +106,7 @@ def run(directory: Path, num_images: int, num_samples: int, checkpoint: str = "l
 def run_cost(base: str, directory: Path) -> None:
     """Times one denoising step of the exact posterior and of an untrained network."""
     config = Cell("cost", base, {}).config()
+    refuse_labels(config, base)
     train_set = build.load_data(config, "train")
     experiment = build.experiment(config, train_set.image_shape, train_set.num_levels)
     untrained = experiment.model(experiment.initial_state().ema_params)
@@ -114,6 +116,12 @@ def run_cost(base: str, directory: Path) -> None:
     plots.plot_cost(directory / f"{NAME}_cost.png", costs, len(train_set), _title(config, len(train_set)))
     _write(directory, {"cost": costs})
     print(json.dumps(costs, indent=2))
+
+
+def refuse_labels(config: ConfigDict, source: str | Path) -> None:
+    """Raises a ValueError if the network takes labels, which the exact posterior does not."""
+    if config.model.conditional:
+        raise ValueError(f"{source} has model.conditional=True, and the exact posterior takes no labels")
 
 
 def _write(directory: Path, results: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from experiments.drawn import METRICS, REAL, Study
 FILE = "guidance"
 UNCONDITIONAL = -1.0  # the weight that removes the labels' effect
 SHOWN = 8  # images of each class
+OF_LABELS = {"sample.guide": "", "sample.labels": (), "sample.guidance_interval": ()}
 
 
 def main() -> None:
@@ -57,9 +58,8 @@ def run(study: Study, weights: list[float]) -> None:
     train_set, test_set = (build.load_data(config, split) for split in ("train", "test"))
     judge, test_labels = features.classifier(train_set), test_set.labels()
     rows, shown = [], {}
-    of_labels = {"sample.guide": "", "sample.labels": (), "sample.guidance_interval": ()}
     for weight in [UNCONDITIONAL, *weights]:
-        images = study.images({"sample.guidance": weight} | of_labels)
+        images = study.images({"sample.guidance": weight} | OF_LABELS)
         row = {"w": weight} | study.scores(images)
         if weight != UNCONDITIONAL:
             labels = np.arange(images[..., 0, 0, 0].size) % train_set.num_classes
@@ -92,7 +92,7 @@ def markdown(rows: list[dict[str, Any]], real: dict[str, Any], study: Study) -> 
         f"# Guidance: {study.trained.config.data.name}, step {study.trained.state.step} (EMA)",
         "",
         "ε = (1 + w) ε_c − w ε_u: w = 0 is the conditional model, w = −1 has the mean of the unconditional model. "
-        + drawn.protocol(study)
+        + drawn.protocol(study, OF_LABELS, ["guidance"])
         + " Accuracy: the share of samples that the data's classifier assigns to the label they were drawn with.",
         "",
     ]

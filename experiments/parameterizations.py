@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from ml_collections import ConfigDict
 
 from diffusion import gaussian, likelihood, parameterizations, process, reverse, schedules
 from diffusion.data.levels import to_unit
@@ -67,17 +68,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="latest", help="of --network: latest, best or a step")
     arguments = parser.parse_args(argv)
     axes = AXES | {axis: sweep.split_values(getattr(arguments, axis)) for axis in ("schedule", "prediction")}
+    if unknown := [name for name in axes["prediction"] if name not in SYMBOLS]:
+        raise ValueError(f"--prediction: the report has no place for {unknown[0]!r}, only for {', '.join(SYMBOLS)}")
     axes |= {"seed": sweep.seeds(arguments, ["0"])}
     cells = sweep.grid(BASE, axes, SMALL | sweep.overrides(arguments.set))
     if few := cells[0].config().eval.terms_per_image:
         raise ValueError(f"--set eval.terms_per_image={few}: an estimate has no term of each t, which this study shows")
-    if arguments.network and not arguments.list and arguments.index is None:
-        workdir.load(arguments.network, arguments.checkpoint)  # its errors, before the runs are made
+    if not arguments.network:
+        refuse_labels(cells[0].config(), "--set")
+    elif not arguments.list and arguments.index is None:
+        network = workdir.load(arguments.network, arguments.checkpoint)  # its errors, before the runs are made
+        refuse_labels(network.config, f"--network={arguments.network}")
     code = sweep.execute(arguments, cells, lambda run: None)
     if not arguments.list and arguments.index is None:
         write(arguments.workdir, arguments.network or arguments.workdir / cells[0].name, arguments.checkpoint)
         page.refresh(arguments.workdir)
     return code
+
+
+def refuse_labels(config: ConfigDict, source: str) -> None:
+    """Raises a ValueError if the network whose errors per t are shown takes labels."""
+    if config.model.conditional:
+        raise ValueError(f"{source}: the errors per t are measured without labels, and model.conditional is True")
 
 
 def write(directory: Path, network: Path, checkpoint: str = "latest") -> None:
@@ -260,7 +272,7 @@ def training(runs: list[results.FinishedRun]) -> list[dict[str, Any]]:
                 "schedule": schedule,
                 "prediction": prediction,
                 "objective": objective,
-                "seeds": len(row.runs),
+                "seeds": len(row.bpd),
                 "test_bpd": row.mean("test_bpd"),
                 "test_bpd_stderr": row.stderr_bpd,
                 "test_bpd_by_seed": list(row.bpd.values()),

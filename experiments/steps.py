@@ -21,6 +21,7 @@ from diffusion.data import Source
 from diffusion.evaluation.bound import full_bound
 from diffusion.evaluation.images import subset
 from diffusion.experiment import build
+from diffusion.experiment.schema import KEYS
 from diffusion.reporting import page
 from diffusion.runtime import devices, files
 from diffusion.variances import X0Variance
@@ -31,6 +32,9 @@ from experiments.variance_accounting import estimate_x0_terms
 FILE = "steps"
 VARIANCES = ("fixed_small", "fixed_large", "optimal", "model")
 WITHOUT_VARIANCE = ("ddim", "dpm_solver_pp", "dpm_solver_pp(eta=1)", "unipc", "heun", "heun(s_churn=40)")
+# The respaced process of the bound is evenly spaced and unguided, whatever the run samples with.
+OF_BOUND = ("sample.grid", "sample.guidance", "sample.guide", "sample.guidance_interval")
+PLAIN = {name: KEYS[name].default for name in OF_BOUND}
 
 
 class Way(NamedTuple):
@@ -43,7 +47,7 @@ class Way(NamedTuple):
     @property
     def changes(self) -> dict[str, Any]:
         """The config keys for this way of sampling."""
-        return {
+        return PLAIN | {
             "sample.method": self.method,
             "sample.variance": self.variance or "model",
             "sample.num_steps": self.num_steps,
@@ -77,10 +81,8 @@ def run(study: Study, steps: list[int], num_scored: int) -> None:
     terms = estimate_x0_terms(config, study.trained.model, train_set, few)
     x0_variance = X0Variance.over_images(terms.analytic)
 
-    ways = [Way("ancestral", variance, n) for variance in VARIANCES for n in steps]
-    ways += [Way(method, "", n) for method in WITHOUT_VARIANCE for n in steps]
     rows = []
-    for way in ways:
+    for way in ways_of(config.model.variance, steps):
         row = way._asdict() | study.scores(study.images(way.changes, x0_variance))
         if way.variance:
             row |= respaced_bpd(study, way, x0_variance, test_set, numbers)
@@ -95,6 +97,12 @@ def run(study: Study, steps: list[int], num_scored: int) -> None:
     plot(directory / f"{FILE}.png", rows, real, study, title)
     page.refresh(directory)
     print(text)
+
+
+def ways_of(own: str, steps: list[int]) -> list[Way]:
+    """Every way of sampling from a model with the variance `own`, which appears only as "model"."""
+    ways = [Way("ancestral", variance, n) for variance in VARIANCES if variance != own for n in steps]
+    return ways + [Way(method, "", n) for method in WITHOUT_VARIANCE for n in steps]
 
 
 def respaced_bpd(
@@ -142,7 +150,7 @@ def markdown(
     lines = [
         f"# Samplers and steps: {title}",
         "",
-        drawn.protocol(study)
+        drawn.protocol(study, PLAIN, Way._fields)
         + f" Bits/dim: of the respaced process, {num_scored} test images, ± one standard error over images. The "
         "optimal variance is Analytic-DPM's, σ* from training images.",
         "",

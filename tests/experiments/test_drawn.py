@@ -44,6 +44,43 @@ def test_guidance_is_that_of_labels_whatever_the_run_samples_with(tmp_path, monk
     assert asked["sample.guide"] == "" and asked["sample.guidance_interval"] == ()
 
 
+def study_of(config):
+    trained = SimpleNamespace(config=config, state=SimpleNamespace(step=7))
+    return SimpleNamespace(trained=trained, num_sets=2, num_images=10, features="pixels")
+
+
+def test_guidance_tells_the_sampler():
+    other = {"sample.method": "heun", "sample.num_steps": 9, "sample.grid": "log_snr", "sample.labels": (3,)}
+    config = drawn.changed(digits_conditional.get_config(), other)
+    row = dict.fromkeys(drawn.METRICS, [1.0, 2.0])
+    text = guidance.markdown([row | {"w": 0.0}], row, study_of(config))
+    told = "method heun, num_steps 9, variance learned_range, seed 0, grid log_snr, labels all in turn"
+    assert f" Sampler: {told}, guidance_interval every t. " in text
+
+
+def test_steps_are_those_of_the_bound_whatever_the_run_samples_with():
+    config, way = digits_conditional.get_config(), steps.Way("ancestral", "optimal", 10)
+    guided = {"sample.guidance": 2.0, "sample.guide": "runs/worse", "sample.guidance_interval": (2.0, 4.0)}
+    other = drawn.changed(config, guided | {"sample.grid": "karras"})
+    asked = {"sample.method": "ancestral", "sample.variance": "optimal", "sample.num_steps": 10}
+    plain, found = (drawn.changed(of, keys) for of, keys in ((config, asked), (other, way.changes)))
+    # Samples that a run with the default keys already has are found again.
+    assert sample.described(found, "optimal") == sample.described(plain, "optimal")
+    row = dict.fromkeys(drawn.METRICS, [1.0, 2.0])
+    text = steps.markdown([row | way._asdict()], row, study_of(other), "digits", 20)
+    assert " Sampler: seed 0, labels all in turn, guidance 0.0, guidance_interval every t, grid even. " in text
+
+
+@pytest.mark.parametrize(
+    ("own", "others"),
+    [("fixed_small", ["fixed_large", "optimal"]), ("learned_range", ["fixed_small", "fixed_large", "optimal"])],
+)
+def test_the_run_s_own_variance_is_drawn_once(own, others):
+    ways = steps.ways_of(own, [5, 10])
+    assert [way.variance for way in ways if way.num_steps == 5 and way.variance] == [*others, "model"]
+    assert len(ways) == 2 * (len(others) + 1 + len(steps.WITHOUT_VARIANCE))
+
+
 @pytest.mark.slow
 def test_guidance_scores_every_weight_and_a_second_call_draws_nothing(labelled_run, tmp_path, monkeypatch):
     run = shutil.copytree(labelled_run, tmp_path / "run")

@@ -58,6 +58,19 @@ def test_runs_of_one_name_in_several_folders_are_all_counted(stored, tmp_path):
     assert "| ema.decay | 2.0000 ± " in text and "n = 2 runs" in text
 
 
+@pytest.mark.parametrize(("lengths", "num_points"), [([0.0], 0), ([0.0, 0.1, 0.2], 2)])
+def test_the_plot_has_a_point_for_each_length_and_a_dashed_line(lengths, num_points, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(ema_length.Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
+    rows = [{"run": "a", "length": length, "test_bpd": 2.0 + length} for length in lengths]
+    ema_length.plot(tmp_path / "plot.png", rows, ["test"])
+    (axes,) = figures[0].axes
+    *solid, dashed = axes.lines
+    assert [len(line.get_xdata()) for line in solid] == [num_points] * (num_points > 0)
+    assert dashed.get_linestyle() == "--" and list(dashed.get_ydata()) == [2.0, 2.0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a"]
+
+
 def test_a_split_without_images_is_one_line(stored, tmp_path):
     with pytest.raises(ValueError, match=r"^--splits: .*run has no validation images \(data.validation=0\)$"):
         ema_length.run(tmp_path, stored, [0.0], ["validation", "test"])

@@ -80,6 +80,16 @@ def test_the_pictures_are_written(directory):
         assert (directory / f"exact_posterior_{name}.png").stat().st_size > 10_000
 
 
+def test_a_network_with_labels_is_refused_before_anything_is_scored(labelled_run, tmp_path, monkeypatch):
+    for name in ("score", "cost"):
+        monkeypatch.setattr(exact_posterior, name, None)
+    with pytest.raises(ValueError, match="has model.conditional=True, and the exact posterior takes no labels$"):
+        exact_posterior.run(labelled_run, NUM_IMAGES, SHOWN)
+    with pytest.raises(ValueError, match="^configs/digits_conditional.py has model.conditional=True"):
+        exact_posterior.run_cost("configs/digits_conditional.py", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_mistake_prints_a_one_line_error(straight, monkeypatch, capsys):
     def fails(*arguments):
         monkeypatch.setattr("sys.argv", ["exact_posterior", f"--workdir={straight}", *arguments])

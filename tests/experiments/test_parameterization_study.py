@@ -125,6 +125,31 @@ def test_every_cell_can_be_trained(capsys):
         sweep.grid(study.BASE, study.AXES | {"seed": ["0"]}, {"model.prediction": "v"})
 
 
+@pytest.mark.parametrize("prediction", ["velocity", "edm"])
+def test_a_prediction_that_the_report_lacks_is_refused_before_the_runs_are_made(prediction, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "execute", None)
+    words = f"^--prediction: the report has no place for '{prediction}', only for eps, x0, v, mean$"
+    with pytest.raises(ValueError, match=words):
+        study.main([f"--workdir={tmp_path}", f"--prediction=eps,{prediction}"])
+
+
+def test_a_network_with_labels_is_refused_before_the_runs_are_made(labelled_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "execute", None)
+    for flags in ([f"--network={labelled_run}"], ["--set", "model.conditional=True"]):
+        source = flags[0].removesuffix("=True")
+        with pytest.raises(ValueError, match=f"^{source}: the errors per t are measured without labels"):
+            study.main([f"--workdir={tmp_path}", *flags])
+
+
+def test_a_seed_in_two_folders_counts_once(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_run(tmp_path / folder, "v", "vlb", np.arange(4.0))
+        (tmp_path / folder / "v-vlb").rename(tmp_path / f"v-vlb-{folder}")
+    (row,) = study.training(results.read(tmp_path)[0])
+    assert row["seeds"] == len(row["test_bpd_by_seed"]) == 1
+
+
 def test_trainings_of_two_lengths_share_no_row(tmp_path):
     """One of them would be left out without a word."""
     for steps, seed in ((10, 0), (20, 1)):
