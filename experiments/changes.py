@@ -10,7 +10,9 @@ Everything else is as in `experiments.sweep`. Writes a sweep's report and change
 """
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from diffusion.experiment import config as config_lib
 from diffusion.runtime import files
@@ -27,6 +29,8 @@ PARTS = {"bits/dim": "bpd", "L_0": "decoder_bpd", "KL": "kl_bpd"}  # keys of sum
 def cells(base: str, changes: Mapping[str, str], seeds: Sequence[str], extra: Mapping[str, str]) -> list[Cell]:
     """The runs with each seed. A single change has only the runs with it and without it.
 
+    Of two changes, all but one is the other alone, which is run once.
+
     Args:
         changes: config key -> the value that changes it.
         extra: config key -> value, for every run.
@@ -38,7 +42,7 @@ def cells(base: str, changes: Mapping[str, str], seeds: Sequence[str], extra: Ma
         raise ValueError(f"--set {both[0]}={extra[both[0]]} is a change of this study")
     settings = {NONE: {}} | {_only(key): {key: value} for key, value in changes.items()}
     if len(changes) > 1:
-        settings |= {_without(left): _but(changes, left) for left in changes} | {ALL: dict(changes)}
+        settings |= {_without(left, changes): _but(changes, left) for left in changes} | {ALL: dict(changes)}
     return [
         Cell(_folder(name, seed), base, dict(extra) | keys | {"seed": seed})
         for name, keys in settings.items()
@@ -54,8 +58,9 @@ def _only(key: str) -> str:
     return f"only-{key}"
 
 
-def _without(key: str) -> str:
-    return f"without-{key}"
+def _without(key: str, changes: Mapping[str, str]) -> str:
+    others = list(_but(changes, key))
+    return _only(*others) if len(others) == 1 else f"without-{key}"
 
 
 def _folder(name: str, seed: str) -> str:
@@ -81,9 +86,10 @@ def report(runs: Sequence[FinishedRun], changes: Mapping[str, str], seeds: Seque
         counts.append(len(of_parts[0]))
         return [words, *(_text(list(of_part.values()), signed=bool(less)) for of_part in of_parts)]
 
-    absolute = [row("none of them", NONE), *([row("all of them", ALL)] if len(changes) > 1 else [])]
+    several = changes if len(changes) > 1 else {}
+    absolute = [row("none of them", NONE), *([row("all of them", ALL)] if several else [])]
     alone = [row(f"`{key}={value}`", _only(key), NONE) for key, value in changes.items()]
-    beside = [row(f"`{key}={value}`", ALL, _without(key)) for key, value in changes.items() if len(changes) > 1]
+    beside = [row(f"`{key}={value}`", ALL, _without(key, changes)) for key, value in several.items()]
     heads = {
         "with": absolute,
         "one change, less none": alone,
@@ -93,6 +99,26 @@ def report(runs: Sequence[FinishedRun], changes: Mapping[str, str], seeds: Seque
     found = [count for count in counts if count]
     caption = f"Bits/dim of the {split} images: {intervals.caption(found) if found else 'no run is finished'}."
     return "\n".join([f"# {len(changes)} changes", "", caption, "", *written])
+
+
+def earlier_folders(cells: Sequence[Cell], directory: Path, changes: Mapping[str, str]) -> dict[str, str]:
+    """A cell's name -> the folder in which an earlier version finished the cell, which is not finished in its own.
+
+    Those versions ran each of two changes twice: alone, and as all but the other one.
+    """
+    found = {}
+    for cell in cells:
+        setting, _, seed = cell.name.rpartition("-seed")
+        for key in changes:
+            earlier = cell._replace(name=_folder(f"without-{key}", seed))
+            is_twin = len(changes) == 2 and setting == _without(key, changes)
+            if is_twin and _is_trained(earlier, directory) and not _is_trained(cell, directory):
+                found[cell.name] = earlier.name
+    return found
+
+
+def _is_trained(cell: Cell, directory: Path) -> bool:
+    return sweep.is_done(cell, directory / cell.name, with_quality=False)
 
 
 def check_values(cells: Sequence[Cell], finished: Sequence[FinishedRun], changes: Mapping[str, str]) -> None:
@@ -119,10 +145,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     changes, seeds = _changes(arguments), sweep.seeds(arguments, ["0", "1", "2"])
     runs = cells(arguments.base, changes, seeds, sweep.overrides(arguments.set))
-    code = sweep.execute(arguments, runs, lambda run: None)
+    earlier = earlier_folders(runs, arguments.workdir, changes)
+    in_folders = [cell._replace(name=earlier.get(cell.name, cell.name)) for cell in runs]
+    code = sweep.execute(arguments, in_folders, lambda run: None)
     if code or arguments.list or arguments.index is not None:
         return code
+    name_of = {folder: name for name, folder in earlier.items()}
     finished = results.read(arguments.workdir)[0]
+    finished = [dataclasses.replace(run, name=name_of.get(run.name, run.name)) for run in finished]
     check_values(runs, finished, changes)
     text = report(finished, changes, seeds)
     files.write_text(arguments.workdir / FILE, text)

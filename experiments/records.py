@@ -16,6 +16,7 @@ the working directory. Finished runs are skipped and interrupted ones resume, as
 
 import argparse
 import ast
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,16 +26,19 @@ from ml_collections import ConfigDict
 
 from diffusion.evaluation.bound import estimated_bound
 from diffusion.evaluation.images import NONE, subset
-from diffusion.experiment import build, rules, workdir
+from diffusion.experiment import build, rules, schema, workdir
+from diffusion.experiment import config as config_lib
 from diffusion.experiment.config import from_file
 from diffusion.programs import sample
 from diffusion.programs.describe import forward_flops, optimizer_flops
 from diffusion.reporting import page, summary
+from diffusion.reporting.page.numbers import is_of_other_weights
 from diffusion.runtime import devices, files
 from diffusion.runtime.digests import short_sha256
 from experiments import records_report, sweep
 from experiments.commands import exit_with
 from experiments.records_report import Entry
+from experiments.results import WITHIN_A_ROW
 from experiments.sweep_grid import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,9 +197,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{index} {cell.name}" for index, cell in enumerate(runs)))
         return 0
     failures = {} if arguments.report else run(arguments, wanted, runs)
-    if arguments.index is None:
-        write(arguments.workdir)
-    return sweep.exit_code(failures)
+    if arguments.index is not None:
+        return sweep.exit_code(failures)
+    return sweep.reported(functools.partial(write, arguments.workdir), failures)
 
 
 def chosen(arguments: argparse.Namespace) -> list[str]:
@@ -240,23 +244,54 @@ def write(directory: Path) -> None:
 def entry_of(directory: Path, name: str, minutes: int) -> Entry | None:
     """The results of one record in one budget, from its folders; None if no run was scored."""
     found: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    first = None
     prefix = folder(weights_of(name), minutes, "")
     for path in sorted(directory.glob(f"{prefix}*/{scores_file(name, 'validation')}")):
-        scores = summary.read_json(path)
-        if scores:
-            on_test = summary.read_json(path.with_name(scores_file(name, "test"))) or {}
-            on_test = on_test if on_test.get("ema_sha256") == scores.get("ema_sha256") else {}  # of another training
-            found[path.parent.name.removeprefix(prefix)] = _facts(path.parent) | scores | on_test
-    if not found:
+        run = path.parent
+        of_run, scores = summary.read_json(run / workdir.SUMMARY), summary.read_json(path)
+        if not scores:
+            continue
+        if reason := _why_left_out(run, scores, of_run, first):
+            left_out[str(path.relative_to(directory))] = reason
+            continue
+        first = first or run
+        on_test = summary.read_json(path.with_name(scores_file(name, "test"))) or {}
+        on_test = on_test if on_test.get("ema_sha256") == scores.get("ema_sha256") else {}  # of another training
+        found[run.name.removeprefix(prefix)] = _facts(run, of_run) | scores | on_test
+    if not found and not left_out:
         return None
     samples = next((path for seed in found if (path := directory / f"{prefix}{seed}" / sample.GRID).exists()), None)
     shown = str(samples.relative_to(directory)) if samples else ""
-    return Entry(name, minutes, starts_from(name), _header(name, "Idea"), flops_per_image(name), found, shown)
+    return Entry(name, minutes, starts_from(name), _header(name, "Idea"), flops_per_image(name), found, shown, left_out)
 
 
-def _facts(directory: Path) -> dict[str, Any]:
+def _why_left_out(directory: Path, scores: dict[str, Any], of_run: dict[str, Any] | None, first: Path | None) -> str:
+    """Why a run's scores do not belong in the row of the run in `first`; "" if they do."""
+    if of_run is None:
+        return "the run has no summary.json"
+    if is_of_other_weights(scores, of_run):  # the run trained further after they were made
+        return "of other weights than summary.json"
+    try:
+        keys = _differing_keys(*(workdir.read_config(run) for run in (directory, first or directory)))
+    except (ValueError, OSError) as error:
+        return str(error)
+    return f"the config differs from {first.name}'s in {', '.join(keys)}" if keys else ""
+
+
+def _differing_keys(*configs: ConfigDict) -> list[str]:
+    """The keys that differ between configs and affect the scores. Every record is scored with the same eval.*."""
+    flat = [config_lib.flatten(config) for config in configs]
+    found = []
+    for name, key in schema.all_keys().items():
+        values = {str(config_lib.first_spelling(of.get(name, key.when_absent))) for of in flat}
+        if len(values) > 1 and name not in WITHIN_A_ROW and not name.startswith("eval."):
+            found.append(name)
+    return found
+
+
+def _facts(directory: Path, of_run: dict[str, Any]) -> dict[str, Any]:
     """Further facts of a run for the table: its size, length and speed."""
-    of_run = summary.read_json(directory / "summary.json")
     config = workdir.read_config(directory)
     speed = records_report.images_per_second(directory)
     return {"num_params": of_run["num_params"], "steps": config.train.num_steps, "images_per_second": speed}

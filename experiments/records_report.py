@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ class Entry(NamedTuple):
         flops: the FLOP of an image in a training step.
         runs: seed -> the contents of validation.json and test.json, and further facts of the run.
         samples: the path of the first run's samples from the working directory; "" for none.
+        left_out: the path of other scores from the working directory -> why they are not in `runs`.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Entry(NamedTuple):
     flops: float
     runs: dict[str, dict[str, Any]]
     samples: str = ""
+    left_out: Mapping[str, str] = MappingProxyType({})
 
     def by_seed(self, number: str) -> dict[str, float]:
         """A number of each seed that has it."""
@@ -57,12 +60,17 @@ def markdown(entries: Sequence[Entry]) -> str:
     """A table for each budget, best first."""
     texts = ["# Records"]
     for minutes in dict.fromkeys(entry.minutes for entry in entries):
-        rows = sorted((entry for entry in entries if entry.minutes == minutes), key=_validation_bpd)
-        by_name = {entry.name: entry for entry in rows}
-        over_seeds = intervals.caption(len(entry.runs) for entry in rows)
-        table = tables.markdown(["record", "starts from", *SCORES, *SIZES], [_row(entry, by_name) for entry in rows])
-        texts += [f"## {minutes} minutes of two CPU cores", NOTES.format(over_seeds=over_seeds), table]
-        texts += ["\n".join(f"- `{entry.name}`: {entry.idea}" for entry in rows)]
+        of_budget = [entry for entry in entries if entry.minutes == minutes]
+        rows = sorted((entry for entry in of_budget if entry.runs), key=_validation_bpd)
+        texts.append(f"## {minutes} minutes of two CPU cores")
+        if rows:
+            by_name = {entry.name: entry for entry in rows}
+            over_seeds = intervals.caption(len(entry.runs) for entry in rows)
+            head = ["record", "starts from", *SCORES, *SIZES]
+            texts += [NOTES.format(over_seeds=over_seeds), tables.markdown(head, [_row(row, by_name) for row in rows])]
+        if left_out := [f"{path} ({why})" for entry in of_budget for path, why in entry.left_out.items()]:
+            texts.append(f"Left out: {'; '.join(left_out)}.")
+        texts += ["\n".join(f"- `{entry.name}`: {entry.idea}" for entry in rows)] if rows else []
     return "\n\n".join(texts) + "\n"
 
 
@@ -100,6 +108,7 @@ def _fewer(by_seed: Mapping[str, float], of_row: Mapping[str, float]) -> str:
 
 def plot(path: Path, entries: Sequence[Entry]) -> None:
     """A panel per budget: bits/dim of the validation images for each seed, and the interval of their mean."""
+    entries = [entry for entry in entries if entry.runs]
     budgets = list(dict.fromkeys(entry.minutes for entry in entries))
     if not budgets:
         return

@@ -34,7 +34,7 @@ MAX_KEY_COLUMNS = 3  # besides the axes
 ALL = "all"  # test images were scored
 LOG = "log.txt"  # in a run's folder: its output
 # Keys that may differ between the runs of one row: the seed, and keys that affect neither training nor scores.
-WITHIN_A_ROW = {"seed"} | {
+WITHIN_A_ROW = {"seed", "eval.batch_size"} | {
     name
     for name, key in schema.all_keys().items()
     if key.free is True and not name.startswith("eval.") and name != "train.patience"

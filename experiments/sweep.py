@@ -70,7 +70,7 @@ def run_cell(cell: Cell, directory: Path, watch: Callable[[str], None], with_qua
         config = workdir.continued(cell.config(), directory, cell.overrides)
         workdir.check(config, directory)
         _check_scored_alike(config, directory)
-        if _is_done(cell, directory, with_quality):
+        if is_done(cell, directory, with_quality):
             return ""
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / LOG).open("a") as log:
@@ -135,10 +135,10 @@ def run_cells(cells: list[Cell], directory: Path, with_quality: bool = True) -> 
         with_quality: also measure samples.
     """
     failures = {}
-    finished = sum(_is_done(cell, directory / cell.name, with_quality) for cell in cells)
+    finished = sum(is_done(cell, directory / cell.name, with_quality) for cell in cells)
     with _stopped_by_signals(), Progress(len(cells), initial=finished, desc="sweep", unit="cell") as progress:
         for cell in cells:
-            was_finished = _is_done(cell, directory / cell.name, with_quality)
+            was_finished = is_done(cell, directory / cell.name, with_quality)
 
             def watch(words: str, name: str = cell.name) -> None:
                 # In a log file, a line per cell is enough.
@@ -150,7 +150,7 @@ def run_cells(cells: list[Cell], directory: Path, with_quality: bool = True) -> 
     return failures
 
 
-def _is_done(cell: Cell, directory: Path, with_quality: bool = True) -> bool:
+def is_done(cell: Cell, directory: Path, with_quality: bool = True) -> bool:
     """Whether the cell is trained, scored and measured. A folder that cannot be read is not: `run_cell` says why."""
     try:
         config = workdir.continued(cell.config(), directory, cell.overrides)
@@ -192,7 +192,7 @@ def seeds(arguments: argparse.Namespace, default: list[str]) -> list[str]:
 
 def expected(cells: list[Cell], directory: Path) -> str:
     """The number of cells left to run, and their training time at the first measured speed."""
-    left = [cell for cell in cells if not _is_done(cell, directory / cell.name)]
+    left = [cell for cell in cells if not is_done(cell, directory / cell.name)]
     words = f"{len(cells)} cells, {len(left)} to run"
     for cell in cells:
         speeds = [row["images_per_second"] for row in read_metrics(directory / cell.name) if "images_per_second" in row]
@@ -222,21 +222,38 @@ def overrides(settings: list[str], flag: str = "--set") -> dict[str, str]:
 
 def execute(arguments: argparse.Namespace, cells: list[Cell], target_of: TargetOf) -> int:
     """Does what the flags of `argument_parser` say; returns the exit code: 1 if a cell failed."""
-    failures = {}
-    if not arguments.report:
-        cells, excluded = possible(cells)
-        for reason, names in excluded.items():
-            print(f"left out {', '.join(names)}: {reason}")
-        if arguments.list:
-            print("\n".join(f"{index} {cell.name}" for index, cell in enumerate(cells)))
-            print(expected(cells, arguments.workdir), file=sys.stderr)
-            return 0
-        cells = indexed(arguments, cells)
-        failures = run_cells(cells, arguments.workdir)
-    if arguments.index is None:
+    cells, excluded = possible(cells)
+    for reason, names in excluded.items():
+        print(f"left out {', '.join(names)}: {reason}")
+    if arguments.list:
+        print("\n".join(f"{index} {cell.name}" for index, cell in enumerate(cells)))
+        print(expected(cells, arguments.workdir), file=sys.stderr)
+        return 0
+    cells = indexed(arguments, cells)
+    failures = {} if arguments.report else run_cells(cells, arguments.workdir)
+
+    def write() -> None:
         print(sweep_report.write(arguments.workdir, target_of, [cell.name for cell in cells]))
         page.refresh(arguments.workdir)
-    return exit_code(failures)
+
+    return exit_code(failures) if arguments.index is not None else reported(write, failures)
+
+
+def reported(write: Callable[[], None], failures: dict[str, str]) -> int:
+    """Writes the report; returns `exit_code`, which also prints the reasons if the report cannot be written.
+
+    Raises:
+        ValueError, OSError: the report cannot be written, and no cell failed.
+    """
+    try:
+        write()
+    except (ValueError, OSError) as error:
+        if not failures:
+            raise
+        print(f"no report: {error}", file=sys.stderr)
+    finally:
+        code = exit_code(failures)
+    return code
 
 
 def exit_code(failures: dict[str, str]) -> int:

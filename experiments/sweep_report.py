@@ -9,6 +9,7 @@ import numpy as np
 from diffusion.experiment import workdir
 from diffusion.runtime import files
 from experiments import intervals, results, sweep_plots, tables
+from experiments.distance_kind import distance_kind
 from experiments.results import Difference, FinishedRun, Row, TargetOf, last_line
 
 NOTES = """\
@@ -61,6 +62,7 @@ def write(directory: Path, target_of: TargetOf, order: Sequence[str] = ()) -> st
         "".join(f"- {name} is not finished: {words}\n" for name, words in unfinished.items()),
         "".join(f"- {name} is not started\n" for name in order if not (directory / name).exists()),
         _unmeasured(directory, runs),
+        _of_several_kinds(table),
     ]
     text = "\n".join(section for section in sections if section)
     files.write_text(directory / "table.md", text)
@@ -84,7 +86,7 @@ def _numbers(row: Row, target_of: TargetOf) -> dict[str, Any]:
     distance = intervals.of_mean(row.distances.values()) if row.distances else None
     return {
         **row.setting,
-        "seeds": len(row.runs),
+        "seeds": len(row.bpd),
         "validation_bpd": validation.mean if validation else np.nan,
         "validation_bpd_half_width": validation.half_width if validation else np.nan,
         "test_bpd": bpd.mean,
@@ -97,6 +99,7 @@ def _numbers(row: Row, target_of: TargetOf) -> dict[str, Any]:
         "frechet_distance": distance.mean if distance else np.nan,
         "frechet_distance_half_width": distance.half_width if distance else np.nan,
         "features": row.distance_kind.features if row.distance_kind else "",
+        "features_sha256": row.distance_kind.weights if row.distance_kind else "",
         "num_samples": row.distance_kind.num_samples if row.distance_kind else "",
         "sampler": row.distance_kind.sampler if row.distance_kind else "",
         "reference": row.distance_kind.reference if row.distance_kind else "",
@@ -147,6 +150,17 @@ def _unmeasured(directory: Path, runs: list[FinishedRun]) -> str:
     last_words = {name: last_line(directory / name) for name in without}
     why = {name: words if words.startswith("error") else "not measured yet" for name, words in last_words.items()}
     return "".join(f"- {name} has no Fréchet distance: {words}\n" for name, words in why.items())
+
+
+def _of_several_kinds(table: list[Row]) -> str:
+    """The rows whose seeds have Fréchet distances of different kinds."""
+    lines = []
+    for row in table:
+        kinds = {str(kind) for run in row.runs if (kind := distance_kind(run.config, run.quality))}
+        if len(kinds) > 1:
+            said = "; ".join(sorted(kinds))
+            lines.append(f"- {_words(row)} has no mean Fréchet distance, as its seeds have several kinds: {said}\n")
+    return "".join(lines)
 
 
 def _bounds(table: list[Row], target_of: TargetOf) -> str:

@@ -1,11 +1,14 @@
 """The study of single changes: its runs, and the differences between them."""
 
+import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sweep_runs import write_run
 
 from diffusion.experiment import config as config_lib
-from experiments import changes
+from experiments import changes, sweep_report
 from experiments.results import FinishedRun
 
 BASE = str(Path(__file__).parents[2] / "configs" / "digits_fixed.py")
@@ -27,6 +30,48 @@ def test_one_change_needs_two_settings():
     assert {cell.name for cell in changes.cells(BASE, {"ema.decay": "0.9"}, ["0"], {})} == {
         "none-seed0", "only-ema.decay-seed0"
     }  # fmt: skip
+
+
+def test_of_two_changes_all_but_one_is_the_other_alone():
+    two = dict(list(CHANGES.items())[:2])
+    found = {cell.name: cell.overrides for cell in changes.cells(BASE, two, ["0"], {})}
+    assert list(found) == [f"{name}-seed0" for name in ("none", *(f"only-{key}" for key in two), "all")]
+    values = {"none": 4.0, "only-a": 3.75, "only-b": 3.875, "all": 3.25}
+    text = changes.report([run(f"{name}-seed0", bpd, "test") for name, bpd in values.items()], dict.fromkeys("ab"), "0")
+    assert "| `a=None` | -0.625 |" in text and "| `b=None` | -0.500 |" in text
+
+
+def finished(directory, cells, bpd=3.0):
+    for cell in cells:
+        write_run(directory, cell.name, np.array([bpd, bpd]), cell.config())
+
+
+@pytest.mark.parametrize("is_other", [False, True])
+def test_the_second_folder_of_an_earlier_version_counts_where_the_first_is_not_finished(
+    monkeypatch, tmp_path, capsys, is_other
+):
+    """Of two changes, it ran each alone and as all but the other one. A run with another config is not taken."""
+    two = {"model.prediction": "eps", "optim.grad_clip": "0.5"}
+    none, only, other, both = changes.cells(BASE, two, ["0"], {})
+    values = other.overrides | ({"train.num_steps": "9"} if is_other else {})
+    finished(tmp_path, [none, only, both])
+    finished(tmp_path, [other._replace(name="without-model.prediction-seed0", overrides=values)], 2.5)
+    ran = []
+    monkeypatch.setattr(changes.sweep, "run_cells", lambda cells, directory: ran.extend(cells) or {})
+    arguments = [f"--workdir={tmp_path}", "--seeds=1", *(f"--change={key}={value}" for key, value in two.items())]
+    assert changes.main(arguments) == 0
+    name = other.name if is_other else "without-model.prediction-seed0"
+    assert [cell.name for cell in ran] == [none.name, only.name, name, both.name]
+    wanted = "–" if is_other else "-0.500"
+    assert f"| `optim.grad_clip=0.5` | {wanted} |" in capsys.readouterr().out
+
+
+def test_two_folders_of_one_seed_count_once_in_the_table(tmp_path):
+    (cell,) = changes.cells(BASE, {}, ["0"], {})
+    finished(tmp_path, [cell, cell._replace(name="without-a-seed0")])
+    sweep_report.write(tmp_path, lambda run: None)
+    with (tmp_path / "table.csv").open() as file:
+        assert [row["seeds"] for row in csv.DictReader(file)] == ["1"]
 
 
 def test_a_key_is_a_change_or_common_to_all_and_changed_once():

@@ -1,6 +1,7 @@
 """The records: one config file each, equal arithmetic, choices by validation images."""
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -89,6 +90,25 @@ def test_a_failed_run_is_named_with_its_reason(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.endswith("failed: 8min-vlb-seed0: train.num_steps was 634\n")
 
 
+@pytest.mark.parametrize(("error", "code"), [(OSError("no space"), 1), (TypeError("a bug"), None)])
+def test_the_reason_of_a_failure_is_printed_even_if_the_report_cannot_be_written(
+    monkeypatch, tmp_path, capsys, error, code
+):
+    def write(directory):
+        raise error
+
+    monkeypatch.setattr(records, "flops_per_image", lambda name: 2.4e9)
+    monkeypatch.setattr(records, "run", lambda *_: {"8min-vlb-seed0": "out of memory"})
+    monkeypatch.setattr(records, "write", write)
+    command = [f"--workdir={tmp_path}", "--records=vlb", "--seeds=1"]
+    if code:
+        assert records.main(command) == code
+    else:
+        with pytest.raises(TypeError, match="a bug"):
+            records.main(command)
+    assert capsys.readouterr().err.endswith("failed: 8min-vlb-seed0: out of memory\n")
+
+
 def scores(bpd, **more):
     facts = {"num_params": 1234, "steps": 520, "images_per_second": 40.0}
     return facts | {"validation_bpd": bpd, "validation_decoder_bpd": 1.0, "validation_kl_bpd": bpd - 1} | more
@@ -174,13 +194,68 @@ def test_scores_of_earlier_versions_which_say_less_are_kept(given, tmp_path):
 
 def test_test_scores_of_another_training_are_not_beside_the_validation_scores(monkeypatch, tmp_path):
     monkeypatch.setattr(records, "flops_per_image", lambda name: 2.4e9)
-    monkeypatch.setattr(records, "_facts", lambda directory: {})
     for seed, of_test in (("0", "old"), ("1", "new")):
-        folder = tmp_path / records.folder("vlb", 8, seed)
-        folder.mkdir()
-        summary.write_json(folder / "validation.json", {"validation_bpd": 4.0, "ema_sha256": "new"})
+        folder = scored_run(tmp_path, seed)
         summary.write_json(folder / "test.json", {"test_bpd": 4.5, "ema_sha256": of_test})
     assert records.entry_of(tmp_path, "vlb", 8).by_seed("test_bpd") == {"1": 4.5}
+
+
+def scored_run(directory, seed, of_run="new", **keys):
+    """A run of `vlb` with validation scores of the weights "new"; `of_run` is the digest in summary.json."""
+    folder = directory / records.folder("vlb", 8, seed)
+    folder.mkdir()
+    config = config_lib.from_file(records.file("vlb"), {"seed": seed} | keys)
+    (folder / "config.json").write_text(config_lib.to_json(config))
+    summary.write_json(folder / "summary.json", {"num_params": 1234, "ema_sha256": of_run})
+    numbers = {f"validation_{part}": 4.0 for part in ("bpd", "decoder_bpd", "kl_bpd")}
+    summary.write_json(folder / "validation.json", numbers | {"ema_sha256": "new"})
+    return folder
+
+
+def left_out(directory, monkeypatch):
+    """The seeds in the table of records.md, and the line below it."""
+    monkeypatch.setattr(records, "flops_per_image", lambda name: 2.4e9)
+    records.write(directory)
+    lines = (directory / "records.md").read_text().splitlines()
+    entry = records.entry_of(directory, "vlb", 8)
+    return sorted(entry.runs), "".join(line for line in lines if line.startswith("Left out: "))
+
+
+def test_scores_of_other_weights_than_the_runs_last_are_left_out_with_the_reason(monkeypatch, tmp_path):
+    """Runs that continue or continued; a summary.json of an earlier version has no digest."""
+    for seed, of_run in (("0", "new"), ("1", "of later steps"), ("2", None)):
+        scored_run(tmp_path, seed, of_run)
+    (scored_run(tmp_path, "3") / "summary.json").rename(tmp_path / "8min-vlb-seed3" / "summary_638.json")
+    seeds, line = left_out(tmp_path, monkeypatch)
+    assert seeds == ["0", "2"] and line == (
+        "Left out: 8min-vlb-seed1/validation.json (of other weights than summary.json); "
+        "8min-vlb-seed3/validation.json (the run has no summary.json)."
+    )
+    for seed in ("0", "2"):
+        (tmp_path / f"8min-vlb-seed{seed}" / "summary.json").unlink()
+    assert left_out(tmp_path, monkeypatch)[0] == [], "a report without a table"
+
+
+def test_seeds_with_other_settings_share_no_interval(monkeypatch, tmp_path):
+    scored_run(tmp_path, "0")
+    alike = {"data.data_dir": "elsewhere", "train.log_every": "7", "eval.protocol": "ho2020"}
+    scored_run(tmp_path, "1", **alike)
+    scored_run(tmp_path, "2", **{"train.num_steps": "634", "unet.dropout": "0.25"})
+    (scored_run(tmp_path, "3") / "config.json").write_text("{")
+    seeds, line = left_out(tmp_path, monkeypatch)
+    assert seeds == ["0", "1"]
+    assert "seed2/validation.json (the config differs from 8min-vlb-seed0's in train.num_steps, unet.dropout);" in line
+    assert "seed3/config.json is damaged" in line
+
+
+def test_a_config_of_before_a_key_existed_is_no_other_config(monkeypatch, tmp_path):
+    for seed in "01":
+        scored_run(tmp_path, seed)
+    path = tmp_path / "8min-vlb-seed1" / "config.json"
+    groups = json.loads(path.read_text())
+    del groups["unet"]["norm_eps"], groups["model"]["rescale_t"]
+    path.write_text(json.dumps(groups))
+    assert left_out(tmp_path, monkeypatch) == (["0", "1"], "")
 
 
 @pytest.mark.slow

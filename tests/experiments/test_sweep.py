@@ -88,7 +88,7 @@ def test_signals_do_after_a_sweep_what_they_did_before(tmp_path, monkeypatch):
 def test_a_list_says_how_long_what_is_left_takes_once_it_is_known(tmp_path, monkeypatch):
     cells = sweep.grid(BASE, axes(seed=["0", "1", "2"]), {"train.num_steps": "600", "train.batch_size": "32"})
     assert sweep.expected(cells, tmp_path).startswith("3 cells, 3 to run; the time is known once")
-    monkeypatch.setattr(sweep, "_is_done", lambda cell, directory: cell is cells[0])
+    monkeypatch.setattr(sweep, "is_done", lambda cell, directory: cell is cells[0])
     (tmp_path / cells[0].name).mkdir()
     rows = [{"step": step, "images_per_second": speed} for step, speed in ((25, 1.0), (50, 310.0), (75, 330.0))]
     (tmp_path / cells[0].name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -191,6 +191,24 @@ def test_the_first_setting_is_what_the_others_are_compared_with(monkeypatch, tmp
     sweep.main([f"--workdir={tmp_path}", "--report", "--variance=learned,fixed_small", "--seeds=2"])
     rows = ("learned-cosine-T50", "fixed_small-cosine-T50")
     assert asked == [f"v-vlb-{row}-seed{seed}" for row in rows for seed in (0, 1)]
+
+
+def test_a_report_says_nothing_of_combinations_that_cannot_be_trained(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(sweep.sweep_report, "write", lambda directory, target_of, order: asked.extend(order) or "")
+    variance.main([f"--workdir={tmp_path}", "--report", "--objective=simple", "--variance=fixed_small,learned"])
+    assert asked == [f"v-simple-fixed_small-cosine-T50-seed{seed}" for seed in range(3)]
+    assert "left out v-simple-learned-cosine-T50-seed0, " in capsys.readouterr().out
+
+
+def test_the_reasons_are_printed_if_every_cell_fails(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sweep, "run_cells", lambda cells, directory: {cell.name: "no memory" for cell in cells})
+    assert sweep.main([f"--workdir={tmp_path}"]) == 1
+    no_report, reason = capsys.readouterr().err.splitlines()
+    assert no_report == f"no report: no run in {tmp_path} is finished (0 are not)"
+    assert reason == "failed: v-vlb-learned_range-cosine-T50-seed0: no memory"
+    with pytest.raises(FileNotFoundError, match="no run in .* is finished"):
+        sweep.main([f"--workdir={tmp_path}", "--report"])
 
 
 def test_every_published_row_can_be_run_at_both_scales(capsys):

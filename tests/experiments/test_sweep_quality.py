@@ -66,9 +66,13 @@ def test_distances_of_two_kinds_are_two_columns_and_have_no_mean(measured, tmp_p
     for name, distance in (("fixed_small", 8.0), ("fixed_large", 7.0)):
         write_quality(tmp_path, f"eps-vlb-{name}-cosine-T4-seed0", distance, num_samples=100)
     write_quality(tmp_path, "eps-vlb-fixed_small-cosine-T4-seed1", 9.0, num_samples=100)
-    sweep_report.write(tmp_path, variance.target_by_config)
+    text = sweep_report.write(tmp_path, variance.target_by_config)
     found = {head: cells for head, cells in columns(tmp_path).items() if "Fréchet" in head}
     assert found == {"Fréchet distance (classifier), 100 samples": ("8.50 ± 6.35", "–")}
+    assert text.count("has no mean Fréchet distance") == 1 and (
+        "- eps, vlb, fixed_large, cosine, T = 4 has no mean Fréchet distance, as its seeds have several kinds: "
+        "Fréchet distance (classifier), 100 samples; Fréchet distance (classifier), 50 samples\n"
+    ) in text
     write_quality(tmp_path, "eps-vlb-fixed_large-cosine-T4-seed0", 20.0)
     sweep_report.write(tmp_path, variance.target_by_config)
     assert columns(tmp_path)["Fréchet distance (classifier), 50 samples"] == ("–", "20.50 ± 6.35")
@@ -83,6 +87,8 @@ def test_distances_by_two_trainings_of_the_features_are_two_columns(measured, tm
         "Fréchet distance (classifier), 50 samples": ("–", "20.50 ± 6.35"),
         "Fréchet distance (classifier), 50 samples, network aaaaaaaa": ("8.50 ± 6.35", "–"),
     }
+    with (tmp_path / "table.csv").open() as file:  # the page tells the kinds apart by these columns
+        assert [row["features_sha256"] for row in csv.DictReader(file)] == ["aaaaaaaa", ""]
 
 
 def test_distances_by_two_checkpoints_of_one_guide_have_no_mean(measured, tmp_path):
@@ -183,6 +189,15 @@ def test_runs_on_other_data_share_no_row(finished, tmp_path):
 
     assert [len(row.runs) for row in rows_where("aa", "aa", "aa", "")] == [2, 2]
     assert [len(row.runs) for row in rows_where("aa", "bb", "aa", "aa")] == [1, 1, 2]
+
+
+def test_the_batch_size_of_the_evaluation_makes_no_other_row(finished, tmp_path):
+    """The scores do not depend on it, so a sweep may continue with another one."""
+    path = tmp_path / "eps-vlb-fixed_small-cosine-T4-seed1" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"eval": config["eval"] | {"batch_size": 7}}))
+    table, _ = results.rows(results.read(tmp_path)[0])
+    assert [len(row.bpd) for row in table] == [2, 2] and "eval.batch_size" not in table[0].setting
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import urllib.parse
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -16,6 +17,9 @@ from diffusion.reporting.page.run import CONFIG, MAX_PLOT_BYTES, QUALITY, SUMMAR
 TABLE, REPORT = "table.csv", "table.md"  # a sweep's numbers, means over seeds
 HALF_WIDTH = "_half_width"  # NAME_half_width: of the 95% interval of the number in the column NAME
 INTERVALS = "mean ± 95% interval over seeds (Student's t); one seed has no interval"
+KIND = ("features", "features_sha256", "num_samples", "sampler", "reference")  # columns of table.csv
+# The settings of a sampler that every model has, besides its own T and variance.
+USUAL = {"method": "ancestral", "labels": "all in turn", "guidance": 0, "guidance_interval": "every t"}
 MAX_PLOTS = 8
 NOT_SETTINGS = ("data.data_dir",)  # differs between machines
 
@@ -27,6 +31,17 @@ class RunFiles(NamedTuple):
     config: dict[str, Any]
     summary: dict[str, Any]
     quality: dict[str, Any]
+
+
+class DistanceKind(NamedTuple):
+    """Facts in which Fréchet distances agree that can be compared, as text."""
+
+    title: str  # names the features
+    num_samples: str
+    network: str  # a digest
+    sampler: str  # how it differs from the model's own
+    guide: str  # a digest
+    reference: str
 
 
 def names(contents: Contents) -> list[str]:
@@ -78,9 +93,9 @@ def _mean_cards(table: str) -> dict[str, str]:
         return {}
     has_validation = any(is_number(_float(line.get("validation_bpd"))) for line in lines)
     titles = {"validation_bpd": "validation bits/dim"} if has_validation else {"test_bpd": "bits/dim"}
-    features = {(line.get("features"), line.get("num_samples")) for line in lines if line.get("features")}
-    if len(features) == 1:
-        scores = {"frechet_distance": 0, "features": features.pop()[0]}
+    kinds = {tuple(line.get(name) or "" for name in KIND) for line in lines if line.get("features")}
+    if len(kinds) == 1:
+        scores = {"frechet_distance": 0, "features": kinds.pop()[0]}
         titles["frechet_distance"] = numbers.distance(scores).title
     cards = {}
     for column, title in titles.items():
@@ -102,10 +117,38 @@ def _cards(finished: list[RunFiles]) -> dict[str, str]:
             cards[f"lowest {title}: {best.name}"] = with_error(best.summary[name], best.summary.get(f"{name}_stderr"))
             break
     distances = [(run, distance) for run in finished if (distance := numbers.distance(run.quality))]
-    if len({distance.title for _, distance in distances}) == 1:
+    if len({_kind(run) for run, _ in distances}) == 1:
         best, distance = min(distances, key=lambda pair: pair[1].value)
         cards[f"lowest {distance.title}: {best.name}"] = number(distance.value, ".4g")
     return cards
+
+
+def _kind(run: RunFiles) -> DistanceKind | None:
+    """The kind of a run's Fréchet distance; None if there is none. Models may differ in their own T and variance."""
+    distance, scores = numbers.distance(run.quality), run.quality
+    if not distance:
+        return None
+    usual = USUAL | {"num_steps": run.config.get("schedule.num_steps"), "variance": run.config.get("model.variance")}
+    used = scores["sampler"] if isinstance(scores.get("sampler"), dict) else {}
+    used = {name: value for name, value in used.items() if name != "seed" and value != usual.get(name)}
+    path, is_file, digest = text_of(scores.get("reference")).partition(", SHA-256 ")
+    reference = f"{PurePath(path).name}, SHA-256 {digest[:8]}" if is_file else path
+    network, guide = (text_of(scores.get(f"{name}_sha256"))[:8] for name in ("weights", "guide"))
+    return DistanceKind(
+        distance.title, text_of(scores.get("num_samples")), network, text_of(used) or "own", guide, reference
+    )
+
+
+def _titles(kinds: list[DistanceKind | None]) -> dict[DistanceKind, str]:
+    """The heading of each kind: the features, and what else differs between kinds of these features."""
+    known = list(dict.fromkeys(kind for kind in kinds if kind))
+    titles = {}
+    for kind in known:
+        alike = [other for other in known if other.title == kind.title]
+        differing = [name for name in kind._fields if len({getattr(other, name) for other in alike}) > 1]
+        facts = [f"{name.replace('_', ' ')}: {getattr(kind, name)}" for name in differing]
+        titles[kind] = "; ".join([kind.title, *facts])
+    return titles
 
 
 def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
@@ -113,27 +156,27 @@ def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
         return []
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in NOT_SETTINGS)
     differing = [key for key in keys if len({text_of(run.config.get(key)) for run in runs}) > 1]
-    distances = [numbers.distance(run.quality) for run in runs]
-    titles = list(dict.fromkeys(distance.title for distance in distances if distance))
+    kinds = [_kind(run) for run in runs]
+    titles = _titles(kinds)
     bounds = ["test_bpd"]
     if any(is_number(run.summary.get("validation_bpd")) for run in runs):
         bounds.insert(0, "validation_bpd")
     rows = []
-    for run, distance in zip(runs, distances, strict=True):
-        summary, path = run.summary, f"{run.name}/{run_page}"
+    for run, kind in zip(runs, kinds, strict=True):
+        summary, path, distance = run.summary, f"{run.name}/{run_page}", numbers.distance(run.quality)
         settings = [run.config.get(key) for key in differing]
         link = Markup('<a href="{}">{}</a>').format(urllib.parse.quote(path), run.name)
         rows.append(
             [
                 (link if contents.has(path) else run.name) + _note(summary),
                 *(with_error(summary.get(name), summary.get(f"{name}_stderr")) for name in bounds),
-                *(number(distance and distance.title == title and distance.value, ".4g") for title in titles),
+                *(number(distance.value if kind == other else None, ".4g") for other in titles),
                 *(number(summary.get(f"{part}_bpd")) for part in ("test_decoder", "test_kl", "train")),
                 *(number(value, "") if is_number(value) else text_of(value) for value in settings),
             ]
         )
     named = {"validation_bpd": "validation bits/dim", "test_bpd": "test bits/dim"}
-    head = ["run", *(named[name] for name in bounds), *titles, "decoder", "KL", "train", *differing]
+    head = ["run", *(named[name] for name in bounds), *titles.values(), "decoder", "KL", "train", *differing]
     caption = (
         "Bits/dim ± the standard error over images, the parts of the test bits/dim, the bits/dim of training images, "
         "and the config keys that differ. Click a heading to sort."

@@ -55,6 +55,52 @@ def test_distances_of_different_features_are_not_put_in_one_column(sweep, read_p
     assert not [name for name in found.of("dt") if "distance" in name or "FID" in name], "nothing is the lowest"
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_samples": 50}, "num samples: 50"),
+        ({"reference": "digits, test split"}, "reference: digits, test split"),
+        ({"reference": f"/old/stats.npz, SHA-256 {64 * 'b'}"}, "reference: stats.npz, SHA-256 bbbbbbbb"),
+        ({"weights_sha256": 64 * "a"}, "network: aaaaaaaa"),
+        ({"guide_sha256": 64 * "a"}, "guide: aaaaaaaa"),
+        ({"sampler": {"method": "ddim", "num_steps": 6}}, "sampler: method: ddim"),
+        ({"sampler": {"method": "ancestral", "num_steps": 3}}, "sampler: num_steps: 3"),
+    ],
+)
+def test_distances_of_another_kind_have_their_own_column_and_nothing_is_the_lowest(sweep, read_page, changes, said):
+    path = sweep / "vlb-seed0" / "quality.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    found = read_page(sweep)
+    titles = [heading for heading in found.of("th") if "Fréchet" in heading]
+    assert f"Fréchet distance (pixels); {said}" in titles and len(titles) == 2
+    assert not [name for name in found.of("dt") if "distance" in name]
+
+
+def test_a_models_own_steps_and_variance_make_no_other_kind(sweep, read_page):
+    own = {"method": "ancestral", "num_steps": 6, "variance": "learned_range", "seed": 4, "guidance": 0.0}
+    path = sweep / "vlb-seed0" / "quality.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sampler": own}))
+    assert "lowest Fréchet distance (pixels): vlb=1 #seed1" in read_page(sweep).of("dt")
+
+
+@pytest.mark.parametrize("column", ["num_samples", "sampler", "reference", "features_sha256"])
+def test_means_of_two_kinds_of_distances_are_not_ranked(sweep, read_page, column):
+    kind = {"features": "pixels", "num_samples": "50", "sampler": "", "reference": "train", "features_sha256": ""}
+
+    def cards(*kinds):
+        common = {"T": "50", "seeds": "3", "test_bpd": "2.5"}
+        rows = [common | {"frechet_distance": str(9 + i)} | kind for i, kind in enumerate(kinds)]
+        with (sweep / "table.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        return [name for name in read_page(sweep).of("dt") if "lowest" in name]
+
+    bpd = "lowest mean bits/dim, 3 seeds: 50"
+    assert cards(kind, kind) == [bpd, "lowest mean Fréchet distance (pixels), 3 seeds: 50"]
+    assert cards(kind, kind | {column: "1"}) == [bpd]
+
+
 def test_the_distance_of_other_weights_is_left_out(sweep, read_page):
     path = sweep / "vlb-seed0" / "quality.json"
     quality = {"fid": 3.17, "features": "2048", "num_samples": 50_000, "ema_sha256": "of an earlier step"}
