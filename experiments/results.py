@@ -14,12 +14,12 @@ from diffusion.experiment import config as config_lib
 from diffusion.experiment import schema, workdir
 from diffusion.likelihood import PROTOCOLS
 from diffusion.programs import quality
+from diffusion.reporting.distance_kind import DistanceKind, distance_kind
 from diffusion.reporting.page import numbers
 from diffusion.reporting.summary import read_json
 from diffusion.runtime import files
 from diffusion.runtime.digests import short_sha256
 from experiments import intervals, tables
-from experiments.distance_kind import DistanceKind, distance_kind
 
 # The axes of a grid, and the config keys behind them.
 AXES = {

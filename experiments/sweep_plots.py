@@ -8,8 +8,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from diffusion.reporting.distance_kind import DistanceKind
 from experiments import intervals
-from experiments.distance_kind import DistanceKind
 from experiments.results import Difference, Row, TargetOf
 
 MARKERS = "osv^X*"

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from diffusion.experiment import workdir
+from diffusion.reporting.distance_kind import distance_kind
 from diffusion.runtime import files
 from experiments import intervals, results, sweep_plots, tables
-from experiments.distance_kind import distance_kind
 from experiments.results import Difference, FinishedRun, Row, TargetOf, last_line
 
 NOTES = """\
