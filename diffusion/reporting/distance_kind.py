@@ -35,19 +35,20 @@ def distance_kind(config: Mapping[str, Any], quality: Mapping[str, Any]) -> Dist
     if not found:
         return None
     weights = (quality.get("weights_sha256") or "")[:8]
-    used = dict(quality.get("sampler") or {})
+    sampler = quality.get("sampler")
+    used = dict(sampler) if isinstance(sampler, Mapping) else {}
     if guide := quality.get("guide_sha256"):  # a run that guides may have trained further between two measurements
         used["guide_sha256"] = guide[:8]
     about = weights, _sampler(config, used), _reference(quality.get("reference") or "")
-    return DistanceKind(found.title, quality["features"], quality["num_samples"], *about)
+    return DistanceKind(found.title, quality.get("features", ""), quality.get("num_samples", 0), *about)
 
 
 def _sampler(config: Mapping[str, Any], used: Mapping[str, Any]) -> str:
     """The settings of a sampler that differ from the model's own. Models may differ in their T and variance."""
     own = {
         "method": "ancestral",
-        "num_steps": config["schedule.num_steps"],
-        "variance": config["model.variance"],
+        "num_steps": config.get("schedule.num_steps"),
+        "variance": config.get("model.variance"),
         "seed": used.get("seed"),
         "labels": "all in turn",
         "guidance": 0,

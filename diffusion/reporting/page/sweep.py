@@ -4,11 +4,11 @@ import csv
 import io
 import itertools
 import urllib.parse
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from diffusion.reporting.distance_kind import DistanceKind, distance_kind
 from diffusion.reporting.page import numbers, parts
 from diffusion.reporting.page.contents import Contents
 from diffusion.reporting.page.parts import UNKNOWN, is_number, number, text_of, with_error
@@ -18,8 +18,6 @@ TABLE, REPORT = "table.csv", "table.md"  # a sweep's numbers, means over seeds
 HALF_WIDTH = "_half_width"  # NAME_half_width: of the 95% interval of the number in the column NAME
 INTERVALS = "mean ± 95% interval over seeds (Student's t); one seed has no interval"
 KIND = ("features", "features_sha256", "num_samples", "sampler", "reference")  # columns of table.csv
-# The settings of a sampler that every model has, besides its own T and variance.
-USUAL = {"method": "ancestral", "labels": "all in turn", "guidance": 0, "guidance_interval": "every t"}
 MAX_PLOTS = 8
 NOT_SETTINGS = ("data.data_dir",)  # differs between machines
 
@@ -31,17 +29,6 @@ class RunFiles(NamedTuple):
     config: dict[str, Any]
     summary: dict[str, Any]
     quality: dict[str, Any]
-
-
-class DistanceKind(NamedTuple):
-    """Facts in which Fréchet distances agree that can be compared, as text."""
-
-    title: str  # names the features
-    num_samples: str
-    network: str  # a digest
-    sampler: str  # how it differs from the model's own
-    guide: str  # a digest
-    reference: str
 
 
 def names(contents: Contents) -> list[str]:
@@ -117,26 +104,10 @@ def _cards(finished: list[RunFiles]) -> dict[str, str]:
             cards[f"lowest {title}: {best.name}"] = with_error(best.summary[name], best.summary.get(f"{name}_stderr"))
             break
     distances = [(run, distance) for run in finished if (distance := numbers.distance(run.quality))]
-    if len({_kind(run) for run, _ in distances}) == 1:
+    if len({distance_kind(run.config, run.quality) for run, _ in distances}) == 1:
         best, distance = min(distances, key=lambda pair: pair[1].value)
         cards[f"lowest {distance.title}: {best.name}"] = number(distance.value, ".4g")
     return cards
-
-
-def _kind(run: RunFiles) -> DistanceKind | None:
-    """The kind of a run's Fréchet distance; None if there is none. Models may differ in their own T and variance."""
-    distance, scores = numbers.distance(run.quality), run.quality
-    if not distance:
-        return None
-    usual = USUAL | {"num_steps": run.config.get("schedule.num_steps"), "variance": run.config.get("model.variance")}
-    used = scores["sampler"] if isinstance(scores.get("sampler"), dict) else {}
-    used = {name: value for name, value in used.items() if name != "seed" and value != usual.get(name)}
-    path, is_file, digest = text_of(scores.get("reference")).partition(", SHA-256 ")
-    reference = f"{PurePath(path).name}, SHA-256 {digest[:8]}" if is_file else path
-    network, guide = (text_of(scores.get(f"{name}_sha256"))[:8] for name in ("weights", "guide"))
-    return DistanceKind(
-        distance.title, text_of(scores.get("num_samples")), network, text_of(used) or "own", guide, reference
-    )
 
 
 def _titles(kinds: list[DistanceKind | None]) -> dict[DistanceKind, str]:
@@ -146,7 +117,7 @@ def _titles(kinds: list[DistanceKind | None]) -> dict[DistanceKind, str]:
     for kind in known:
         alike = [other for other in known if other.title == kind.title]
         differing = [name for name in kind._fields if len({getattr(other, name) for other in alike}) > 1]
-        facts = [f"{name.replace('_', ' ')}: {getattr(kind, name)}" for name in differing]
+        facts = [f"{name.replace('_', ' ')}: {getattr(kind, name) or UNKNOWN}" for name in differing]
         titles[kind] = "; ".join([kind.title, *facts])
     return titles
 
@@ -156,7 +127,7 @@ def _runs(contents: Contents, runs: list[RunFiles], run_page: str) -> list[str]:
         return []
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in NOT_SETTINGS)
     differing = [key for key in keys if len({text_of(run.config.get(key)) for run in runs}) > 1]
-    kinds = [_kind(run) for run in runs]
+    kinds = [distance_kind(run.config, run.quality) for run in runs]
     titles = _titles(kinds)
     bounds = ["test_bpd"]
     if any(is_number(run.summary.get("validation_bpd")) for run in runs):

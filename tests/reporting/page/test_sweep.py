@@ -61,10 +61,10 @@ def test_distances_of_different_features_are_not_put_in_one_column(sweep, read_p
         ({"num_samples": 50}, "num samples: 50"),
         ({"reference": "digits, test split"}, "reference: digits, test split"),
         ({"reference": f"/old/stats.npz, SHA-256 {64 * 'b'}"}, "reference: stats.npz, SHA-256 bbbbbbbb"),
-        ({"weights_sha256": 64 * "a"}, "network: aaaaaaaa"),
-        ({"guide_sha256": 64 * "a"}, "guide: aaaaaaaa"),
-        ({"sampler": {"method": "ddim", "num_steps": 6}}, "sampler: method: ddim"),
-        ({"sampler": {"method": "ancestral", "num_steps": 3}}, "sampler: num_steps: 3"),
+        ({"weights_sha256": 64 * "a"}, "weights: aaaaaaaa"),
+        ({"guide_sha256": 64 * "a"}, "sampler: guide_sha256=aaaaaaaa"),
+        ({"sampler": {"method": "ddim", "num_steps": 6}}, "sampler: method=ddim"),
+        ({"sampler": {"method": "ancestral", "num_steps": 3}}, "sampler: num_steps=3"),
     ],
 )
 def test_distances_of_another_kind_have_their_own_column_and_nothing_is_the_lowest(sweep, read_page, changes, said):
