@@ -23,7 +23,7 @@ from diffusion.experiment.schema import all_keys
 from diffusion.model import Model
 from diffusion.reporting.summary import read_json
 from diffusion.runtime import files, processes
-from diffusion.runtime.checkpoint import DAMAGED, Checkpoints
+from diffusion.runtime.checkpoint import Checkpoints, has_begun
 from diffusion.runtime.digests import named_leaves
 
 SUMMARY, SECONDS, START = "summary.json", "seconds.json", "start.json"
@@ -172,12 +172,6 @@ def is_finished(directory: Path, config: ConfigDict | None = None) -> bool:
     return config is None or config.train.num_steps == read_config(directory).train.num_steps
 
 
-def has_begun(directory: Path) -> bool:
-    """Whether a run has saved a checkpoint there, even if it is damaged now."""
-    saved = (directory / "checkpoints").glob("*")
-    return any(path.name.isdecimal() or path.name == DAMAGED for path in saved)
-
-
 def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest", claims: bool = True) -> EmaState:
     """The EMA in a checkpoint, for evaluation or sampling. Before a run's first one, "latest" is config.init_from.
 
@@ -196,7 +190,7 @@ def restore(experiment: Experiment, directory: Path, checkpoint: str = "latest",
     def read() -> EmaState:
         with Checkpoints(directory / "checkpoints") as checkpoints:
             of_start = checkpoint in ("latest", "0")  # another checkpoint is one of a run
-            if experiment.config.init_from and of_start and not has_begun(directory):
+            if experiment.config.init_from and of_start and not has_begun(directory / "checkpoints"):
                 if experiment.config.ema.length:
                     raise ValueError(f"ema.length={experiment.config.ema.length:g} needs a run; init_from is no run")
                 start = ema_of(experiment.initial_state())

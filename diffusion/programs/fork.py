@@ -16,7 +16,7 @@ from diffusion.experiment.build import Experiment
 from diffusion.reporting import summary
 from diffusion.reporting.metrics_log import read_metrics
 from diffusion.runtime import files
-from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.checkpoint import Checkpoints, has_begun
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.verification import OtherCheckpoint
 from diffusion.training.step import TrainState
@@ -34,7 +34,7 @@ class Fork(NamedTuple):
 
 def check_target(text: str, directory: Path) -> None:
     """Raises a ValueError if `directory` holds a run that is not a fork of the run that `text` names."""
-    if not workdir.has_begun(directory):
+    if not has_begun(directory / "checkpoints"):
         return
     source, known = named_run.parse(text, "--fork"), origin_of(directory)
     asked = {"directory": str(source.directory.resolve())}
@@ -52,7 +52,7 @@ def read(experiment: Experiment, text: str, directory: Path) -> Fork | None:
         ValueError: `directory` is another run's, or the checkpoint does not fit the config.
     """
     check_target(text, directory)
-    if workdir.has_begun(directory):
+    if has_begun(directory / "checkpoints"):
         return None
     source = named_run.parse(text, "--fork")
     old, new = workdir.read_config(source.directory), experiment.config
@@ -98,7 +98,7 @@ def write(fork: Fork, directory: Path, data_sha256: dict[str, str]) -> None:
     The checkpoint is written last, so a call that is killed earlier is repeated. Nothing is written if another process
     has made this fork since `read`.
     """
-    if workdir.has_begun(directory):
+    if has_begun(directory / "checkpoints"):
         return
     files.write_text(directory / NAME, json.dumps(fork.origin, indent=2) + "\n")
     files.write_text(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in fork.rows))
@@ -108,7 +108,7 @@ def write(fork: Fork, directory: Path, data_sha256: dict[str, str]) -> None:
 
 def check_made(directory: Path) -> None:
     """Raises a ValueError if a fork was killed before its first state was written."""
-    if (known := origin_of(directory)) and not workdir.has_begun(directory):
+    if (known := origin_of(directory)) and not has_begun(directory / "checkpoints"):
         again = f"--fork={known['directory']}@{known['step']}"
         raise ValueError(f"{directory} is a fork that was stopped before its first checkpoint; give {again} again")
 

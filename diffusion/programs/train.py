@@ -27,7 +27,7 @@ from diffusion.reporting.metrics_log import MetricsLog, read_metrics
 from diffusion.reporting.page.run import ending
 from diffusion.reporting.summary import Stopwatch
 from diffusion.runtime import processes
-from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.checkpoint import Checkpoints, has_begun
 from diffusion.runtime.digests import tree_sha256
 from diffusion.runtime.preemption import Preemption
 from diffusion.runtime.verification import check_writable
@@ -167,7 +167,7 @@ def prepare(config: ConfigDict, directory: Path, forked: str = "") -> Experiment
     workdir.check(config, directory)
     if not forked:
         fork.check_made(directory)
-    if not forked and not workdir.has_begun(directory):
+    if not forked and not has_begun(directory / "checkpoints"):
         _ = experiment.start  # or its refusal would come after the data
     return experiment
 

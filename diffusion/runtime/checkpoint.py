@@ -28,6 +28,11 @@ from diffusion.runtime.verification import CompleteSteps, DamagedCheckpoint
 DAMAGED = "damaged"  # where `resume` moves what cannot be used; nothing is ever deleted from it
 
 
+def has_begun(directory: Path) -> bool:
+    """Whether a checkpoint was ever saved in `directory`, even if it is damaged now."""
+    return any(path.name.isdecimal() or path.name == DAMAGED for path in directory.glob("*"))
+
+
 class Checkpoints:
     """The checkpoints of one run: the last few, and the best.
 

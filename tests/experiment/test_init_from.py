@@ -18,7 +18,7 @@ from diffusion.networks.adm import ADM
 from diffusion.networks.unet import UNet
 from diffusion.programs import evaluate, sample, train
 from diffusion.reporting.summary import Stopwatch
-from diffusion.runtime.checkpoint import Checkpoints
+from diffusion.runtime.checkpoint import Checkpoints, has_begun
 from diffusion.runtime.digests import tree_sha256
 
 # Attention at height 8: the second level of images of 16 × 16, the first of images of 8 × 8.
@@ -220,7 +220,7 @@ def test_a_run_whose_checkpoints_cannot_be_used_is_not_scored_with_its_start(sou
     (run / "checkpoints" / "1" / "state" / "_METADATA").unlink()
     with pytest.raises((FileNotFoundError, ValueError), match="checkpoint"):
         workdir.load(run)
-    assert not workdir.has_begun(tmp_path) and workdir.has_begun(run)
+    assert not has_begun(tmp_path / "checkpoints") and has_begun(run / "checkpoints")
 
 
 def test_for_a_network_that_takes_gamma_the_ends_of_gamma_are_part_of_its_meaning():
