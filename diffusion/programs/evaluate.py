@@ -102,10 +102,7 @@ def score_run(experiment: Experiment, *given: Any) -> dict[str, Any]:
     Args:
         given: the arguments of `score` after the experiment.
     """
-    scores, kept = _scored(experiment, *given)
-    scores |= likelihoods.after_bound(experiment, *given)  # it takes hours: meanwhile the bound's terms stay on disk
-    scored.forget(kept)
-    return scores
+    return score(experiment, *given, further=functools.partial(likelihoods.after_bound, experiment, *given))
 
 
 def score(
@@ -115,6 +112,7 @@ def score(
     state: EmaState,
     splits: Splits,
     stop: Callable[[], None] | None = None,
+    further: Callable[[], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
     """Scores the EMA parameters on the test split and on as many validation and training images.
 
@@ -133,41 +131,30 @@ def score(
         state: the state, on the host.
         splits: the splits to score.
         stop: called between batches; it raises to stop.
+        further: measures more entries, perhaps for hours. The finished terms are deleted after it.
 
     Returns:
         The entries of summary.json about the images, the protocol and the scores, on process 0 alone; {} elsewhere.
     """
-    scores, kept = _scored(experiment, directory, model, state, splits, stop)
-    scored.forget(kept)
-    return scores
-
-
-def _scored(
-    experiment: Experiment,
-    directory: Path,
-    model: Model,
-    state: EmaState,
-    splits: Splits,
-    stop: Callable[[], None] | None = None,
-) -> tuple[dict[str, Any], Path | None]:
-    """The result of `score`, and the directory of the finished terms, None where this process has none to delete."""
     config, about = experiment.config, scored.about(state, splits)
     if config.eval.num_images == images.NONE:
-        return (about if processes.is_first() else {}), None
+        return about if processes.is_first() else {}
     num_images = images.num_scored(config.eval.num_images, config.eval.protocol, len(splits.test))
     model = for_protocol(model, config.eval.protocol)
     sources, numbers = scored.chosen_images(config, splits)
     kept = directory / scored.UNFINISHED / scored.key(config, model, [state.sha256, about["data_sha256"]], numbers)
     bounds = _bounds(config, model, sources, numbers, kept, stop)
+    others = further()
     if not processes.is_first():
-        return {}, None
+        return {}
     protocol = scored.protocol_of(experiment, model.p.variance) | {
         f"{split}_images": f"{len(numbers[split])} of {len(source)}" for split, source in sources.items()
     }
     if not config.eval.terms_per_image:
         title = f"{splits.test.name}, {num_images} test images, protocol {config.eval.protocol}"
         scored.save_curves(directory, bounds, protocol, title, splits.test.num_levels)
-    scores = {
+    scored.forget(kept)
+    return {
         "step": about["step"],
         "num_params": about["num_params"],
         "protocol": protocol,
@@ -177,8 +164,8 @@ def _scored(
         **_by_label(bounds, splits.test, numbers["test"], config.model.conditional),
         "prior_bpd": bounds["test"].prior_bpd.mean(),
         **about,
+        **others,
     }
-    return scores, kept
 
 
 def _bounds(

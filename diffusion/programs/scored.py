@@ -64,10 +64,8 @@ def key(config: ConfigDict, model: Model, digests: list[Any], numbers: dict[str,
     return short_sha256([*digests, config.seed, config.eval.protocol, variance, *few, *scored])
 
 
-def forget(kept: Path | None) -> None:
-    """Deletes the kept terms of a finished evaluation, if there are any."""
-    if kept is None:
-        return
+def forget(kept: Path) -> None:
+    """Deletes the kept terms of a finished evaluation."""
     shutil.rmtree(kept, ignore_errors=True)
     with contextlib.suppress(OSError):  # another, interrupted evaluation has its terms there
         kept.parent.rmdir()

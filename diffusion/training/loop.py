@@ -239,8 +239,8 @@ def _catch_up(
     logs = plan.is_due(begin, training.log_every)
     validates = plan.is_due(begin, plan.checkpoint_every) or plan.is_due(begin, plan.validate_every)
     # The stopped part may be one that the plan no longer has. A fork begins without a row.
-    has_row = plan.measures(begin) or ((logs or validates) and log.last_step > 0)
-    is_missing = bool(begin) and processes.bool_from_first(has_row and log.last_step != begin)
+    needs_row = plan.measures(begin) or ((logs or validates) and log.last_step > 0)
+    is_missing = bool(begin) and processes.bool_from_first(needs_row and log.last_step != begin)
     if is_missing:
         row = _means(state.part(lambda state: state.window).host()) if logs else {}
         if not _measure(plan, begin, validates, row, state, monitor, quality, log, progress, is_due):
