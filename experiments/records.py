@@ -17,6 +17,7 @@ the working directory. Finished runs are skipped and interrupted ones resume, as
 import argparse
 import ast
 import functools
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -221,13 +222,14 @@ def chosen(arguments: argparse.Namespace) -> list[str]:
 def run(arguments: argparse.Namespace, wanted: Sequence[str], runs: list[Cell]) -> dict[str, str]:
     """Trains and scores; returns the reasons of failures by the run's name."""
     failures = sweep.run_cells(sweep.indexed(arguments, runs), arguments.workdir, with_quality=False)
-    for cell in sweep.indexed(arguments, runs):
-        if cell.name in failures:
-            continue
-        for name in wanted:
-            if weights_of(name) == Path(cell.base).stem:
-                for split in ("validation", *(["test"] if arguments.test else [])):
-                    score(arguments.workdir / cell.name, name, split)
+    splits = ("validation", "test") if arguments.test else ("validation",)
+    trained = [cell for cell in sweep.indexed(arguments, runs) if cell.name not in failures]
+    for cell, name, split in itertools.product(trained, wanted, splits):
+        if weights_of(name) == Path(cell.base).stem:
+            try:
+                score(arguments.workdir / cell.name, name, split)
+            except (ValueError, OSError) as error:
+                failures[cell.name] = str(error)
     return failures
 
 

@@ -88,9 +88,14 @@ class Row:
     setting: dict[str, str]  # the printed values of the config, by column
     runs: list[FinishedRun]
 
+    @property
+    def of_seeds(self) -> list[FinishedRun]:
+        """A run for each seed: of several folders with equal seeds the last one alone."""
+        return list({run.config["seed"]: run for run in self.runs}.values())
+
     def mean(self, entry: str) -> float:
         """The mean over seeds of an entry of summary.json."""
-        return float(np.mean([run.summary[entry] for run in self.runs]))
+        return float(np.mean([run.summary[entry] for run in self.of_seeds]))
 
     @property
     def stderr_bpd(self) -> float:
@@ -100,7 +105,7 @@ class Row:
         """
         if not self.has_every_term:
             return max(run.summary["test_bpd_stderr"] for run in self.runs)
-        return tables.stderr(np.mean([run.image_bpd for run in self.runs], axis=0))
+        return tables.stderr(np.mean([run.image_bpd for run in self.of_seeds], axis=0))
 
     @property
     def has_every_term(self) -> bool:

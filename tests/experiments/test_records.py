@@ -90,6 +90,24 @@ def test_a_failed_run_is_named_with_its_reason(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.endswith("failed: 8min-vlb-seed0: train.num_steps was 634\n")
 
 
+def test_a_run_that_cannot_be_scored_stops_no_other_and_the_reasons_so_far_are_kept(monkeypatch, tmp_path, capsys):
+    scored = []
+
+    def score(directory, name, split):
+        if directory.name.endswith("seed1"):
+            raise OSError("the disk does not answer")
+        scored.append(directory.name)
+
+    monkeypatch.setattr(records, "flops_per_image", lambda name: 2.4e9)
+    of_training = {"8min-vlb-seed0": "out of memory"}
+    monkeypatch.setattr(records.sweep, "run_cells", lambda cells, directory, with_quality: of_training)
+    monkeypatch.setattr(records, "score", score)
+    assert records.main([f"--workdir={tmp_path}", "--records=vlb", "--seeds=3"]) == 1
+    assert scored == ["8min-vlb-seed2"]
+    printed = capsys.readouterr().err
+    assert "8min-vlb-seed0: out of memory" in printed and "8min-vlb-seed1: the disk does not answer" in printed
+
+
 @pytest.mark.parametrize(("error", "code"), [(OSError("no space"), 1), (TypeError("a bug"), None)])
 def test_the_reason_of_a_failure_is_printed_even_if_the_report_cannot_be_written(
     monkeypatch, tmp_path, capsys, error, code

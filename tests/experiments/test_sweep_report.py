@@ -42,6 +42,15 @@ def test_differences_to_the_base_are_of_the_same_seeds(finished, tmp_path):
     assert difference.stderr_bpd < 0.1 * stats.sem(a.mean(axis=0))
 
 
+def test_a_seed_in_two_folders_counts_once_in_every_mean(finished, tmp_path):
+    of_seed_0 = config_lib.from_json((tmp_path / FIRST / "config.json").read_text())
+    write_run(tmp_path, "zz-again", finished["fixed_small"][0], of_seed_0)
+    row = table_and_base(tmp_path, FIRST)[1]
+    assert len(row.runs) == 3 and [run.name for run in row.of_seeds] == ["zz-again", FIRST.replace("seed0", "seed1")]
+    assert row.mean("train_bpd") == pytest.approx(finished["fixed_small"].mean() - 0.1)
+    assert row.stderr_bpd == pytest.approx(stats.sem(finished["fixed_small"].mean(axis=0)))
+
+
 def test_a_seed_that_only_one_of_them_has_is_left_out_of_their_difference(finished, tmp_path):
     """Of as many runs each, seeds 0 and 1 here and 1 and 2 there, seed 1 alone is a pair."""
     other = tmp_path / "eps-vlb-fixed_large-cosine-T4-seed0"
