@@ -279,7 +279,7 @@ def training(runs: list[results.FinishedRun]) -> list[dict[str, Any]]:
                 "decoder_bpd": row.mean("test_decoder_bpd"),
                 "kl_bpd": row.mean("test_kl_bpd"),
                 "less_v_by_seed": list(intervals.paired(row.bpd, v.bpd).values()) if v else [],
-                "terms_bpd": np.mean([run.terms_bpd for run in row.of_seeds], axis=0).tolist(),
+                "terms_bpd": np.mean([run.terms_bpd for run in row.of_seeds.values()], axis=0).tolist(),
                 "steps": row.runs[0].config["train.num_steps"],
                 "images": len(row.runs[0].image_bpd),
             }

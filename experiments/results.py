@@ -89,13 +89,13 @@ class Row:
     runs: list[FinishedRun]
 
     @property
-    def of_seeds(self) -> list[FinishedRun]:
-        """A run for each seed: of several folders with equal seeds the last one alone."""
-        return list({run.config["seed"]: run for run in self.runs}.values())
+    def of_seeds(self) -> dict[int, FinishedRun]:
+        """A run for each seed, which the numbers are of: of several folders with equal seeds the last one alone."""
+        return {run.config["seed"]: run for run in self.runs}
 
     def mean(self, entry: str) -> float:
         """The mean over seeds of an entry of summary.json."""
-        return float(np.mean([run.summary[entry] for run in self.of_seeds]))
+        return float(np.mean([run.summary[entry] for run in self.of_seeds.values()]))
 
     @property
     def stderr_bpd(self) -> float:
@@ -104,29 +104,29 @@ class Row:
         Estimates do not keep each image's bound. For them it is the largest standard error of a seed.
         """
         if not self.has_every_term:
-            return max(run.summary["test_bpd_stderr"] for run in self.runs)
-        return tables.stderr(np.mean([run.image_bpd for run in self.of_seeds], axis=0))
+            return max(run.summary["test_bpd_stderr"] for run in self.of_seeds.values())
+        return tables.stderr(np.mean([run.image_bpd for run in self.of_seeds.values()], axis=0))
 
     @property
     def has_every_term(self) -> bool:
         """Whether no run was scored by an estimate."""
-        return all(run.image_bpd is not None for run in self.runs)
+        return all(run.image_bpd is not None for run in self.of_seeds.values())
 
     @property
     def bpd(self) -> dict[int, float]:
         """Bits/dim of the test images by seed."""
-        return {run.config["seed"]: run.summary["test_bpd"] for run in self.runs}
+        return {seed: run.summary["test_bpd"] for seed, run in self.of_seeds.items()}
 
     @property
     def validation_bpd(self) -> dict[int, float]:
         """Bits/dim of the validation images by seed; {} unless every run set some aside."""
-        found = {run.config["seed"]: run.summary.get("validation_bpd") for run in self.runs}
+        found = {seed: run.summary.get("validation_bpd") for seed, run in self.of_seeds.items()}
         return {} if None in found.values() else found
 
     @property
     def distance_kind(self) -> DistanceKind | None:
         """The kind of Fréchet distance that every seed has; None if one has none or another kind."""
-        found = {distance_kind(run.config, run.quality) for run in self.runs}
+        found = {distance_kind(run.config, run.quality) for run in self.of_seeds.values()}
         return found.pop() if len(found) == 1 else None
 
     @property
@@ -134,7 +134,7 @@ class Row:
         """The Fréchet distance by seed; {} unless all seeds have the same kind."""
         if not self.distance_kind:
             return {}
-        return {run.config["seed"]: numbers.distance(run.quality).value for run in self.runs}
+        return {seed: numbers.distance(run.quality).value for seed, run in self.of_seeds.items()}
 
 
 class Difference(NamedTuple):
@@ -300,8 +300,8 @@ def _difference(setting: dict[str, str], one: Row, other: Row) -> Difference:
     bpd = intervals.paired(one.bpd, other.bpd)
     stderr = np.nan
     if bpd and one.has_every_term and other.has_every_term:
-        of_one, of_other = ({run.config["seed"]: run.image_bpd for run in row.runs} for row in (one, other))
-        stderr = tables.stderr(np.mean([of_one[seed] - of_other[seed] for seed in bpd], axis=0))
+        by_image = [one.of_seeds[seed].image_bpd - other.of_seeds[seed].image_bpd for seed in bpd]
+        stderr = tables.stderr(np.mean(by_image, axis=0))
     same_kind = one.distance_kind == other.distance_kind
     distances = intervals.paired(one.distances, other.distances) if same_kind else {}
     return Difference(setting, bpd, stderr, distances)

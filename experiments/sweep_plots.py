@@ -93,7 +93,7 @@ def terms(path: Path, table: list[Row]) -> None:
 
 
 def _plot_row(axes: Axes, row: Row, colour: str) -> None:
-    mean = np.mean([run.terms_bpd for run in row.of_seeds], axis=0)
+    mean = np.mean([run.terms_bpd for run in row.of_seeds.values()], axis=0)
     label = f"{row.setting['variance']}: {row.mean('test_bpd'):.4f}"
     axes.loglog(np.arange(2, len(mean) + 1), mean[1:], color=colour, label=label, linewidth=1)
     axes.loglog(1, mean[0], "o", color=colour, markersize=4)

@@ -46,7 +46,7 @@ def test_a_seed_in_two_folders_counts_once_in_every_mean(finished, tmp_path):
     of_seed_0 = config_lib.from_json((tmp_path / FIRST / "config.json").read_text())
     write_run(tmp_path, "zz-again", finished["fixed_small"][0], of_seed_0)
     row = table_and_base(tmp_path, FIRST)[1]
-    assert len(row.runs) == 3 and [run.name for run in row.of_seeds] == ["zz-again", FIRST.replace("seed0", "seed1")]
+    assert len(row.runs) == 3 and row.of_seeds[0].name == "zz-again"
     assert row.mean("train_bpd") == pytest.approx(finished["fixed_small"].mean() - 0.1)
     assert row.stderr_bpd == pytest.approx(stats.sem(finished["fixed_small"].mean(axis=0)))
 
