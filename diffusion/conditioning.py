@@ -27,6 +27,12 @@ def on_rescaled_t(schedule: Schedule) -> Schedule:
     return dataclasses.replace(schedule, network_t=schedule.network_t * (NUM_STEPS / schedule.num_steps))
 
 
+def gamma_line(start: Schedule) -> tuple[float, float]:
+    """(a, b) with γ = a + b network_t, for the network_t of `on_gamma` with the ends of `start`."""
+    low, high = -float(start.log_snr[1]), -float(start.log_snr[-1])
+    return low, (high - low) / NUM_STEPS
+
+
 def on_gamma(schedule: Schedule, low: ArrayLike, high: ArrayLike) -> Schedule:
     """The schedule with network_t = 1000 (γ_t − low)/(high − low), which states the noise in x_t for every T.
 

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion import data, learned_schedule, objectives, reverse, timesteps
+from diffusion import conditioning, data, learned_schedule, objectives, reverse, timesteps
 from diffusion.data import validation
 from diffusion.data.source import Splits
 from diffusion.evaluation import bound
@@ -183,7 +183,7 @@ def experiment(
     times = objectives.TIMES.get(objective := names.parse(config.objective.name).name, "every_term")
     on_cpu = runs_on_cpu() if on_cpu is None else on_cpu
     of_params = combination.schedule_of(config, schedule, learned)
-    network = _network(config, image_shape, p.output_channels(image_shape[-1]), num_classes, on_cpu)
+    network = _network(config, schedule, image_shape, p.output_channels(image_shape[-1]), num_classes, on_cpu)
     training = Training(
         network=network,
         objective=_objective(config, p, num_levels),
@@ -245,7 +245,7 @@ def _chosen(config: ConfigDict, key: str):
 
 
 def _network(
-    config: ConfigDict, image_shape: tuple[int, int, int], out_channels: int, num_classes: int, on_cpu: bool
+    config: ConfigDict, start: Schedule, image_shape: tuple[int, ...], out_channels: int, num_classes: int, on_cpu: bool
 ) -> nn.Module:
     """The network module. Its fields come from the config group of its name; the arguments of model.network override
     them.
@@ -261,6 +261,8 @@ def _network(
         if "num_classes" not in takes:
             raise ValueError(f"model.network={config.model.network!r} takes no labels; model.conditional must be False")
         fields |= {"num_classes": num_classes}
+    if fields.get("wiener") and config.model.conditioning == "gamma":
+        fields |= {"gamma_line": conditioning.gamma_line(start)}
     network = NETWORKS[name](**fields, out_channels=out_channels)
     network.check(image_shape)
     return network

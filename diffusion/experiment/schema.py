@@ -95,7 +95,7 @@ FREE = True
 LONGER = Partly("only up", _why_not_longer)
 ABOVE_0 = Partly("above 0", _why_not_skipping)
 
-NETWORK_GIVEN = ("out_channels", "num_classes", "parent", "name")
+NETWORK_GIVEN = ("out_channels", "num_classes", "gamma_line", "parent", "name")
 # The variance that the network was trained with, or one that needs nothing more than its mean.
 FOR_A_TRAINED_MEAN = Choice({"model": None} | {k: v for k, v in reverse.VARIANCES.items() if not v.is_learned})
 # The schedules from which a learned one can start.

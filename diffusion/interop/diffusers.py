@@ -191,7 +191,7 @@ def _without_place(unet: nn.Module, params: PyTree) -> str:
     """Why the published layout cannot hold the network; "" if it can."""
     if not isinstance(unet, UNet):
         return f"a {type(unet).__name__} has no place in the published layout, which needs a UNet"
-    needed = {"scale_shift_norm": False, "fourier_features": (), "num_heads": 1}
+    needed = {"scale_shift_norm": False, "fourier_features": (), "wiener": (), "num_heads": 1}
     needed |= {"add_input": False, "mid_attention": True, "patch_size": 1}
     for key, value in needed.items():
         if getattr(unet, key) != value:

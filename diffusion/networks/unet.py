@@ -31,6 +31,7 @@ from diffusion.networks.layers import (
     patches,
     time_embedding,
 )
+from diffusion.networks.wiener import check_wiener, wiener_v
 
 # Far above any published network: what is larger is a typing error that would compile for hours.
 MAX_WIDTH, MAX_BLOCKS, MAX_EXPONENT = 2**16, 256, 24
@@ -101,11 +102,14 @@ class UNet(nn.Module):
       dropout: probability with which an activation is dropped where dropout_keys are given.
       scale_shift_norm: the time embedding scales and shifts a block's second norm instead of being added before.
       fourier_features: exponents n for which sin and cos of 2^n pi x join the input; () for none.
+      wiener: (power, chroma) of the spectrum by which a linear estimate of v joins the input; () for none. See
+        networks/wiener.py. It needs `gamma_line`.
       add_input: whether the output is what the layers make of x plus x itself, as in VDM's program, whose network is
         then asked for epsilon - x_t.
       num_classes: of the labels that the network is given, each with a learned vector that is added to the time
         embedding; 0 for a network that is given none.
       out_channels: channels of the output.
+      gamma_line: (a, b) where -log SNR is a + b network_t; () where network_t does not determine it.
       convolution: what computes the 3×3 convolutions: XLA, or Winograd's algorithm (networks/convolution.py), which
         is faster on CPUs.
       dtype: what the maps and matrix products are computed in. Parameters, norms, softmax, time embedding and the
@@ -127,9 +131,11 @@ class UNet(nn.Module):
     dropout: float = 0.1
     scale_shift_norm: bool = False
     fourier_features: tuple[int, ...] = ()
+    wiener: tuple[float, ...] = ()
     add_input: bool = False
     num_classes: int = 0
     out_channels: int = 3
+    gamma_line: tuple[float, ...] = ()
     convolution: Literal["xla", "winograd"] = "xla"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
@@ -155,6 +161,12 @@ class UNet(nn.Module):
             raise ValueError(f"unet.norm_eps={self.norm_eps} must be in (0, 1)")
         if not all(0 <= exponent <= MAX_EXPONENT for exponent in self.fourier_features):
             raise ValueError(f"unet.fourier_features={self.fourier_features} must be in 0…{MAX_EXPONENT}, or ()")
+        check_wiener(self.wiener)
+        if self.wiener and not self.gamma_line:
+            raise ValueError(
+                f"unet.wiener={self.wiener} filters for the noise in x_t, which only a network with "
+                "model.conditioning='gamma' is told"
+            )
         multiple = self.patch_size * 2**halvings
         if height % multiple or width % multiple:
             raise ValueError(
@@ -201,7 +213,7 @@ class UNet(nn.Module):
             return residual_block(*fields, name=name)(h, embedding, dropout_keys if self.dropout else None)
 
         # In float32, as the last convolution: bfloat16 would blur the pixel values of an almost clean image.
-        tokens = patches(fourier_features(x, self.fourier_features), self.patch_size)
+        tokens = patches(self._input(x, network_t), self.patch_size)
         h = tokens.reshape(len(x), x.shape[1] // self.patch_size, x.shape[2] // self.patch_size, -1)
         h = self._conv(self.channels, **EXACT, name="conv_in")(h).astype(self.dtype)
         skips = self._down(h, block)
@@ -211,6 +223,16 @@ class UNet(nn.Module):
         h = self._conv(self.patch_size**2 * self.out_channels, kernel_init=near_zero, **EXACT, name="conv_out")(h)
         output = image_of(h.reshape(*tokens.shape[:2], -1), self.patch_size, *x.shape[1:3])
         return output.at[..., : x.shape[-1]].add(x) if self.add_input else output
+
+    @nn.nowrap
+    def _input(self, x: Array, network_t: Array) -> Array:
+        """x with the further channels that the network is shown."""
+        shown = fourier_features(x, self.fourier_features)
+        if not self.wiener:
+            return shown
+        at_0, slope = self.gamma_line
+        gamma = at_0 + slope * network_t.astype(jnp.float32)
+        return jnp.concatenate([shown, wiener_v(x, gamma, *self.wiener)], axis=-1)
 
     @nn.nowrap
     def _down(self, h: Array, block: Callable[..., Array]) -> list[Array]:
